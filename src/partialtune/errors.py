@@ -1,0 +1,43 @@
+"""Errors that end a run: each carries the exit code that the command line returns for it."""
+
+
+class PartialtuneError(Exception):
+    """Base of every error whose message is meant for the person who started the run."""
+
+    exit_code = 1
+
+
+class InputError(PartialtuneError):
+    """Something that was given (recipe, text, model, environment) cannot be used. Nothing was written."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe, a command-line value or a selector is wrong. The message says what was got, what is allowed, what to change."""
+
+
+class TextError(InputError):
+    """A text cannot be fetched, decoded or cut into windows."""
+
+
+class ModelError(InputError):
+    """A model or tokenizer cannot be loaded, or does not fit the recipe."""
+
+
+class FreezeViolation(PartialtuneError):
+    """A frozen parameter changed, or a trainable one could not learn."""
+
+    exit_code = 3
+
+
+class TrainingDiverged(PartialtuneError):
+    """The loss or a gradient became non-finite."""
+
+    exit_code = 4
+
+
+class UploadIncomplete(PartialtuneError):
+    """The upload to the Hub did not complete; the run is safe on disk."""
+
+    exit_code = 5
