@@ -41,3 +41,11 @@ class UploadIncomplete(PartialtuneError):
     """The upload to the Hub did not complete; the run is safe on disk."""
 
     exit_code = 5
+
+
+class Interrupted(PartialtuneError):
+    """A signal ended the run after a checkpoint: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,5 @@
+"""`python -m partialtune COMMAND`."""
+
+from partialtune.cli import run
+
+run()

@@ -1,0 +1,231 @@
+"""What a recipe may say about our own stages: plain dataclasses, one a stage.
+
+In: nothing but the standard library, so that a help text costs milliseconds. Out: fields with their type, default,
+help with unit, and the bound that a value must keep. The other keys of a recipe are those of
+`transformers.TrainingArguments`.
+"""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+DEFAULT_PROMPTS = ("Once upon a time", "The first thing to know is", "It was a great surprise to")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition on a value beyond its type, with the words that an error says it in."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Bound:
+    """`low` or more."""
+    return Bound(f"{low} or more", lambda value: value >= low)
+
+
+BELOW_ONE = Bound("0 or more and below 1", lambda value: 0 <= value < 1)
+NOT_EMPTY = Bound("not empty", lambda text: bool(text.strip()))
+MODEL_OR_SHARE = Bound(BELOW_ONE.words, lambda value: value == "model" or BELOW_ONE.holds(value))
+SOURCES = Bound("one or more, none empty", lambda sources: bool(sources) and all(map(str.strip, sources)))
+ENTRIES = Bound("none empty", lambda entries: all(map(str.strip, entries)))
+NAMED_SOURCES = Bound(
+    "none empty; the names validation and training are taken",
+    lambda named: all(map(str.strip, [*named, *named.values()])) and not {"validation", "training"} & set(named),
+)
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The model to start from."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id, folder, or builtin:lilliput (the bundled small GPT-2).", "bound": NOT_EMPTY}
+    )
+    model_revision: str = field(
+        default="main",
+        metadata={"help": "Branch, tag or commit on the Hub; its commit is recorded.", "bound": NOT_EMPTY},
+    )
+    dropout: Literal["model"] | float = field(
+        default="model",
+        metadata={
+            "help": "Probability put on every dropout of the config, or the model's own.",
+            "bound": MODEL_OR_SHARE,
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model on the Hub."}
+    )
+
+
+@dataclass(frozen=True)
+class TextArguments:
+    """The text and its windows."""
+
+    text: list[str] = field(
+        metadata={
+            "help": "Training text, one or more of: http(s) URL, path, glob (sorted), builtin:python-docs (the "
+            "reference text in every CPython), hf:DATASET[:CONFIG[:SPLIT]].",
+            "bound": SOURCES,
+        }
+    )
+    text_cleaning: Literal["auto", "gutenberg", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "Removal of Project Gutenberg's header and licence, and of hard wraps: where its markers are "
+            "found (auto), always (gutenberg), or never (none keeps every byte that decodes)."
+        },
+    )
+    text_column: str = field(
+        default="text", metadata={"help": "Column that holds the text in an hf: data set.", "bound": NOT_EMPTY}
+    )
+    block_size: int = field(
+        default=256,
+        metadata={"help": "Tokens per window: one of context, the others are predicted.", "bound": at_least(2)},
+    )
+    window_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens from one window's start to the next one's, for chunked windows; block_size if not said.",
+            "bound": at_least(1),
+        },
+    )
+    window_sampling: Literal["chunked", "random"] = field(
+        default="chunked",
+        metadata={"help": "chunked: each window once an epoch; random: offsets drawn up front from data_seed."},
+    )
+    validation_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of each source's characters held out, cut from its end before windows are made.",
+            "bound": BELOW_ONE,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.window_stride is None:
+            object.__setattr__(self, "window_stride", self.block_size)
+
+
+@dataclass(frozen=True)
+class FreezeArguments:
+    """What trains, and what holds still."""
+
+    trainable: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Selectors of what trains; everything else is frozen. Required for method partial."},
+    )
+    head: Literal["tied", "untied"] = field(
+        default="tied", metadata={"help": "What to do where the model ties its head to the token embedding."}
+    )
+    method: Literal["partial", "full"] = field(
+        default="partial",
+        metadata={"help": "partial trains what `trainable` selects; full trains everything, as a baseline."},
+    )
+    weight_decay_on: Literal["matrices", "all"] = field(
+        default="matrices",
+        metadata={"help": "What weight_decay acts on: matrices alone (no norms, no biases), or all that trains."},
+    )
+    delta_steps: int = field(
+        default=10, metadata={"help": "Optimizer steps between reports of the weight deltas.", "bound": at_least(1)}
+    )
+    allow_failed_audit: bool = field(
+        default=False,
+        metadata={"help": "Warn, and go on, where the freeze audit fails; without it the run ends with exit code 3."},
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationArguments:
+    """What is compared before and after."""
+
+    eval_texts: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Name -> text source: further texts scored before and after (what was forgotten?).",
+            "bound": NAMED_SOURCES,
+        },
+    )
+    prompts: list[str] = field(
+        default_factory=lambda: list(DEFAULT_PROMPTS),
+        metadata={"help": "Texts whose next tokens and continuations are compared.", "bound": ENTRIES},
+    )
+
+
+ARGUMENT_CLASSES = (ModelArguments, TextArguments, FreezeArguments, EvaluationArguments)
+
+
+def argument_fields() -> dict[str, Field]:
+    """Every recipe key of our own -> its dataclass field, in the order in which a recipe is written."""
+    return {entry.name: entry for cls in ARGUMENT_CLASSES for entry in fields(cls)}
+
+
+def argument_types() -> dict[str, Any]:
+    """Every recipe key of our own -> its type."""
+    return {key: hint for cls in ARGUMENT_CLASSES for key, hint in get_type_hints(cls).items()}
+
+
+def default_of(entry: Field) -> Any:
+    """A field's default value, or `dataclasses.MISSING` where the field is required."""
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself as the only one."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def describe_type(hint: Any) -> str:
+    """A type in words that a recipe's author knows: `int | None` -> "a whole number or null"."""
+    words = [word for member in union_members(hint) for word in _type_words(member)]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _type_words(member: Any) -> list[str]:
+    kind = get_origin(member) or member
+    if kind is Literal:
+        return [str(choice) for choice in get_args(member)]
+    if kind is list:
+        return [f"a list, each entry {describe_type(get_args(member)[0])}"]
+    plain = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], str: ["text"]}
+    return plain.get(kind) or {NoneType: ["null"], dict: ["a mapping {name: value}"]}[kind]
+
+
+def choices_of(hint: Any) -> list[Any]:
+    """The values that the Literal members of a type list."""
+    return [choice for member in union_members(hint) if get_origin(member) is Literal for choice in get_args(member)]
+
+
+def recipe_help() -> str:
+    """Our own recipe keys, a few lines each: key, what is allowed, default, help. Imports nothing heavy."""
+    hints, sections = argument_types(), []
+    for cls in ARGUMENT_CLASSES:
+        lines = [f"{cls.__doc__.rstrip('.')}:"]
+        for entry in fields(cls):
+            lines += [f"  {entry.name}: {_allowed_and_default(entry, hints[entry.name])}"]
+            lines += [f"      {line}" for line in textwrap.wrap(entry.metadata["help"], 100)]
+        sections.append("\n".join(lines))
+    rest = "Every field of transformers.TrainingArguments is a key as well; output_dir is required."
+    return "\n\n".join([*sections, rest]) + "\n"
+
+
+def _allowed_and_default(entry: Field, hint: Any) -> str:
+    default = default_of(entry)
+    said = "required" if default is MISSING else f"default: {_show_default(default)}"
+    return f"{allowed(hint, entry.metadata.get('bound'))} ({said})"
+
+
+def _show_default(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, list | tuple):
+        return "; ".join(default) or "none"
+    return str(default) if default else "none"
+
+
+def allowed(hint: Any, bound: Bound | None) -> str:
+    """What a key may hold, in words: its type, and its bound where it has one."""
+    return describe_type(hint) + (f", {bound.words}" if bound else "")

@@ -1,0 +1,164 @@
+"""The command line: words -> one command -> exit code. Heavy libraries are imported by the command that needs them."""
+
+import argparse
+import gc
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from partialtune import __version__
+from partialtune.errors import PartialtuneError
+
+DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
+EPILOG = """\
+exit codes: 0 done, 1 a bug, 2 bad input, 3 a frozen weight changed or a trainable one could not learn,
+4 training diverged, 130 interrupted and 143 terminated, both after a checkpoint
+"""
+
+
+def run() -> NoReturn:
+    """Entry point of `partialtune` and `python -m partialtune`."""
+    code = main(sys.argv[1:])
+    _leave_process_group()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        words: Command line without the program's name.
+
+    Returns:
+        The exit code.
+    """
+    parser = make_parser()
+    known, overrides = parser.parse_known_args(words)
+    if known.command is None:
+        parser.print_help()
+        return 2
+    _set_up_logging()
+    try:
+        COMMANDS[known.command](known, overrides)
+    except PartialtuneError as error:
+        return _say(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _say("Interrupted. What was saved before is in the run's folder.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
+        return 0
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their own arguments; `--key value` of a recipe are left to `recipe.read_recipe`."""
+    parser = argparse.ArgumentParser(
+        prog="partialtune",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"partialtune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser("train", help="run a recipe, from its text to its report", allow_abbrev=False)
+    _add_recipe(train)
+    plan = commands.add_parser("plan", help="show what a recipe would train, without weights", allow_abbrev=False)
+    _add_recipe(plan)
+    plan.add_argument("--json", action="store_true", help="print freeze_plan.json instead of tables")
+    report = commands.add_parser("report", help="make figures, card and page of a finished run again", allow_abbrev=False)
+    report.add_argument("run", metavar="RUN", help="folder of a finished run")
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    from partialtune.arguments import recipe_help
+
+    command.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or builtin:quickstart; then --key value for each key to change"
+    )
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = recipe_help()
+
+
+def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.launch import use_all_cores
+    from partialtune.modeling import quiet_libraries
+    from partialtune.recipe import read_recipe
+    from partialtune.train import train
+
+    use_all_cores()
+    quiet_libraries()
+    train(read_recipe(_recipe_path(known.recipe), overrides))
+
+
+def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import json
+
+    from partialtune.modeling import empty_model, load_config, quiet_libraries
+    from partialtune.plan import plan_freeze
+    from partialtune.plan_table import plan_table
+    from partialtune.recipe import read_recipe
+
+    quiet_libraries()
+    recipe = read_recipe(_recipe_path(known.recipe), overrides)
+    base = recipe.model
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    model = empty_model(config, base.trust_remote_code)
+    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head)
+    print(json.dumps(plan.to_json({}, {}), indent=2) if known.json else plan_table(plan))
+
+
+def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from partialtune.card import write_card
+    from partialtune.figures import draw_figures
+    from partialtune.report import write_report
+
+    _refuse(overrides)
+    folder = Path(known.run)
+    draw_figures(folder)
+    write_card(folder)
+    print(write_report(folder))
+
+
+COMMANDS = {"train": _train, "plan": _plan, "report": _report}
+
+
+def _refuse(overrides: Sequence[str]) -> None:
+    from partialtune.errors import InputError
+
+    if overrides:
+        raise InputError(f"{' '.join(overrides)}: this command takes no further arguments.")
+
+
+def _recipe_path(name: str) -> str:
+    from partialtune.builtin import builtin_recipe
+
+    return str(builtin_recipe(name)) if name.startswith("builtin:") else name
+
+
+def _say(message: str, code: int) -> int:
+    """The last thing that our process prints."""
+    sys.stdout.flush()
+    print(f"partialtune: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _set_up_logging() -> None:
+    """Our decisions on stderr, from one process of a run; the libraries' warnings only where they are errors."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.ERROR)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("partialtune").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+def _leave_process_group() -> None:
+    """gloo aborts about one exit in four where the group is left to the interpreter's end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Bytes of a text -> characters, and how they were read; what is no text (binary, HTML, empty) is refused in words."""
+
+import codecs
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from partialtune.errors import TextError
+
+logger = logging.getLogger(__name__)
+
+_BYTE_ORDER_MARKS = (  # UTF-32 before UTF-16: its little-endian mark starts with the other's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_FILE_KINDS = {
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a zip archive (perhaps an e-book or an office document)",
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"PAR1": "a Parquet file (give its dataset as hf:FOLDER)",
+    b"SQLite format 3": "an SQLite database",
+    b"\x7fELF": "a program",
+    b"{\\rtf": "an RTF document",
+}
+_CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x08\x1a\x1b"))
+_HTML_START = re.compile(rb"\s*(?:<!--.*?-->\s*)*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.I | re.S)
+_GUTENBERG_CHARSET = re.compile(rb"^character set encoding:[ \t]*([^\r\n]+)", re.I | re.M)
+_HEADER_BYTES = 20_000  # a Gutenberg header's charset line lies within
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded text: a byte order mark is still its first character; `damaged` counts U+FFFD in it."""
+
+    text: str
+    encoding: str
+    encoding_from: str
+    damaged: int
+
+
+def decode_text(data: bytes, name: str, http_charset: str | None = None) -> Decoded:
+    """Decode a text by its byte order mark, else its declared charset, else as UTF-8, else as cp1252.
+
+    A declared charset that does not decode every byte is passed over with a warning. Where nothing decodes every byte,
+    or UTF-8 would if it were not for some damage, the damaged places become U+FFFD and are reported by a warning.
+
+    Args:
+        data: The file as it is.
+        name: How messages call it.
+        http_charset: The charset of the HTTP header it came with, if one was given there.
+
+    Raises:
+        TextError: If the data is empty, binary or an HTML page.
+    """
+    refuse_non_text(data, name, http_charset)
+    decoded = _decode(data, name, http_charset)
+    if decoded.damaged:
+        place = decoded.text.index("\ufffd")
+        around = decoded.text[max(0, place - 30) : place + 30]
+        logger.warning(
+            "%s: %d damaged characters, read as %s (%s), stand in the text as U+FFFD; the first one in %r.",
+            *(name, decoded.damaged, decoded.encoding, decoded.encoding_from, around),
+        )
+    return decoded
+
+
+def refuse_non_text(data: bytes, name: str, http_charset: str | None = None) -> None:
+    """Raise a TextError in words if data (a file or the first part of one) is empty, binary or an HTML page."""
+    if not data.strip():
+        raise TextError(f"{name} is empty: it holds {len(data)} bytes and no text.")
+    for start, kind in _FILE_KINDS.items():
+        if data.startswith(start):
+            raise TextError(f"{name} is {kind}, not plain text. Unpack or convert it to a .txt file first.")
+    if _HTML_START.match(data[:4096]):
+        raise TextError(
+            f"{name} is an HTML page, not plain text. Give the address of the plain text itself "
+            f"(Project Gutenberg calls it 'Plain Text UTF-8'), or save the page's text to a file."
+        )
+    wide = http_charset and re.match("(utf|ucs)[-_]?(16|32|2|4)", http_charset, re.I)  # half of its bytes may be NUL
+    if wide or data.startswith(tuple(mark for mark, _ in _BYTE_ORDER_MARKS[1:])):
+        return
+    if (null := data.find(b"\0")) >= 0:
+        utf16 = " It may be UTF-16 without a byte order mark: save it as UTF-8." if _alternates_nulls(data) else ""
+        raise TextError(f"{name} is binary, not plain text: byte {null:,} is NUL.{utf16}")
+    sample = data[: 1 << 20]
+    controls = len(sample) - len(sample.translate(None, _CONTROLS))
+    if controls > len(sample) / 100:
+        raise TextError(
+            f"{name} is binary, not plain text: {controls:,} of its first {len(sample):,} bytes are controls."
+        )
+
+
+def _alternates_nulls(data: bytes) -> bool:
+    return max(data[:1000:2].count(0), data[1:1000:2].count(0)) > len(data[:1000]) / 4
+
+
+def _decode(data: bytes, name: str, http_charset: str | None) -> Decoded:
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return _with_replacements(data, encoding, "byte order mark")
+    declared = False
+    for charset, origin in _declared_charsets(data, http_charset):
+        declared = True
+        if (text := _decode_strictly(data, charset)) is not None:
+            _warn_if_also_utf8(data, name, charset, origin)
+            return Decoded(text, charset, origin, text.count("\ufffd"))
+        logger.warning("%s: the %s says %s, but some bytes are not: another encoding is tried.", name, origin, charset)
+    if (text := _decode_strictly(data, "utf-8")) is not None:
+        return Decoded(
+            text, "utf-8", "valid UTF-8" + (", against its declaration" if declared else ""), text.count("\ufffd")
+        )
+    as_utf8 = _with_replacements(data, "utf-8", "mostly valid UTF-8")
+    sound = sum(1 for character in as_utf8.text if character > "\x7f") - as_utf8.damaged
+    if sound > as_utf8.damaged:
+        return as_utf8
+    return _with_replacements(data, "cp1252", "fallback, because it is no valid UTF-8")
+
+
+def _with_replacements(data: bytes, encoding: str, origin: str) -> Decoded:
+    text = data.decode(encoding, errors="replace")
+    return Decoded(text, encoding, origin, text.count("\ufffd"))
+
+
+def _decode_strictly(data: bytes, encoding: str) -> str | None:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _declared_charsets(data: bytes, http_charset: str | None) -> Iterator[tuple[str, str]]:
+    """The charsets that a text is said to be in, as Python's names, each with who says so."""
+    head = data[:_HEADER_BYTES]
+    line = _GUTENBERG_CHARSET.search(head) if b"gutenberg" in head.lower() else None
+    said = [(http_charset, "HTTP header"), (line and line[1].decode("ascii", "replace"), "Gutenberg header")]
+    for charset, origin in said:
+        if charset and (encoding := python_encoding(charset)):
+            # Windows programs say ISO-8859-1 and mean cp1252, whose quotes are control characters there.
+            windows = encoding == "iso8859-1" and re.search(rb"[\x80-\x9f]", data)
+            yield ("cp1252" if windows else encoding), origin
+        elif charset:
+            logger.warning(
+                "The %s names the charset %r, which Python does not know: it is passed over.", origin, charset
+            )
+
+
+def python_encoding(charset: str) -> str | None:
+    """Python's name for a charset as people write it, such as 'ISO-646-US (US-ASCII)'; None if there is none."""
+    charset = charset.strip().strip("\"'").lower()
+    bracketed = re.search(r"\(([^)]+)\)", charset)
+    spellings = [charset, re.sub(r"\s*\([^)]*\)", "", charset), bracketed[1] if bracketed else ""]
+    for pattern, encoding in ((r"utf-?8", "utf-8"), (r"latin-?\s?1\b", "latin-1"), (r"\b(125\d)\b", r"cp\1")):
+        if match := re.search(pattern, charset):
+            spellings.append(match.expand(encoding))
+    for spelling in filter(None, spellings):
+        try:
+            codec = codecs.lookup(spelling)
+        except (LookupError, ValueError):
+            continue
+        if codec._is_text_encoding:
+            return codec.name
+    return None
+
+
+def _warn_if_also_utf8(data: bytes, name: str, charset: str, origin: str) -> None:
+    """A declared one-byte charset decodes anything, also UTF-8 that was declared wrongly, into nonsense."""
+    if not charset.startswith("utf") and not data.isascii() and _decode_strictly(data, "utf-8") is not None:
+        logger.warning(
+            "%s: read as %s, as the %s says, but it is valid UTF-8 too. If letters look wrong, save it as UTF-8 "
+            "with a byte order mark.",
+            *(name, charset, origin),
+        )

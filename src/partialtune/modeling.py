@@ -1,0 +1,166 @@
+"""Model and tokenizer: a Hub id, a folder or a bundled name -> model in fp32, tokenizer; or the model without weights."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from partialtune.builtin import builtin_folder
+from partialtune.errors import ModelError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def model_location(name: str) -> str:
+    """Where to load `name` from: a Hub id as it is, a folder that exists, the package's folder for `builtin:...`.
+
+    Raises:
+        ModelError: If it is neither.
+    """
+    if name.startswith("builtin:"):
+        return str(builtin_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model_name_or_path: {name} is a folder without config.json, so it holds no model.")
+        return str(path)
+    if path.exists():
+        raise ModelError(f"model_name_or_path: {name} is a file. Name the folder that holds config.json.")
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_a_path or not HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"model_name_or_path: there is no folder {name}, and it is no Hub id. A Hub id is NAME or NAMESPACE/NAME, "
+            f"such as openai-community/gpt2; the bundled model is builtin:lilliput."
+        )
+    return name
+
+
+def load_config(
+    name: str, revision: str = "main", dropout: str | float = "model", trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The config of a causal language model, with `dropout` put on every dropout that it has, unless it says `model`.
+
+    Raises:
+        ModelError: If there is none, or it belongs to no causal language model.
+    """
+    with _loading(name, revision):
+        config = AutoConfig.from_pretrained(
+            model_location(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
+    if dropout != "model":
+        set_dropout(config, float(dropout))
+    return config
+
+
+def set_dropout(config: PretrainedConfig, share: float) -> None:
+    """Put `share` on every dropout of `config`: each numeric field whose name speaks of dropping."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(part, key, share)
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights, on the meta device: shapes and structure only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str, config: PretrainedConfig, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The pretrained model in fp32, in eval mode. A 16-bit base is widened, which is exact.
+
+    Raises:
+        ModelError: If it cannot be loaded whole from safetensors files.
+    """
+    with _loading(name, revision):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_location(name),
+            config=config,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lost:
+        raise ModelError(
+            f"{name}: the weight file lacks {len(lost)} of the model's tensors, {lost[0]} first. "
+            f"They would start at random; use a complete checkpoint."
+        )
+    return model
+
+
+def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    with _loading(name, revision, what="tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_location(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one without a word
+        raise ModelError(f"{name} has no tokenizer files beside its model. Copy those of the model's origin there.")
+    return tokenizer
+
+
+def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: int) -> None:
+    """Stop where the windows are longer than the model's context, or the tokenizer has more tokens than the model.
+
+    Raises:
+        ModelError: In either case.
+    """
+    text_config = config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context and block_size > context:
+        raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
+    if vocabulary > text_config.vocab_size:
+        raise ModelError(
+            f"{name}: its tokenizer has {vocabulary:,} tokens, its model {text_config.vocab_size:,}. "
+            f"They do not belong together."
+        )
+
+
+@contextmanager
+def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
+    """Say in one sentence why a model cannot be loaded."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except SafetensorError as error:
+        raise ModelError(f"{name}: a weight file is damaged ({error}). Fetch the model again.") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        where = f" at revision {revision}" if revision != "main" else ""
+        raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
+
+
+def _first_sentences(error: Exception, longest: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
+
+
+def quiet_libraries() -> None:
+    """Keep what the libraries print for their own sake out of the output; errors stay."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,128 @@
+"""A run's folder: may the run start there, its lock, and the JSON files that it holds."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partialtune.errors import RecipeError
+from partialtune.recipe import same_run
+
+RECIPE_FILE = "recipe.yaml"
+EXIT_FILE = "exit.json"
+LOCK_FILE = ".lock"
+
+
+class Standing(Enum):
+    """What an output folder means for a run that wants to use it."""
+
+    NEW = "absent or empty"
+    BEGUN = "holds this run, not finished"
+    FINISHED = "holds this run, finished"
+
+
+def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> Standing:
+    """Look at an output folder without touching it.
+
+    Args:
+        folder: The recipe's `output_dir`.
+        values: The recipe, flat.
+        resume: The recipe's `resume_from_checkpoint`.
+
+    Raises:
+        RecipeError: If it holds anything but this run, or this run without leave to go on, or cannot be written.
+    """
+    _check_writable(folder)
+    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
+        return Standing.NEW
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"output_dir: {folder} is not empty and holds no run of partialtune. "
+            f"Name another folder: --output_dir {folder}-2. Nothing was touched."
+        )
+    earlier = _flat_recipe(folder / RECIPE_FILE)
+    different = same_run(earlier, values)
+    if different:
+        raise RecipeError(
+            f"output_dir: {folder} holds a run of another recipe; they differ in {', '.join(different)}. "
+            f"Name another folder: --output_dir {folder}-2. Nothing was touched."
+        )
+    if _is_finished(folder) and not _goes_further(earlier, values):
+        return Standing.FINISHED
+    if resume is None:
+        raise RecipeError(
+            f"output_dir: {folder} holds this run, begun and not finished. Go on with it: "
+            f"--resume_from_checkpoint auto; or name another folder: --output_dir {folder}-2. Nothing was touched."
+        )
+    return Standing.BEGUN
+
+
+def _check_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output_dir: {folder} is a file. Name a folder.")
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RecipeError(f"output_dir: {folder} lies under {nearest}, which is a file. Name a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RecipeError(f"output_dir: {nearest} is not writable. Name a folder that is.")
+
+
+def _flat_recipe(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"output_dir: {file} cannot be read ({error}). Name another folder.") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"output_dir: {file} is no recipe. Name another folder.")
+    return {key: value for key, value in values.items() if key != "run"}
+
+
+def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return int(values.get("max_steps", -1)) > int(earlier.get("max_steps", -1))
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return read_json(folder / EXIT_FILE)["code"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases with the process.
+
+    Raises:
+        RecipeError: If another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(f"output_dir: another run is writing to {folder}. Wait for it, or name another.") from error
+        yield
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write UTF-8 JSON, indent 2, no NaN; aside and renamed, so that a reader never meets half a file."""
+    aside = file.with_name(f".{file.name}.part")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_exit(folder: Path, code: int, reason: str) -> None:
+    """Leave the exit code where a scheduler finds it: launchers turn every failure into 1."""
+    write_json(folder / EXIT_FILE, {"code": code, "reason": reason})

@@ -1,0 +1,220 @@
+"""A finished run's folder -> RunFiles: its recipe, plan, audit, scores, log and weight deltas as plain data."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partialtune.errors import InputError
+
+OUTER_ORDER = ("embeddings.tokens", "embeddings.positions", "embeddings.other", "final_norm", "head", "other")
+BLOCK_ORDER = ("attention", "mixer", "mlp", "norms", "other")
+
+
+@dataclass(frozen=True)
+class DeltaHistory:
+    """How far each parameter had moved from its start, at every report of `weight_deltas.jsonl`.
+
+    Attributes:
+        steps: Steps with a report, ascending.
+        l2_by_step: step -> name -> L2 norm of the change; None where a frozen parameter changed by an unknown distance.
+        norm_before: name -> L2 norm of the parameter before training, l2_delta / relative_delta. Parameters that never
+            moved have none, since both are 0.
+        last: name -> its line at the last report.
+    """
+
+    steps: tuple[int, ...]
+    l2_by_step: Mapping[int, Mapping[str, float | None]]
+    norm_before: Mapping[str, float]
+    last: Mapping[str, Mapping[str, Any]]
+
+    def l2_delta(self, names: Iterable[str], step: int) -> float | None:
+        """L2 norm of the change of `names` taken together at `step`; None where one of them is unknown."""
+        distances = [self.l2_by_step[step][name] for name in names]
+        return None if None in distances else math.hypot(*distances)
+
+    def relative_delta(self, names: Iterable[str], step: int) -> float | None:
+        """sqrt(sum of l2_delta^2) / sqrt(sum of norm_before^2) of `names` taken together.
+
+        The norms count the parameters that moved in some report: of those which never did, the files hold no norm.
+        Exactly 0 where nothing moved, None where the distance is unknown or every norm before was 0.
+        """
+        names = list(names)
+        distance = self.l2_delta(names, step)
+        norm = math.hypot(*(self.norm_before.get(name, 0.0) for name in names))
+        if not distance:
+            return distance
+        return distance / norm if norm else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parameters of one component in one block, or of one component outside the blocks (`block` None)."""
+
+    block: int | None
+    component: str
+    parameters: tuple[Mapping[str, Any], ...] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return self.component if self.block is None else f"block {self.block} {self.component}"
+
+    @property
+    def names(self) -> list[str]:
+        return [parameter["name"] for parameter in self.parameters]
+
+    @property
+    def trained_names(self) -> list[str]:
+        return [parameter["name"] for parameter in self.parameters if parameter["trainable"]]
+
+    @property
+    def total(self) -> int:
+        return sum(parameter["numel"] for parameter in self.parameters)
+
+    @property
+    def trainable(self) -> int:
+        return sum(parameter["numel"] for parameter in self.parameters if parameter["trainable"])
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a finished run left in its folder. Files that a run may lack are empty here.
+
+    Attributes:
+        folder: The run's folder.
+        recipe: `recipe.yaml` without its key `run`.
+        record: The mapping under `run`: versions, precision, base_commit, sources.
+        plan, audit, evaluation, performance: The JSON files of these names, `plan` is `freeze_plan.json`.
+        log: `log_history` of `trainer_state.json`; losses in it may be non-finite.
+        deltas: `weight_deltas.jsonl`.
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    record: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    audit: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    performance: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    deltas: DeltaHistory
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def selectors(self) -> list[str]:
+        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning."""
+        return as_list(self.recipe.get("trainable")) or ["all"]
+
+    @property
+    def texts(self) -> dict[str, Mapping[str, Any]]:
+        """Scored texts of `evaluation.json`: held-out text first, then training text, then the recipe's eval_texts."""
+        scored = {name: entry for name, entry in self.evaluation.items() if name != "prompts"}
+        first = [name for name in ("validation", "training") if name in scored]
+        return {name: scored[name] for name in [*first, *(name for name in scored if name not in first)]}
+
+    @property
+    def frozen(self) -> list[Mapping[str, Any]]:
+        return [parameter for parameter in self.plan["parameters"] if not parameter["trainable"]]
+
+    @property
+    def trained(self) -> list[Mapping[str, Any]]:
+        return [parameter for parameter in self.plan["parameters"] if parameter["trainable"]]
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the token embedding also serves as the head."""
+        tokens = {p["name"] for p in self.plan["parameters"] if p["component"] == "embeddings.tokens"}
+        has_head = any(parameter["component"] == "head" for parameter in self.plan["parameters"])
+        return not has_head and any(tokens & set(pair) for pair in self.plan["ties"])
+
+    def groups(self) -> list[Group]:
+        """The plan's parameters by block and component, in the order of the forward pass."""
+        members: dict[tuple[int | None, str], list[Mapping[str, Any]]] = {}
+        for parameter in self.plan["parameters"]:
+            members.setdefault((parameter["block"], parameter["component"]), []).append(parameter)
+        return [Group(*place, tuple(members[place])) for place in sorted(members, key=forward_order)]
+
+
+def forward_order(place: tuple[int | None, str]) -> tuple[int, int, int, str]:
+    """Sorting key of (block, component): embeddings, blocks, final norm, head."""
+    block, component = place
+    order = OUTER_ORDER if block is None else BLOCK_ORDER
+    rank = order.index(component) if component in order else len(order)
+    stage = 1 if block is not None else 0 if component.startswith("embeddings") else 2
+    return stage, -1 if block is None else block, rank, component
+
+
+def as_list(value: Any) -> list[Any]:
+    """A scalar counts as a list of one, as in a recipe; None as an empty one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def read_run(folder: str | os.PathLike) -> RunFiles:
+    """Read a finished run's folder.
+
+    Args:
+        folder: Folder with at least `recipe.yaml`, `freeze_plan.json` and `audit.json`.
+
+    Raises:
+        InputError: If one of these is missing or a file cannot be parsed.
+    """
+    folder = Path(folder)
+    missing = [name for name in ("recipe.yaml", "freeze_plan.json", "audit.json") if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} is not the folder of a finished run: it has no {', '.join(missing)}. "
+            f"Give the output_dir of a run that ended."
+        )
+    recipe = dict(parsed(folder / "recipe.yaml", yaml.safe_load))
+    record = recipe.pop("run", None) or {}
+    return RunFiles(
+        folder=folder,
+        recipe=recipe,
+        record=record,
+        plan=parsed(folder / "freeze_plan.json", json.loads),
+        audit=parsed(folder / "audit.json", json.loads),
+        evaluation=parsed(folder / "evaluation.json", json.loads),
+        performance=parsed(folder / "performance.json", json.loads),
+        log=parsed(folder / "trainer_state.json", json.loads).get("log_history", []),
+        deltas=parsed(folder / "weight_deltas.jsonl", read_deltas) or DeltaHistory((), {}, {}, {}),
+    )
+
+
+def parsed(file: Path, parse) -> Any:
+    """What `parse` makes of the file's text; an empty dict where the file is absent.
+
+    Raises:
+        InputError: If the file cannot be parsed.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, yaml.YAMLError) as error:
+        raise InputError(f"{file} is damaged: {error}. Restore it, or run the recipe again.") from error
+
+
+def read_deltas(text: str) -> DeltaHistory:
+    """Parse the lines of `weight_deltas.jsonl`. Where a step was reported twice, the later line counts."""
+    l2_by_step: dict[int, dict[str, float | None]] = {}
+    norm_before: dict[str, float] = {}
+    last: dict[str, dict[str, Any]] = {}
+    for row in text.splitlines():
+        line = json.loads(row)
+        name = line["name"]
+        l2_by_step.setdefault(line["step"], {})[name] = line["l2_delta"]
+        if line["relative_delta"] and line["l2_delta"]:
+            norm_before[name] = line["l2_delta"] / line["relative_delta"]
+        if name not in last or line["step"] >= last[name]["step"]:
+            last[name] = line
+    return DeltaHistory(tuple(sorted(l2_by_step)), l2_by_step, norm_before, last)

@@ -1,0 +1,163 @@
+"""The Hugging Face Trainer of this package: whole checkpoints, a loss that must stay finite, the decay rule."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import IntervalStrategy, Trainer, TrainingArguments
+
+from partialtune.audit import FreezeAuditCallback
+from partialtune.checkpoints import ASIDE, finish_checkpoint, rotate_checkpoints
+from partialtune.deltas import WeightDeltaCallback
+from partialtune.errors import TrainingDiverged
+from partialtune.performance import StepTimer
+from partialtune.plan import FreezePlan
+from partialtune.precision import bf16_pays
+from partialtune.stopping import StopOnSignal
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them
+EVALUATIONS = 10  # per run, where held-out text exists
+
+
+def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
+    """Trainer's arguments from what the recipe says, with what this package rules out switched off.
+
+    Args:
+        said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
+    """
+    settings = {"use_cpu": not torch.accelerator.is_available(), **said}
+    if settings.get("bf16") == "auto":
+        settings["bf16"] = bf16_pays()
+    settings |= {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would average non-finite losses away
+        "push_to_hub": False,  # Trainer's own pushing fails silently
+    }
+    return TrainingArguments(**settings)
+
+
+def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, held_out: bool) -> None:
+    """Set how often to log and to evaluate by the length of the run, where the recipe does not say it.
+
+    Args:
+        args: Changed in place.
+        said: Fields that the recipe names.
+        windows: Training windows.
+        held_out: Whether there is held-out text to evaluate on.
+    """
+    steps = run_length(args, windows)
+    if "logging_steps" not in said:
+        args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
+    if held_out and "eval_strategy" not in said:
+        args.eval_strategy = IntervalStrategy.STEPS
+        args.eval_steps = said.get("eval_steps", max(1, steps // EVALUATIONS))
+
+
+def run_length(args: TrainingArguments, windows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(windows / (args.per_device_train_batch_size * args.world_size))
+    steps_an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * steps_an_epoch)
+
+
+def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T). The model shifts the labels."""
+    input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+class PartialTrainer(Trainer):
+    """Trainer that measures one step's arithmetic, stops at a non-finite loss and never leaves half a checkpoint.
+
+    Args:
+        plan: The plan that was applied to the model.
+        delta_steps: Steps between two reports of the weight deltas.
+        stop_on_violation: Whether a violation of the freeze audit ends the run.
+        decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
+        Others: As for `transformers.Trainer`.
+
+    Attributes:
+        audit, deltas, timer, stop: Its callbacks.
+        flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
+            counted in the first; None before it and under torch.compile. Attention's own products are counted only
+            where the backend shows them.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: FreezePlan,
+        delta_steps: int,
+        stop_on_violation: bool = True,
+        decay_everything: bool = False,
+        **kwargs,
+    ) -> None:
+        self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
+        self.deltas = WeightDeltaCallback(plan, delta_steps=delta_steps)
+        self.timer, self.stop = StepTimer(), StopOnSignal()
+        self.decay_everything = decay_everything
+        self.flops_per_step: int | None = None
+        self._saving_in: str | None = None
+        super().__init__(callbacks=[self.timer, self.deltas, self.audit, self.stop], **kwargs)
+        self.deltas.attach(self)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        if self.decay_everything:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if self.flops_per_step is not None or self.args.torch_compile:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with FlopCounterMode(display=False) as counter:  # matrix products of the first batch, once
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
+        return loss
+
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in ("loss", "eval_loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrainingDiverged(
+                    f"Training diverged: {name} is {logs[name]} at step {self.state.global_step} "
+                    f"(learning rate {self._get_learning_rate():.3g}). Lower learning_rate, or add warmup_steps. "
+                    f"Checkpoints from before are kept."
+                )
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Audit, write aside, then rename: what stands under `checkpoint-N` is complete and was frozen where it must be."""
+        self.audit.check_frozen(self.args, self.state, self.model)
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._saving_in = str(run / ASIDE)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_in = None
+        self.accelerator.wait_for_everyone()
+        best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+        if self.args.should_save:
+            aside = run / ASIDE / name
+            self.state.save_to_json(str(aside / "trainer_state.json"))
+            finish_checkpoint(aside, run / name)
+            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()

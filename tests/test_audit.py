@@ -1,0 +1,138 @@
+"""The audit names every frozen parameter that changed and every trainable one that could not learn."""
+
+import json
+
+import pytest
+import torch
+from conftest import some_windows, tiny_gpt2
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from partialtune.audit import KEPT_EVERY_BIT, NEVER_A_GRADIENT, FreezeAuditCallback
+from partialtune.errors import FreezeViolation
+from partialtune.plan import apply_plan, plan_freeze
+from partialtune.trainer import collate_windows
+
+
+def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_on_violation=True, **changes):
+    """Train four steps with an audit and planted faults; returns audit.json."""
+    plan = plan_freeze(model, selectors)
+    apply_plan(model, plan)
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=False, disable_tqdm=True, **{**settings, **changes}
+    )
+    audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=some_windows(),
+        data_collator=collate_windows,
+        callbacks=[*faults, audit],
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    return json.loads((tmp_path / "audit.json").read_text())
+
+
+class Fault(TrainerCallback):
+    """Does something to the model at a step."""
+
+    def __init__(self, do, step=2):
+        self.do, self.step = do, step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                self.do(model)
+
+
+def test_a_clean_run_passes_and_frozen_parameters_moved_by_exactly_zero(tmp_path):
+    audit = audited_training(tmp_path, tiny_gpt2(), ["blocks[-1]", "final_norm"])
+    assert audit["passed"] is True
+    assert audit["frozen"] == {"parameters": 26, "changed": [], "l2_delta": 0.0}
+    assert audit["trainable"]["l2_delta"] > 0
+    assert audit["trainable"]["unmoved"] == []
+
+
+def test_one_flipped_bit_in_a_frozen_parameter_is_found_and_named(tmp_path):
+    def flip(model):
+        model.transformer.h[0].ln_1.bias.view(torch.int32)[5] ^= 1
+
+    with pytest.raises(FreezeViolation, match=r"transformer\.h\.0\.ln_1\.bias"):
+        audited_training(tmp_path, tiny_gpt2(), ["final_norm"], Fault(flip))
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["passed"] is False
+    assert audit["frozen"]["changed"] == ["transformer.h.0.ln_1.bias"]
+    assert audit["frozen"]["l2_delta"] is None  # only a digest of it was kept
+
+
+def test_weight_decay_on_a_frozen_parameter_is_found(tmp_path):
+    model = tiny_gpt2()
+    frozen = model.transformer.h[0].mlp.c_fc.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+    class GiveGradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            frozen.grad = torch.zeros_like(frozen)  # decay alone moves it now
+
+    with pytest.raises(FreezeViolation, match=r"h\.0\.mlp\.c_fc\.weight"):
+        audited_training(tmp_path, model, ["final_norm"], GiveGradient(), optimizer=optimizer)
+
+
+def test_a_trainable_parameter_missing_from_the_optimizer_stops_the_run_before_its_first_step(tmp_path):
+    model = tiny_gpt2()
+    optimizer = torch.optim.AdamW([model.transformer.ln_f.weight], lr=1e-2)
+    steps = []
+    with pytest.raises(FreezeViolation, match=r"missing from the optimizer: transformer\.ln_f\.bias"):
+        audited_training(tmp_path, model, ["final_norm"], Fault(lambda _: steps.append(1), 1), optimizer=optimizer)
+    assert steps == []
+
+
+def test_a_trainable_parameter_that_had_a_gradient_and_kept_every_bit_is_a_violation(tmp_path):
+    model = tiny_gpt2()
+    start = model.transformer.ln_f.weight.detach().clone()
+    undo = Fault(lambda m: m.transformer.ln_f.weight.copy_(start), step=4)
+    with pytest.raises(FreezeViolation, match=r"kept every bit: transformer\.ln_f\.weight"):
+        audited_training(tmp_path, model, ["final_norm"], undo)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["trainable"]["unmoved"] == [{"name": "transformer.ln_f.weight", "reason": KEPT_EVERY_BIT}]
+
+
+def test_a_parameter_that_never_had_a_gradient_is_listed_with_its_reason_and_passes(tmp_path, caplog):
+    audit = audited_training(tmp_path, tiny_gpt2(), ["final_norm"], learning_rate=0.0)
+    assert audit["passed"] is True
+    assert audit["trainable"]["unmoved"] == [
+        {"name": name, "reason": NEVER_A_GRADIENT} for name in ("transformer.ln_f.weight", "transformer.ln_f.bias")
+    ]
+    assert "never had a gradient" in caplog.text
+
+
+def test_16_bit_weights_whose_updates_round_away_are_listed(tmp_path, caplog):
+    model = tiny_gpt2().to(torch.bfloat16)  # around 1 the spacing of bf16 is 4e-3 below and 8e-3 above
+    audit = audited_training(tmp_path, model, ["final_norm"], learning_rate=5e-5, stop_on_violation=False)
+    assert audit["trainable"]["below_precision"] == ["transformer.ln_f.weight"]
+    assert audit["trainable"]["unmoved"] == [{"name": "transformer.ln_f.weight", "reason": KEPT_EVERY_BIT}]
+    assert "round away" in caplog.text
+
+
+def test_a_violation_is_found_at_the_next_save(tmp_path):
+    fault = Fault(lambda m: m.transformer.wpe.weight.add_(1e-3), step=1)
+    ran_to = []
+    with pytest.raises(FreezeViolation, match="step 2"):
+        audited_training(
+            tmp_path,
+            tiny_gpt2(),
+            ["final_norm"],
+            fault,
+            Fault(lambda _: ran_to.append(3), 3),
+            save_strategy="steps",
+            save_steps=2,
+        )
+    assert ran_to == []
+
+
+def test_a_violation_may_be_allowed_and_is_written_all_the_same(tmp_path, caplog):
+    fault = Fault(lambda m: m.transformer.wpe.weight.add_(1e-3), step=1)
+    audit = audited_training(tmp_path, tiny_gpt2(), ["final_norm"], fault, stop_on_violation=False)
+    assert audit["passed"] is False
+    assert "Freeze audit failed" in caplog.text

@@ -1,0 +1,139 @@
+"""The command line: fast help, one message and exit 2 for bad input, nothing written, output that others can read."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from partialtune.cli import main
+
+QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
+
+
+def partialtune(*words, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "partialtune", *words], capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+def test_help_takes_less_than_half_a_second_and_names_the_commands():
+    partialtune("--help")  # byte code is compiled once
+    started = time.perf_counter()
+    run = partialtune("--help")
+    seconds = time.perf_counter() - started
+    assert run.returncode == 0
+    assert "train" in run.stdout
+    assert "plan" in run.stdout
+    assert seconds < 0.5
+
+
+def test_train_help_lists_the_keys_of_a_recipe():
+    run = partialtune("train", "--help")
+    assert run.returncode == 0
+    assert all(key in run.stdout for key in ("block_size", "trainable", "validation_share", "head"))
+
+
+def test_no_command_shows_the_help_and_exits_with_2(capsys):
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_plan_prints_counts_ties_and_where_backward_stops(capsys):
+    assert main(["plan", QUICKSTART]) == 0
+    out = capsys.readouterr().out
+    assert "tied: transformer.wte.weight is lm_head.weight" in out
+    assert "backward reaches transformer.wte.weight" in out
+
+
+def test_plan_json_is_json_alone_on_stdout():
+    run = partialtune("plan", QUICKSTART, "--json")
+    plan = json.loads(run.stdout)
+    assert plan["trainable_parameters"] == sum(e["numel"] for e in plan["parameters"] if e["trainable"])
+    assert plan["phases"][0]["backward_from"] == "transformer.wte.weight"
+
+
+def test_the_command_line_wins_over_the_recipe(capsys):
+    assert main(["plan", QUICKSTART, "--trainable", "blocks[-1].norms"]) == 0
+    assert "blocks[-1].norms" in capsys.readouterr().out
+
+
+def recipe_of(tmp_path, **changes):
+    values = {
+        "model_name_or_path": "builtin:lilliput",
+        "text": "builtin:python-docs",
+        "trainable": ["final_norm"],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in {**values, **changes}.items() if value is not None}))
+    return str(file)
+
+
+BAD_INPUTS = {
+    "unknown key": ({"learnin_rate": 1e-4}, "learning_rate"),
+    "required key missing": ({"model_name_or_path": None}, "model_name_or_path"),
+    "wrong type": ({"block_size": "many"}, "block_size"),
+    "impossible value": ({"validation_share": 1.5}, "validation_share"),
+    "misspelt selector": ({"trainable": ["embedings"]}, "embeddings"),
+    "block out of range": ({"trainable": ["blocks[99]"]}, "blocks[99] is out of range"),
+    "nothing left to train": ({"trainable": ["final_norm", "!final_norm"]}, "final_norm"),
+    "missing text": ({"text": "no/such/file.txt"}, "no/such/file.txt"),
+    "text too short": ({"text": "{tmp}/short.txt"}, "No window fits"),
+    "missing model": ({"model_name_or_path": "./no-such-model"}, "there is no folder"),
+    "window above the context": ({"block_size": 100_000}, "context"),
+    "a stranger's folder": ({"output_dir": "{tmp}"}, "holds no run of partialtune"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_exits_with_2_and_one_message_and_writes_nothing(case, tmp_path, capfd):
+    changes, expected = BAD_INPUTS[case]
+    (tmp_path / "short.txt").write_text("A short text.")
+    changes = {k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
+    recipe = recipe_of(tmp_path, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", recipe]) == 2
+    out, err = capfd.readouterr()
+    assert expected in err
+    assert err.count("partialtune: ") == 1
+    assert "Traceback" not in err + out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_mistakes_are_reported_together(tmp_path, capfd):
+    assert main(["train", recipe_of(tmp_path, block_size=1, learning_rate=-1, trainabel=["head"])]) == 2
+    err = capfd.readouterr().err
+    assert all(key in err for key in ("block_size", "learning_rate", "trainabel"))
+
+
+def test_a_missing_recipe_and_an_unknown_builtin_one_are_said(tmp_path, capfd):
+    assert main(["train", str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml" in capfd.readouterr().err
+    assert main(["train", "builtin:absent"]) == 2
+    assert "builtin:quickstart" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_model_templates_and_quickstart_and_runs_from_an_empty_folder(tmp_path):
+    pytest.importorskip("hatchling", reason="the build backend builds the wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(REPOSITORY)], check=True, timeout=120)
+    wheel = next(tmp_path.glob("*.whl"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*install, str(wheel)], check=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    where = partialtune("--version", cwd=tmp_path, env=environment)
+    assert where.returncode == 0
+    words = ["--max_steps", "1", "--output_dir", "out", "--per_device_train_batch_size", "2", "--validation_share", "0.02"]
+    run = partialtune("train", "builtin:quickstart", *words, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
+    code = "import partialtune; print(partialtune.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert found.stdout.startswith(str(tmp_path))

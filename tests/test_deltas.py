@@ -1,0 +1,155 @@
+"""Deltas are distances from a real copy of the start, for every parameter and part, in anybody's Trainer."""
+
+import json
+
+import pytest
+import torch
+from conftest import some_windows, tiny_gpt2
+from transformers import Trainer, TrainingArguments
+
+from partialtune.deltas import WeightDeltaCallback
+from partialtune.plan import apply_plan, plan_freeze
+from partialtune.snapshots import measure_deltas, take_snapshot
+from partialtune.trainer import collate_windows
+
+
+def make_trainer(tmp_path, model, callbacks, **changes):
+    settings = {"max_steps": 5, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=False, disable_tqdm=True, **{**settings, **changes}
+    )
+    return Trainer(
+        model=model, args=args, train_dataset=some_windows(), data_collator=collate_windows, callbacks=callbacks
+    )
+
+
+def read_lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "weight_deltas.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Five steps of a plain Trainer with the callback: folder, model, plan, weights before."""
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["blocks[-1].mlp", "final_norm"])
+    apply_plan(model, plan)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    callback = WeightDeltaCallback(plan, delta_steps=2)
+    trainer = make_trainer(folder, model, [callback])
+    trainer.train()
+    return folder, model, plan, before, trainer
+
+
+def test_a_report_every_delta_steps_and_at_the_end_has_a_line_for_every_parameter(trained):
+    folder, model, *_ = trained
+    steps = [line["step"] for line in read_lines(folder)]
+    assert sorted(set(steps)) == [2, 4, 5]
+    assert len(steps) == 3 * len(list(model.parameters()))
+
+
+def test_the_deltas_are_the_distances_from_the_weights_before(trained):
+    folder, model, plan, before, _ = trained
+    last = {line["name"]: line for line in read_lines(folder) if line["step"] == 5}
+    for name, parameter in model.named_parameters():
+        change = (parameter.detach().double() - before[name].double()).flatten()
+        assert last[name]["l2_delta"] == pytest.approx(float(change.norm()), rel=1e-12)
+        assert last[name]["max_abs_delta"] == float(change.abs().max())
+        norm = float(before[name].double().norm())
+        assert last[name]["relative_delta"] == (pytest.approx(float(change.norm()) / norm, rel=1e-12) if norm else None) or (
+            last[name]["l2_delta"] == 0.0
+        )
+
+
+def test_frozen_parameters_moved_by_exactly_zero_and_trainable_ones_moved(trained):
+    folder, _, plan, _, _ = trained
+    for line in read_lines(folder):
+        assert line["trainable"] == (line["name"] in plan.trainable)
+        assert (line["l2_delta"] > 0) == line["trainable"], line["name"]
+
+
+def test_groups_are_in_the_log_under_stable_names(trained):
+    *_, trainer = trained
+    logged = [entry for entry in trainer.state.log_history if "delta/frozen_l2" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 5]
+    assert logged[-1]["delta/frozen_l2"] == 0.0
+    assert logged[-1]["delta/trainable_l2"] > logged[-1]["delta/final_norm"] > 0.0
+    assert logged[-1]["delta/block_02/mlp"] > 0.0
+    assert logged[-1]["delta/block_00/attention"] == 0.0
+
+
+def test_the_trainable_distance_is_the_root_of_the_summed_squares(trained):
+    folder, _, plan, _, trainer = trained
+    moved = [line["l2_delta"] for line in read_lines(folder) if line["step"] == 5 and line["trainable"]]
+    logged = [entry for entry in trainer.state.log_history if "delta/frozen_l2" in entry][-1]
+    assert logged["delta/trainable_l2"] == pytest.approx(sum(value**2 for value in moved) ** 0.5)
+
+
+def test_a_snapshot_is_a_copy_and_not_the_live_tensor():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    snapshot = take_snapshot(model, plan)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.add_(1.0)
+    moved = {delta.name: delta for delta in measure_deltas(model, snapshot)}
+    assert moved["transformer.ln_f.weight"].l2_delta == pytest.approx(32**0.5)
+    assert moved["transformer.ln_f.weight"].max_abs_delta == 1.0
+    assert moved["transformer.ln_f.weight"].relative_delta == pytest.approx(1.0)
+    assert moved["transformer.ln_f.bias"].relative_delta is None  # its norm before is 0
+
+
+def test_two_callbacks_share_one_snapshot_and_a_later_training_takes_a_new_one():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    first = take_snapshot(model, plan)
+    assert take_snapshot(model, plan) is first
+    with torch.no_grad():
+        model.transformer.ln_f.weight.add_(1.0)
+    assert take_snapshot(model, plan) is not first
+
+
+def test_a_frozen_parameter_that_changed_has_an_unknown_distance_and_is_no_zero():
+    model = tiny_gpt2()
+    snapshot = take_snapshot(model, plan_freeze(model, ["final_norm"]))
+    with torch.no_grad():
+        model.transformer.wpe.weight[3, 3] += 1e-3
+    moved = {delta.name: delta for delta in measure_deltas(model, snapshot)}
+    assert moved["transformer.wpe.weight"].l2_delta is None
+
+
+def test_a_weight_that_is_not_finite_gives_no_nan_in_the_file(tmp_path):
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    apply_plan(model, plan)
+    snapshot = take_snapshot(model, plan)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    moved = {delta.name: delta for delta in measure_deltas(model, snapshot)}
+    assert moved["transformer.ln_f.weight"].l2_delta is None
+
+
+def test_an_attached_callback_sends_its_values_through_the_trainers_log(tmp_path):
+    from transformers import TrainerCallback
+
+    class Tracker(TrainerCallback):
+        seen: list = []  # noqa: RUF012
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(logs)
+
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    apply_plan(model, plan)
+    callback, tracker = WeightDeltaCallback(plan, delta_steps=5), Tracker()
+    trainer = make_trainer(tmp_path, model, [tracker, callback])
+    callback.attach(trainer)
+    trainer.train()
+    assert any("delta/trainable_l2" in logs for logs in tracker.seen)
+
+
+def test_names_are_plain_under_torch_compile_wrapping():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    wrapped = torch.compile(model, backend="eager")
+    snapshot = take_snapshot(wrapped, plan)
+    assert snapshot.copies.keys() == set(plan.trainable)

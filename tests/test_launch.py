@@ -1,0 +1,111 @@
+"""accelerate_config.yaml resolves to what its comments say; launches that would train wrong are stopped."""
+
+import argparse
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from partialtune.errors import InputError
+from partialtune.launch import check_precision, check_processes, one_device_a_process, use_all_cores
+
+CONFIG = REPOSITORY / "accelerate_config.yaml"
+
+
+def resolved(*flags):
+    """What accelerate makes of the configuration and these flags, without starting anything."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    words = ["--config_file", str(CONFIG), *flags, "-m", "partialtune", "--help"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert isinstance(args, argparse.Namespace)
+    return args
+
+
+def test_the_configuration_alone_starts_one_process_on_whatever_device_there_is():
+    args = resolved()
+    assert (args.num_processes, args.num_machines) == (1, 1)
+    assert not args.multi_gpu
+    assert not args.use_cpu
+    assert not args.cpu
+    assert args.mixed_precision == "no"
+    assert not (args.use_deepspeed or args.use_fsdp or args.tpu)
+
+
+def test_multi_gpu_and_num_processes_win_over_the_configuration():
+    args = resolved("--multi_gpu", "--num_processes", "4")
+    assert args.multi_gpu
+    assert args.num_processes == 4
+
+
+@pytest.mark.slow
+def test_under_accelerate_a_cpu_only_machine_uses_all_its_cores():
+    code = (
+        "from partialtune.launch import use_all_cores; import torch; use_all_cores(); "
+        "print('threads', torch.get_num_threads(), torch.accelerator.is_available())"
+    )
+    script = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--no_python"]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    run = subprocess.run(
+        [*script, sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=True
+    )
+    threads, accelerator = run.stdout.split("threads ")[1].split()
+    assert accelerator == "True" or int(threads) == len(os.sched_getaffinity(0))
+
+
+def test_threads_are_left_alone_where_the_user_set_them(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(key)
+    before = torch.get_num_threads()
+    use_all_cores()
+    assert torch.get_num_threads() == before
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    before = torch.get_num_threads()
+    try:
+        use_all_cores()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_processes_that_do_not_find_each_other_are_stopped(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="each runs alone"):
+        check_processes(SimpleNamespace(world_size=1))
+    check_processes(SimpleNamespace(world_size=2))
+
+
+def test_one_process_that_sees_several_gpus_uses_one_and_says_how_to_use_all(caplog):
+    args = SimpleNamespace(device="cuda:0", n_gpu=4, _n_gpu=4)
+    one_device_a_process(args)
+    assert args._n_gpu == 1
+    assert "--multi_gpu --num_processes 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said", "accepted"),
+    [
+        ("no", {}, True),
+        ("no", {"bf16": True}, True),
+        ("bf16", {"bf16": True}, True),
+        ("bf16", {}, False),
+        ("fp16", {"bf16": True}, False),
+    ],
+)
+def test_a_launchers_precision_that_contradicts_the_recipe_is_an_error(monkeypatch, launcher, said, accepted):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    if accepted:
+        check_precision(said)
+    else:
+        with pytest.raises(InputError, match=f"mixed precision {launcher}"):
+            check_precision(said)

@@ -1,0 +1,151 @@
+"""Models load whole and in fp32, or are refused in one sentence that says why."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_gpt2
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
+
+from partialtune.errors import ModelError
+from partialtune.modeling import check_fit, empty_model, load_config, load_model, load_tokenizer, set_dropout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder):
+    return load_model(str(folder), load_config(str(folder)))
+
+
+def test_a_folder_loads_in_fp32_and_eval_mode_with_its_own_weights(folder):
+    model = load(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_gpt2().parameters(), strict=True))
+
+
+def test_a_16_bit_base_is_widened_exactly(tmp_path):
+    narrow = tiny_gpt2().to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path)
+    for wide, original in zip(load(tmp_path).parameters(), narrow.parameters(), strict=True):
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide, original.float())
+
+
+def test_a_base_with_the_names_and_mask_buffers_of_the_hubs_file_loads_the_same(folder):
+    original = {name: p.clone() for name, p in load(folder).named_parameters()}
+    rename_to_hub(folder)
+    assert all(torch.equal(p, original[name]) for name, p in load(folder).named_parameters())
+
+
+def rename_to_hub(folder):
+    """Give a GPT-2 weight file the names and the mask buffers that the Hub's own has."""
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for block in range(3):
+        renamed[f"h.{block}.attn.bias"] = torch.tril(torch.ones(1, 1, 64, 64))
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_dropout_is_put_on_every_dropout_of_the_config(folder):
+    config = load_config(str(folder), dropout=0)
+    assert {key: value for key, value in config.to_dict().items() if key.endswith("pdrop")} == dict.fromkeys(
+        ("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0
+    )
+    assert load_config(str(folder)).resid_pdrop == 0.1
+
+
+def test_dropout_reaches_other_architectures_by_the_names_of_their_fields():
+    from transformers import LlamaConfig, OPTConfig
+
+    opt, llama = OPTConfig(), LlamaConfig()
+    set_dropout(opt, 0.25)
+    set_dropout(llama, 0.25)
+    assert (opt.dropout, opt.attention_dropout, opt.layerdrop) == (0.25, 0.25, 0.25)
+    assert llama.attention_dropout == 0.25
+
+
+def test_the_empty_model_has_shapes_and_ties_but_no_weights(folder):
+    model = empty_model(load_config(str(folder)))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def refused(name, match):
+    with pytest.raises(ModelError, match=match) as caught:
+        load_model(str(name), load_config(str(name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_neither_folder_nor_hub_id_are_refused(tmp_path):
+    refused(tmp_path / "absent", "there is no folder")
+    refused("./absent", "there is no folder")
+    refused("two words", "no Hub id")
+    refused("builtin:absent", "lilliput")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "is a file")
+    refused(tmp_path, r"without config\.json")
+
+
+def test_a_damaged_weight_file_is_refused(folder):
+    (folder / "model.safetensors").write_bytes(b"not a tensor in sight")
+    refused(folder, "damaged")
+
+
+def test_a_shortened_weight_file_is_refused(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(folder, "damaged")
+
+
+def test_a_model_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "cannot be loaded")
+
+
+def test_a_pickle_is_not_opened(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "safetensors")
+
+
+def test_a_weight_file_that_lacks_tensors_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, r"lacks 1 of the model's tensors, transformer\.h\.1\.mlp\.c_fc\.weight")
+
+
+def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
+    refused(tmp_path, "causal language models")
+
+
+def test_a_broken_config_is_refused(folder):
+    (folder / "config.json").write_text("{")
+    refused(folder, "cannot be loaded")
+
+
+def test_a_folder_without_tokenizer_is_refused(folder):
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(str(folder))
+
+
+def test_windows_longer_than_the_context_and_strange_tokenizers_are_refused():
+    config = GPT2Config(n_positions=64, vocab_size=128)
+    check_fit("m", config, block_size=64, vocabulary=128)
+    with pytest.raises(ModelError, match="context of 64"):
+        check_fit("m", config, block_size=65, vocabulary=128)
+    with pytest.raises(ModelError, match="do not belong together"):
+        check_fit("m", config, block_size=64, vocabulary=129)
+
+
+def test_the_weights_are_not_read_from_a_copy_that_was_deleted(folder):
+    shutil.rmtree(folder)
+    refused(folder, "there is no folder")

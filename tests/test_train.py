@@ -1,0 +1,391 @@
+"""The whole run: what it must show, on the bundled model, on GPT-2's shape, and against a plain PyTorch loop."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, SHARED_DATA, needs_shared_data, tiny_gpt2
+from test_modeling import rename_to_hub
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from partialtune import train, trainer
+from partialtune.cli import main
+from partialtune.evaluation import score_text, scored_text
+from partialtune.text import read_texts
+from partialtune.windows import random_windows, split_text, tokenize_text
+
+QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "weight_deltas.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The quickstart, run to its end through the command line."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    assert main(["train", QUICKSTART, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_quickstart_lowers_held_out_bits_per_byte_by_at_least_15_percent(quickstart):
+    scores = read(quickstart, "evaluation.json")["validation"]
+    assert scores["after"]["bits_per_byte"] <= 0.85 * scores["before"]["bits_per_byte"]
+
+
+@pytest.mark.slow
+def test_quickstart_keeps_every_bit_of_the_frozen_part_and_moves_every_trainable_parameter(quickstart):
+    audit, plan = read(quickstart, "audit.json"), read(quickstart, "freeze_plan.json")
+    assert audit["passed"] is True
+    assert audit["frozen"]["l2_delta"] == 0.0
+    assert audit["trainable"]["unmoved"] == []
+    for entry in plan["parameters"]:
+        assert (entry["sha256_before"] != entry["sha256_after"]) == entry["trainable"], entry["name"]
+    last = max(line["step"] for line in lines_of(quickstart))
+    assert last == 123
+    for line in lines_of(quickstart):
+        assert (line["l2_delta"] > 0) == line["trainable"], line
+
+
+@pytest.mark.slow
+def test_the_saved_model_reloads_with_the_digests_and_the_loss_of_the_run(quickstart):
+    from partialtune.weights import digests
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(quickstart), AutoTokenizer.from_pretrained(quickstart)
+    plan = {entry["name"]: entry["sha256_after"] for entry in read(quickstart, "freeze_plan.json")["parameters"]}
+    assert digests(model) == plan
+    source = read_texts(["builtin:python-docs"])[0]
+    held_out = split_text(source.text, 0.1)[1]
+    again = score_text(model, scored_text([held_out], [tokenize_text(held_out, tokenizer)], 256), 8, "reloaded")
+    assert again["loss"] == pytest.approx(read(quickstart, "evaluation.json")["validation"]["after"]["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_run_folder_holds_what_the_contract_names(quickstart):
+    names = {path.name for path in quickstart.iterdir()}
+    assert {
+        *("recipe.yaml", "freeze_plan.json", "audit.json", "weight_deltas.jsonl", "evaluation.json", "performance.json"),
+        *("trainer_state.json", "train_results.json", "model.safetensors", "config.json", "tokenizer.json"),
+        *("figures", "report.html", "README.md", "exit.json"),
+    } <= names
+    assert "training_args.bin" not in names
+    assert {path.name for path in (quickstart / "figures").iterdir()} >= {"loss.png"}
+    assert read(quickstart, "exit.json")["code"] == 0
+    performance = read(quickstart, "performance.json")
+    assert performance["tokens_per_second"] == pytest.approx(16 * 256 / performance["median_step_seconds"])
+    assert performance["flops_per_step"] > 6 * 16 * 256 * 300_000
+    history = read(quickstart, "trainer_state.json")["log_history"]
+    assert len([entry for entry in history if "loss" in entry]) == 123
+    assert len([entry for entry in history if "eval_loss" in entry]) >= 10
+    record = yaml.safe_load((quickstart / "recipe.yaml").read_text())["run"]
+    assert record["precision"] == "fp32"
+    assert len(record["sources"][0]["sha256"]) == 64
+
+
+@pytest.mark.slow
+def test_the_evaluation_follows_the_contract(quickstart):
+    evaluation = read(quickstart, "evaluation.json")
+    assert set(evaluation) == {"validation", "training", "prompts"}
+    for moment in ("before", "after"):
+        s = evaluation["validation"][moment]
+        assert s["perplexity"] == pytest.approx(math.exp(s["loss"]))
+        assert s["bits_per_byte"] == pytest.approx(s["loss"] / math.log(2) * s["text_tokens"] / s["bytes"])
+        assert 0 < s["next_token_accuracy"] < s["top5_accuracy"] < 1
+        assert evaluation["training"][moment]["tokens"] <= 256 * 255
+    for prompt in evaluation["prompts"]:
+        assert prompt["kl"] > 0
+        assert len(prompt["before"]) == len(prompt["after"]) == 10
+        assert prompt["continuation_before"] != prompt["continuation_after"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_repeated_and_a_changed_recipe_is_refused(quickstart, capsys):
+    marks = {path: path.stat().st_mtime_ns for path in quickstart.rglob("*")}
+    assert main(["train", QUICKSTART, "--output_dir", str(quickstart)]) == 0
+    assert main(["train", QUICKSTART, "--output_dir", str(quickstart), "--block_size", "64"]) == 2
+    assert "block_size" in capsys.readouterr().err
+    assert marks == {path: path.stat().st_mtime_ns for path in quickstart.rglob("*")}
+
+
+@pytest.mark.slow
+def test_the_recipe_that_a_run_recorded_is_one_that_train_accepts(quickstart, tmp_path):
+    words = ["--output_dir", str(tmp_path / "again"), "--max_steps", "1", "--validation_share", "0.01"]
+    assert main(["train", str(quickstart / "recipe.yaml"), *words]) == 0
+
+
+# ---- small runs -----------------------------------------------------------------------------------------------------
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny GPT-2 with the bundled tokenizer."""
+    from partialtune.builtin import builtin_folder
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(builtin_folder("builtin:lilliput"))
+    tiny_gpt2(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, base):
+    """A small recipe as words of the command line."""
+    (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
+    values = {
+        "model_name_or_path": str(base),
+        "text": str(tmp_path / "text.txt"),
+        "block_size": 32,
+        "trainable": ["blocks[-1]", "final_norm"],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "prompts": ["It was"],
+        "save_steps": 2,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return str(tmp_path / "recipe.yaml")
+
+
+def final_weights(folder):
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def test_a_base_with_the_hubs_names_gives_the_same_run(recipe, tmp_path, base):
+    hub = tmp_path / "hub"
+    shutil.copytree(base, hub)
+    rename_to_hub(hub)
+    assert main(["train", recipe]) == 0
+    assert main(["train", recipe, "--model_name_or_path", str(hub), "--output_dir", str(tmp_path / "run-hub")]) == 0
+    ours, theirs = final_weights(tmp_path / "run"), final_weights(tmp_path / "run-hub")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read(tmp_path / "run-hub", "audit.json")["passed"] is True
+
+
+def test_an_untied_head_is_trained_saved_and_reloaded(recipe, tmp_path):
+    assert main(["train", recipe, "--head", "untied", "--trainable", "final_norm", "head"]) == 0
+    plan = read(tmp_path / "run", "freeze_plan.json")
+    assert plan["backward_from"] == "transformer.ln_f.weight"
+    reloaded = final_weights(tmp_path / "run")
+    assert not torch.equal(reloaded["lm_head.weight"], reloaded["transformer.wte.weight"])
+    assert read(tmp_path / "run", "audit.json")["trainable"]["unmoved"] == []
+
+
+def test_nothing_held_out_gives_no_validation_and_no_evaluation_during_training(recipe, tmp_path):
+    assert main(["train", recipe, "--validation_share", "0"]) == 0
+    assert "validation" not in read(tmp_path / "run", "evaluation.json")
+    history = read(tmp_path / "run", "trainer_state.json")["log_history"]
+    assert not any("eval_loss" in entry for entry in history)
+
+
+def test_further_texts_are_scored_before_and_after(recipe, tmp_path):
+    (tmp_path / "other.txt").write_text("Quite another matter, told in other words. " * 100)
+    assert main(["train", recipe, "--eval_texts", f"{{other: {tmp_path / 'other.txt'}}}"]) == 0
+    scores = read(tmp_path / "run", "evaluation.json")["other"]
+    assert scores["before"]["bytes"] == 4300
+    assert scores["before"]["loss"] != scores["after"]["loss"]
+
+
+def test_full_fine_tuning_is_a_method(recipe, tmp_path):
+    values = yaml.safe_load(open(recipe))
+    del values["trainable"]
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump({**values, "method": "full"}))
+    assert main(["train", str(tmp_path / "full.yaml")]) == 0
+    assert read(tmp_path / "run", "audit.json")["frozen"]["parameters"] == 0
+
+
+def test_a_run_that_diverges_ends_with_4_and_keeps_its_checkpoints(recipe, tmp_path, capsys):
+    assert main(["train", recipe, "--learning_rate", "1e30", "--max_grad_norm", "0"]) == 4
+    assert "diverged" in capsys.readouterr().err
+    assert read(tmp_path / "run", "exit.json")["code"] == 4
+
+
+def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in_place(recipe, tmp_path, monkeypatch, capsys):
+    from partialtune.trainer import PartialTrainer
+
+    step = PartialTrainer.training_step
+
+    def with_fault(self, model, *rest):
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                self.model.transformer.h[0].mlp.c_fc.weight.view(torch.int32)[0, 0] ^= 1
+        return step(self, model, *rest)
+
+    monkeypatch.setattr(PartialTrainer, "training_step", with_fault)
+    assert main(["train", recipe]) == 3
+    assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
+    assert read(tmp_path / "run", "exit.json")["code"] == 3
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_path, monkeypatch):
+    from partialtune.trainer import PartialTrainer
+
+    step = PartialTrainer.training_step
+
+    def with_fault(self, model, *rest):
+        with torch.no_grad():
+            self.model.transformer.wpe.weight.add_(1e-3)
+        return step(self, model, *rest)
+
+    monkeypatch.setattr(PartialTrainer, "training_step", with_fault)
+    assert main(["train", recipe, "--allow_failed_audit", "true"]) == 0
+    assert read(tmp_path / "run", "audit.json")["frozen"]["changed"] == ["transformer.wpe.weight"]
+
+
+def start(recipe, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "partialtune", "train", recipe, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_a_message_a_checkpoint_and_its_code_and_the_run_goes_on_to_the_same_weights(
+    recipe, tmp_path, number, code
+):
+    run, words = tmp_path / "run", ["--max_steps", "400", "--logging_steps", "50", "--eval_strategy", "no"]
+    process = start(recipe, *words)
+    wait_for(lambda: (run / "checkpoint-10").is_dir(), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert "--resume_from_checkpoint auto" in err.strip().splitlines()[-1]
+    assert read(run, "exit.json")["code"] == code
+
+    assert main(["train", recipe, *words]) == 2  # not without leave
+    assert main(["train", recipe, *words, "--resume_from_checkpoint", "auto"]) == 0
+    assert main(["train", recipe, *words, "--output_dir", str(tmp_path / "whole")]) == 0
+    resumed, whole = final_weights(run), final_weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert [line["step"] for line in lines_of(run)] == [line["step"] for line in lines_of(tmp_path / "whole")]
+
+
+def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp_path):
+    assert main(["train", recipe, "--lr_scheduler_type", "constant"]) == 0
+    more = ["--lr_scheduler_type", "constant", "--max_steps", "12", "--resume_from_checkpoint", "auto"]
+    assert main(["train", recipe, *more]) == 0
+    assert read(tmp_path / "run", "trainer_state.json")["global_step"] == 12
+    assert sorted({line["step"] for line in lines_of(tmp_path / "run")}) == [8, 10, 12]
+
+
+# ---- GPT-2's shape and the notebook's arithmetic --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """GPT-2's 124M shape with random weights and its real tokenizer, in a file with the Hub's names and buffers."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config())
+    tensors = {name.removeprefix("transformer."): p.detach().clone() for name, p in model.named_parameters()}
+    tensors |= {f"h.{block}.attn.bias": torch.tril(torch.ones(1, 1, 1024, 1024)) for block in range(12)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    GPT2Tokenizer.from_pretrained(SHARED_DATA / "gpt2_tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@needs_shared_data
+def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_folder, tmp_path):
+    gulliver = SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt"
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no", "--eval_strategy", "no"]
+    words = ["--model_name_or_path", str(gpt2_folder), "--text", str(gulliver), "--output_dir", str(tmp_path / "run")]
+    # 1.5% held out and one prompt: what is scored before and after costs more than the two steps
+    scored = ["--validation_share", "0.015", "--prompts", "My father had a small estate in Nottinghamshire"]
+    recipe = str(REPOSITORY / "recipes" / "gpt2" / "gulliver.yaml")
+    assert main(["train", recipe, *words, *small, *scored]) == 0
+    plan = read(tmp_path / "run", "freeze_plan.json")
+    assert (plan["trainable_parameters"], plan["total_parameters"]) == (39_385_344, 124_439_808)
+    assert plan["ties"] == [["transformer.wte.weight", "lm_head.weight"]]
+    audit = read(tmp_path / "run", "audit.json")
+    assert audit["passed"] is True
+    assert audit["frozen"] == {"parameters": 144, "changed": [], "l2_delta": 0.0}
+    assert audit["trainable"]["l2_delta"] > 0
+    prompt = read(tmp_path / "run", "evaluation.json")["prompts"][0]
+    assert prompt["kl"] > 0
+
+
+@needs_shared_data
+def test_raw_gulliver_has_158_345_tokens():
+    tokenizer = GPT2Tokenizer.from_pretrained(SHARED_DATA / "gpt2_tokenizer")
+    source = read_texts([str(SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt")], cleaning="none")[0]
+    assert len(tokenize_text(source.text, tokenizer)) == 158_345
+
+
+def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_path, base, monkeypatch):
+    """Same windows, same order, fp32: plain AdamW over what trains, model in eval mode, no clipping, constant rate."""
+    batches = []
+
+    def recorded(rows):
+        batches.append(trainer.collate_windows(rows)["input_ids"])
+        return trainer.collate_windows(rows)
+
+    monkeypatch.setattr(train, "collate_windows", recorded)
+    (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
+    steps, batch, block = 20, 4, 32
+    words = ["--model_name_or_path", str(base), "--text", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "run")]
+    words += ["--max_steps", str(steps), "--per_device_train_batch_size", str(batch), "--block_size", str(block)]
+    words += ["--prompts", "It was", "--save_strategy", "no"]
+    assert main(["train", str(REPOSITORY / "recipes" / "gpt2" / "notebook.yaml"), *words]) == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = (tmp_path / "text.txt").read_bytes().decode()
+    windows = random_windows([tokenize_text(text, tokenizer)], block, seed=42)
+    drawn = {tuple(row) for row in windows["input_ids"]}
+    assert all(tuple(row) in drawn for X in batches for row in X.tolist())
+    assert len(batches) >= steps
+    model = AutoModelForCausalLM.from_pretrained(base)  # eval mode
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("transformer.h."))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=5e-5, weight_decay=0.01)
+    losses = []
+    for X in batches[:steps]:
+        loss = model(X, labels=X).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    logged = [entry["loss"] for entry in read(tmp_path / "run", "trainer_state.json")["log_history"] if "loss" in entry]
+    assert logged == pytest.approx(losses, abs=1e-5)
+    ours, base_weights = final_weights(tmp_path / "run"), final_weights(base)
+    for name, parameter in model.named_parameters():
+        assert float((ours[name] - parameter).detach().abs().max()) <= 1e-6, name
+        moved = float((parameter - base_weights[name]).detach().abs().max())
+        assert (moved > 1e-4) == parameter.requires_grad, name  # the comparison is not one of unmoved weights
