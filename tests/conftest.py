@@ -10,7 +10,7 @@ needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"needs 
 
 
 def tiny_gpt2(seed: int = 0, **changes):
-    """A GPT-2 of 3 blocks, 128 tokens of vocabulary and 64 of context, with its usual dropout, weights drawn from `seed`."""
+    """A GPT-2 of 3 blocks, 128 tokens of vocabulary and 64 of context, with its usual dropout, weights from `seed`."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import some_windows, tiny_gpt2
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from conftest import some_windows, tiny_gpt2
 from partialtune.audit import KEPT_EVERY_BIT, NEVER_A_GRADIENT, FreezeAuditCallback
 from partialtune.errors import FreezeViolation
 from partialtune.plan import apply_plan, plan_freeze
@@ -19,7 +19,11 @@ def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_o
     apply_plan(model, plan)
     settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
     args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=False, disable_tqdm=True, **{**settings, **changes}
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{**settings, **changes},
     )
     audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
     trainer = Trainer(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import SHARED_DATA, needs_shared_data
 from partialtune.builtin import builtin_folder, pretrain
+from partialtune.builtin.books import tidy
 from partialtune.cleaning import clean_gutenberg
 from partialtune.errors import ModelError, TextError
 from partialtune.evaluation import score_text, scored_text
@@ -184,13 +185,13 @@ def books(tmp_path):
 
 def tiny_run(books, out, *more):
     shape = "--vocab_size 300 --width 16 --depth 2 --heads 2 --context 32 --batch_tokens 128 --threads 1"
-    pretrain.main([str(books), str(out), "--held_out", "pg2", *shape.split(), *more])
+    pretrain.main([str(books), str(out), *shape.split(), *more])
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_script_makes_a_model_folder_with_its_card(books, tmp_path, capsys):
     out = tmp_path / "model"
-    tiny_run(books, out, "--steps", "6")
+    tiny_run(books, out, "--steps", "6", "--held_out", "pg2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     assert metrics["run"]["steps"] == 6
@@ -232,7 +233,10 @@ def test_interrupted_script_goes_on_where_it_stopped(books, tmp_path, monkeypatc
 
 def test_script_in_minutes_ends_in_time_with_the_rate_at_zero(books, tmp_path):
     tiny_run(books, tmp_path / "model", "--minutes", "0.03")
-    run = json.loads((tmp_path / "model" / "metrics.json").read_text("utf-8"))["run"]
+    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text("utf-8"))
+    assert metrics["held_out"] == []
+    assert "## Scores" not in (tmp_path / "model" / "README.md").read_text("utf-8")
+    run = metrics["run"]
     assert run["steps"] > 1
     assert run["minutes"] <= 0.1
     assert pretrain.rate_at(1.0, step=1000) == 0.0
@@ -248,4 +252,4 @@ def test_held_out_book_that_is_not_there_is_refused(books, tmp_path):
 
 def test_tables_and_runs_of_spaces_are_not_trained_on():
     text = "A  line   of prose.\n Malt   12     4\nChapter I ........ 5 ...... 6\n\n\n\n\nThe end.\n"
-    assert pretrain.tidy(text) == "A line of prose.\n\n\nThe end.\n"
+    assert tidy(text) == "A line of prose.\n\n\nThe end.\n"

@@ -8,8 +8,8 @@ import time
 
 import pytest
 import yaml
-from conftest import REPOSITORY
 
+from conftest import REPOSITORY
 from partialtune.cli import main
 
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
@@ -130,7 +130,16 @@ def test_the_wheel_holds_model_templates_and_quickstart_and_runs_from_an_empty_f
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     where = partialtune("--version", cwd=tmp_path, env=environment)
     assert where.returncode == 0
-    words = ["--max_steps", "1", "--output_dir", "out", "--per_device_train_batch_size", "2", "--validation_share", "0.02"]
+    words = [
+        "--max_steps",
+        "1",
+        "--output_dir",
+        "out",
+        "--per_device_train_batch_size",
+        "2",
+        "--validation_share",
+        "0.02",
+    ]
     run = partialtune("train", "builtin:quickstart", *words, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "report.html").is_file()

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import some_windows, tiny_gpt2
 from transformers import Trainer, TrainingArguments
 
+from conftest import some_windows, tiny_gpt2
 from partialtune.deltas import WeightDeltaCallback
 from partialtune.plan import apply_plan, plan_freeze
 from partialtune.snapshots import measure_deltas, take_snapshot
@@ -16,7 +16,11 @@ from partialtune.trainer import collate_windows
 def make_trainer(tmp_path, model, callbacks, **changes):
     settings = {"max_steps": 5, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
     args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=False, disable_tqdm=True, **{**settings, **changes}
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{**settings, **changes},
     )
     return Trainer(
         model=model, args=args, train_dataset=some_windows(), data_collator=collate_windows, callbacks=callbacks
@@ -49,16 +53,16 @@ def test_a_report_every_delta_steps_and_at_the_end_has_a_line_for_every_paramete
 
 
 def test_the_deltas_are_the_distances_from_the_weights_before(trained):
-    folder, model, plan, before, _ = trained
+    folder, model, _, before, _ = trained
     last = {line["name"]: line for line in read_lines(folder) if line["step"] == 5}
     for name, parameter in model.named_parameters():
         change = (parameter.detach().double() - before[name].double()).flatten()
         assert last[name]["l2_delta"] == pytest.approx(float(change.norm()), rel=1e-12)
         assert last[name]["max_abs_delta"] == float(change.abs().max())
         norm = float(before[name].double().norm())
-        assert last[name]["relative_delta"] == (pytest.approx(float(change.norm()) / norm, rel=1e-12) if norm else None) or (
-            last[name]["l2_delta"] == 0.0
-        )
+        assert last[name]["relative_delta"] == (
+            pytest.approx(float(change.norm()) / norm, rel=1e-12) if norm else None
+        ) or (last[name]["l2_delta"] == 0.0)
 
 
 def test_frozen_parameters_moved_by_exactly_zero_and_trainable_ones_moved(trained):
@@ -79,7 +83,7 @@ def test_groups_are_in_the_log_under_stable_names(trained):
 
 
 def test_the_trainable_distance_is_the_root_of_the_summed_squares(trained):
-    folder, _, plan, _, trainer = trained
+    folder, _, _, _, trainer = trained
     moved = [line["l2_delta"] for line in read_lines(folder) if line["step"] == 5 and line["trainable"]]
     logged = [entry for entry in trainer.state.log_history if "delta/frozen_l2" in entry][-1]
     assert logged["delta/trainable_l2"] == pytest.approx(sum(value**2 for value in moved) ** 0.5)
@@ -153,3 +157,14 @@ def test_names_are_plain_under_torch_compile_wrapping():
     wrapped = torch.compile(model, backend="eager")
     snapshot = take_snapshot(wrapped, plan)
     assert snapshot.copies.keys() == set(plan.trainable)
+
+
+def test_a_report_does_not_swallow_the_trainers_own_log_of_that_step(tmp_path):
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    apply_plan(model, plan)
+    callback = WeightDeltaCallback(plan, delta_steps=2)
+    trainer = make_trainer(tmp_path, model, [callback], logging_steps=1)
+    callback.attach(trainer)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
+from conftest import REPOSITORY
 from partialtune.errors import InputError
 from partialtune.launch import check_precision, check_processes, one_device_a_process, use_all_cores
 
@@ -33,7 +33,7 @@ def test_the_configuration_alone_starts_one_process_on_whatever_device_there_is(
     assert not args.use_cpu
     assert not args.cpu
     assert args.mixed_precision == "no"
-    assert not (args.use_deepspeed or args.use_fsdp or args.tpu)
+    assert not any((args.use_deepspeed, args.use_fsdp, args.tpu))
 
 
 def test_multi_gpu_and_num_processes_win_over_the_configuration():

@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 
-from conftest import some_windows, tiny_gpt2
 from transformers import Trainer, TrainingArguments, default_data_collator
+
+from conftest import some_windows, tiny_gpt2
 
 
 def test_the_callbacks_work_in_a_plain_trainer(tmp_path):

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_gpt2
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
+from conftest import tiny_gpt2
 from partialtune.errors import ModelError
 from partialtune.modeling import check_fit, empty_model, load_config, load_model, load_tokenizer, set_dropout
 

@@ -9,7 +9,13 @@ import yaml
 from partialtune.errors import RecipeError
 from partialtune.output_dir import Standing, locked, read_json, standing_of, write_exit, write_json
 
-VALUES = {"model_name_or_path": "builtin:lilliput", "text": ["a.txt"], "trainable": ["all"], "output_dir": "x", "max_steps": 5}
+VALUES = {
+    "model_name_or_path": "builtin:lilliput",
+    "text": ["a.txt"],
+    "trainable": ["all"],
+    "output_dir": "x",
+    "max_steps": 5,
+}
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
-"""A plan decides without touching the model; applying it sets requires_grad, keeps frozen modules in eval and unties."""
+"""A plan decides without touching the model; applying it sets requires_grad, keeps frozen modules in eval, unties."""
 
 import copy
 import json
 
 import pytest
 import torch
-from conftest import tiny_gpt2
 from transformers import AutoModelForCausalLM
 
+from conftest import tiny_gpt2
 from partialtune.errors import RecipeError
 from partialtune.plan import apply_plan, plan_freeze
 from partialtune.plan_table import plan_table

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from conftest import REPOSITORY
 from partialtune.modeling import empty_model, load_config
 from partialtune.plan import plan_freeze
 from partialtune.recipe import read_recipe

@@ -8,19 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SHARED_DATA, needs_shared_data, tiny_gpt2
-from test_modeling import rename_to_hub
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
+from conftest import REPOSITORY, SHARED_DATA, needs_shared_data, tiny_gpt2
 from partialtune import train, trainer
 from partialtune.cli import main
 from partialtune.evaluation import score_text, scored_text
 from partialtune.text import read_texts
 from partialtune.windows import random_windows, split_text, tokenize_text
+from test_modeling import rename_to_hub
 
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
 
@@ -78,7 +79,14 @@ def test_the_saved_model_reloads_with_the_digests_and_the_loss_of_the_run(quicks
 def test_the_run_folder_holds_what_the_contract_names(quickstart):
     names = {path.name for path in quickstart.iterdir()}
     assert {
-        *("recipe.yaml", "freeze_plan.json", "audit.json", "weight_deltas.jsonl", "evaluation.json", "performance.json"),
+        *(
+            "recipe.yaml",
+            "freeze_plan.json",
+            "audit.json",
+            "weight_deltas.jsonl",
+            "evaluation.json",
+            "performance.json",
+        ),
         *("trainer_state.json", "train_results.json", "model.safetensors", "config.json", "tokenizer.json"),
         *("figures", "report.html", "README.md", "exit.json"),
     } <= names
@@ -205,7 +213,7 @@ def test_further_texts_are_scored_before_and_after(recipe, tmp_path):
 
 
 def test_full_fine_tuning_is_a_method(recipe, tmp_path):
-    values = yaml.safe_load(open(recipe))
+    values = yaml.safe_load(Path(recipe).read_text())
     del values["trainable"]
     (tmp_path / "full.yaml").write_text(yaml.safe_dump({**values, "method": "full"}))
     assert main(["train", str(tmp_path / "full.yaml")]) == 0
@@ -218,7 +226,9 @@ def test_a_run_that_diverges_ends_with_4_and_keeps_its_checkpoints(recipe, tmp_p
     assert read(tmp_path / "run", "exit.json")["code"] == 4
 
 
-def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in_place(recipe, tmp_path, monkeypatch, capsys):
+def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in_place(
+    recipe, tmp_path, monkeypatch, capsys
+):
     from partialtune.trainer import PartialTrainer
 
     step = PartialTrainer.training_step
@@ -358,7 +368,14 @@ def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_pat
     monkeypatch.setattr(train, "collate_windows", recorded)
     (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
     steps, batch, block = 20, 4, 32
-    words = ["--model_name_or_path", str(base), "--text", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "run")]
+    words = [
+        "--model_name_or_path",
+        str(base),
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     words += ["--max_steps", str(steps), "--per_device_train_batch_size", str(batch), "--block_size", str(block)]
     words += ["--prompts", "It was", "--save_strategy", "no"]
     assert main(["train", str(REPOSITORY / "recipes" / "gpt2" / "notebook.yaml"), *words]) == 0

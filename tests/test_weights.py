@@ -3,9 +3,9 @@
 import hashlib
 
 import torch
-from conftest import tiny_gpt2
 from torch import nn
 
+from conftest import tiny_gpt2
 from partialtune.weights import CHUNK, bit_sum, chunks_of, digest, named_weights, plain_name
 
 

@@ -39,7 +39,7 @@ def _has_size(file: Path, size: int) -> bool:
 
 
 def newest_complete_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the highest step whose files are all there; incomplete ones are passed over with a warning."""
+    """The checkpoint of the highest step whose files are all there; incomplete ones are passed over with a warning."""
     for checkpoint in reversed(checkpoints_in(run)):
         missing = missing_files(checkpoint)
         if not missing:

@@ -27,10 +27,11 @@ _END_MARKER = re.compile(
 )
 _SMALL_PRINT_START = re.compile(r"^[ \t]*\*+\s*START[\s*]*THE SMALL PRINT.*$", re.I | re.M)
 _SMALL_PRINT_END = re.compile(r"^[ \t]*\*+\s*END[\s*]*THE SMALL PRINT.*$", re.I | re.M)
-_END_WORD = r"(?=[A-Z])(?i:THE\s+END|END|ENDE|FIN|FINE|FIM|EINDE|SLUT|SLUTT|LOPPU|KONIEC)\b"
+_END_WORD = r"(?=[A-Z])(?i:(?:THIS\s+IS\s+)?THE\s+END|END|ENDE|FIN|FINE|FIM|EINDE|SLUT|SLUTT|LOPPU|KONIEC)\b"
 _FOOTER_LINE = re.compile(
     r"^[ \t]*(?:[*_=\[\"'“-]+\s*)?(?:"
     rf"{_END_WORD}[^\n]{{0,30}}?\b(?i:PRO\w{{3,6}}[ -]GUTENBERG)"
+    r"(?=['’]s\b|\W*$|[,:]|\W+(?i:e-?text|e-?book|edition|projekt))"
     rf"|{_END_WORD}\s+(?:\w{{1,6}}\s+){{0,2}}(?i:e-?text|e-?book)(?i:e?s)?(?=\W*(?:$|[\"'“„«]|(?i:of|von|de|di|van)\b))"
     r"|(?i:START[\s*]*THE SMALL PRINT|START: FULL LICENSE|THE FULL PROJECT GUTENBERG LICENSE)"
     r"|(?i:This file should be named \S+ or \S+)"
@@ -43,30 +44,29 @@ _OPENING = re.compile(r"project\s+gutenberg|gutenberg\W+(?:projekt|e-?text|e-?bo
 _GUTENBERG_WORDS = re.compile(
     r"\bpro\w{3,6}[\s-]+gutenberg|gutenberg\W{0,3}(?:tm|org|net|literary|association|projekt|e-?text|e-?book)\b"
     r"|\be-?texts?\b|\be-?books?\b|small print|public domain|copyright laws|plain vanilla|donations?\b"
-    r"|(?:updated|corrected) editions|full license|michael s?\.? ?hart"
+    r"|(?:updated|corrected) editions|full license|michael s?\.? ?hart|limited warranty|right of replacement"
     r"|^(?:Title|Author|Release date|Posting date|Language|Character set encoding|Editor|Translator|Illustrator|Edition"
     r"|Subtitle|Contributor|Last updated|Most recently updated|Original publication|Credits)[ \t]*:",
     re.I | re.M,
 )
 _HEADER_PROOF = re.compile(
     r"^(?:Title|Release date|Character set encoding)[ \t]*:|\[e-?(?:text|book)\s*#|small print"
-    r"|copyright laws are changing|e-?(?:text|book) is for the use of anyone|plain vanilla|e-?(?:texts|books) (?:prepared|readable) by",
+    r"|copyright laws are changing|e-?(?:text|book) is for the use of anyone|plain vanilla"
+    r"|e-?(?:texts|books) (?:prepared|readable) by",
     re.I | re.M,
-)
-_FILE = (
-    r"(?:(?:this|the)\s+)?(?:project\s+gutenberg\s+)?"
-    r"(?:e-?text|e-?book|electronic\s+(?:text|edition|version)|text|file)"
 )
 _MADE = (
     r"(?:produced|prepared|transcribed|scanned|typed|typeset|digiti[sz]ed|proof-?read|proofed|reformatted|converted"
     r"|created|provided|contributed|donated|entered|submitted|made|corrected|updated|edited)"
 )
+_MADE_FROM_PAPER = r"(?:produced|transcribed|scanned|typed|digiti[sz]ed|proof-?read|proofed|reformatted|ocr['’]?e?d)"
 _CREDIT = re.compile(
     r"[\[(*_\s]*(?:"
-    rf"{_FILE}\s+(?:(?:was|is|has\s+been)\s+)?(?:originally\s+)?{_MADE}\b"
-    r"|(?:(?:original\s+|html\s+)?(?:produced|transcribed|scanned|typed|digiti[sz]ed|proof-?read|proofed|reformatted|ocr(?:ed|['’]d)?)"
-    r"(?:(?:,|\s+and|\s+&)\s+[\w-]+){0,3}\s+(?:by|from)\b)"
-    r"|(?:text|html|digital|electronic)\s+(?:file|version|edition|text|produced)\s.{0,20}?\bby\b"
+    r"(?:(?:this|the)\s+)?(?:project\s+gutenberg\s+)?(?:e-?text|e-?book|electronic\s+(?:text|edition|version))\s+"
+    rf"(?:(?:was|is|has\s+been)\s+)?(?:originally\s+)?{_MADE}\b"
+    rf"|this\s+(?:text|file)\s+was\s+(?:originally\s+)?(?:prepared|{_MADE_FROM_PAPER})\s+(?:by|from|for)\b"
+    rf"|(?:original\s+|html\s+)?{_MADE_FROM_PAPER}(?:(?:,|\s+and|\s+&)\s+[\w-]+){{0,3}}\s+(?:by|from)\b"
+    r"|(?:text|html)\s+(?:file|version|edition)\s.{0,20}?\bby\b"
     r"|credits?\s*:|scanned\s+images\s+provided"
     r"|note:\s+(?:project\s+gutenberg|images?\s+of\s+the\s+original|the\s+original\s+\w+\s+(?:of|for)\s+this)"
     r")",
@@ -126,7 +126,8 @@ def clean_gutenberg(text: str) -> Cleaned:
 
 def _unify_lines(text: str) -> str:
     """LF line ends; no byte order mark, form feeds, end-of-file characters of DOS, or white space before line ends."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\f", "").replace("\x1a", "")
+    text = text.removeprefix("\ufeff").replace("\f", "").replace("\x1a", "")
+    text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
     return "\n".join([line.rstrip() for line in text.split("\n")])
 
 

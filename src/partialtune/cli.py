@@ -69,7 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="show what a recipe would train, without weights", allow_abbrev=False)
     _add_recipe(plan)
     plan.add_argument("--json", action="store_true", help="print freeze_plan.json instead of tables")
-    report = commands.add_parser("report", help="make figures, card and page of a finished run again", allow_abbrev=False)
+    report = commands.add_parser(
+        "report", help="make figures, card and page of a finished run again", allow_abbrev=False
+    )
     report.add_argument("run", metavar="RUN", help="folder of a finished run")
     return parser
 

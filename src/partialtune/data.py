@@ -1,4 +1,4 @@
-"""From the recipe's texts to what a run trains and scores on: sources -> training windows, held-out windows, scored texts."""
+"""The recipe's texts -> what a run trains and scores on: training windows, held-out windows, scored texts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ def refuse_non_text(data: bytes, name: str, http_charset: str | None = None) -> 
     for start, kind in _FILE_KINDS.items():
         if data.startswith(start):
             raise TextError(f"{name} is {kind}, not plain text. Unpack or convert it to a .txt file first.")
-    if _HTML_START.match(data[:4096]):
+    if _HTML_START.match(data[:4096].removeprefix(codecs.BOM_UTF8)):
         raise TextError(
             f"{name} is an HTML page, not plain text. Give the address of the plain text itself "
             f"(Project Gutenberg calls it 'Plain Text UTF-8'), or save the page's text to a file."
@@ -121,9 +121,13 @@ def _decode(data: bytes, name: str, http_charset: str | None) -> Decoded:
             text, "utf-8", "valid UTF-8" + (", against its declaration" if declared else ""), text.count("\ufffd")
         )
     as_utf8 = _with_replacements(data, "utf-8", "mostly valid UTF-8")
-    sound = sum(1 for character in as_utf8.text if character > "\x7f") - as_utf8.damaged
-    if sound > as_utf8.damaged:
+    others = len(as_utf8.text) - len(as_utf8.text.encode("ascii", errors="ignore"))
+    if others > 2 * as_utf8.damaged:
         return as_utf8
+    if others > len(as_utf8.text) / 4:
+        logger.warning(
+            "%s: no UTF-8, and no charset is declared: read as cp1252. If it looks wrong, save it as UTF-8.", name
+        )
     return _with_replacements(data, "cp1252", "fallback, because it is no valid UTF-8")
 
 

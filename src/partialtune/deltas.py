@@ -67,11 +67,11 @@ class WeightDeltaCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.delta_steps == 0:
-            self._report(args, state, model)
+            self._report(args, state, control, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._reported_at != state.global_step:
-            self._report(args, state, model)
+            self._report(args, state, control, model)
 
     def _file(self, args) -> Path:
         return Path(self.output_dir or args.output_dir) / DELTAS_FILE
@@ -89,7 +89,7 @@ class WeightDeltaCallback(TrainerCallback):
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         file.write_text("".join(kept), encoding="utf-8")
 
-    def _report(self, args, state, model) -> None:
+    def _report(self, args, state, control, model) -> None:
         started = time.perf_counter()
         deltas = {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
         self._reported_at = state.global_step
@@ -99,7 +99,9 @@ class WeightDeltaCallback(TrainerCallback):
         values = self.group_deltas(deltas)
         self.seconds += time.perf_counter() - started
         if self._log is not None:
+            wanted = control.should_log
             self._log(values)
+            control.should_log = wanted  # on_log takes the wish back, and the loss of this step would not be logged
         else:
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
 

@@ -14,7 +14,7 @@ class InputError(PartialtuneError):
 
 
 class RecipeError(InputError):
-    """A recipe, a command-line value or a selector is wrong. The message says what was got, what is allowed, what to change."""
+    """A recipe, a command-line value or a selector is wrong. The message says what was got and what is allowed."""
 
 
 class TextError(InputError):

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
-from tqdm import tqdm
 
+from partialtune.progress import progress_bar
 from partialtune.windows import chunked_windows
 
 METRIC_FILE = Path(__file__).parent / "metrics" / "causal_lm" / "causal_lm.py"
@@ -95,7 +95,7 @@ def score_text(
     windows = scored.windows.with_format("numpy")
 
     rows: list[list[float]] = []
-    bar = tqdm(total=count, desc=description, unit=" windows", disable=rank != 0)
+    bar = progress_bar(count, description, "windows")
     with bar, evaluating(model), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         for at in range(0, len(padded), batch_size):
             batch = padded[at : at + batch_size]

@@ -129,7 +129,7 @@ def draw_loss(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     if held_out:
         (_, first), (_, last) = held_out[0], held_out[-1]
         label = f"held-out text, {score('loss', first)} → {score('loss', last)}"
-        points = dict(marker="o", markersize=4.5, markeredgecolor=theme.ground, markeredgewidth=0.8)
+        points = {"marker": "o", "markersize": 4.5, "markeredgecolor": theme.ground, "markeredgewidth": 0.8}
         axes.plot(*zip(*held_out, strict=True), color=theme.lines[1], linewidth=1.8, label=label, **points)
     if spoilt:
         top = axes.get_xaxis_transform()  # x in steps, y in shares of the axes
@@ -163,7 +163,7 @@ def loss_alt(run: RunFiles) -> str:
 
 
 def delta_series(run: RunFiles) -> list[Series]:
-    """Relative deltas of the trained groups; one line a component where the groups are many. Largest at the end first."""
+    """Relative deltas of the trained groups, largest at the end first; one line a component where groups are many."""
     groups = [group for group in run.groups() if group.trained_names]
     named = {group.label: group.trained_names for group in groups}
     if len(named) > MOST_LINES:
@@ -243,7 +243,7 @@ def label_ends(axes: "Axes", labels: Sequence[tuple[float, str, str]], theme: Th
     ends = [to_axes(to_share((0, value)))[1] for value, _, _ in labels]
     places = spread(ends, gap=0.062)
     for end, place, (_, text, color) in zip(ends, places, labels, strict=True):
-        stroke = dict(transform=axes.transAxes, color=color, clip_on=False, linewidth=1.2)
+        stroke = {"transform": axes.transAxes, "color": color, "clip_on": False, "linewidth": 1.2}
         axes.plot([1.0, 1.02, 1.03], [end, place, place], **stroke)
         axes.text(1.038, place, text, transform=axes.transAxes, va="center", fontsize=9, color=theme.ink)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MARGIN, TOP, BOTTOM = 0.1, 1.05, 1.12
 OUTER_WIDTH, GAP, ROW_LABELS = 0.64, 0.12, 0.76
 ROW_HEIGHT = {1: 0.9, 2: 0.62, 3: 0.5}
-WIDEST = 0.85
+WIDEST = 1.5
 STATES = {
     "frozen": "frozen, exactly 0",
     "partly": "partly frozen",
@@ -141,7 +141,7 @@ def draw_cell(axes: "Axes", cell: Cell, box: Box, colors, theme: Theme) -> None:
 
     thin = box.width < 0.2
     corner = (box.left, box.top)
-    edge = dict(edgecolor=theme.ground, linewidth=0.3 if thin else 1.2)
+    edge = {"edgecolor": theme.ground, "linewidth": 0.3 if thin else 1.2}
     if cell.state in ("frozen", "changed"):
         draw_hatched(axes, box, cell.state, theme, edge)
         return
@@ -163,7 +163,7 @@ def draw_hatched(axes: "Axes", box: Box, state: str, theme: Theme, edge: Mapping
     from matplotlib.patches import Rectangle
 
     corner, size = (box.left, box.top), (box.width, box.height)
-    hatching = dict(hatch="////", edgecolor=theme.hatch, linewidth=0.0)
+    hatching = {"hatch": "////", "edgecolor": theme.hatch, "linewidth": 0.0}
     axes.add_patch(Rectangle(corner, *size, facecolor=theme.frozen, **hatching))
     axes.add_patch(Rectangle(corner, *size, facecolor="none", **edge))
     if state == "changed":
@@ -213,8 +213,8 @@ def is_in_row(cell: Cell, row: str) -> bool:
 
 def label_columns(axes: "Axes", boxes: Sequence[Box], cells: Sequence[Cell], tied: bool, theme: Theme) -> None:
     """Names below the outer cells, numbers below the blocks, as many as fit; headings above both."""
-    below = dict(ha="center", va="baseline", fontsize=8.5, color=theme.ink)
-    above = dict(ha="left", va="bottom", fontsize=8.5, color=theme.muted)
+    below = {"ha": "center", "va": "baseline", "fontsize": 8.5, "color": theme.ink}
+    above = {"ha": "left", "va": "bottom", "fontsize": 8.5, "color": theme.muted}
     bottom = max((box.top + box.height for box in boxes), default=TOP) + 0.18
     blocks: dict[int, Box] = {}
     headings: dict[str, float] = {}
@@ -270,7 +270,7 @@ def draw_swatch(axes: "Axes", state: str, box: Box, theme: Theme) -> None:
     from matplotlib.patches import Rectangle
 
     if state in ("frozen", "changed"):
-        draw_hatched(axes, box, state, theme, dict(edgecolor=theme.hatch, linewidth=0.6))
+        draw_hatched(axes, box, state, theme, {"edgecolor": theme.hatch, "linewidth": 0.6})
     elif state == "partly":
         axes.add_patch(Rectangle((box.left, box.top), box.width, box.height, facecolor=theme.scale[2]))
         axes.add_patch(corner_mark(box, 0.11, theme))
@@ -309,4 +309,3 @@ def row_in_words(row: str, cells: Sequence[Cell]) -> str:
     others = [cell.state for cell in cells if not cell.relative]
     words += [f"{STATES[state]} in {counted(others.count(state), 'block')}" for state in sorted(set(others))]
     return f"{row} {', '.join(words)}"
-

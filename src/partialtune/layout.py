@@ -54,8 +54,9 @@ class Layout:
         self.blocks = self._choose_blocks(lists, type(model).__name__)
         self.block_count = len(self.modules[self.blocks])
         self.trunk = _common_parent(self.tokens, self.blocks)
-        # Other lists of blocks: image and audio encoders, a second stack. What belongs to them is `other`.
-        self.towers = [_child_towards(path, _common_parent(path, self.blocks)) for path in lists if path != self.blocks]
+        # Around other lists of blocks: image and audio encoders, a second stack. What belongs to them is `other`.
+        others = [path for path in lists if not _within(path, self.blocks)]
+        self.towers = [_child_towards(path, _common_parent(path, self.blocks)) for path in others]
         self.final_norm = self._find_final_norm()
         self.head = self._path_returned_by(model, "get_output_embeddings")
         self.whole, self.body = self._find_body()
@@ -135,14 +136,9 @@ class Layout:
         return next((path for path, other in self.modules.items() if other is module), None)
 
     def _lists_of_blocks(self) -> list[str]:
-        """Paths of the lists whose elements are built of modules with parameters; no lists inside such elements."""
-        lists: list[str] = []
-        for path, module in self.modules.items():  # outer modules come first
-            if not isinstance(module, nn.ModuleList) or any(_within(path, outer) for outer in lists):
-                continue
-            if any(holds_parameters(block.children()) for block in module):
-                lists.append(path)
-        return lists
+        """Paths of the lists whose elements are built of modules with parameters: blocks, experts, but no matrices."""
+        lists = {path: module for path, module in self.modules.items() if isinstance(module, nn.ModuleList)}
+        return [path for path, elements in lists.items() if any(holds_parameters(e.children()) for e in elements)]
 
     def _choose_blocks(self, lists: list[str], model_class: str) -> str:
         decoders = [path for path in lists if not self._reads_other_than_text(path)]
@@ -151,6 +147,7 @@ class Layout:
                 f"{model_class} has no decoder blocks that can be found: none of its modules is an nn.ModuleList of "
                 f"blocks. Causal language models that keep their blocks in such a list are supported."
             )
+        # A list inside an element of another, as experts in a block, never holds more; of equals the outer comes first.
         return max(decoders, key=lambda path: sum(p.numel() for p in self.modules[path].parameters()))
 
     def _reads_other_than_text(self, path: str) -> bool:

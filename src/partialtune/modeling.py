@@ -1,4 +1,4 @@
-"""Model and tokenizer: a Hub id, a folder or a bundled name -> model in fp32, tokenizer; or the model without weights."""
+"""Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
 
 import os
 import re

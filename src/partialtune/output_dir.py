@@ -108,7 +108,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RecipeError(f"output_dir: another run is writing to {folder}. Wait for it, or name another.") from error
+            raise RecipeError(
+                f"output_dir: another run is writing to {folder}. Wait for it, or name another."
+            ) from error
         yield
 
 

@@ -10,7 +10,6 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 
-
 class StepTimer(TrainerCallback):
     """Seconds of each optimizer step, evaluation, reports and saves not counted."""
 

@@ -1,4 +1,4 @@
-"""The freeze plan: model + selectors -> data that says which parameter trains and why; and the one place that applies it."""
+"""The freeze plan: model + selectors -> data that says what trains and why; and the one place that applies it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -161,7 +161,9 @@ def _training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What TrainingArguments, or the machine, has against values whose types and bounds are right."""
     import torch
 
-    training = {key: value for key, value in values.items() if key in training_defaults() and value != "auto"}
+    training = {key: value for key, value in values.items() if key in training_defaults()}
+    if training.get("bf16") == "auto":
+        del training["bf16"]
     training["use_cpu"] = training.get("use_cpu") or not torch.accelerator.is_available()
     if values.get("validation_share") != 0:  # where text is held out, it is scored in between by default
         training.setdefault("eval_strategy", "steps")

@@ -1,10 +1,9 @@
-"""A finished run's folder -> report.html: one self-contained page that says what the run did and whether to trust it."""
+"""A finished run's folder -> report.html: one self-contained page, what the run did and whether to trust it."""
 
 import base64
 import hashlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from partialtune.wording import (
     verdict,
 )
 
-SHOWN_DIGITS = 12  # of a sha256 digest in a table; freeze_plan.json holds them whole
+SHOWN_DIGITS = 8  # of a sha256 digest in a table; freeze_plan.json holds them whole
 WHITE_SPACE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 
 
@@ -162,16 +161,16 @@ def group_rows(run: RunFiles) -> list[list[Cell]]:
     """Rows of the table of what trained, one for each component and block."""
     step = run.deltas.steps[-1] if run.deltas.steps else None
     rows = []
-    for at, group in enumerate(run.groups()):
+    for group in run.groups():
         l2 = relative = None
         if step is not None:
             l2, relative = run.deltas.l2_delta(group.names, step), run.deltas.relative_delta(group.names, step)
         rows.append(
             [
-                Cell(group.component, group.component, "name"),
+                Cell(group.component, group.component),
                 Cell("" if group.block is None else str(group.block), group.block),
                 Cell(count(group.total), group.total),
-                Cell(count(group.trainable) if group.trainable else "frozen", group.trainable, trained_kind(group.trainable)),
+                trainable_cell(group.trainable),
                 Cell(percent(group.trainable / group.total), group.trainable / group.total),
                 Cell(significant(l2), l2),
                 Cell(percent(relative), relative),
@@ -180,8 +179,8 @@ def group_rows(run: RunFiles) -> list[list[Cell]]:
     return rows
 
 
-def trained_kind(trainable: int | bool) -> str:
-    return "trained" if trainable else "frozen"
+def trainable_cell(values: int) -> Cell:
+    return Cell(count(values), values, "trained") if values else Cell("frozen", 0, "frozen")
 
 
 def parameter_row(run: RunFiles, parameter: Mapping[str, Any]) -> list[Cell]:
@@ -192,12 +191,12 @@ def parameter_row(run: RunFiles, parameter: Mapping[str, Any]) -> list[Cell]:
     digest = digest_words(parameter)
     changed = "changed" if parameter["name"] in run.audit["frozen"]["changed"] else ""
     return [
-        Cell(parameter["name"], parameter["name"], "name"),
-        Cell(parameter["component"], parameter["component"], "name"),
+        Cell(parameter["name"], parameter["name"]),
+        Cell(parameter["component"], parameter["component"]),
         Cell("" if parameter["block"] is None else str(parameter["block"]), parameter["block"]),
         Cell(" × ".join(map(str, parameter["shape"])), parameter["numel"]),
         Cell(count(parameter["numel"]), parameter["numel"]),
-        Cell(parameter["selector"] or "frozen", parameter["selector"] or "", f"name {trained_kind(trainable)}"),
+        Cell(parameter["selector"] or "frozen", parameter["selector"] or "", "trained" if trainable else "frozen"),
         Cell(significant(l2), l2),
         Cell(percent(relative), relative),
         Cell(significant(largest), largest),
@@ -221,7 +220,7 @@ def performance_rows(performance: Mapping[str, Any]) -> list[tuple[str, str]]:
         "median_step_seconds": ("Median step", lambda value: f"{significant(value, 3)} s"),
         "tokens_per_second": ("Throughput", lambda value: f"{significant(value, 3)} tokens/s"),
         "peak_memory_mb": ("Peak memory", lambda value: f"{count(value)} MiB"),
-        "flops_per_step": ("Arithmetic a step", lambda value: f"{significant(value / 1e12, 3)} TFLOP"),
+        "flops_per_step": ("Arithmetic a step", arithmetic),
         "utilisation": ("Utilisation", percent),
         "prefix_cache": ("Frozen prefix cached", str),
     }
@@ -233,13 +232,21 @@ def performance_rows(performance: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def arithmetic(flops: float) -> str:
+    """2.35e12 -> 2.35 TFLOP."""
+    unit, factor = ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
+    return f"{significant(flops / factor, 3)} {unit}"
+
+
 def other_words(value: Any) -> str:
     return significant(value) if isinstance(value, int | float) and not isinstance(value, bool) else yaml_words(value)
 
 
 def provenance_rows(run: RunFiles) -> list[tuple[str, str]]:
-    """(what, value) of the model, precision and versions."""
+    """(what, value) of the model, how it ran, and versions."""
+    known = {"base_commit": "Base commit", "precision": "Precision", "processes": "Processes", "device": "Device"}
     rows = [("Base model", str(run.recipe.get("model_name_or_path", "–")))]
-    rows += [("Base commit", run.record["base_commit"])] if run.record.get("base_commit") else []
-    rows += [("Precision", run.record["precision"])] if run.record.get("precision") else []
+    rows += [(label, str(run.record[key])) for key, label in known.items() if run.record.get(key) is not None]
+    windows = run.record.get("windows", {}).items()
+    rows += [(f"Windows, {name.replace('_', ' ')}", count(number)) for name, number in windows]
     return rows + [(name, str(version)) for name, version in run.record.get("versions", {}).items()]

@@ -67,7 +67,7 @@ def take_snapshot(model: nn.Module, plan: FreezePlan) -> Snapshot:
         digests[name] = digest(parameter)
         if name in trainable:
             copies[name] = whole(parameter).to("cpu", copy=True)
-            norms[name] = sum(float(piece.double().square().sum()) for piece in chunks_of(copies[name])) ** 0.5
+            norms[name] = l2_norm(copies[name])
         else:
             bit_sums[name] = bit_sum(parameter)
     _TAKEN[model] = Snapshot(digests, bit_sums, copies, norms)
@@ -81,14 +81,28 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
     """
     for name, parameter in named_weights(model):
         if name in snapshot.copies:
-            yield _moved(name, whole(parameter), snapshot.copies[name], snapshot.norms[name])
+            yield delta_between(name, whole(parameter), snapshot.copies[name], snapshot.norms[name])
         elif bit_sum(parameter) == snapshot.bit_sums[name]:
             yield ParameterDelta(name, 0.0, 0.0 if parameter.numel() else None, 0.0)
         else:
             yield ParameterDelta(name, None, None, None)
 
 
-def _moved(name: str, now: torch.Tensor, before: torch.Tensor, norm_before: float) -> ParameterDelta:
+def l2_norm(values: torch.Tensor) -> float:
+    """||values||, summed in fp64 on the CPU."""
+    wide_pieces = (piece.cpu().double() for piece in chunks_of(values))
+    return sum(float(torch.dot(piece, piece)) for piece in wide_pieces) ** 0.5
+
+
+def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_before: float) -> ParameterDelta:
+    """How far a parameter is from what it was.
+
+    Args:
+        name: For the result.
+        now: Its values.
+        before: Its values before, of the same shape; the dtypes may differ.
+        norm_before: `l2_norm(before)`.
+    """
     square_sum, largest = 0.0, 0.0
     for now_piece, before_piece in zip(chunks_of(now), chunks_of(before), strict=True):
         change = now_piece.cpu().double() - before_piece.double()

@@ -173,10 +173,10 @@ def _raw_file(name: str) -> tuple[str, bytes, str | None]:
     charset = None
     path = Path(name)
     if _ADDRESS.match(name):
-        from partialtune.download import fetch, without_password  # requests is not needed for files
+        from partialtune.download import fetch  # requests is not needed for files
 
         download = fetch(name)
-        name, path, charset = without_password(name), download.path, download.charset
+        name, path, charset = download.url, download.path, download.charset
     try:
         return name, path.read_bytes(), charset
     except OSError as error:
@@ -231,7 +231,8 @@ def _dataset_text(name: str, text_column: str) -> str:
     try:
         loaded = datasets.load_dataset(path, config or None, split=split or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise TextError(f"{name} cannot be loaded: {error}") from error
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise TextError(f"{name} cannot be loaded: {reason}") from error
     rows = _choose_split(loaded, name)
     if text_column not in rows.column_names:
         raise TextError(

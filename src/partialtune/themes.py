@@ -89,7 +89,9 @@ def titled_axes(
 def write_title(canvas: "Canvas", theme: Theme, title: str, subtitle: str) -> None:
     """Title and subtitle at the top left. A selector may hold a dollar sign: it is no formula."""
     height = canvas.get_figheight()
-    canvas.text(0.012, 1 - 0.13 / height, title, va="top", fontsize=13, weight="bold", color=theme.ink, parse_math=False)
+    canvas.text(
+        0.012, 1 - 0.13 / height, title, va="top", fontsize=13, weight="bold", color=theme.ink, parse_math=False
+    )
     canvas.text(0.012, 1 - 0.40 / height, subtitle, va="top", fontsize=9.5, color=theme.muted, parse_math=False)
 
 

@@ -17,20 +17,18 @@ from partialtune.audit import FreezeAuditCallback
 from partialtune.card import write_card
 from partialtune.checkpoints import newest_complete_checkpoint
 from partialtune.data import RunData, prepare_data
-from partialtune.deltas import WeightDeltaCallback
 from partialtune.errors import FreezeViolation, InputError
 from partialtune.evaluation import ScoredText, score_text
 from partialtune.figures import draw_figures
 from partialtune.launch import check_precision, check_processes, main_process_only, one_device_a_process
 from partialtune.modeling import check_fit, load_config, load_model, load_tokenizer
 from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
-from partialtune.performance import StepTimer, performance
+from partialtune.performance import performance
 from partialtune.plan import FreezePlan, apply_plan, plan_freeze
 from partialtune.plan_table import plan_table
 from partialtune.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
 from partialtune.recipe import Recipe, write_recipe
 from partialtune.report import write_report
-from partialtune.stopping import StopOnSignal
 from partialtune.summary import closing_words
 from partialtune.trainer import PartialTrainer, collate_windows, suit_length, training_arguments
 
@@ -103,7 +101,9 @@ class Look:
     batch_size: int
 
     def at(self, model: PreTrainedModel, moment: str) -> Sight:
-        scores = {name: score_text(model, text, self.batch_size, f"{name}, {moment}") for name, text in self.texts.items()}
+        scores = {
+            name: score_text(model, text, self.batch_size, f"{name}, {moment}") for name, text in self.texts.items()
+        }
         return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts))
 
 
@@ -181,7 +181,8 @@ def run_record(args: TrainingArguments, model: PreTrainedModel, data: RunData) -
 @main_process_only
 def begin_folder(folder: Path, recipe: Recipe, plan: FreezePlan, record: Mapping[str, Any]) -> None:
     """Write the recipe and say what will train."""
-    write_recipe(folder / RECIPE_FILE, recipe.values, record)
+    values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
+    write_recipe(folder / RECIPE_FILE, values, record)
     print(plan_table(plan), flush=True)
 
 

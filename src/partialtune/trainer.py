@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.audit import FreezeAuditCallback
 from partialtune.checkpoints import ASIDE, finish_checkpoint, rotate_checkpoints
@@ -18,6 +19,7 @@ from partialtune.errors import TrainingDiverged
 from partialtune.performance import StepTimer
 from partialtune.plan import FreezePlan
 from partialtune.precision import bf16_pays
+from partialtune.progress import TrainingProgress
 from partialtune.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     Args:
         said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
     """
-    settings = {"use_cpu": not torch.accelerator.is_available(), **said}
+    settings = {"use_cpu": not torch.accelerator.is_available(), "disable_tqdm": False, **said}
     if settings.get("bf16") == "auto":
         settings["bf16"] = bf16_pays()
     settings |= {
@@ -57,7 +59,8 @@ def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, 
         args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
     if held_out and "eval_strategy" not in said:
         args.eval_strategy = IntervalStrategy.STEPS
-        args.eval_steps = said.get("eval_steps", max(1, steps // EVALUATIONS))
+        often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
+        args.eval_steps = said.get("eval_steps", often)
 
 
 def run_length(args: TrainingArguments, windows: int) -> int:
@@ -70,9 +73,15 @@ def run_length(args: TrainingArguments, windows: int) -> int:
 
 
 def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T). The model shifts the labels."""
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T). The model shifts the labels by one.
+
+    The first token of a window is context and no target. It says so itself, since Trainer divides the summed loss by
+    the number of labels, and for GPT-2 counts the first ones too: its losses would come out (T - 1) / T too small.
+    """
     input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids}
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "labels": labels}
 
 
 class PartialTrainer(Trainer):
@@ -108,6 +117,10 @@ class PartialTrainer(Trainer):
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
         super().__init__(callbacks=[self.timer, self.deltas, self.audit, self.stop], **kwargs)
+        for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
+            self.remove_callback(printer)
+        if not self.args.disable_tqdm:
+            self.add_callback(TrainingProgress())
         self.deltas.attach(self)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -143,7 +156,7 @@ class PartialTrainer(Trainer):
         return self._saving_in or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Audit, write aside, then rename: what stands under `checkpoint-N` is complete and was frozen where it must be."""
+        """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
         self.audit.check_frozen(self.args, self.state, self.model)
         run = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"

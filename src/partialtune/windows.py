@@ -7,7 +7,6 @@
 Windows never cross sources. They lie in memory as Arrow fixed-size lists, four bytes a token.
 """
 
-import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from partialtune.errors import RecipeError, TextError
+from partialtune.progress import progress_bar
 
 PIECE_CHARACTERS = (
     1 << 20
@@ -31,7 +30,6 @@ ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
 SLAB_WINDOWS = 4096  # windows written between two updates of the progress bar
 
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")  # before a run of white space, where byte-level BPE starts a new word
-_OTHER_PROCESS = os.environ.get("RANK", "0") != "0"  # one process of a launch draws the progress bars
 
 
 def split_text(text: str, validation_share: float) -> tuple[str, str]:
@@ -78,9 +76,7 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         Token ids, int32, shape (n,).
     """
     ids = [np.asarray(_leading_special_ids(tokenizer), dtype=np.int32)]
-    with tqdm(
-        total=len(text), desc="tokenising", unit=" characters", unit_scale=True, delay=1, disable=_OTHER_PROCESS
-    ) as bar:
+    with progress_bar(len(text), "tokenising", "characters", unit_scale=True, delay=1) as bar:
         start = 0
         while start < len(text):
             end = _piece_end(text, start, tokenizer)
@@ -207,7 +203,7 @@ def _write_windows(slabs: Iterator[np.ndarray], block_size: int, total: int) -> 
     Windows that lie side by side are not copied: Arrow takes over the memory of the token ids.
     """
     columns = []
-    with tqdm(total=total, desc="windows", unit=" windows", disable=_OTHER_PROCESS) as bar:
+    with progress_bar(total, "windows", "windows", delay=1) as bar:
         for slab in slabs:
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(slab.reshape(-1)), block_size))
             bar.update(len(slab))

@@ -152,7 +152,11 @@ def frozen_finding(run: RunFiles) -> Finding:
     size = f"{count(sum(p['numel'] for p in frozen))} frozen parameters in {count(len(frozen))} tensors"
     if audit["changed"]:
         value = f"{counted(len(audit['changed']), 'tensor')} changed"
-        moved = "an unknown distance" if audit["l2_delta"] is None else f"an L2 distance of {significant(audit['l2_delta'])}"
+        moved = (
+            "an unknown distance"
+            if audit["l2_delta"] is None
+            else f"an L2 distance of {significant(audit['l2_delta'])}"
+        )
         detail = f"Of {count(len(frozen))} frozen tensors these changed, by {moved}: {joined(audit['changed'], 160)}."
         return Finding("bad", "Frozen part", value, detail)
     exact = "exactly 0" if audit["l2_delta"] == 0 else significant(audit["l2_delta"])

@@ -1,0 +1,169 @@
+"""How the Hugging Face Hub is asked: a call -> its answer, tried again where that helps; or its failure in one sentence.
+
+The client of `huggingface_hub` retries neither whoami nor create_repo nor a commit, and waits for an answer without
+end. Here every call has a time-out and a few tries. A token never gets into a message.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    parse_ratelimit_headers,
+)
+
+from partialtune import __version__
+from partialtune.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+PASSING_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
+
+
+class HubUnreachable(InputError):
+    """The Hub did not answer, or not in a way that can be used: nothing is known about what was asked."""
+
+
+class NotThereYet(Exception):
+    """What was sent does not show on the Hub, or not as it was sent."""
+
+
+# Everything that a call of the client may end with: an answer that says no, no connection, a file that cannot be read
+# (all OSError or HTTPError), a failed transfer (RuntimeError), an answer that is no JSON or metadata that is not valid.
+HUB_ERRORS = (httpx2.HTTPError, OSError, RuntimeError, ValueError, NotThereYet)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the Hub is waited for. Inside one try the client repeats transfers of its own accord, five times each."""
+
+    tries: int = 5
+    first_wait_seconds: float = 2.0  # doubled after each try
+    longest_wait_seconds: float = 300.0  # the longest Retry-After that is obeyed
+    answer_seconds: float = 60.0  # of silence, after which a request is given up
+
+
+def hub_api() -> HfApi:
+    """The client, with the token of `hf auth login` or HF_TOKEN."""
+    return HfApi(token=True, library_name="partialtune", library_version=__version__)
+
+
+def ask(call: Callable[[], Answer], patience: Patience) -> Answer:
+    """What `call` returns, tried again while that may help. The last failure is raised as it came."""
+    attempt = 1
+    while True:
+        try:
+            return call()
+        except HUB_ERRORS as error:
+            wait = _seconds_to_wait(error, attempt, patience)
+            if wait is None:
+                raise
+            attempt += 1
+            logger.warning("%s Trying again in %.3g s (%d of %d).", in_words(error), wait, attempt, patience.tries)
+        time.sleep(wait)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed a little later."""
+    error = _root(error)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in PASSING_STATUSES or error.response.status_code >= 500
+    if isinstance(error, OfflineModeIsEnabled | httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
+        return False
+    return isinstance(error, httpx2.TransportError | ConnectionError | json.JSONDecodeError | NotThereYet)
+
+
+def in_words(error: Exception) -> str:
+    """A failure in one sentence, without tokens."""
+    error = _root(error)
+    host = constants.ENDPOINT
+    if isinstance(error, HfHubHTTPError):
+        said = " ".join((error.server_message or "").split())
+        words = f"{error.response.url.host} answered {error.response.status_code}" + (f": {said}" if said else "")
+    elif isinstance(error, httpx2.TimeoutException):
+        words = f"{host} did not answer in time"
+    elif isinstance(error, httpx2.TransportError | ConnectionError):
+        words = f"The connection to {host} failed: {error}"
+    elif isinstance(error, json.JSONDecodeError):
+        words = f"{host} answered with something that is no JSON (is a proxy or a login page in between?)"
+    else:
+        words = " ".join(str(error).split()) or type(error).__name__
+    return _without_token(words).rstrip(".") + "."
+
+
+@contextmanager
+def time_limits(seconds: float) -> Iterator[None]:
+    """Give up each request of the client after that many seconds of silence; its own default is never.
+
+    A client factory that somebody set with `set_client_factory` is replaced.
+    """
+    hooks = get_session().event_hooks  # offline mode and request ids
+    set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+    try:
+        yield
+    finally:
+        set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+@contextmanager
+def progress_bars() -> Iterator[None]:
+    """Show the client's progress bars, also where they were switched off for training; HF_HUB_DISABLE_PROGRESS_BARS wins."""
+    switched_off = are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    if switched_off:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if switched_off:
+            disable_progress_bars()
+
+
+def _root(error: Exception) -> Exception:
+    """The client wraps what broke a transfer into a RuntimeError."""
+    return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS) else error
+
+
+def _seconds_to_wait(error: Exception, attempt: int, patience: Patience) -> float | None:
+    """Seconds until the next try; None where there is none."""
+    if attempt >= patience.tries or not may_pass(error):
+        return None
+    asked_for = _retry_after(_root(error))
+    if asked_for > patience.longest_wait_seconds:
+        return None
+    return max(asked_for, patience.first_wait_seconds * 2 ** (attempt - 1))
+
+
+def _retry_after(error: Exception) -> float:
+    """Seconds that the server asks us to wait; 0 where it says nothing."""
+    if not isinstance(error, HfHubHTTPError):
+        return 0.0
+    limit = parse_ratelimit_headers(error.response.headers)
+    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = error.response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _without_token(text: str) -> str:
+    token = get_token()
+    return text.replace(token, "<token>") if token else text

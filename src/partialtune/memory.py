@@ -1,0 +1,86 @@
+"""Memory of a training step: tensors as they come and go -> bytes by part, and the most that is held at one time."""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training step by part, each at its own largest moment, and of all together.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: Of the parameters that train.
+        optimizer: What the optimizer keeps from step to step.
+        activations: What forward keeps for backward, and what comes and goes in between.
+        logits: Every tensor as wide as the vocabulary and as long as the batch: scores, their logarithms, gradients.
+        peak: The most that is held at one time, from the second step on. At most the sum of the parts.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    peak: int
+
+
+class MemoryLedger:
+    """Writes down when each storage comes and goes; to which part it belonged may be said later.
+
+    A storage is known by a number of its own: its address is given to another one once it is gone.
+    """
+
+    def __init__(self) -> None:
+        self._living: dict[int, tuple[int, weakref.ref]] = {}  # by address
+        self._events: list[tuple[int, int]] = []  # (number, bytes) as it comes, (number, -bytes) as it goes
+        self._part_of: dict[int, str] = {}
+        self._optimizer_starts: int | None = None
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of the tensor's storage, which is written down where it is new."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._living:
+            return self._living[address][0]
+        number, size = len(self._events), storage.nbytes()
+        self._events.append((number, size))
+        self._living[address] = (number, weakref.ref(storage, partial(self._gone, address, number, size)))
+        return number
+
+    def _gone(self, address: int, number: int, size: int, _: weakref.ref) -> None:
+        self._events.append((number, -size))
+        del self._living[address]
+
+    def assign(self, tensors: Iterable[torch.Tensor], part: str) -> None:
+        """Count these tensors to `part`, from their beginning on."""
+        for tensor in tensors:
+            self._part_of[self.number(tensor)] = part
+
+    def optimizer_starts(self) -> None:
+        """From here on comes what the optimizer makes: what it keeps is its state."""
+        self._optimizer_starts = len(self._events)
+
+    def memory(self) -> Memory:
+        """Bytes by part. The state that the optimizer has made is there in the next step from its beginning."""
+        start = len(self._events) if self._optimizer_starts is None else self._optimizer_starts
+        for number, _ in self._living.values():
+            if number >= start:
+                self._part_of.setdefault(number, "optimizer")
+        largest, now = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+        peak_before, peak_after = 0, 0
+        for index, (number, size) in enumerate(self._events):
+            part = self._part_of.get(number, "activations")
+            now[part] += size
+            largest[part] = max(largest[part], now[part])
+            if index < start:
+                peak_before = max(peak_before, sum(now.values()))
+            else:
+                peak_after = max(peak_after, sum(now.values()))
+        return Memory(**largest, peak=max(peak_before + now["optimizer"], peak_after))

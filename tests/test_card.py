@@ -1,0 +1,181 @@
+"""The model card: valid for the Hub, true to the run, and deaf to what texts and tokens hold."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from partialtune.card import cell_code, code, plain, write_card
+from run_folder import write_run_folder
+
+ATTACK = "<script>alert(1)</script> | `a` *b* [c](http://d) _e_ $f$ \\ \n---\n# g"
+
+
+@pytest.fixture
+def card(tmp_path):
+    return ModelCard.load(write_card(write_run_folder(tmp_path / "gulliver")))
+
+
+def rendered(text):
+    """The card's Markdown as HTML, with GitHub's tables."""
+    markdown_it = pytest.importorskip("markdown_it")
+    return markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+
+
+def cells(html):
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", html, re.S)]
+
+
+def test_the_metadata_are_those_that_the_hub_knows(card):
+    data = card.data
+    assert data.base_model == "openai-community/gpt2"
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"partialtune", "partial-fine-tuning", "layer-freezing"} <= set(data.tags)
+    assert "license" not in data.to_dict()
+    assert "language" not in data.to_dict()
+
+
+def test_the_model_index_holds_perplexity_and_bits_per_byte_after_training(card):
+    results = {(result.dataset_config, result.metric_type): result for result in card.data.eval_results}
+    assert card.data.model_name == "gulliver"
+    assert set(results) == {
+        (text, metric) for text in ("validation", "python_docs") for metric in ("perplexity", "bits_per_byte")
+    }
+    assert results["validation", "perplexity"].metric_value == pytest.approx(99.484316)
+    assert results["validation", "bits_per_byte"].metric_value == pytest.approx(1.612645)
+    assert "pg829.txt" in results["validation", "perplexity"].dataset_name
+    assert results["python_docs", "perplexity"].dataset_name == "python_docs"
+
+
+@pytest.mark.parametrize(
+    ("model", "commit", "base"),
+    [
+        ("builtin:lilliput", None, None),
+        ("models/mine", None, None),
+        ("gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", "gpt2"),
+        ("../base", "607a30d783dfa663caf39e06633721c8d4cfcd7e", None),
+    ],
+)
+def test_only_a_hub_repository_is_named_as_base_model(tmp_path, model, commit, base):
+    run = write_run_folder(
+        tmp_path / "run",
+        blocks=1,
+        width=8,
+        steps=1,
+        recipe={"model_name_or_path": model},
+        record={"base_commit": commit},
+    )
+    data = ModelCard.load(write_card(run)).data.to_dict()
+    assert data.get("base_model") == base
+    assert data.get("base_model_relation") == (base and "finetune")
+
+
+def test_language_and_licence_are_taken_from_the_record_where_it_has_them(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, record={"language": "en", "license": "mit"})
+    data = ModelCard.load(write_card(run)).data
+    assert (data.language, data.license) == ("en", "mit")
+
+
+def test_the_card_says_what_trained_and_what_it_brought(card):
+    assert "85,054,464 frozen parameters in 144 tensors kept every bit" in card.text
+    assert "| Selectors | `embeddings`, `final_norm`, `head` |" in card.text
+    assert "39,385,344 of 124,439,808 parameters (31.7%)" in card.text
+    assert "| Tied | `transformer.wte.weight` = `lm_head.weight` |" in card.text
+    assert "|  | bits per byte | 1.888 | 1.613 | −14.6% |" in card.text
+    assert "`607a30d783dfa663caf39e06633721c8d4cfcd7e`" in card.text
+    for figure in ("loss", "deltas_heatmap", "deltas_over_steps"):
+        assert re.search(rf"!\[[^\]]{{40,}}\]\(figures/{figure}\.png\)", card.text)
+
+
+def test_a_card_names_no_command_but_those_that_exist(card):
+    assert set(re.findall(r"partialtune (?!\d)(\w+)", card.text)) <= {"train", "plan"}
+
+
+def test_tables_are_tables_and_have_as_many_cells_as_headers(card):
+    html = rendered(card.text)
+    assert html.count("<table>") == 4  # before and after, what trained, prompts, text sources
+    for table in re.findall(r"<table>.*?</table>", html, re.S):
+        assert len({len(row) for row in cells(table)}) == 1
+    assert html.count("<img ") == 3
+
+
+def test_a_failed_audit_is_said_on_top(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=2, width=8, steps=1, changed=("transformer.h.0.ln_1.weight",))
+    text = ModelCard.load(write_card(run)).text
+    assert "❌ **Freeze audit failed. Do not rely on this model.**" in text.split("##")[0]
+    assert "`transformer.h.0.ln_1.weight` is frozen, but changed" in text.split("##")[0]
+    assert "passed" not in text
+
+
+def test_without_held_out_text_the_card_says_so_and_has_no_score_of_the_training_text(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, held_out=False)
+    card = ModelCard.load(write_card(run))
+    assert {result.dataset_config for result in card.data.eval_results} == {"python_docs"}
+    assert "No text was held out" in card.text
+
+
+def test_without_any_score_there_is_no_model_index(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1)
+    (run / "evaluation.json").unlink()
+    card = ModelCard.load(write_card(run))
+    assert card.data.eval_results is None
+    assert "Before and after" not in card.text
+
+
+def test_markup_in_texts_prompts_and_names_stays_text(tmp_path):
+    run = write_run_folder(
+        tmp_path / "run", blocks=1, width=8, steps=1, prompts=(ATTACK, "x"), source=ATTACK, selectors=(f"/{ATTACK}/",)
+    )
+    card = ModelCard.load(write_card(run))
+    assert card.data.eval_results[0].dataset_name.endswith("# g")  # whole, through YAML and back
+    html = rendered(card.text)
+    assert "<script" not in html
+    assert "<em>" not in html
+    assert 'http://d"' not in html
+    assert [heading for heading in re.findall(r"<h\d>(.*?)</h\d>", html) if heading.strip() == "g"] == []
+    assert html.count("<table>") == 4
+    for table in re.findall(r"<table>.*?</table>", html, re.S):
+        assert len({len(row) for row in cells(table)}) == 1
+
+
+def test_filters_keep_every_character_to_be_read():
+    assert rendered(plain("a|b <i> `c` **d** ~e~ [f](g) &amp; final_norm _h_")).strip() == (
+        "<p>a|b &lt;i&gt; `c` **d** ~e~ [f](g) &amp;amp; final_norm _h_</p>"
+    )
+    assert plain("a\nb\x00") == "a ↵ b&#92;x00"
+    assert code("a `` b") == "```a `` b```"
+    assert code("`a`") == "`` `a` ``"
+    assert cell_code("a|b") == "`a\\|b`"
+
+
+@pytest.mark.slow
+def test_the_check_that_the_card_offers_finds_a_changed_frozen_parameter(tmp_path, capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from partialtune.weights import digests
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=16, vocab_size=32))
+    run = write_run_folder(tmp_path / "run", blocks=2, width=8, steps=1)
+    record_digests(run, digests(model))
+    snippet = re.search(r"```python\n(import hashlib.*?)```", ModelCard.load(write_card(run)).text, re.S)[1]
+    monkeypatch.chdir(run)
+
+    model.save_pretrained(run)
+    exec(compile(snippet, "card", "exec"), {})
+    assert "changed although frozen: nothing" in capsys.readouterr().out
+
+    with torch.no_grad():
+        model.transformer.h[1].ln_1.bias[3] += 1e-7
+    model.save_pretrained(run)
+    exec(compile(snippet, "card", "exec"), {})
+    assert "changed although frozen: ['transformer.h.1.ln_1.bias']" in capsys.readouterr().out
+
+
+def record_digests(run, digests):
+    plan = json.loads((run / "freeze_plan.json").read_text())
+    for parameter in plan["parameters"]:
+        parameter["sha256_before"] = digests[parameter["name"]]
+    (run / "freeze_plan.json").write_text(json.dumps(plan))

@@ -1,0 +1,451 @@
+"""Pushing a run with the real client, in child processes, to an imitation of the Hub that goes wrong on demand."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_gpt2
+from hub_server import Account, Blob, Fault, HubServer
+from partialtune.errors import InputError
+from partialtune.hub_files import check_finished, files_to_send
+from run_folder import write_run_folder
+
+TOKEN, READ_TOKEN, OTHER_TOKEN, BAD_TOKEN = "hf_plantedWriteToken", "hf_plantedReadToken", "hf_plantedOtherToken", "hf_bad"
+ACCOUNTS = {TOKEN: Account("me", orgs=("guild",)), READ_TOKEN: Account("me", role="read"), OTHER_TOKEN: Account("you")}
+NEVER_SENT = {
+    "training_args.bin": f"a pickle with {TOKEN}",
+    "optimizer.pt": "moments",
+    "trainer_state.json": "{}",
+    "exit.json": '{"code": 0, "reason": "done"}',
+    ".lock": "",
+    ".evaluation.json.part": "{",
+    "checkpoint-10/model.safetensors": "weights of step 10",
+    "checkpoint-10/optimizer.pt": "moments",
+    "prefix_cache/block_00.npy": "activations",
+}
+CHILD = """
+import json, logging, os, sys
+from partialtune import hub
+from partialtune.errors import PartialtuneError
+
+logging.basicConfig(format="%(message)s", level=logging.INFO)
+for call in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = call.pop("token", os.environ.get("HF_TOKEN", ""))
+    function = getattr(hub, call.pop("function", "push_run"))
+    patience = hub.Patience(tries=4, first_wait_seconds=0.05, longest_wait_seconds=5, answer_seconds=call.pop("answer_seconds", 5))
+    try:
+        report = function(**call, patience=patience)
+        outcome = {"error": None, **(vars(report) if report else {})}
+    except PartialtuneError as error:
+        outcome = {"error": type(error).__name__, "code": error.exit_code, "message": str(error)}
+    print("outcome " + json.dumps(outcome), flush=True)
+"""
+
+
+class Desk:
+    """The imitation, a home folder, and child processes that work from there; keeps all that they print."""
+
+    def __init__(self, hub: HubServer, home: Path) -> None:
+        self.hub, self.home, self.output = hub, home, ""
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "HF_HOME": str(self.home / "hf"),
+            "HF_ENDPOINT": self.hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            **changes,
+        }
+
+    def start(self, code: str, *arguments: str, **changes: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=self.environment(**changes), cwd=self.home, **pipes)
+
+    def run(self, code: str, *arguments: str, **changes: str) -> str:
+        child = self.start(code, *arguments, **changes)
+        try:
+            printed, _ = child.communicate(timeout=100)
+        finally:
+            child.kill()
+        self.output += printed
+        assert child.returncode == 0, printed
+        return printed
+
+    def call(self, *calls: dict, **changes: str) -> list[dict]:
+        """Run functions of `partialtune.hub`, `push_run` unless said otherwise, in one child."""
+        lines = self.run(CHILD, json.dumps(calls), **changes).splitlines()
+        return [json.loads(line.removeprefix("outcome ")) for line in lines if line.startswith("outcome ")]
+
+    def push(self, run: Path, **arguments) -> dict:
+        return self.call({"run": str(run), "repo_id": "me/gulliver", **arguments})[0]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """At the end of each test: no token in any output, file or repository, and none sent to the storage."""
+    home = tmp_path / "home"
+    home.mkdir()
+    with HubServer(ACCOUNTS) as hub:
+        desk = Desk(hub, home)
+        yield desk
+        for token in (*ACCOUNTS, BAD_TOKEN):
+            assert token not in desk.output
+            assert not [path for path in home.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+            for repo_id, repository in hub.repositories.items():
+                for branch in repository.branches:
+                    assert token.encode() not in b"".join(hub.files(repo_id, branch).values())
+        assert not [seen for seen in hub.seen if seen.origin == "storage" and seen.authorized]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A run with an untied head, in three shards, with a tokenizer, and with everything that is not to be sent."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = write_run_folder(tmp_path_factory.mktemp("runs") / "gulliver's run", blocks=3, width=32, steps=20, untied=True)
+    model = tiny_gpt2(tie_word_embeddings=False)
+    model.save_pretrained(folder, max_shard_size="80KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) >= 3
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# Gulliver\n", encoding="utf-8")
+    (folder / "report.html").write_text("<!doctype html><title>Gulliver</title>", encoding="utf-8")
+    (folder / "train_results.json").write_text('{"train_loss": 4.8}', encoding="utf-8")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    for name, content in NEVER_SENT.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+
+
+def on_disk(run):
+    """Content of every file that is to be sent."""
+    kept = {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    return {name: content for name, content in kept.items() if name not in NEVER_SENT}
+
+
+def on_hub(desk, repo_id="me/gulliver", revision="main"):
+    return {name: body for name, body in desk.hub.files(repo_id, revision).items() if name != ".gitattributes"}
+
+
+def digest_of(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def test_a_push_brings_the_run_and_nothing_else_in_one_commit_and_a_second_push_makes_none(desk, run):
+    before = digest_of(run)
+    first, second = desk.call(*[{"run": str(run), "repo_id": "me/gulliver", "private": True}] * 2)
+    assert first["error"] is None
+    assert on_hub(desk) == on_disk(run)
+    assert sorted(first["sent"]) == sorted(on_disk(run))
+    assert first["files"] == len(on_disk(run))
+    assert first["bytes"] == sum(map(len, on_disk(run).values()))
+    assert first["commit"] == desk.hub.repositories["me/gulliver"].branches["main"]
+    assert first["url"] == f"{desk.hub.endpoint}/me/gulliver"
+    assert desk.hub.repositories["me/gulliver"].private
+    assert second == {**first, "sent": []}
+    assert len(desk.hub.messages("me/gulliver")) == 2  # the Hub's own and ours
+    assert desk.hub.count("POST", "/commit/") == 1
+    assert "model-00001-of-" in desk.output  # a progress bar
+    assert "100%" in desk.output
+    assert digest_of(run) == before
+
+
+def test_only_what_changed_is_sent_again(desk, run):
+    desk.push(run)
+    (run / "report.html").write_text("<!doctype html><title>Made again</title>", encoding="utf-8")
+    assert desk.push(run)["sent"] == ["report.html"]
+    assert on_hub(desk) == on_disk(run)
+    assert len(desk.hub.messages("me/gulliver")) == 3
+
+
+PASSING_FAULTS = {
+    "500 to whoami": [Fault("GET", "whoami", "status")],
+    "429 to whoami, with the Hub's rate limit header": [
+        Fault("GET", "whoami", "status", status=429, headers={"ratelimit": '"api";r=0;t=1'})
+    ],
+    "dropped connection at create_repo": [Fault("POST", "repos/create", "drop")],
+    "answer of create_repo lost after the repository was made": [Fault("POST", "repos/create", "lost")],
+    "502 to auth-check": [Fault("GET", "auth-check", "status", status=502)],
+    "stalled server at model_info": [Fault("GET", "/revision/main", "stall")],
+    "a web page instead of JSON from validate-yaml": [Fault("POST", "validate-yaml", "html")],
+    "503 with Retry-After to preupload": [
+        Fault("POST", "preupload", "status", status=503, headers={"Retry-After": "1"})
+    ],
+    "429 to the LFS batch": [Fault("POST", "objects/batch", "status", status=429)],
+    "500 to a transfer": [Fault("PUT", "/objects/", "status")],
+    "dropped connection in a transfer": [Fault("PUT", "/objects/", "drop")],
+    "stalled storage in a transfer": [Fault("PUT", "/objects/", "stall")],
+    "answer of a transfer lost": [Fault("PUT", "/objects/", "lost")],
+    "500 to the commit, twice": [Fault("POST", "/commit/", "status", times=2)],
+    "503 with Retry-After to the commit": [
+        Fault("POST", "/commit/", "status", status=503, headers={"Retry-After": "1"})
+    ],
+    "412 to the commit although nobody committed": [Fault("POST", "/commit/", "status", status=412, times=1)],
+    "dropped connection at the commit": [Fault("POST", "/commit/", "drop")],
+    "stalled server at the commit": [Fault("POST", "/commit/", "stall")],
+    "answer lost after the commit landed": [Fault("POST", "/commit/", "lost")],
+    "500 to the listing after the commit": [Fault("GET", "/tree/(?!main)", "status")],
+}
+
+
+@pytest.mark.parametrize("fault", PASSING_FAULTS)
+def test_a_fault_that_passes_is_overcome_without_a_second_commit(desk, run, fault):
+    faults = desk.hub.faults = [Fault(**vars(fault)) for fault in PASSING_FAULTS[fault]]
+    outcome = desk.push(run, answer_seconds=1)
+    assert outcome["error"] is None, outcome
+    assert not any(fault.times for fault in faults), "the fault did not happen"
+    assert on_hub(desk) == on_disk(run)
+    assert len(desk.hub.messages("me/gulliver")) == 2
+
+
+LASTING_FAULTS = {
+    "500 to the commit": Fault("POST", "/commit/", "status", times=99),
+    "503 with Retry-After of an hour to the commit": Fault(
+        "POST", "/commit/", "status", times=99, status=503, headers={"Retry-After": "3600"}
+    ),
+    "403 to the commit": Fault("POST", "/commit/", "status", times=99, status=403),
+    "stalled server at the commit": Fault("POST", "/commit/", "stall", times=99),
+    "no answer from whoami": Fault("GET", "whoami", "drop", times=99),
+}
+
+
+@pytest.mark.parametrize("fault", LASTING_FAULTS)
+def test_a_fault_that_lasts_ends_with_the_run_safe_and_the_command_that_goes_on(desk, run, fault):
+    before = digest_of(run)
+    desk.hub.faults = [Fault(**vars(LASTING_FAULTS[fault]))]
+    outcome = desk.push(run, answer_seconds=1, private=True)
+    assert (outcome["error"], outcome["code"]) == ("UploadIncomplete", 5)
+    assert f"safe and whole in {run}" in outcome["message"]
+    assert f"""partialtune push '{str(run).replace("'", "'" + '"' + "'" + '"' + "'")}' --repo_id me/gulliver --private true""" in outcome["message"]
+    assert "Traceback" not in desk.output
+    assert digest_of(run) == before
+    assert not desk.hub.repositories or on_hub(desk) == {}
+
+    desk.hub.faults.clear()
+    transfers = desk.hub.count("PUT", "/objects/")
+    assert desk.push(run, private=True)["error"] is None
+    assert on_hub(desk) == on_disk(run)
+    if transfers:
+        assert desk.hub.count("PUT", "/objects/") == transfers  # what had arrived was not sent again
+
+
+def test_a_push_that_was_killed_in_the_middle_goes_on_where_it_was(desk, run):
+    shards = sorted(run.glob("model-*.safetensors"))
+    last = hashlib.sha256(shards[-1].read_bytes()).hexdigest()
+    desk.hub.faults = [Fault("PUT", last, "stall")]
+    child = desk.start(CHILD, json.dumps([{"run": str(run), "repo_id": "me/gulliver", "answer_seconds": 60}]))
+    others = {hashlib.sha256(path.read_bytes()).hexdigest() for path in [*shards[:-1], run / "figures" / "loss.png"]}
+    assert desk.hub.stalled.wait(60)
+    for _ in range(600):
+        if others <= set(desk.hub.objects):
+            break
+        desk.hub.over.wait(0.05)
+    child.send_signal(signal.SIGKILL)
+    desk.output += child.communicate()[0]
+    assert child.returncode == -signal.SIGKILL
+    assert on_hub(desk) == {}
+    assert set(desk.hub.objects) == others
+
+    seen = len(desk.hub.seen)
+    assert desk.push(run)["error"] is None
+    again = [request.path for request in desk.hub.seen[seen:] if request.method == "PUT"]
+    assert again == [f"/objects/{last}"]
+    assert on_hub(desk) == on_disk(run)
+    assert len(desk.hub.messages("me/gulliver")) == 2
+
+
+def test_files_that_did_not_arrive_as_they_are_on_disk_are_named(desk, run):
+    desk.hub.create("me/gulliver").commit("main", {".gitignore": Blob(len(b"report.html"), b"report.html")}, "ignore")
+    outcome = desk.push(run)
+    assert (outcome["error"], outcome["code"]) == ("UploadIncomplete", 5)
+    assert "differs from the run in report.html" in outcome["message"]
+    assert desk.hub.count("POST", "/commit/") == 1
+
+
+def test_weights_of_another_model_are_taken_away_and_other_files_stay(desk, run):
+    theirs = {"model.safetensors": b"old", "adapter_config.json": b"{}", "LICENSE": b"MIT", "figures/mine.png": b"png"}
+    blobs = {name: Blob(len(content), content) for name, content in theirs.items()}
+    desk.hub.create("me/gulliver").commit("main", blobs, "another model")
+    outcome = desk.push(run)
+    assert outcome["removed"] == ["adapter_config.json", "model.safetensors"]
+    assert on_hub(desk) == {**on_disk(run), "LICENSE": b"MIT", "figures/mine.png": b"png"}
+
+
+def test_branches_and_organisations_can_be_pushed_to(desk, run):
+    hub = desk.hub
+    hub.create("guild/gulliver").tags["v0"] = "0" * 40
+    to_branch = {"run": str(run), "repo_id": "guild/gulliver", "revision": "last-2-blocks"}
+    new, again, tag = desk.call(to_branch, to_branch, {**to_branch, "revision": "v0"})
+    assert new["url"] == f"{hub.endpoint}/guild/gulliver/tree/last-2-blocks"
+    assert again["sent"] == []
+    assert on_hub(desk, "guild/gulliver", "last-2-blocks") == on_disk(run)
+    assert on_hub(desk, "guild/gulliver") == {}
+    assert (tag["error"], "is a tag" in tag["message"]) == ("InputError", True)
+
+
+def test_access_is_checked_before_any_training(desk):
+    hub = desk.hub
+    hub.create("me/mine")
+    hub.create("you/theirs")
+    hub.create("you/hidden", private=True)
+    calls = [
+        ({"repo_id": "me/new", "private": True}, None),
+        ({"repo_id": "me/new", "revision": "trial"}, None),
+        ({"repo_id": "me/mine", "token": BAD_TOKEN}, "does not accept the token"),
+        ({"repo_id": "me/mine", "token": READ_TOKEN}, "The token can only read"),
+        ({"repo_id": "me/other", "token": READ_TOKEN}, "The token can only read"),
+        ({"repo_id": "you/theirs", "token": TOKEN}, "push to me/theirs"),
+        ({"repo_id": "you/hidden"}, "The token is known in me, guild, not in you"),
+        ({"repo_id": "nobody/x"}, "The token is known in me, guild, not in nobody"),
+        ({"repo_id": "me/mine", "private": True}, "is public, and this run is to be private"),
+        ({"repo_id": "mine"}, "NAMESPACE/mine"),
+        ({"repo_id": "me/a--b"}, "no repository's name"),
+        ({"repo_id": "me/mine", "revision": "0" * 40}, "name of a branch"),
+        ({"repo_id": "me/mine", "token": "hf_with blank"}, "characters in it"),
+        ({"repo_id": "me/mine", "token": " "}, "There is no Hugging Face token"),
+    ]
+    outcomes = desk.call(*[{"function": "check_access", **call} for call, _ in calls])
+    for (call, problem), outcome in zip(calls, outcomes, strict=True):
+        if problem is None:
+            assert outcome["error"] is None, outcome
+        else:
+            assert (outcome["error"], outcome["code"]) == ("InputError", 2), call
+            assert problem in outcome["message"], outcome
+    assert set(hub.repositories) == {"me/mine", "you/theirs", "you/hidden", "me/new"}
+    assert hub.repositories["me/new"].private
+    assert set(hub.repositories["me/new"].branches) == {"main", "trial"}
+    assert hub.count("POST", "/commit/") == 0
+    assert "Traceback" not in desk.output
+
+
+def test_a_hub_that_does_not_answer_is_an_error_before_training(desk):
+    desk.hub.faults = [Fault("GET", "whoami", "stall", times=99)]
+    call = {"function": "check_access", "repo_id": "me/new", "answer_seconds": 0.3}
+    outcome = desk.call(call)[0]
+    assert (outcome["error"], outcome["code"]) == ("HubUnreachable", 2)
+    assert "did not answer in time" in outcome["message"]
+    assert desk.hub.count("GET", "whoami") == 4
+
+
+def test_offline_mode_is_an_error_before_anything_is_asked(desk, run):
+    outcome = desk.call({"function": "check_access", "repo_id": "me/new"}, HF_HUB_OFFLINE="1")[0]
+    assert (outcome["error"], outcome["code"]) == ("InputError", 2)
+    assert "HF_HUB_OFFLINE" in outcome["message"]
+    assert desk.hub.seen == []
+
+
+def test_access_that_was_lost_while_training_leaves_the_run_to_be_pushed_later(desk, run):
+    arguments = {"run": str(run), "repo_id": "me/gulliver", "token": BAD_TOKEN}
+    later, at_once = desk.call({"function": "push_after_training", **arguments}, arguments)
+    assert (later["error"], later["code"]) == ("UploadIncomplete", 5)
+    assert "does not accept the token" in later["message"]
+    assert "partialtune push" in later["message"]
+    assert (at_once["error"], at_once["code"]) == ("InputError", 2)
+    assert desk.hub.repositories == {}
+
+
+def test_a_failed_audit_is_published_only_when_that_is_allowed(desk, run):
+    audit = json.loads((run / "audit.json").read_text())
+    (run / "audit.json").write_text(json.dumps({**audit, "passed": False}))
+    arguments = {"run": str(run), "repo_id": "me/gulliver"}
+    refused, allowed = desk.call(arguments, {**arguments, "allow_failed_audit": True})
+    assert (refused["error"], refused["code"]) == ("InputError", 2)
+    assert "--allow_failed_audit" in refused["message"]
+    assert allowed["error"] is None
+    assert json.loads(desk.hub.files("me/gulliver")["audit.json"])["passed"] is False
+
+
+def without_digests(run):
+    plan = json.loads((run / "freeze_plan.json").read_text())
+    for parameter in plan["parameters"]:
+        parameter["sha256_after"] = None
+    (run / "freeze_plan.json").write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize(
+    ("damage", "lacking"),
+    [
+        (lambda run: (run / "report.html").unlink(), "report.html"),
+        (lambda run: next(run.glob("model-00002-*")).unlink(), "model-00002-of-"),
+        (lambda run: [path.unlink() for path in run.glob("model*")], "model.safetensors"),
+        (lambda run: (run / "audit.json").unlink(), "audit.json"),
+        (without_digests, "the digests after training"),
+        (shutil.rmtree, "recipe.yaml"),
+    ],
+)
+def test_a_folder_that_holds_no_finished_run_is_refused(run, damage, lacking):
+    check_finished(run, allow_failed_audit=False)
+    damage(run)
+    with pytest.raises(InputError, match=lacking):
+        check_finished(run, allow_failed_audit=False)
+
+
+def test_files_are_digested_again_only_when_they_changed(run, monkeypatch):
+    first = files_to_send(run)
+    opened = []
+    monkeypatch.setattr(Path, "open", lambda path, *rest: opened.append(path.name) or open(path, *rest))
+    assert files_to_send(run) == first
+    assert opened == []
+    (run / "report.html").write_bytes(b"another page")
+    assert files_to_send(run)["report.html"].sha256 == hashlib.sha256(b"another page").hexdigest()
+    assert "report.html" in opened
+
+
+LOAD = """
+import os, sys, torch, json
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+ids = torch.arange(24).view(2, 12)
+def logits(name, **where):
+    model = AutoModelForCausalLM.from_pretrained(name, **where)
+    assert model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr(), "the head is tied"
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+local = logits(sys.argv[1])
+for revision in json.loads(sys.argv[2]):
+    assert torch.equal(logits("me/gulliver", revision=revision), local), revision
+assert torch.equal(logits("me/gulliver"), local)
+tokenizer = AutoTokenizer.from_pretrained("me/gulliver")
+assert tokenizer("w5 w7")["input_ids"] == [5, 7]
+generate = pipeline("text-generation", "me/gulliver")
+print(generate("w5 w7", max_new_tokens=3, do_sample=False)[0]["generated_text"])
+print("loaded alike")
+"""
+
+
+@pytest.mark.slow
+def test_a_pushed_model_loads_back_with_the_same_logits_to_the_bit(desk, run):
+    arguments = {"run": str(run), "repo_id": "me/gulliver", "private": True}
+    on_main, on_branch = desk.call(arguments, {**arguments, "revision": "trial"})
+    assert on_branch["error"] is None
+    revisions = json.dumps(["trial", on_main["commit"]])
+    shard = hashlib.sha256(sorted(run.glob("model-*.safetensors"))[0].read_bytes()).hexdigest()
+    desk.hub.faults = [Fault("GET", f"/objects/{shard}", "truncate")]
+    assert "loaded alike" in desk.run(LOAD, str(run), revisions)
+    assert desk.hub.faults[0].times == 0, "the download was not cut short"
+    asked = len(desk.hub.seen)
+    assert "loaded alike" in desk.run(LOAD, str(run), revisions, HF_HUB_OFFLINE="1")
+    assert len(desk.hub.seen) == asked

@@ -1,0 +1,273 @@
+"""The report: one page that says what happened, asks nothing of the network and works in a browser."""
+
+import html.parser
+import json
+import re
+import time
+
+import pytest
+
+from chromium import Page, needs_chromium
+from partialtune.report import visible, write_report
+from partialtune.run_files import read_run
+from partialtune.wording import count, percent, score, significant, verdict
+from run_folder import write_run_folder
+
+ATTACK = "<script>document.title = 'taken'</script>"
+FLAGS = {"odd_token": ATTACK, "source": f"{ATTACK}\"'&.txt", "prompts": (ATTACK, "The Emperor of")}
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags that must be closed, ids, links, and addresses that a browser would ask for."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.ids, self.links, self.addresses, self.alts, self.scripts = [], [], [], [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in ("meta", "link", "img", "source", "path", "br"):
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.alts += [attributes.get("alt")] if tag == "img" else []
+        if tag == "a":
+            self.links.append(attributes["href"])
+        self.addresses += [attributes[key] for key in ("src", "srcset") if key in attributes]
+        self.addresses += [attributes["href"]] if tag == "link" else []
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory):
+    return write_report(write_run_folder(tmp_path_factory.mktemp("runs") / "gulliver", **FLAGS))
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    run = write_run_folder(
+        tmp_path_factory.mktemp("runs") / "spoilt",
+        blocks=3,
+        width=8,
+        steps=20,
+        changed=("transformer.h.1.mlp.c_fc.weight",),
+        unmoved=("transformer.wpe.weight",),
+        held_out=False,
+    )
+    return write_report(run)
+
+
+@pytest.fixture
+def without_images(monkeypatch):
+    """Leave the drawing out where the figures are not what is looked at."""
+    monkeypatch.setattr("partialtune.report.render_figure", lambda run, figure, dark: b"no image")
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_verdict_stands_on_top_in_words(passed, failed):
+    good, bad = text_of(passed), text_of(failed)
+    assert "Audit passed" in good
+    assert "Audit failed" not in good
+    assert good.index("Audit passed") < good.index("<h2>Recipe</h2>") < good.index("<h2>Evaluation</h2>")
+    assert "L2 change exactly 0" in good
+    assert "85,054,464 frozen parameters in 144 tensors kept every bit" in good
+    assert "1.888 → 1.613" in good
+    assert "Audit failed" in bad
+    assert "1 tensor changed" in bad
+    assert re.search(r"<code>transformer\.h\.1\.mlp\.c_fc\.weight</code> is frozen, but changed", bad)
+    assert "did not move: never had a gradient" in bad
+
+
+def test_what_comes_from_texts_and_tokens_is_shown_and_not_run(passed):
+    page = text_of(passed)
+    assert ATTACK not in page
+    assert Outline(page).scripts == 1
+    assert page.count("&lt;script&gt;") >= 4  # token, prompt, its continuations, file name
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(passed, failed):
+    for page in (passed, failed):
+        outline = Outline(text_of(page))
+        assert outline.open == []
+        assert len(outline.ids) == len(set(outline.ids))
+        assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
+        assert all(address.startswith("data:") for address in outline.addresses)
+        assert len(outline.addresses) == 7  # three figures, light and dark, and an empty icon
+        assert all(alt and len(alt) > 40 for alt in outline.alts)
+
+
+def test_every_parameter_of_the_plan_has_its_row_with_its_digest(passed):
+    page = text_of(passed)
+    for parameter in read_run(passed.parent).plan["parameters"]:
+        assert f">{parameter['name']}</td>" in page
+        assert parameter["sha256_after"][:8] in page
+
+
+def test_a_run_without_held_out_text_says_that_its_scores_are_those_of_its_training_text(failed):
+    page = text_of(failed)
+    assert "Bits per byte, training text" in page
+    assert "No text was held out" in page
+    assert "held-out text" not in page
+
+
+def test_scores_that_are_not_finite_are_shown_as_a_dash(tmp_path, without_images):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=2)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["validation"]["after"] |= {"loss": None, "perplexity": None, "bits_per_byte": None}
+    evaluation["prompts"][0]["kl"] = None
+    evaluation["prompts"][0]["after"][0]["probability"] = None
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = text_of(write_report(run))
+    assert "1.888 → –" in page
+    assert re.search(r"KL\(before to after\) –\s*<", page)
+    assert "None" not in page
+
+
+def test_a_run_without_evaluation_and_performance_has_a_page_without_these_sections(tmp_path, without_images):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=2)
+    for name in ("evaluation.json", "performance.json", "weight_deltas.jsonl", "trainer_state.json"):
+        (run / name).unlink()
+    outline = Outline(text_of(write_report(run)))
+    assert not {"evaluation", "prompts", "performance"} & set(outline.ids)
+    assert {"recipe", "figures", "trained", "parameters", "provenance"} <= set(outline.ids)
+
+
+def test_a_token_with_half_a_surrogate_pair_does_not_stop_the_page(tmp_path, without_images):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=2, odd_token="\udc80 \x00\u202e")
+    assert "\\udc80" in text_of(write_report(run))
+
+
+def test_white_space_and_control_characters_of_a_token_are_visible():
+    assert visible(" the") == '<span class="space">␣</span>the'
+    assert visible("<b>\n") == '&lt;b&gt;<span class="space">↵</span>'
+    assert visible("\x07") == '<span class="space">\\x07</span>'
+    assert "empty" in visible("")
+
+
+def test_numbers_are_written_for_people():
+    assert count(39_385_344) == "39,385,344"
+    assert [percent(share) for share in (0.31651, 0.0123, 0.00031, 2e-9, 0, 1, None)] == [
+        "31.7%", "1.2%", "0.031%", "2.0 × 10⁻⁷%", "0%", "100%", "–",
+    ]  # fmt: skip
+    assert [significant(value) for value in (0.119312, 12345.6, 3.21e-7, 0.0, -1.5)] == [
+        "0.1193", "12,346", "3.210 × 10⁻⁷", "0", "−1.500",
+    ]  # fmt: skip
+    assert score("loss", 5.3849) == "5.385"
+    assert score("next_token_accuracy", 0.3123) == "31.2%"
+
+
+def test_a_trainable_part_that_was_not_in_the_optimizer_is_a_bad_finding(tmp_path, without_images):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=2)
+    audit = json.loads((run / "audit.json").read_text())
+    audit["passed"] = False
+    audit["trainable"]["not_in_optimizer"] = ["transformer.wpe.weight"]
+    (run / "audit.json").write_text(json.dumps(audit))
+    frozen, trainable, _ = verdict(read_run(run))
+    assert (frozen.level, trainable.level) == ("good", "bad")
+    assert "was not in the optimizer" in text_of(write_report(run))
+
+
+# --- in a browser
+
+ROWS = "[...document.querySelectorAll('#parameters tbody tr')].map(row => row.cells[{}].{})"
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_opens_without_complaint_request_or_sideways_scrolling(passed, width, dark):
+    with Page(width=width, dark=dark) as page:
+        page.open(passed)
+        assert page.complaints() == []
+        assert page.requests() == [passed.as_uri()]
+        assert page.value("document.title") == "gulliver · partialtune"
+        assert page.value("document.documentElement.scrollWidth") == width
+        assert page.value("[...document.images].every(image => image.complete && image.naturalWidth === 1600)")
+        shown = page.value("getComputedStyle(document.body).backgroundColor")
+        assert shown == ("rgb(13, 17, 23)" if dark else "rgb(246, 247, 249)")
+        attack = page.value("[...document.querySelectorAll('.tokens code')].map(code => code.textContent)")
+        assert any("<script>" in token for token in attack)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_tables_sort_by_mouse_and_by_keyboard_and_say_so(passed):
+    with Page() as page:
+        page.open(passed)
+        original = page.value(ROWS.format(0, "textContent"))
+        page.value("document.querySelectorAll('#parameters th button')[4].click()")
+        sizes = [int(size) for size in page.value(ROWS.format(4, "dataset.sort"))]
+        assert sizes == sorted(sizes)
+        sorted_by = "[...document.querySelectorAll('#parameters th')].map(th => th.getAttribute('aria-sort'))"
+        assert page.value(sorted_by)[4] == "ascending"
+
+        page.value("document.querySelectorAll('#parameters th button')[0].focus()")
+        page.press("Enter", 13, text="\r")
+        names = page.value(ROWS.format(0, "textContent"))
+        assert names != original
+        assert names.index("transformer.h.2.ln_1.bias") < names.index("transformer.h.10.ln_1.bias")
+        page.press(" ", 32, text=" ")
+        assert page.value(ROWS.format(0, "textContent")) == names[::-1]
+        assert page.value(sorted_by) == ["descending", *[None] * 9]
+
+        page.value("document.querySelectorAll('#parameters th button')[2].click()")
+        blocks = page.value(ROWS.format(2, "dataset.sort"))
+        assert blocks[0] == "0"
+        assert blocks[-4:] == [""] * 4  # what lies in no block comes last
+        assert page.complaints() == []
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_every_control_and_scrolling_box_is_reached_by_the_tab_key(passed):
+    with Page(width=390) as page:
+        page.open(passed)
+        wanted = page.value("document.querySelectorAll('a, button, summary, [tabindex]').length")
+        reached = set()
+        for _ in range(wanted):
+            page.press("Tab", 9)
+            reached.add(
+                page.value(
+                    "[...document.querySelectorAll('a, button, summary, [tabindex]')].indexOf(document.activeElement)"
+                )
+            )
+        assert reached == set(range(wanted))
+        boxes = page.value(
+            "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).length"
+        )
+        assert boxes >= 3  # the wide tables and figures scroll in their own boxes
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_failed_audit_is_told_by_word_and_sign_and_not_by_colour_alone(failed):
+    with Page() as page:
+        page.open(failed)
+        assert page.complaints() == []
+        assert "Audit failed" in page.value("document.querySelector('.verdict h2').innerText")
+        assert page.value("document.querySelector('.verdict h2 svg path').getAttribute('d')").startswith("m4 4")
+        assert page.value("document.querySelector('.verdict details').open")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_script_that_is_not_the_page_s_own_is_refused_by_its_policy(passed, tmp_path):
+    page_with_a_stranger = tmp_path / "report.html"
+    page_with_a_stranger.write_text(text_of(passed).replace("</main>", f"</main>{ATTACK}"), encoding="utf-8")
+    with Page() as page:
+        page.open(page_with_a_stranger)
+        assert page.value("document.title") == "gulliver · partialtune"
+        deadline = time.monotonic() + 5
+        while not page.complaints() and time.monotonic() < deadline:
+            page.value("1")
+        assert "Content Security Policy" in "".join(page.complaints())
