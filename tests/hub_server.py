@@ -1,4 +1,4 @@
-"""An imitation of the Hugging Face Hub on 127.0.0.1, for the real `huggingface_hub` client: models, git refs, plain LFS.
+"""An imitation of the Hugging Face Hub on 127.0.0.1, for the real `huggingface_hub` client: models, git refs, LFS.
 
 It knows tokens, namespaces and roles, private repositories, branches, commits with a parent, LFS objects on a second
 origin (another port, as the Hub's storage is another host), and goes wrong on demand. It knows no Xet, no multipart
@@ -10,14 +10,13 @@ import hashlib
 import json
 import re
 import secrets
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
+
+from faulty_http import FaultyHandler, FaultyServer, Refusal, as_json
 
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.png filter=lfs diff=lfs merge=lfs -text\n"
 PAGE = 10  # files on one page of a listing; the Hub has 1,000, but the client must be seen to turn pages
@@ -72,73 +71,16 @@ class Repository:
         return known.get(revision) or (revision if revision in self.commits else None)
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` requests of `method` whose path matches `path`.
-
-    Kinds: `status` answers with `status` and `headers`; `drop` closes the connection without an answer; `stall` says
-    nothing for `seconds`; `lost` does what was asked and closes the connection; `truncate` sends half of the body;
-    `html` answers 200 with a web page.
-    """
-
-    method: str
-    path: str
-    kind: str
-    times: int = 1
-    status: int = 500
-    headers: Mapping[str, str] = field(default_factory=dict)
-    seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A request that came in: `origin` is `hub` or `storage`."""
-
-    origin: str
-    method: str
-    path: str
-    authorized: bool
-    size: int
-
-
-class Refusal(Exception):
-    """An answer other than 2xx: status, X-Error-Code, X-Error-Message."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.message = status, message
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
-
-
-class HubServer:
+class HubServer(FaultyServer):
     """The imitation. Use it as a context manager; `endpoint` is what HF_ENDPOINT has to say."""
 
     def __init__(self, accounts: Mapping[str, Account]) -> None:
+        super().__init__(HubHandler, StorageHandler)
+        self.endpoint, self.storage = self.addresses
         self.accounts = dict(accounts)
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
-        self.faults: list[Fault] = []
-        self.seen: list[Seen] = []
-        self.lock = threading.RLock()
-        self.over = threading.Event()
-        self.stalled = threading.Event()
-        self._servers = [self._serve(HubHandler), self._serve(StorageHandler)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
-
-    def _serve(self, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), {"hub": self}))
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        return server
-
-    def __enter__(self) -> "HubServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
+        self.refuses_parents = False  # as the Hub does, even for the very head, with some fine-grained tokens
 
     def create(self, repo_id: str, private: bool = False) -> Repository:
         repository = self.repositories[repo_id] = Repository(private)
@@ -160,90 +102,8 @@ class HubServer:
             oid = repository.commits[oid].parent
         return messages
 
-    def count(self, method: str, path: str) -> int:
-        """How many requests of this kind came in."""
-        return sum(seen.method == method and re.search(path, seen.path) is not None for seen in self.seen)
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times and fault.method == method and re.search(fault.path, path):
-                    fault.times -= 1
-                    return fault
-        return None
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Reads a request whole, lets a fault happen, and writes what `answer` returns: (status, headers, body)."""
-
-    hub: HubServer
-    origin: str
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def handle_one_request(self) -> None:
-        with suppress(ConnectionError):  # a client that was killed
-            super().handle_one_request()
-
-    def do_GET(self) -> None:
-        self.path, _, query = self.path.partition("?")
-        self.query = parse_qs(query)
-        fault = self.hub.fault_for(self.command, self.path)
-        if fault and fault.kind == "stall":
-            self.hub.stalled.set()
-            self.hub.over.wait(fault.seconds)
-        body = b"" if fault and fault.kind in ("stall", "drop") else self._read_body()
-        authorized = "Authorization" in self.headers
-        self.hub.seen.append(Seen(self.origin, self.command, self.path, authorized, len(body)))
-        if fault and fault.kind in ("stall", "drop"):
-            self.close_connection = True
-            return
-        if fault and fault.kind in ("status", "html"):
-            status, kind = (fault.status, "text/plain") if fault.kind == "status" else (200, "text/html")
-            self._write(status, {"Content-Type": kind, **fault.headers}, b"<html>It went wrong.</html>")
-            return
-        try:
-            with self.hub.lock:
-                status, headers, content = self.answer(body)
-        except Refusal as refusal:
-            status, headers, content = refusal.status, refusal.headers, json.dumps({"error": refusal.message}).encode()
-        if fault and fault.kind == "lost":
-            self.close_connection = True
-            return
-        self._write(status, headers, content, cut=fault is not None and fault.kind == "truncate")
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def answer(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        raise NotImplementedError
-
-    def _read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return body
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def _write(self, status: int, headers: Mapping[str, str], content: bytes, cut: bool = False) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if cut else content)
-        self.close_connection = self.close_connection or cut
-
-
-def as_json(content: Any, status: int = 200, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    return status, {"Content-Type": "application/json", **headers}, json.dumps(content).encode()
-
-
-class StorageHandler(Handler):
+class StorageHandler(FaultyHandler):
     """Where LFS objects lie: signed addresses, and no tokens."""
 
     origin = "storage"
@@ -268,7 +128,7 @@ def signature(oid: str) -> str:
     return hashlib.sha256(f"signed {oid}".encode()).hexdigest()[:16]
 
 
-class HubHandler(Handler):
+class HubHandler(FaultyHandler):
     """The API, and the files of repositories."""
 
     origin = "hub"
@@ -391,7 +251,9 @@ class HubHandler(Handler):
         return [*({"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders), *entries]
 
     def tree(self, body: bytes, repo: str, revision: str, path: str = ""):
-        everything = [e for e in self.entries(self.at(repo, revision)[1]) if not path or e["path"].startswith(f"{path}/")]
+        everything = [
+            e for e in self.entries(self.at(repo, revision)[1]) if not path or e["path"].startswith(f"{path}/")
+        ]
         if self.query.get("recursive") != ["true"]:
             everything = [e for e in everything if "/" not in e["path"].removeprefix(f"{path}/")]
         start = int(self.query.get("cursor", ["0"])[0])
@@ -445,7 +307,7 @@ class HubHandler(Handler):
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         header, *operations = [json.loads(line) for line in body.splitlines()]
         parent = header["value"].get("parentCommit")
-        if parent and parent != repository.branches[revision]:
+        if parent and (self.hub.refuses_parents or parent != repository.branches[revision]):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repository.commits[repository.branches[revision]].files)
         for operation in operations:

@@ -244,15 +244,16 @@ FAKES = [
     "***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***",
     "Produced by Jane Doe",
     "Transcriber's Note",
+    "[Transcriber's Note: a page is missing here.]",
     "THE FULL PROJECT GUTENBERG LICENSE",
 ]
 
 
 @pytest.mark.parametrize("fake", FAKES)
-@pytest.mark.parametrize("size", [1, 12])
+@pytest.mark.parametrize("size", [0.2, 1, 12])
 @pytest.mark.parametrize("around", ["whole", "no header", "no footer", "nothing"])
 def test_a_marker_deep_in_the_book_cuts_nothing(fake, size, around):
-    half = ("\n\n" + PARAGRAPH) * 15 * size
+    half = ("\n\n" + PARAGRAPH) * int(15 * size)  # 2,500, 12,600 and 150,000 characters
     book = TITLE + FIRST + half + "\n\n" + fake + "\n" + half + "\n\n" + LAST
     head = MODERN_HEAD + START if around in ("whole", "no footer") else ""
     foot = END + LICENCE if around in ("whole", "no header") else ""
@@ -280,6 +281,14 @@ def test_a_text_without_markers_is_not_taken_for_gutenbergs(text):
     assert not is_gutenberg(text)
     cleaned = clean_gutenberg(text)
     assert (cleaned.removed_head, cleaned.removed_foot) == (0, 0)
+
+
+def test_a_book_about_project_gutenberg_stays_whole():
+    about = "Project Gutenberg gives its ebooks away, and Michael Hart typed the first of its etexts himself.\n\n"
+    book = about * 30
+    for head, foot in ((MODERN_HEAD + START, END + LICENCE), (MODERN_HEAD, END + LICENCE), (MODERN_HEAD + START, "")):
+        cleaned = clean_gutenberg(head + book + foot)
+        assert cleaned.text == book.rstrip("\n") + "\n"
 
 
 @pytest.mark.parametrize("line_end", ["\r\n", "\r", "\n", "\r\r\n"])

@@ -3,21 +3,32 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from conftest import tiny_gpt2
-from hub_server import Account, Blob, Fault, HubServer
+from faulty_http import Fault
+from hub_server import Account, Blob, HubServer
 from partialtune.errors import InputError
 from partialtune.hub_files import check_finished, files_to_send
 from run_folder import write_run_folder
 
-TOKEN, READ_TOKEN, OTHER_TOKEN, BAD_TOKEN = "hf_plantedWriteToken", "hf_plantedReadToken", "hf_plantedOtherToken", "hf_bad"
+TOKEN, READ_TOKEN, OTHER_TOKEN, BAD_TOKEN = (
+    "hf_plantedWriteToken",
+    "hf_plantedReadToken",
+    "hf_plantedOtherToken",
+    "hf_bad",
+)
 ACCOUNTS = {TOKEN: Account("me", orgs=("guild",)), READ_TOKEN: Account("me", role="read"), OTHER_TOKEN: Account("you")}
 NEVER_SENT = {
     "training_args.bin": f"a pickle with {TOKEN}",
@@ -39,7 +50,8 @@ logging.basicConfig(format="%(message)s", level=logging.INFO)
 for call in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = call.pop("token", os.environ.get("HF_TOKEN", ""))
     function = getattr(hub, call.pop("function", "push_run"))
-    patience = hub.Patience(tries=4, first_wait_seconds=0.05, longest_wait_seconds=5, answer_seconds=call.pop("answer_seconds", 5))
+    seconds = call.pop("answer_seconds", 20)
+    patience = hub.Patience(4, first_wait_seconds=0.05, longest_wait_seconds=5, answer_seconds=seconds)
     try:
         report = function(**call, patience=patience)
         outcome = {"error": None, **(vars(report) if report else {})}
@@ -92,21 +104,27 @@ class Desk:
         return self.call({"run": str(run), "repo_id": "me/gulliver", **arguments})[0]
 
 
-@pytest.fixture
-def desk(tmp_path):
-    """At the end of each test: no token in any output, file or repository, and none sent to the storage."""
-    home = tmp_path / "home"
+@contextmanager
+def desk_in(folder: Path) -> Iterator[Desk]:
+    """At the end: no token in any output, file or repository, and none sent to the storage."""
+    home = folder / "home"
     home.mkdir()
     with HubServer(ACCOUNTS) as hub:
         desk = Desk(hub, home)
         yield desk
-        for token in (*ACCOUNTS, BAD_TOKEN):
-            assert token not in desk.output
-            assert not [path for path in home.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
-            for repo_id, repository in hub.repositories.items():
-                for branch in repository.branches:
-                    assert token.encode() not in b"".join(hub.files(repo_id, branch).values())
-        assert not [seen for seen in hub.seen if seen.origin == "storage" and seen.authorized]
+    for token in (*ACCOUNTS, BAD_TOKEN):
+        assert token not in desk.output
+        assert not [path for path in home.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+        for repo_id, repository in hub.repositories.items():
+            for branch in repository.branches:
+                assert token.encode() not in b"".join(hub.files(repo_id, branch).values())
+    assert not [seen for seen in hub.seen if seen.origin == "storage" and seen.authorized]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with desk_in(tmp_path) as desk:
+        yield desk
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +133,9 @@ def finished_run(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = write_run_folder(tmp_path_factory.mktemp("runs") / "gulliver's run", blocks=3, width=32, steps=20, untied=True)
+    folder = write_run_folder(
+        tmp_path_factory.mktemp("runs") / "gulliver's run", blocks=3, width=32, steps=20, untied=True
+    )
     model = tiny_gpt2(tie_word_embeddings=False)
     model.save_pretrained(folder, max_shard_size="80KB")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) >= 3
@@ -154,7 +174,6 @@ def digest_of(folder):
 
 
 def test_a_push_brings_the_run_and_nothing_else_in_one_commit_and_a_second_push_makes_none(desk, run):
-    before = digest_of(run)
     first, second = desk.call(*[{"run": str(run), "repo_id": "me/gulliver", "private": True}] * 2)
     assert first["error"] is None
     assert on_hub(desk) == on_disk(run)
@@ -169,7 +188,6 @@ def test_a_push_brings_the_run_and_nothing_else_in_one_commit_and_a_second_push_
     assert desk.hub.count("POST", "/commit/") == 1
     assert "model-00001-of-" in desk.output  # a progress bar
     assert "100%" in desk.output
-    assert digest_of(run) == before
 
 
 def test_only_what_changed_is_sent_again(desk, run):
@@ -181,74 +199,111 @@ def test_only_what_changed_is_sent_again(desk, run):
 
 
 PASSING_FAULTS = {
-    "500 to whoami": [Fault("GET", "whoami", "status")],
-    "429 to whoami, with the Hub's rate limit header": [
-        Fault("GET", "whoami", "status", status=429, headers={"ratelimit": '"api";r=0;t=1'})
-    ],
-    "dropped connection at create_repo": [Fault("POST", "repos/create", "drop")],
-    "answer of create_repo lost after the repository was made": [Fault("POST", "repos/create", "lost")],
-    "502 to auth-check": [Fault("GET", "auth-check", "status", status=502)],
-    "stalled server at model_info": [Fault("GET", "/revision/main", "stall")],
-    "a web page instead of JSON from validate-yaml": [Fault("POST", "validate-yaml", "html")],
-    "503 with Retry-After to preupload": [
-        Fault("POST", "preupload", "status", status=503, headers={"Retry-After": "1"})
-    ],
-    "429 to the LFS batch": [Fault("POST", "objects/batch", "status", status=429)],
-    "500 to a transfer": [Fault("PUT", "/objects/", "status")],
-    "dropped connection in a transfer": [Fault("PUT", "/objects/", "drop")],
-    "stalled storage in a transfer": [Fault("PUT", "/objects/", "stall")],
-    "answer of a transfer lost": [Fault("PUT", "/objects/", "lost")],
-    "500 to the commit, twice": [Fault("POST", "/commit/", "status", times=2)],
-    "503 with Retry-After to the commit": [
-        Fault("POST", "/commit/", "status", status=503, headers={"Retry-After": "1"})
-    ],
-    "412 to the commit although nobody committed": [Fault("POST", "/commit/", "status", status=412, times=1)],
-    "dropped connection at the commit": [Fault("POST", "/commit/", "drop")],
-    "stalled server at the commit": [Fault("POST", "/commit/", "stall")],
-    "answer lost after the commit landed": [Fault("POST", "/commit/", "lost")],
-    "500 to the listing after the commit": [Fault("GET", "/tree/(?!main)", "status")],
+    "500 to whoami": Fault("GET", "whoami", "status"),
+    "429 to whoami, with the Hub's rate limit header": Fault(
+        "GET", "whoami", "status", status=429, headers={"ratelimit": '"api";r=0;t=1'}
+    ),
+    "dropped connection at create_repo": Fault("POST", "repos/create", "drop"),
+    "answer of create_repo lost after the repository was made": Fault("POST", "repos/create", "lost"),
+    "502 to auth-check": Fault("GET", "auth-check", "status", status=502),
+    "stalled server at model_info": Fault("GET", "/revision/main", "stall"),
+    "stalled server at the listing": Fault("GET", "/tree/", "stall"),
+    "a web page instead of JSON from validate-yaml": Fault("POST", "validate-yaml", "html"),
+    "503 with Retry-After to preupload": Fault("POST", "preupload", "status", status=503, headers={"Retry-After": "1"}),
+    "429 to the LFS batch": Fault("POST", "objects/batch", "status", status=429),
+    "500 to a transfer": Fault("PUT", "/objects/", "status"),
+    "dropped connection in a transfer": Fault("PUT", "/objects/", "drop"),
+    "stalled storage in a transfer": Fault("PUT", "/objects/", "stall"),
+    "answer of a transfer lost": Fault("PUT", "/objects/", "lost"),
+    "500 to the commit, twice": Fault("POST", "/commit/", "status", times=2),
+    "503 with Retry-After to the commit": Fault("POST", "/commit/", "status", status=503, headers={"Retry-After": "1"}),
+    "412 to the commit": Fault("POST", "/commit/", "status", status=412),
+    "dropped connection at the commit": Fault("POST", "/commit/", "drop"),
+    "stalled server at the commit": Fault("POST", "/commit/", "stall"),
+    "answer lost after the commit landed": Fault("POST", "/commit/", "lost"),
+    "a commit that lands when the client has given it up": Fault("POST", "/commit/", "late", seconds=3),
+    "500 to the listing after the commit": Fault("GET", "/tree/", "status", skip=1),
 }
+TRIES = 4  # of the children; a fault that lasts so long ends the first push, and the second one finds it gone
+LASTING_FAULTS = {
+    "500 to the commit": Fault("POST", "/commit/", "status", times=TRIES),
+    "503 with Retry-After of an hour to the commit": Fault(
+        "POST", "/commit/", "status", status=503, headers={"Retry-After": "3600"}
+    ),
+    "403 to the commit": Fault("POST", "/commit/", "status", status=403),
+    "stalled server at every commit": Fault("POST", "/commit/", "stall", times=TRIES),
+    "no answer from whoami": Fault("GET", "whoami", "drop", times=TRIES),
+}
+
+
+@dataclass(frozen=True)
+class Suffered:
+    """What two pushes of one run came to, the first of which met a fault."""
+
+    desk: Desk
+    run: Path
+    unchanged: bool
+    outcomes: list[dict]
+    left: int
+
+
+def push_twice(finished_run: Path, folder: Path, fault: Fault) -> Suffered:
+    run = Path(shutil.copytree(finished_run, folder / finished_run.name))
+    before = digest_of(run)
+    with desk_in(folder) as desk:
+        desk.hub.faults = [replace(fault)]
+        call = {"run": str(run), "repo_id": "me/gulliver", "private": True}
+        outcomes = desk.call({**call, "answer_seconds": 2 if fault.kind in ("stall", "late") else 20}, call)
+        if fault.kind == "late":
+            desk.hub.over.wait(2)  # by then it has landed, or was refused
+    return Suffered(desk, run, digest_of(run) == before, outcomes, desk.hub.faults[0].times)
+
+
+@pytest.fixture(scope="module")
+def suffered(finished_run, tmp_path_factory):
+    """Name of a fault -> future of what came of it. Each has its own Hub and child; several run at once."""
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        yield {
+            name: pool.submit(push_twice, finished_run, tmp_path_factory.mktemp("fault"), fault)
+            for name, fault in {**PASSING_FAULTS, **LASTING_FAULTS}.items()
+        }
 
 
 @pytest.mark.parametrize("fault", PASSING_FAULTS)
-def test_a_fault_that_passes_is_overcome_without_a_second_commit(desk, run, fault):
-    faults = desk.hub.faults = [Fault(**vars(fault)) for fault in PASSING_FAULTS[fault]]
-    outcome = desk.push(run, answer_seconds=1)
-    assert outcome["error"] is None, outcome
-    assert not any(fault.times for fault in faults), "the fault did not happen"
-    assert on_hub(desk) == on_disk(run)
-    assert len(desk.hub.messages("me/gulliver")) == 2
-
-
-LASTING_FAULTS = {
-    "500 to the commit": Fault("POST", "/commit/", "status", times=99),
-    "503 with Retry-After of an hour to the commit": Fault(
-        "POST", "/commit/", "status", times=99, status=503, headers={"Retry-After": "3600"}
-    ),
-    "403 to the commit": Fault("POST", "/commit/", "status", times=99, status=403),
-    "stalled server at the commit": Fault("POST", "/commit/", "stall", times=99),
-    "no answer from whoami": Fault("GET", "whoami", "drop", times=99),
-}
+def test_a_fault_that_passes_is_overcome_without_a_second_commit(suffered, fault):
+    seen = suffered[fault].result()
+    first, second = seen.outcomes
+    assert seen.left == 0, "the fault did not happen"
+    assert first["error"] is None, first
+    assert second["sent"] == []
+    assert on_hub(seen.desk) == on_disk(seen.run)
+    assert len(seen.desk.hub.messages("me/gulliver")) == 2  # the Hub's own and ours
+    assert seen.unchanged
 
 
 @pytest.mark.parametrize("fault", LASTING_FAULTS)
-def test_a_fault_that_lasts_ends_with_the_run_safe_and_the_command_that_goes_on(desk, run, fault):
-    before = digest_of(run)
-    desk.hub.faults = [Fault(**vars(LASTING_FAULTS[fault]))]
-    outcome = desk.push(run, answer_seconds=1, private=True)
-    assert (outcome["error"], outcome["code"]) == ("UploadIncomplete", 5)
-    assert f"safe and whole in {run}" in outcome["message"]
-    assert f"""partialtune push '{str(run).replace("'", "'" + '"' + "'" + '"' + "'")}' --repo_id me/gulliver --private true""" in outcome["message"]
-    assert "Traceback" not in desk.output
-    assert digest_of(run) == before
-    assert not desk.hub.repositories or on_hub(desk) == {}
+def test_a_fault_that_lasts_ends_with_the_run_safe_and_the_command_that_goes_on(suffered, fault):
+    seen = suffered[fault].result()
+    first, second = seen.outcomes
+    assert seen.left == 0, "the fault did not happen often enough"
+    assert (first["error"], first["code"]) == ("UploadIncomplete", 5)
+    assert f"safe and whole in {seen.run}" in first["message"]
+    command = ["partialtune", "push", str(seen.run), "--repo_id", "me/gulliver", "--private", "true"]
+    assert shlex.split(first["message"].splitlines()[-1]) == command
+    assert "Traceback" not in seen.desk.output
+    assert second["error"] is None, second
+    assert on_hub(seen.desk) == on_disk(seen.run)
+    assert len(seen.desk.hub.messages("me/gulliver")) == 2
+    sent = [request.path for request in seen.desk.hub.seen if request.method == "PUT"]
+    assert len(sent) == len(set(sent)), "what had arrived was sent again"
+    assert seen.unchanged
 
-    desk.hub.faults.clear()
-    transfers = desk.hub.count("PUT", "/objects/")
-    assert desk.push(run, private=True)["error"] is None
+
+def test_a_hub_that_refuses_every_parent_is_pushed_to_without_one(desk, run):
+    desk.hub.refuses_parents = True
+    assert desk.push(run)["error"] is None
     assert on_hub(desk) == on_disk(run)
-    if transfers:
-        assert desk.hub.count("PUT", "/objects/") == transfers  # what had arrived was not sent again
+    assert len(desk.hub.messages("me/gulliver")) == 2
 
 
 def test_a_push_that_was_killed_in_the_middle_goes_on_where_it_was(desk, run):
@@ -340,6 +395,13 @@ def test_access_is_checked_before_any_training(desk):
     assert "Traceback" not in desk.output
 
 
+def test_a_server_that_repeats_the_token_does_not_get_it_into_a_message(desk):
+    headers = {"X-Error-Message": f"The token {TOKEN} has no such right"}
+    desk.hub.faults = [Fault("GET", "auth-check", "status", status=403, headers=headers)]
+    outcome = desk.call({"function": "check_access", "repo_id": "me/new"})[0]
+    assert "The token <token> has no such right. Give the token write access to me/new" in outcome["message"]
+
+
 def test_a_hub_that_does_not_answer_is_an_error_before_training(desk):
     desk.hub.faults = [Fault("GET", "whoami", "stall", times=99)]
     call = {"function": "check_access", "repo_id": "me/new", "answer_seconds": 0.3}
@@ -405,12 +467,14 @@ def test_a_folder_that_holds_no_finished_run_is_refused(run, damage, lacking):
 def test_files_are_digested_again_only_when_they_changed(run, monkeypatch):
     first = files_to_send(run)
     opened = []
-    monkeypatch.setattr(Path, "open", lambda path, *rest: opened.append(path.name) or open(path, *rest))
+    read = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode="r": opened.append(path.name) or read(path, mode))
     assert files_to_send(run) == first
     assert opened == []
-    (run / "report.html").write_bytes(b"another page")
+    with read(run / "report.html", "wb") as file:
+        file.write(b"another page")
     assert files_to_send(run)["report.html"].sha256 == hashlib.sha256(b"another page").hexdigest()
-    assert "report.html" in opened
+    assert opened == ["report.html"]
 
 
 LOAD = """

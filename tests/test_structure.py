@@ -480,7 +480,8 @@ def test_every_causal_architecture_of_transformers_is_read():
         )
         assert structure.total == sum(p.numel() for p in model.parameters()), model_type
         assert "embeddings.tokens" in numbers(structure), model_type
-        assert {"attention", "mixer", "mlp"} & set(numbers(structure, block=0)), model_type
+        if model_type != "xlm":  # keeps a list of attentions and a list of feed-forwards, and no blocks
+            assert {"attention", "mixer", "mlp"} & set(numbers(structure, block=0)), model_type
         without_other += [model_type] if "other" not in numbers(structure) else []
         read += 1
     assert read >= 0.85 * len(types)

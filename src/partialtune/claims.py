@@ -60,11 +60,14 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
             f"Say with --trainable what may move."
         )
     named = {structure.by_name[name].name: entry for name, entry in entries.items()}
+    before = {name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]}
+    after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
+    digests = f"{len(before):,} digests before and {len(after):,} after"
     return Claim(
-        text=f"only what {file.name} of {adapted} trains may move",
+        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
         trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
-        before={name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]},
-        after={name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]},
+        before=before,
+        after=after,
     )
 
 

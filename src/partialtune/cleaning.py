@@ -41,12 +41,16 @@ _FOOTER_LINE = re.compile(
     re.M,
 )
 _OPENING = re.compile(r"project\s+gutenberg|gutenberg\W+(?:projekt|e-?text|e-?book)", re.I)
+_FIELD = (
+    r"^(?:Title|Author|Release date|Posting date|Language|Character set encoding|Editor|Translator|Illustrator|Edition"
+    r"|Subtitle|Contributor|Last updated|Most recently updated|Original publication|Credits)[ \t]*:"
+)
+_FIELDS = re.compile(_FIELD, re.I | re.M)
 _GUTENBERG_WORDS = re.compile(
     r"\bpro\w{3,6}[\s-]+gutenberg|gutenberg\W{0,3}(?:tm|org|net|literary|association|projekt|e-?text|e-?book)\b"
     r"|\be-?texts?\b|\be-?books?\b|small print|public domain|copyright laws|plain vanilla|donations?\b"
     r"|(?:updated|corrected) editions|full license|michael s?\.? ?hart|limited warranty|right of replacement"
-    r"|^(?:Title|Author|Release date|Posting date|Language|Character set encoding|Editor|Translator|Illustrator|Edition"
-    r"|Subtitle|Contributor|Last updated|Most recently updated|Original publication|Credits)[ \t]*:",
+    rf"|{_FIELD}",
     re.I | re.M,
 )
 _HEADER_PROOF = re.compile(
@@ -73,7 +77,7 @@ _CREDIT = re.compile(
     re.I,
 )
 _MAKERS = re.compile(
-    r"project\s+gutenberg|distributed\s+proof|\bpgdp\b|pglaf\.org|gutenberg\.(?:org|net)|editions\s+of\s+this\s+e-?book"
+    r"distributed\s+proof|\bpgdp\b|pglaf\.org|gutenberg\.(?:org|net)/|editions\s+of\s+this\s+e-?book"
     r"|click\s+on\s+any\s+of\s+the\s+file\s?numbers",
     re.I,
 )
@@ -138,7 +142,7 @@ def _header_end(head: str) -> int:
         head: The first characters of the text, or all of it.
     """
     marker = _START_MARKER.search(head)
-    if marker and _is_boilerplate(head[: marker.start()]):
+    if marker and _can_be_header(head[: marker.start()]):
         end = _marker_end(head, marker)
         small_print = _SMALL_PRINT_START.match(head[end:].lstrip("\n"))
         return _header_end(head[end:]) + end if small_print else end
@@ -146,39 +150,50 @@ def _header_end(head: str) -> int:
     if small_print:
         start = _SMALL_PRINT_START.search(head, 0, small_print.start())
         before = head[: start.start() if start else small_print.start()]
-        if _is_boilerplate(before) and not _END_MARKER.search(before) and not _FOOTER_LINE.search(before):
+        if _can_be_header(before) and not _END_MARKER.search(before) and not _FOOTER_LINE.search(before):
             return small_print.end()
     return _unmarked_header_end(head)
 
 
-def _is_boilerplate(before: str) -> bool:
-    """Whether everything before a marker can be a header: Project Gutenberg's words come up all through it."""
+def _can_be_header(before: str) -> bool:
+    """Whether everything before a marker can be a header: it is nearly nothing, or speaks of Gutenberg to the end."""
+    words = list(_GUTENBERG_WORDS.finditer(before))
+    if not words:
+        return len(before.strip()) < 500
+    return len(before) - words[-1].end() < 1_000 and _is_boilerplate(before)
+
+
+def _is_boilerplate(part: str) -> bool:
+    """Whether Project Gutenberg's words come up all through a part of a file."""
     last = 0
-    for word in _GUTENBERG_WORDS.finditer(before):
+    for word in _GUTENBERG_WORDS.finditer(part):
         if word.start() - last > WIDEST_GAP:
             return False
         last = word.end()
-    return len(before) - last <= WIDEST_GAP
+    return len(part) - last <= WIDEST_GAP
 
 
 def _marker_end(head: str, marker: re.Match[str]) -> int:
     """The end of a start marker, whose title may run over the next lines until the closing asterisks."""
-    if marker[0].endswith("*") and len(marker[0].strip(" *")) > 0:
+    if marker[0].endswith("*"):
         return marker.end()
     rest = re.compile(r"(?:\n[^\n]+){1,4}?\*\*$", re.M).match(head, marker.end())
     return rest.end() if rest else marker.end()
 
 
 def _unmarked_header_end(head: str) -> int:
-    """The end of a header without markers: its last paragraph in Project Gutenberg's words."""
+    """The end of a header without markers: its last field, or the last of its small print."""
     opening = _OPENING.search(head[:1500])
     if not opening or head[: opening.start()].count("\n\n") > 2 or not _HEADER_PROOF.search(head[:FRONT]):
         return 0
-    end = 0
+    ending = _GUTENBERG_WORDS if _SMALL_PRINT_START.search(head) else _FIELDS
+    end = last = 0
     for paragraph in _PARAGRAPH.finditer(head):
-        if paragraph.start() - end > WIDEST_GAP // 3:
+        if paragraph.start() - last > WIDEST_GAP // 3:
             break
         if _GUTENBERG_WORDS.search(paragraph[0]):
+            last = paragraph.end()
+        if ending.search(paragraph[0]):
             end = paragraph.end()
     return end
 
@@ -249,7 +264,8 @@ def _note_end(text: str, note: re.Match[str], limit: int) -> int:
     paragraph. Under a heading of its own it lasts until two blank lines or another heading; without them it is left in.
     """
     if note[0].lstrip().startswith("["):
-        closing = re.compile(r"\][ \t]*$", re.M).search(text, note.start(), limit)
+        break_after = text.find("\n\n\n", note.end(), limit)
+        closing = re.compile(r"\]$", re.M).search(text, note.start(), limit if break_after < 0 else break_after)
         return closing.end() if closing else note.end()
     if not _NOTE.fullmatch(note[0].strip()):
         return note.end()
@@ -262,13 +278,20 @@ def _note_end(text: str, note: re.Match[str], limit: int) -> int:
 
 
 def _drop_last_notes(text: str, start: int, end: int) -> int:
-    """Where the book ends before transcriber's notes that close it."""
-    note_start = end
-    for paragraph, gap in _paragraphs_with_gaps(text, max(start, end - 2 * FRONT), end):
+    """Where the book ends before transcriber's notes that close it.
+
+    Under a heading of its own a note may have several paragraphs if it is short or set off by two blank lines.
+    Any other must be the last paragraph, or a bracket that closes the text.
+    """
+    note_start = note_end = end
+    for paragraph, gap in _paragraphs_with_gaps(text, max(start, end - FRONT), end):
         if _NOTE.match(paragraph[0]):
             note_start = min(note_start, paragraph.start())
-        elif gap > 2 or paragraph[0].isupper():
-            note_start = end  # the book goes on after the note
+            has_heading = _NOTE.fullmatch(paragraph[0].strip())
+            several = has_heading and (gap >= 2 or end - paragraph.start() < 500)
+            note_end = end if several else _note_end(text, paragraph, end)
+        elif paragraph.start() >= note_end or gap > 2 or paragraph[0].isupper():
+            note_start = note_end = end  # the book goes on
     return note_start
 
 

@@ -86,16 +86,18 @@ class Comparison:
         if self.changed_though_frozen:
             changed = [f"{p.name} ({p.changed_values:,} of {p.numel:,} values)" for p in self.changed_though_frozen]
             sentences.append(f"{counted(len(changed), 'frozen parameter')} changed: {joined(changed, 240)}.")
-        if self.not_the_base:
-            sentences.append(
-                f"{counted(len(self.not_the_base), 'parameter')} of {self.base} differ from what the run started from "
-                f"(sha256_before): {joined(self.not_the_base, 160)}. Name the base, and its revision, of that run."
-            )
-        if self.not_the_result:
-            sentences.append(
-                f"{counted(len(self.not_the_result), 'parameter')} of {self.adapted} differ from what the run ended "
-                f"with (sha256_after): {joined(self.not_the_result, 160)}."
-            )
+        for checkpoint, names, moment, remedy in (
+            (
+                self.base,
+                self.not_the_base,
+                "started from (sha256_before)",
+                " Name the base, and its revision, of that run.",
+            ),
+            (self.adapted, self.not_the_result, "ended with (sha256_after)", ""),
+        ):
+            if names:
+                where = f"in {counted(len(names), 'parameter')}: {joined(names, 160)}"
+                sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
         return sentences
 
     @property

@@ -54,7 +54,7 @@ def dry_step(
     apply_plan(twin, plan)
     twin.config.use_cache = False  # as Trainer has it
     twin.train()
-    meter = StepMeter(fake, twin, logits_shape=(batch_size * block_size, twin.config.get_text_config().vocab_size))
+    meter = StepMeter(fake, twin, logits_shape=(batch_size * (block_size - 1), twin.config.get_text_config().vocab_size))
     trainable = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
@@ -71,8 +71,8 @@ def dry_step(
             stepping = OPTIMIZERS[optimizer](trainable)
             stepping.step()
         return Products(**meter.products.counts).times(accumulation), meter.ledger.memory()
-    except ValueDependence as error:
-        raise ModelError(...) from error
+    finally:
+        pass
 
 
 def _loss(model: nn.Module, input_ids: torch.Tensor, bf16: bool) -> torch.Tensor:
@@ -114,14 +114,13 @@ class StepMeter(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if outputs:
             for output in outputs:
-                self.ledger.number(output)
+                self.ledger.number(output, "logits" if self._is_logits(output) else "activations")
             self.products.see(func, args, kwargs, result, backward=self.phase == "backward")
-            self.ledger.assign(filter(self._is_logits, outputs), "logits")
         return result
 
     def _is_logits(self, tensor: torch.Tensor) -> bool:
         rows, vocabulary = self._logits_shape
-        return tensor.ndim > 1 and tensor.shape[-1] == vocabulary and rows <= 2 * tensor.numel() // vocabulary
+        return tensor.ndim > 1 and tensor.shape[-1] == vocabulary and tensor.numel() >= rows * vocabulary
 
 
 def _run(func, types, args, kwargs):

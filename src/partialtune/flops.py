@@ -76,11 +76,13 @@ class ProductCounter:
                 self._weights.update(self._number(leaf) for leaf in _tensors(result))  # a cast, a copy, a view
             return
         flops = formula(*args, **kwargs, out_val=result)
-        self.counts[self._purpose(operands, backward)] += flops
+        self.counts[self._purpose(packet, operands, backward)] += flops
         if operands & self._weights:
             self._factors |= operands - self._weights
 
-    def _purpose(self, operands: set[int], backward: bool) -> str:
+    def _purpose(self, packet: Any, operands: set[int], backward: bool) -> str:
+        if "attention" in str(packet):  # one fused operation, whose result is a factor of the next product
+            return "attention"
         if operands & self._weights:
             if not backward:
                 return "forward"

@@ -69,6 +69,15 @@ def parse_selector(text: str) -> Selector:
     return Selector(written, removes, indices=indices, part=_parse_part(written, blocks[2]))
 
 
+def check_selector_syntax(selector: str) -> str | None:
+    """What is wrong with the text of a selector, in words, or None. Needs no model."""
+    try:
+        parse_selector(selector)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
 def slice_as_written(chosen: slice) -> str:
     """slice(-2, None) -> "-2:"."""
     numbers = [chosen.start, chosen.stop] if chosen.step is None else [chosen.start, chosen.stop, chosen.step]

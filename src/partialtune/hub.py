@@ -52,6 +52,12 @@ class PushReport:
     sent: tuple[str, ...]
     removed: tuple[str, ...]
 
+    def __str__(self) -> str:
+        what = f"{self.files} files, {self.bytes / 1e6:,.1f} MB, at commit {self.commit[:12]}"
+        if not self.sent and not self.removed:
+            return f"{self.url} holds the run already: {what}, sizes and digests verified. Nothing was sent."
+        return f"Pushed to {self.url}: {what}, sizes and digests verified."
+
 
 def push_run(
     run: Path,
@@ -72,7 +78,7 @@ def push_run(
         patience: Tries and time-outs.
 
     Raises:
-        InputError: If the folder holds no run that may be published, or the Hub does not let the token in. Nothing was sent.
+        InputError: If the folder holds no run that may be published, or the Hub refuses the token. Nothing was sent.
         UploadIncomplete: If the upload did not come to its end; the message gives the command that resumes it.
     """
     run, patience = Path(run), patience or Patience()
@@ -182,14 +188,14 @@ class _Upload:
                 parent_commit=None if head == self.refused_parent else head,
             ).oid
         except HfHubHTTPError as error:
-            if error.response.status_code == 412:  # somebody else's commit; some fine-grained tokens get it for the very head
+            if (
+                error.response.status_code == 412
+            ):  # somebody else's commit; some fine-grained tokens get it for the very head
                 self.refused_parent = head
             raise
 
 
-def _push_command(
-    run: Path, repo_id: str, revision: str | None, private: bool | None, allow_failed_audit: bool
-) -> str:
+def _push_command(run: Path, repo_id: str, revision: str | None, private: bool | None, allow_failed_audit: bool) -> str:
     """The command that goes on with a push."""
     words = ["partialtune", "push", str(run), "--repo_id", repo_id]
     words += ["--revision", revision] if revision else []

@@ -1,4 +1,4 @@
-"""May this run be pushed? A repository's name -> nothing, or an error that says what to do; asked before any training."""
+"""May this run be pushed? A repository's name -> nothing, or an error that says what to do. Asked before training."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ REFUSED = frozenset({401, 402, 403, 404})
 def check_access(
     repo_id: str, private: bool | None = None, revision: str | None = None, patience: Patience | None = None
 ) -> None:
-    """Make sure that a push to `repo_id` will be let in. The repository and the branch are created where they are missing.
+    """Make sure that a push to `repo_id` will be let in. A missing repository or branch is created.
 
     Args:
         repo_id: Full name, NAMESPACE/NAME.
@@ -62,8 +62,8 @@ def check_name(repo_id: str, revision: str | None) -> None:
         raise InputError(f"{repo_id!r} is no repository's name: {error}") from error
     if "/" not in repo_id:
         raise InputError(
-            f"{repo_id!r} names no namespace. Give the full name, NAMESPACE/{repo_id}, where the namespace is your user "
-            f"name or an organisation of yours."
+            f"{repo_id!r} names no namespace. Give the full name, NAMESPACE/{repo_id}, where the namespace is your "
+            f"user name or an organisation of yours."
         )
     if revision is not None and (re.fullmatch(r"[0-9a-f]{40}", revision) or not revision.strip("/")):
         raise InputError(f"revision {revision!r} cannot be pushed to. Give the name of a branch, such as main.")

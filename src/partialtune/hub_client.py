@@ -1,4 +1,4 @@
-"""How the Hugging Face Hub is asked: a call -> its answer, tried again where that helps; or its failure in one sentence.
+"""How the Hugging Face Hub is asked: a call -> its answer, tried again where that helps, or its failure in a sentence.
 
 The client of `huggingface_hub` retries neither whoami nor create_repo nor a commit, and waits for an answer without
 end. Here every call has a time-out and a few tries. A token never gets into a message.
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+LONGEST_QUOTE = 300  # characters of what a server said; some send a page
 PASSING_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
 
 
@@ -49,7 +50,7 @@ HUB_ERRORS = (httpx2.HTTPError, OSError, RuntimeError, ValueError, NotThereYet)
 
 @dataclass(frozen=True)
 class Patience:
-    """How long the Hub is waited for. Inside one try the client repeats transfers of its own accord, five times each."""
+    """How long the Hub is waited for. Inside one try the client itself repeats a failed transfer up to five times."""
 
     tries: int = 5
     first_wait_seconds: float = 2.0  # doubled after each try
@@ -92,7 +93,7 @@ def in_words(error: Exception) -> str:
     error = _root(error)
     host = constants.ENDPOINT
     if isinstance(error, HfHubHTTPError):
-        said = " ".join((error.server_message or "").split())
+        said = " ".join((error.server_message or "").split())[:LONGEST_QUOTE]
         words = f"{error.response.url.host} answered {error.response.status_code}" + (f": {said}" if said else "")
     elif isinstance(error, httpx2.TimeoutException):
         words = f"{host} did not answer in time"
@@ -107,12 +108,21 @@ def in_words(error: Exception) -> str:
 
 @contextmanager
 def time_limits(seconds: float) -> Iterator[None]:
-    """Give up each request of the client after that many seconds of silence; its own default is never.
+    """Give up each request of the client after that many seconds of silence.
 
-    A client factory that somebody set with `set_client_factory` is replaced.
+    Left to itself the client waits for ever: it has no time-out, and some of its calls ask for none on top of that. So
+    the limit is put into each request as it is sent. A factory set with `set_client_factory` is replaced.
     """
+
+    def limit(request: httpx2.Request) -> None:
+        said = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            part: said.get(part) or seconds for part in ("connect", "read", "write", "pool")
+        }
+
     hooks = get_session().event_hooks  # offline mode and request ids
-    set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+    limited = {**hooks, "request": [*hooks["request"], limit]}
+    set_client_factory(lambda: httpx2.Client(event_hooks=limited, follow_redirects=True, timeout=seconds))
     try:
         yield
     finally:
@@ -121,7 +131,7 @@ def time_limits(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def progress_bars() -> Iterator[None]:
-    """Show the client's progress bars, also where they were switched off for training; HF_HUB_DISABLE_PROGRESS_BARS wins."""
+    """Show the client's progress bars, though training switched them off; HF_HUB_DISABLE_PROGRESS_BARS wins."""
     switched_off = are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     if switched_off:
         enable_progress_bars()

@@ -43,13 +43,14 @@ class MemoryLedger:
         self._part_of: dict[int, str] = {}
         self._optimizer_starts: int | None = None
 
-    def number(self, tensor: torch.Tensor) -> int:
-        """The number of the tensor's storage, which is written down where it is new."""
+    def number(self, tensor: torch.Tensor, part: str = "activations") -> int:
+        """The number of the tensor's storage. A new one is written down and counts to `part`."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._living:
             return self._living[address][0]
         number, size = len(self._events), storage.nbytes()
+        self._part_of[number] = part
         self._events.append((number, size))
         self._living[address] = (number, weakref.ref(storage, partial(self._gone, address, number, size)))
         return number
@@ -72,11 +73,11 @@ class MemoryLedger:
         start = len(self._events) if self._optimizer_starts is None else self._optimizer_starts
         for number, _ in self._living.values():
             if number >= start:
-                self._part_of.setdefault(number, "optimizer")
+                self._part_of[number] = "optimizer"
         largest, now = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
         peak_before, peak_after = 0, 0
         for index, (number, size) in enumerate(self._events):
-            part = self._part_of.get(number, "activations")
+            part = self._part_of[number]
             now[part] += size
             largest[part] = max(largest[part], now[part])
             if index < start:

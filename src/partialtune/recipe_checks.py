@@ -137,7 +137,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    from partialtune.selectors import check_selector_syntax
+    from partialtune.grammar import check_selector_syntax
 
     trainable = values.get("trainable")
     if values.get("method") == "full":

@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from partialtune.errors import RecipeError
-from partialtune.grammar import BLOCK_PARTS, WORDS, Selector, parse_selector, slice_as_written
+from partialtune.grammar import BLOCK_PARTS, WORDS, Selector, check_selector_syntax, parse_selector, slice_as_written
 from partialtune.layout import Place
 from partialtune.structure import ModelStructure, ParameterInfo
+
+__all__ = ["check_selector_syntax", "resolve_selectors"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +28,6 @@ IN_WORDS = {
     "mixer": "mixer (state-space block)",
     "final_norm": "final norm with parameters",
 }
-
-
-def check_selector_syntax(selector: str) -> str | None:
-    """What is wrong with the text of a selector, in words, or None. Needs no model."""
-    try:
-        parse_selector(selector)
-    except RecipeError as error:
-        return str(error)
-    return None
 
 
 def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow_empty: bool = False) -> dict[str, str]:

@@ -44,15 +44,14 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
     before, after = _open(base, "BASE"), _open(adapted, "ADAPTED")
     structure = _common_structure(before, after)
     claim = _claim(structure, after, trainable)
-    parameters, not_the_base, not_the_result, rounded = [], [], [], []
+    has_digests = claim is not None and bool(claim.before or claim.after)
+    parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
         parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable)
         parameters.append(parameter)
-        if claim is not None:
-            sha256_after = digest(new) if claim.before or claim.after else ""
-            sha256_before = digest(old) if parameter.changed and claim.before else sha256_after
-            not_the_base += _if_other(info.name, sha256_before, claim.before)
-            not_the_result += _if_other(info.name, sha256_after, claim.after)
+        if has_digests:
+            digests_after[info.name] = digest(new)
+            digests_before[info.name] = digest(old) if parameter.changed else digests_after[info.name]
         if parameter.changed and _is_rounded(old, new):
             rounded.append(info.name)
     comparison = Comparison(
@@ -60,8 +59,8 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         adapted=after.name,
         parameters=tuple(parameters),
         claim=None if claim is None else claim.text,
-        not_the_base=tuple(not_the_base),
-        not_the_result=tuple(not_the_result),
+        not_the_base=() if claim is None else _other_than(claim.before, digests_before),
+        not_the_result=() if claim is None else _other_than(claim.after, digests_after),
     )
     return replace(comparison, notes=tuple(comparison_notes(comparison, before, after, rounded)))
 
@@ -143,8 +142,8 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
     )
 
 
-def _if_other(name: str, sha256: str, claimed: Mapping[str, str]) -> list[str]:
-    return [name] if claimed.get(name, sha256) != sha256 else []
+def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(name for name, sha256 in claimed.items() if found[name] != sha256)
 
 
 def _is_rounded(before: torch.Tensor, now: torch.Tensor) -> bool:

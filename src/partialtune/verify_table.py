@@ -16,9 +16,10 @@ def comparison_table(comparison: Comparison) -> str:
     Blocks in a row of which nothing moved share a line.
     """
     notes = [f"note: {note}" for note in comparison.notes]
+    columns = len(HEADINGS) if comparison.claim else len(HEADINGS) - 1
     parts = [
         f"base     {comparison.base}\nadapted  {comparison.adapted}\nclaim    {comparison.claim or 'none'}",
-        _columns([HEADINGS, *_rows(comparison.parameters)]),
+        _columns([row[:columns] for row in (HEADINGS, *_rows(comparison.parameters))]),
         *(["\n".join(notes)] if notes else []),
         verdict_line(comparison),
     ]
@@ -90,4 +91,4 @@ def _claim_cell(parameters: Sequence[ComparedParameter]) -> str:
         return "may move"
     if may_move:
         return f"{may_move} of {len(parameters)} may move"
-    return "" if parameters[0].allowed is None else "frozen"
+    return "frozen"

@@ -6,6 +6,7 @@ are read from the files one by one; where they also split, fuse or permute, tran
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from partialtune.errors import ModelError
 from partialtune.modeling import empty_model, load_config, load_model
 from partialtune.structure import ModelStructure, read_structure
+
+logger = logging.getLogger(__name__)
 
 READ_AS_THEY_ARE = ("F32", "BF16", "F16")  # exact in fp32, which is what a bit of a parameter is counted in
 
@@ -194,6 +197,7 @@ def _stream(
 
 
 def _load_whole(folder: Path, name: str, config: PretrainedConfig, names: NameMap) -> Weights:
+    logger.info("%s: its files hold other tensors than the model has parameters. Loading all of it.", name)
     model = load_model(str(folder), config)
     model.config.name_or_path = name
     tensors, structure = model.state_dict(), read_structure(model)

@@ -1,0 +1,500 @@
+"""verify finds every changed bit between two checkpoints, whatever their files look like, and judges by the claim."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from conftest import tiny_gpt2
+from partialtune import weight_files
+from partialtune.errors import FreezeViolation, ModelError, RecipeError
+from partialtune.plan import apply_plan, plan_freeze
+from partialtune.verify import verify
+from partialtune.verify_table import comparison_table
+from partialtune.weights import digests
+from test_modeling import rename_to_hub
+
+MLP = "transformer.h.2.mlp.c_fc.weight"
+FIRST_NORM = "transformer.h.0.ln_1.weight"
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapt(tmp_path):
+    """Save a copy of the base as `adapted`, changed by a function of the model."""
+
+    def save(change=lambda model: None, name="adapted", **settings):
+        model = tiny_gpt2()
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(tmp_path / name, **settings)
+        return tmp_path / name
+
+    return save
+
+
+def compare(base, adapted, trainable=None):
+    """The comparison, after a look at what holds for every one of them."""
+    comparison = verify(str(base), str(adapted), trainable)
+    content = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    assert [entry["name"] for entry in content["parameters"] if entry["changed"]] == content["moved"]
+    assert comparison_table(comparison).splitlines()[-1].startswith("verdict: ")
+    return comparison
+
+
+def moved(comparison):
+    return [parameter.name for parameter in comparison.moved]
+
+
+def flip_a_bit(tensor, index=0):
+    tensor.view(-1).view(torch.int32)[index] ^= 1
+
+
+def train_last_mlp(model):
+    for parameter in model.transformer.h[2].mlp.parameters():
+        parameter.add_(torch.linspace(0.01, 0.02, parameter.numel()).view_as(parameter))
+
+
+def test_a_copy_differs_in_nothing_and_without_a_claim_there_is_no_verdict(base, adapt):
+    comparison = compare(base, adapt())
+    assert moved(comparison) == []
+    assert comparison.passed is None
+    comparison.raise_if_violated()
+    assert {parameter.l2_delta for parameter in comparison.parameters} == {0.0}
+    assert "verdict: none" in comparison_table(comparison)
+
+
+def test_one_flipped_bit_in_one_frozen_tensor_is_found_and_named(base, adapt):
+    adapted = adapt(lambda model: flip_a_bit(model.transformer.h[0].ln_1.weight, 7))
+    comparison = compare(base, adapted, ["blocks[-1].mlp"])
+    assert moved(comparison) == [FIRST_NORM]
+    assert comparison.moved[0].changed_values == 1
+    with pytest.raises(
+        FreezeViolation, match=rf"1 frozen parameter changed: {FIRST_NORM} \(1 of 32 values\)"
+    ) as caught:
+        comparison.raise_if_violated()
+    assert caught.value.exit_code == 3
+    table = comparison_table(comparison)
+    assert "1 CHANGED, though frozen" in table
+    assert "verdict: VIOLATED" in table.splitlines()[-1]
+
+
+def test_what_the_claim_allows_may_move_and_its_distance_is_exact(base, adapt):
+    comparison = compare(base, adapt(train_last_mlp), ["blocks[-1].mlp"])
+    assert comparison.passed
+    comparison.raise_if_violated()
+    assert len(moved(comparison)) == 4
+    found = next(parameter for parameter in comparison.parameters if parameter.name == MLP)
+    before, model = tiny_gpt2().get_parameter(MLP).detach(), tiny_gpt2()
+    with torch.no_grad():
+        train_last_mlp(model)
+    change = model.get_parameter(MLP).detach().double() - before.double()
+    assert found.l2_delta == pytest.approx(float(change.norm()), rel=1e-12)
+    assert found.relative_delta == pytest.approx(float(change.norm() / before.double().norm()), rel=1e-12)
+    assert found.max_abs_delta == float(change.abs().max())
+    assert (found.block, found.component, found.numel, found.allowed) == (2, "mlp", 4096, True)
+
+
+def test_a_trainable_parameter_that_kept_every_bit_is_a_note_and_no_violation(base, adapt):
+    comparison = compare(base, adapt(), ["final_norm"])
+    assert comparison.passed
+    assert [parameter.name for parameter in comparison.unmoved] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    assert "2 parameters may move and kept every bit: transformer.ln_f.weight" in " ".join(comparison.notes)
+
+
+def test_an_empty_claim_lets_nothing_move(base, adapt):
+    assert compare(base, adapt(), []).passed
+    with pytest.raises(FreezeViolation, match=r"4 frozen parameters changed"):
+        compare(base, adapt(train_last_mlp), []).raise_if_violated()
+
+
+def test_a_selector_that_matches_nothing_is_refused(base, adapt):
+    with pytest.raises(RecipeError, match=r"blocks\[3\] is out of range"):
+        verify(str(base), str(adapt()), ["blocks[3]"])
+
+
+def test_a_zero_that_changed_its_sign_has_changed_and_a_nan_equals_itself(tmp_path, adapt):
+    def spoil(model):
+        model.transformer.ln_f.weight[0] = float("nan")
+
+    def spoil_and_negate(model):
+        spoil(model)
+        model.transformer.ln_f.bias[3] = -0.0
+
+    comparison = compare(adapt(spoil, "base"), adapt(spoil_and_negate))
+    assert moved(comparison) == ["transformer.ln_f.bias"]
+    assert (comparison.moved[0].l2_delta, comparison.moved[0].relative_delta) == (0.0, None)
+
+
+def test_a_weight_that_became_nan_has_moved_by_an_unknown_distance(base, adapt):
+    comparison = compare(base, adapt(lambda model: model.transformer.ln_f.weight.fill_(float("nan"))))
+    assert moved(comparison) == ["transformer.ln_f.weight"]
+    assert comparison.moved[0].l2_delta is None
+
+
+# Files of other shapes
+
+
+def refuse_to_load(*args, **kwargs):
+    raise AssertionError("the whole model was loaded")
+
+
+def test_a_base_with_the_names_and_mask_buffers_of_the_hubs_file_is_compared_tensor_by_tensor(base, adapt, monkeypatch):
+    monkeypatch.setattr(weight_files, "load_model", refuse_to_load)
+    rename_to_hub(base)
+    comparison = compare(base, adapt(train_last_mlp), ["blocks[-1].mlp"])
+    assert comparison.passed
+    assert len(comparison.parameters) == len(list(tiny_gpt2().parameters()))
+    assert len(moved(comparison)) == 4
+    assert any("h.0.attn.bias" in note for note in comparison.notes)
+
+
+def test_a_changed_bit_is_found_under_the_hubs_names_too(base, adapt):
+    adapted = adapt(lambda model: flip_a_bit(model.transformer.h[0].ln_1.weight))
+    rename_to_hub(base)
+    rename_to_hub(adapted)
+    assert moved(compare(base, adapted)) == [FIRST_NORM]
+
+
+def test_sharded_files_are_compared_tensor_by_tensor(base, adapt, monkeypatch):
+    monkeypatch.setattr(weight_files, "load_model", refuse_to_load)
+    adapted = adapt(train_last_mlp, max_shard_size="20KB")
+    assert len(list(adapted.glob("model-*.safetensors"))) > 3
+    assert len(moved(compare(base, adapted))) == 4
+    assert len(moved(compare(adapted, base))) == 4
+
+
+def test_a_16_bit_base_equals_its_fp32_copy(tmp_path):
+    narrow = tiny_gpt2().to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "base")
+    wide = narrow.float()
+    wide.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        flip_a_bit(wide.transformer.h[0].ln_1.weight)  # far below what bf16 can hold
+    wide.save_pretrained(tmp_path / "flipped")
+    assert moved(compare(tmp_path / "base", tmp_path / "same")) == []
+    assert moved(compare(tmp_path / "base", tmp_path / "flipped")) == [FIRST_NORM]
+
+
+def test_a_result_saved_in_16_bits_breaks_the_claim_and_the_reason_is_said(base, tmp_path):
+    tiny_gpt2().to(torch.bfloat16).save_pretrained(tmp_path / "adapted")
+    comparison = compare(base, tmp_path / "adapted", ["blocks[-1]"])
+    assert not comparison.passed
+    assert "rounded to fewer bits" in " ".join(comparison.notes)
+
+
+def tiny_mixtral():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=3, **shape))
+
+
+def test_experts_that_lie_apart_in_the_file_are_compared_as_the_fused_parameters_they_are(tmp_path):
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapted", max_shard_size="5KB")
+    shard = next(
+        file for file in tmp_path.glob("adapted/*.safetensors") if any(".experts.2.w1." in n for n in load_file(file))
+    )
+    tensors = load_file(shard)
+    assert len(load_file(tmp_path / "base/model.safetensors")) > len(list(model.parameters()))
+    assert moved(compare(tmp_path / "base", tmp_path / "adapted", [])) == []
+    name = next(name for name in tensors if ".experts.2.w1." in name)
+    flip_a_bit(tensors[name], 5)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    comparison = compare(tmp_path / "base", tmp_path / "adapted", ["attention"])
+    block = name.split(".")[2]
+    assert moved(comparison) == [f"model.layers.{block}.mlp.experts.gate_up_proj"]
+    assert (comparison.moved[0].component, comparison.moved[0].changed_values) == ("mlp", 1)
+    assert not comparison.passed
+
+
+def test_a_buffer_that_changed_is_noted(tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+    }
+    experts = {
+        "moe_intermediate_size": 8,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(vocab_size=32, v_head_dim=4, num_experts_per_tok=2, **shape, **heads, **experts)
+    )
+    model.save_pretrained(tmp_path / "base")
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")[0] += 1
+    model.save_pretrained(tmp_path / "adapted")
+    comparison = compare(tmp_path / "base", tmp_path / "adapted", ["attention"])
+    assert comparison.passed
+    assert "1 buffer changed" in " ".join(comparison.notes)
+    assert "e_score_correction_bias" in " ".join(comparison.notes)
+
+
+def test_a_config_that_computes_otherwise_is_noted(base, adapt):
+    comparison = compare(base, adapt(lambda model: setattr(model.config, "n_head", 4)))
+    assert "config.json differs: n_head (2 -> 4)." in comparison.notes
+
+
+# Ties
+
+
+def untie(model):
+    apply_plan(model, plan_freeze(model, ["head"], head="untied"))
+
+
+def test_an_untied_head_is_compared_with_the_token_embedding_it_was_copied_from(base, adapt):
+    comparison = compare(base, adapt(untie), ["head"])
+    assert [parameter.name for parameter in comparison.unmoved] == ["lm_head.weight"]
+    assert any(note.startswith("lm_head.weight has a tensor of its own") for note in comparison.notes)
+
+    def train_head(model):
+        untie(model)
+        model.lm_head.weight[5].add_(0.5)
+
+    adapted = adapt(train_head)
+    comparison = compare(base, adapted, ["head"])
+    assert comparison.passed
+    assert moved(comparison) == ["lm_head.weight"]
+    assert comparison.moved[0].changed_values == 32
+    assert comparison.moved[0].max_abs_delta == pytest.approx(0.5)
+    assert compare(base, adapted, ["embeddings.tokens"]).changed_though_frozen[0].name == "lm_head.weight"
+
+
+def test_a_head_that_the_adapted_model_ties_again_has_moved(base, adapt):
+    def train_head(model):
+        untie(model)
+        model.lm_head.weight.add_(0.5)
+
+    assert moved(compare(adapt(train_head), base)) == ["lm_head.weight"]
+
+
+def test_a_second_tensor_in_the_file_of_a_tied_model_is_not_overlooked(base, adapt):
+    adapted = adapt()
+    tensors = load_file(adapted / "model.safetensors")
+    same = {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}
+    save_file(same, adapted / "model.safetensors", metadata={"format": "pt"})
+    assert len(compare(base, adapted).parameters) == len(compare(base, base).parameters)
+    flip_a_bit(same["lm_head.weight"])
+    save_file(same, adapted / "model.safetensors", metadata={"format": "pt"})
+    assert moved(compare(base, adapted)) == ["lm_head.weight"]
+
+
+# A run's own plan
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run: its folder, with the last MLP trained and the plan that says so."""
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["blocks[-1].mlp", "head"], head="untied")
+    apply_plan(model, plan)
+    before = digests(model)
+    with torch.no_grad():
+        train_last_mlp(model)
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "run")
+    (tmp_path / "run/freeze_plan.json").write_text(json.dumps(plan.to_json(before, digests(model))))
+    return tmp_path / "run"
+
+
+def change_plan(run, **changes):
+    """Change the entry of FIRST_NORM in the run's plan."""
+    file = run / "freeze_plan.json"
+    content = json.loads(file.read_text())
+    next(entry for entry in content["parameters"] if entry["name"] == FIRST_NORM).update(changes)
+    file.write_text(json.dumps(content))
+
+
+def change_weight(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    flip_a_bit(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_finished_run_is_held_to_its_own_plan(base, run):
+    comparison = compare(base, run)
+    assert comparison.passed
+    assert len(moved(comparison)) == 5
+    assert "freeze_plan.json" in comparison.claim
+
+
+def test_a_run_whose_frozen_weight_changed_on_the_way_breaks_its_plan_twice(base, run):
+    change_weight(run, FIRST_NORM)
+    comparison = compare(base, run)
+    assert [parameter.name for parameter in comparison.changed_though_frozen] == [FIRST_NORM]
+    assert comparison.not_the_result == (FIRST_NORM,)
+    with pytest.raises(
+        FreezeViolation, match=r"1 frozen parameter changed: .* other values than the run ended with .* in 1 parameter"
+    ):
+        comparison.raise_if_violated()
+
+
+def test_a_trained_weight_that_changed_after_the_run_is_found_by_its_digest(base, run):
+    change_weight(run, MLP)
+    comparison = compare(base, run)
+    assert comparison.changed_though_frozen == []
+    assert comparison.not_the_result == (MLP,)
+    assert not comparison.passed
+
+
+def test_another_base_than_that_of_the_run_is_found_by_its_digests(base, run):
+    change_weight(base, MLP)
+    comparison = compare(base, run)
+    assert comparison.not_the_base == (MLP,)
+    assert any("Name the base" in sentence for sentence in comparison.violations)
+
+
+def test_a_plan_without_digests_still_says_what_may_move(base, run):
+    change_plan(run, sha256_before=None, sha256_after=None)
+    assert compare(base, run).passed
+
+
+def test_selectors_take_the_place_of_the_plan(base, run):
+    change_plan(run, sha256_after="0" * 64)
+    assert not compare(base, run).passed
+    assert compare(base, run, ["blocks[-1]", "head"]).passed
+
+
+def test_a_plan_that_cannot_be_read_or_is_of_another_model_is_refused(base, run):
+    change_plan(run, name="transformer.h.9.ln_1.weight")
+    with pytest.raises(ModelError, match=r"another model; transformer\.h\.9\.ln_1\.weight"):
+        verify(str(base), str(run))
+    for content in ("{", "[]", '{"parameters": [{"name": "a"}]}', '{"parameters": [1]}'):
+        (run / "freeze_plan.json").write_text(content)
+        with pytest.raises(ModelError, match="cannot be read as a freeze plan"):
+            verify(str(base), str(run))
+
+
+# What cannot be compared
+
+
+def refused(base, adapted, match):
+    with pytest.raises(ModelError, match=match) as caught:
+        verify(str(base), str(adapted))
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture_another_size_or_another_vocabulary_is_refused(base, tmp_path):
+    llama = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    refused(base, tmp_path / "llama", "is a gpt2 model, .*llama a llama model")
+    tiny_gpt2(n_layer=2).save_pretrained(tmp_path / "short")
+    refused(base, tmp_path / "short", "base has 3 blocks, .*short 2")
+    tiny_gpt2(vocab_size=130).save_pretrained(tmp_path / "wide")
+    refused(base, tmp_path / "wide", r"transformer\.wte\.weight is \(128, 32\) in .* and \(130, 32\) in")
+    llama.attention_bias = True
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "biased")
+    refused(tmp_path / "llama", tmp_path / "biased", r"llama lacks 4 parameters of .*biased: .*q_proj\.bias")
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(base, adapt):
+    adapted = adapt()
+    tensors = load_file(adapted / "model.safetensors")
+    del tensors[MLP]
+    save_file(tensors, adapted / "model.safetensors", metadata={"format": "pt"})
+    refused(base, adapted, rf"ADAPTED: .*lacks 1 of the model's tensors, {MLP}")
+
+
+def test_a_file_that_does_not_fit_its_config_is_refused(base, adapt):
+    adapted = adapt(lambda model: setattr(model.config, "vocab_size", 130))
+    refused(
+        base, adapted, r"transformer\.wte\.weight is \(128, 32\) in the weight file and \(130, 32\) by config\.json"
+    )
+
+
+def test_damaged_files_are_refused(base, adapt):
+    adapted = adapt(max_shard_size="20KB")
+    shard = min(adapted.glob("model-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    refused(base, adapted, "ADAPTED: .*damaged")
+    shard.unlink()
+    refused(base, adapted, shard.name)
+    (adapted / "model.safetensors.index.json").write_text("{}")
+    refused(base, adapted, "does not say which file")
+    (base / "model.safetensors").write_bytes(b"not a tensor in sight")
+    refused(base, adapted, "BASE: .*damaged")
+
+
+def test_folders_without_a_whole_model_are_refused(base, adapt, tmp_path):
+    refused(tmp_path / "absent", base, "^BASE: there is no folder")
+    refused(base, tmp_path, r"^ADAPTED: .* is a folder without config\.json")
+    refused(f"{base}@main", base, "where it has one revision")
+    refused("builtin:absent", base, "lilliput")
+    adapted = adapt()
+    (adapted / "adapter_config.json").write_text("{}")
+    refused(base, adapted, "holds an adapter")
+    quantised = adapt(lambda model: setattr(model.config, "quantization_config", {"quant_method": "fp8"}), "quantised")
+    refused(base, quantised, "is quantised")
+    (base / "model.safetensors").unlink()
+    refused(base, adapt(), r"no file named model\.safetensors")
+
+
+# From the Hub, here from its cache
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Put a folder into a cache of the Hub, as one commit of a repository, and stay offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def add(folder, repository, commit, revision="main"):
+        repository = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        (repository / "snapshots").mkdir(exist_ok=True)
+        folder.rename(repository / "snapshots" / commit)
+
+    return add
+
+
+def test_hub_ids_are_compared_at_their_revisions_plan_included(base, run, adapt, hub):
+    other = adapt(train_last_mlp)
+    rename_to_hub(base)
+    hub(base, "someone/tiny", "a" * 40)
+    hub(run, "me/tiny-adapted", "b" * 40)
+    hub(other, "me/tiny-adapted", "c" * 40, revision="v1")
+    comparison = compare("someone/tiny", "me/tiny-adapted")
+    assert comparison.passed
+    assert comparison.base == f"someone/tiny (commit {'a' * 40})"
+    assert comparison.adapted == f"me/tiny-adapted (commit {'b' * 40})"
+    assert len(moved(comparison)) == 5
+    assert len(moved(compare("someone/tiny", "me/tiny-adapted@v1"))) == 4
+    refused("someone/tiny", "me/tiny-adapted@v2", "ADAPTED: me/tiny-adapted at revision v2 cannot be fetched")
+    refused("someone/absent", "me/tiny-adapted", "BASE: someone/absent cannot be fetched")
+
+
+# For the terminal
+
+
+def test_the_table_gathers_blocks_at_rest_and_shows_the_parts_of_those_that_moved(base, adapt):
+    table = comparison_table(compare(base, adapt(train_last_mlp), ["blocks[-1].mlp"])).splitlines()
+    assert sum(line.startswith("block 0 to 1, each") for line in table) == 1
+    assert [line.split()[:5] for line in table if line.startswith("block 2 mlp")] == [
+        ["block", "2", "mlp", "8,352", "4"]
+    ]
+    assert "4 of the 4 parameters that may move did; the other 36 kept every bit" in table[-1]
