@@ -16,8 +16,8 @@ class Fault:
     """What goes wrong with requests of `method` whose path matches `path`: `times` of them, after the first `skip`.
 
     Kinds: `status` answers with `status` and `headers`; `drop` closes the connection without an answer; `stall` says
-    nothing for `seconds`; `late` does what was asked after `seconds`, when the client has given up; `lost` does what was asked and closes the connection; `truncate` sends half of the body;
-    `html` answers 200 with a web page.
+    nothing for `seconds`; `late` does what was asked only after `seconds`; `lost` does it and closes the connection;
+    `truncate` sends half of the body; `html` answers 200 with a web page.
     """
 
     method: str

@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import yaml
 
 from conftest import REPOSITORY
 from partialtune.cli import main
@@ -60,63 +59,6 @@ def test_plan_json_is_json_alone_on_stdout():
 def test_the_command_line_wins_over_the_recipe(capsys):
     assert main(["plan", QUICKSTART, "--trainable", "blocks[-1].norms"]) == 0
     assert "blocks[-1].norms" in capsys.readouterr().out
-
-
-def recipe_of(tmp_path, **changes):
-    values = {
-        "model_name_or_path": "builtin:lilliput",
-        "text": "builtin:python-docs",
-        "trainable": ["final_norm"],
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 1,
-    }
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in {**values, **changes}.items() if value is not None}))
-    return str(file)
-
-
-BAD_INPUTS = {
-    "unknown key": ({"learnin_rate": 1e-4}, "learning_rate"),
-    "required key missing": ({"model_name_or_path": None}, "model_name_or_path"),
-    "wrong type": ({"block_size": "many"}, "block_size"),
-    "impossible value": ({"validation_share": 1.5}, "validation_share"),
-    "misspelt selector": ({"trainable": ["embedings"]}, "embeddings"),
-    "block out of range": ({"trainable": ["blocks[99]"]}, "blocks[99] is out of range"),
-    "nothing left to train": ({"trainable": ["final_norm", "!final_norm"]}, "final_norm"),
-    "missing text": ({"text": "no/such/file.txt"}, "no/such/file.txt"),
-    "text too short": ({"text": "{tmp}/short.txt"}, "No window fits"),
-    "missing model": ({"model_name_or_path": "./no-such-model"}, "there is no folder"),
-    "window above the context": ({"block_size": 100_000}, "context"),
-    "a stranger's folder": ({"output_dir": "{tmp}"}, "holds no run of partialtune"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_exits_with_2_and_one_message_and_writes_nothing(case, tmp_path, capfd):
-    changes, expected = BAD_INPUTS[case]
-    (tmp_path / "short.txt").write_text("A short text.")
-    changes = {k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
-    recipe = recipe_of(tmp_path, **changes)
-    before = sorted(tmp_path.rglob("*"))
-    assert main(["train", recipe]) == 2
-    out, err = capfd.readouterr()
-    assert expected in err
-    assert err.count("partialtune: ") == 1
-    assert "Traceback" not in err + out
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_several_mistakes_are_reported_together(tmp_path, capfd):
-    assert main(["train", recipe_of(tmp_path, block_size=1, learning_rate=-1, trainabel=["head"])]) == 2
-    err = capfd.readouterr().err
-    assert all(key in err for key in ("block_size", "learning_rate", "trainabel"))
-
-
-def test_a_missing_recipe_and_an_unknown_builtin_one_are_said(tmp_path, capfd):
-    assert main(["train", str(tmp_path / "absent.yaml")]) == 2
-    assert "absent.yaml" in capfd.readouterr().err
-    assert main(["train", "builtin:absent"]) == 2
-    assert "builtin:quickstart" in capfd.readouterr().err
 
 
 @pytest.mark.slow

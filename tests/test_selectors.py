@@ -9,7 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from partialtune.errors import RecipeError
-from partialtune.selectors import check_selector_syntax, resolve_selectors
+from partialtune.grammar import check_selector_syntax
+from partialtune.selectors import resolve_selectors
 from partialtune.structure import read_structure
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

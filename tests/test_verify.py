@@ -484,8 +484,12 @@ def test_hub_ids_are_compared_at_their_revisions_plan_included(base, run, adapt,
     assert comparison.adapted == f"me/tiny-adapted (commit {'b' * 40})"
     assert len(moved(comparison)) == 5
     assert len(moved(compare("someone/tiny", "me/tiny-adapted@v1"))) == 4
-    refused("someone/tiny", "me/tiny-adapted@v2", "ADAPTED: me/tiny-adapted at revision v2 cannot be fetched")
-    refused("someone/absent", "me/tiny-adapted", "BASE: someone/absent cannot be fetched")
+    refused(
+        "someone/tiny",
+        "me/tiny-adapted@v2",
+        "ADAPTED: There is no folder me/tiny-adapted, and the Hub does not give me/tiny-adapted at revision v2",
+    )
+    refused("someone/absent", "me/tiny-adapted", "BASE: There is no folder someone/absent")
 
 
 # For the terminal

@@ -118,6 +118,14 @@ class FreezeArguments:
         default_factory=list,
         metadata={"help": "Selectors of what trains; everything else is frozen. Required for method partial."},
     )
+    schedule: list[dict] = field(
+        default_factory=list,
+        metadata={
+            "help": "Gradual unfreezing: phases {from_step or from_epoch, trainable, learning_rate?}. Each adds to what "
+            "trains. Its learning_rate is that of the parameters it adds (if not said, the recipe's) and follows the "
+            "course of lr_scheduler_type over the whole run."
+        },
+    )
     head: Literal["tied", "untied"] = field(
         default="tied", metadata={"help": "What to do where the model ties its head to the token embedding."}
     )

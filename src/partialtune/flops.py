@@ -23,8 +23,8 @@ class Products:
         recomputed: The same once more, during backward, where activation checkpointing asks for it.
         backward_activations: Backward, to the gradients of activations.
         backward_weights: Backward, to the gradients of the weights that train.
-        attention: Of activations with each other (queries with keys, the result with values), forward and backward.
-            Kept beside: no counter sees them where attention is one fused operation.
+        attention: Of activations with each other (queries with keys, the result with values; a state-space mixer's),
+            forward and backward. Kept beside: no counter sees them where attention is one fused operation.
     """
 
     forward: int = 0
@@ -42,9 +42,10 @@ class Products:
         """All products with weights, without attention's own."""
         return self.forward + self.backward
 
-    def times(self, count: int) -> "Products":
-        """The products of `count` such passes."""
-        return Products(**{purpose: count * getattr(self, purpose) for purpose in self.__dataclass_fields__})
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 class ProductCounter:
@@ -70,10 +71,10 @@ class ProductCounter:
         """
         packet = func._overloadpacket
         formula = FORMULAS.get(packet) or flop_registry.get(packet)
-        operands = {self._number(leaf) for leaf in _tensors((args, kwargs)) if leaf.is_floating_point()}
+        operands = {self._number(leaf) for leaf in tensors_in((args, kwargs)) if leaf.is_floating_point()}
         if formula is None:
             if operands and operands <= self._weights and packet is not aten.embedding:
-                self._weights.update(self._number(leaf) for leaf in _tensors(result))  # a cast, a copy, a view
+                self._weights.update(self._number(leaf) for leaf in tensors_in(result))  # a cast, a copy, a view
             return
         flops = formula(*args, **kwargs, out_val=result)
         self.counts[self._purpose(packet, operands, backward)] += flops
@@ -88,10 +89,6 @@ class ProductCounter:
                 return "forward"
             return "recomputed" if torch.is_grad_enabled() else "backward_activations"
         return "backward_weights" if backward and operands & self._factors else "attention"
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _fused_attention(query, key, value, *args, out_val=None, **kwargs) -> int:

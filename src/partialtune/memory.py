@@ -41,7 +41,7 @@ class MemoryLedger:
         self._living: dict[int, tuple[int, weakref.ref]] = {}  # by address
         self._events: list[tuple[int, int]] = []  # (number, bytes) as it comes, (number, -bytes) as it goes
         self._part_of: dict[int, str] = {}
-        self._optimizer_starts: int | None = None
+        self._optimizer_starts = 0
 
     def number(self, tensor: torch.Tensor, part: str = "activations") -> int:
         """The number of the tensor's storage. A new one is written down and counts to `part`."""
@@ -68,11 +68,13 @@ class MemoryLedger:
         """From here on comes what the optimizer makes: what it keeps is its state."""
         self._optimizer_starts = len(self._events)
 
-    def memory(self) -> Memory:
-        """Bytes by part. The state that the optimizer has made is there in the next step from its beginning."""
-        start = len(self._events) if self._optimizer_starts is None else self._optimizer_starts
+    def close(self) -> Memory:
+        """Bytes by part of the step so far. Call it while all that lasts is there: what the optimizer keeps.
+
+        That state counts from the step's beginning, as it does from the second step on.
+        """
         for number, _ in self._living.values():
-            if number >= start:
+            if number >= self._optimizer_starts:
                 self._part_of[number] = "optimizer"
         largest, now = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
         peak_before, peak_after = 0, 0
@@ -80,7 +82,7 @@ class MemoryLedger:
             part = self._part_of[number]
             now[part] += size
             largest[part] = max(largest[part], now[part])
-            if index < start:
+            if index < self._optimizer_starts:
                 peak_before = max(peak_before, sum(now.values()))
             else:
                 peak_after = max(peak_after, sum(now.values()))

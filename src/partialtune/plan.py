@@ -1,6 +1,6 @@
 """The freeze plan: model + selectors -> data that says what trains and why; and the one place that applies it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.schedules import read_schedule
 from partialtune.selectors import resolve_selectors
-from partialtune.structure import read_structure
+from partialtune.structure import ModelStructure, read_structure
+from partialtune.weights import named_weights
 
 HEAD_CHOICES = ("tied", "untied")
 
@@ -24,8 +26,9 @@ class PlannedParameter:
         numel: Number of values.
         block: Index of its decoder block, None outside the blocks.
         component: Its part of the model, see `structure.COMPONENTS`.
-        trainable: Whether any phase of the run trains it.
         selector: The selector that chose it, None where it is frozen.
+        from_step: First step of the phase that adds it, None where it is frozen.
+        learning_rate: What that phase says, None where the recipe's holds.
     """
 
     name: str
@@ -33,17 +36,31 @@ class PlannedParameter:
     numel: int
     block: int | None
     component: str
-    trainable: bool
-    selector: str | None
+    selector: str | None = None
+    from_step: int | None = None
+    learning_rate: float | None = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any phase of the run trains it."""
+        return self.from_step is not None
 
 
 @dataclass(frozen=True)
 class Phase:
-    """From `from_step` on `trainable` learns, and backward has to reach `backward_from`."""
+    """A part of the run in which the same parameters learn.
+
+    Attributes:
+        from_step: Its first step; steps count from 0.
+        trainable: Names of all that learns from then on, in the order of `named_parameters()`.
+        backward_from: First of them in forward order: backward stops there.
+        first_block: First block that backward passes, the number of blocks where it passes none.
+    """
 
     from_step: int
     trainable: tuple[str, ...]
-    backward_from: str | None
+    backward_from: str
+    first_block: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class FreezePlan:
 
     Attributes:
         model_name: For messages.
-        selectors: As they were given.
+        selectors: As they were given, those of later phases last.
         head: `untied` where the head is to get a matrix of its own; `tied` where the model stays as it is.
         block_count: Number of decoder blocks.
         parameters: Every tensor once, in the order of `named_parameters()`.
@@ -87,9 +104,13 @@ class FreezePlan:
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
 
     @property
-    def backward_from(self) -> str | None:
-        """First trainable parameter in forward order: backward stops there. None where nothing trains."""
+    def backward_from(self) -> str:
+        """First trainable parameter in forward order: backward stops there, in the last phase."""
         return self.phases[-1].backward_from
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that step number `step`, counted from 0, belongs to; the first for a negative number."""
+        return next((phase for phase in reversed(self.phases) if phase.from_step <= step), self.phases[0])
 
     def groups(self) -> dict[str, list[PlannedParameter]]:
         """Parameters by place, in the plan's order: `block_07/attention` in blocks, `final_norm` outside them."""
@@ -135,26 +156,36 @@ class FreezePlan:
         }
 
 
-def plan_freeze(model: nn.Module, trainable: Sequence[str], head: str = "tied") -> FreezePlan:
+def plan_freeze(
+    model: nn.Module,
+    trainable: Sequence[str],
+    head: str = "tied",
+    schedule: Sequence[Mapping[str, Any]] = (),
+) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
     Args:
         model: A causal language model.
         trainable: Selectors, read from left to right: `embeddings`, `blocks[-2:]`, `final_norm`, `head`, `all`,
-            `/regex/`, `!selector`, ...
+            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0.
         head: `untied` gives the head a matrix of its own where the model ties it to the token embedding.
+        schedule: Later phases, `{"from_step": 40, "trainable": [...], "learning_rate": 1e-5}`: each adds to what
+            trains; in its list `!selector` takes away from what that list adds.
 
     Returns:
         The plan; `apply_plan` carries it out.
 
     Raises:
-        RecipeError: If a selector matches nothing, contradicts a tie, or nothing is left to train.
+        RecipeError: If a selector matches nothing, contradicts a tie, or nothing is left to train; if a phase adds
+            nothing or is wrong in itself.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
+    first = [trainable] if isinstance(trainable, str) else list(trainable)
+    additions = _additions(first, schedule)
     structure = read_structure(model, head=head)
-    chosen = resolve_selectors(structure, trainable)
     unties = head == "untied" and structure.total != read_structure(model).total
+    learning = _what_learns(structure, additions)
     parameters = tuple(
         PlannedParameter(
             name=info.name,
@@ -162,25 +193,62 @@ def plan_freeze(model: nn.Module, trainable: Sequence[str], head: str = "tied") 
             numel=info.numel,
             block=info.block,
             component=info.component,
-            trainable=info.name in chosen,
-            selector=chosen.get(info.name),
+            **learning.get(info.name, {}),
         )
         for info in structure.parameters
     )
-    phase = Phase(from_step=0, trainable=tuple(chosen), backward_from=structure.first_in_forward_order(chosen))
     return FreezePlan(
         model_name=structure.model_name,
-        selectors=tuple(trainable),
+        selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
         head="untied" if unties else "tied",
         block_count=structure.block_count,
         parameters=parameters,
         ties=tuple(tuple(pair) for pair in structure.ties),
-        phases=(phase,),
+        phases=_phases(structure, parameters),
     )
 
 
+def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of the schedule in steps, checked, and before them what trains from the start."""
+    entries, problems = read_schedule(schedule, trains_from_start=bool(first))
+    if any("from_epoch" in entry for entry in entries):
+        problems.append("from_epoch: a plan counts in steps. Say from_step; `schedules.in_steps` converts.")
+    if problems:
+        raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
+    return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
+
+
+def _what_learns(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name of each trainable parameter -> selector, step and rate of the first entry that adds it."""
+    learning: dict[str, dict[str, Any]] = {}
+    for number, addition in enumerate(additions):
+        step, rate = addition["from_step"], addition.get("learning_rate")
+        try:
+            chosen = resolve_selectors(structure, addition["trainable"])
+        except RecipeError as problem:
+            raise RecipeError(f"schedule, from step {step}: {problem}" if number else str(problem)) from problem
+        new = {name: selector for name, selector in chosen.items() if name not in learning}
+        if not new:
+            raise RecipeError(
+                f"schedule, from step {step}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "
+                f"already since step {max(learning[name]['from_step'] for name in chosen)}. Take the entry out."
+            )
+        learning |= {n: {"selector": s, "from_step": step, "learning_rate": rate} for n, s in new.items()}
+    return learning
+
+
+def _phases(structure: ModelStructure, parameters: Sequence[PlannedParameter]) -> tuple[Phase, ...]:
+    phases = []
+    for step in sorted({parameter.from_step for parameter in parameters if parameter.trainable}):
+        names = tuple(p.name for p in parameters if p.trainable and p.from_step <= step)
+        backward_from = structure.first_in_forward_order(names)
+        rank = structure.by_name[backward_from].forward_rank  # 1 + index in a block
+        phases.append(Phase(step, names, backward_from, first_block=min(max(rank - 1, 0), structure.block_count)))
+    return tuple(phases)
+
+
 def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
-    """Untie the head where the plan says so and set `requires_grad`. Nothing else in the package does either.
+    """Untie the head where the plan says so and set `requires_grad` for all that any phase trains.
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent.
@@ -197,10 +265,15 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
             f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
             f"{strangers[0]} first. Make a plan for this model with plan_freeze."
         )
-    for planned in plan.parameters:
-        parameters[planned.name].requires_grad_(planned.trainable)
-    model._modules_kept_in_eval = tuple(modules_without_trainables(model))
     model.train = MethodType(train_what_is_trainable, model)
+    let_learn(model, plan.trainable)
+
+
+def let_learn(model: nn.Module, names: Collection[str]) -> None:
+    """Set `requires_grad` for these parameters and for no others, and note which modules stay in eval mode."""
+    for name, parameter in named_weights(model):
+        parameter.requires_grad_(name in names)
+    model._modules_kept_in_eval = tuple(modules_without_trainables(model))
     model.train(model.training)
 
 

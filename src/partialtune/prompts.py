@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from partialtune.errors import TextError
 from partialtune.evaluation import evaluating
@@ -66,6 +66,16 @@ def probe_prompts(
         return [_probe(model, tokenizer, prompt, top_k, new_tokens, device) for prompt in prompts]
 
 
+def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Stop before anything is computed where a prompt cannot be probed.
+
+    Raises:
+        TextError: If a prompt has no token or more tokens than the model's context.
+    """
+    for prompt in prompts:
+        _prompt_ids(prompt, tokenizer, _context_length(config))
+
+
 def compare_prompts(before: Sequence[PromptProbe], after: Sequence[PromptProbe]) -> list[dict]:
     """Entries for `prompts` of evaluation.json.
 
@@ -102,7 +112,7 @@ def _probe(
     new_tokens: int,
     device: torch.device,
 ) -> PromptProbe:
-    ids = _prompt_ids(prompt, tokenizer, _context_length(model))
+    ids = _prompt_ids(prompt, tokenizer, _context_length(model.config))
     input_ids = torch.tensor([ids], device=device)  # (1, T)
     logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     log_probabilities = logits[0, -1].cpu().double().log_softmax(-1)  # (V,); fp64 on the CPU: MPS has none
@@ -135,15 +145,15 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, context_length:
     return ids
 
 
-def _context_length(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _context_length(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _continue_greedily(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, new_tokens: int
 ) -> list[int]:
     """Ids of the greedy continuation of input_ids (1, T)."""
-    context_length = _context_length(model)
+    context_length = _context_length(model.config)
     if context_length is not None:
         new_tokens = min(new_tokens, context_length - input_ids.shape[1])
     if new_tokens < 1:

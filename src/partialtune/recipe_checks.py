@@ -27,6 +27,7 @@ from partialtune.recipe_rules import (
 )
 from partialtune.recipe_values import convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.recipe_words import Words, word_value
+from partialtune.schedules import read_schedule
 
 REQUIRED = {
     "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
@@ -71,6 +72,11 @@ def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str
             values[key] = _checked_value(key, entry.value, types)
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
+    if "schedule" in values:
+        values["schedule"], wrong = read_schedule(
+            values["schedule"], bool(values.get("trainable", "trainable" in said))
+        )
+        problems += [Problem(said["schedule"].origin, "schedule", message) for message in wrong]
     found = [*_missing(said, values), *_contradictions(values)]
     wrong_keys = {key for key, _ in found} | {problem.key for problem in problems}
     if not wrong_keys & training_defaults().keys():
@@ -113,7 +119,8 @@ def _missing(said: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[t
         if key not in said and key != "trainable":
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in said or values.get("method") == "partial"
-    if partial and ("trainable" not in said or values.get("trainable") == []):
+    scheduled = "schedule" in said and values.get("schedule") != []
+    if partial and not scheduled and ("trainable" not in said or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
 
@@ -132,7 +139,12 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
     if values.get("save_strategy") == "best" and not names_metric:
         yield "save_strategy", "best needs metric_for_best_model: loss."
+    if (values.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+        message = "use_reentrant needs gradients at every block's input: backward would run through all frozen blocks"
+        yield "activation_checkpointing_kwargs", f"{message}. Take it out."
     yield from _wrong_selectors(values)
+    if values.get("schedule"):
+        yield from _wrong_beside_a_schedule(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
 
@@ -148,6 +160,18 @@ def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         problem = check_selector_syntax(selector)
         if problem:
             yield "trainable", f"entry {number}, {selector!r}: {problem}"
+
+
+def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("method") == "full":
+        yield "schedule", "method full trains everything from the first step. Leave it out, or take method: partial."
+    if values.get("fsdp"):
+        yield "fsdp", "shards what trains before the first step, and a schedule thaws later. Leave one of them out."
+    if values.get("ddp_find_unused_parameters") is False:
+        yield (
+            "ddp_find_unused_parameters",
+            "a schedule needs it: parameters of later phases have no gradient. Take it out.",
+        )
 
 
 def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:

@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from partialtune.errors import RecipeError
-from partialtune.grammar import BLOCK_PARTS, WORDS, Selector, check_selector_syntax, parse_selector, slice_as_written
+from partialtune.grammar import BLOCK_PARTS, WORDS, Selector, parse_selector, slice_as_written
 from partialtune.layout import Place
 from partialtune.structure import ModelStructure, ParameterInfo
-
-__all__ = ["check_selector_syntax", "resolve_selectors"]
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from partialtune.arguments import ModelArguments
 from partialtune.audit import FreezeAuditCallback
 from partialtune.card import write_card
 from partialtune.checkpoints import newest_complete_checkpoint
@@ -26,7 +25,7 @@ from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, w
 from partialtune.performance import performance
 from partialtune.plan import FreezePlan, apply_plan, plan_freeze
 from partialtune.plan_table import plan_table
-from partialtune.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
+from partialtune.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
 from partialtune.recipe import Recipe, write_recipe
 from partialtune.report import write_report
 from partialtune.summary import closing_words
@@ -56,10 +55,13 @@ def train(recipe: Recipe) -> Path:
     one_device_a_process(args)
     base = recipe.model
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
+    check_prompts(recipe.evaluation.prompts, tokenizer, config)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, seed)
     suit_length(args, recipe.training, windows=len(data.train), held_out=data.held_out is not None)
-    model = prepare_model(base, recipe.text.block_size, vocabulary=len(tokenizer))
+    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head)
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
@@ -105,13 +107,6 @@ class Look:
             name: score_text(model, text, self.batch_size, f"{name}, {moment}") for name, text in self.texts.items()
         }
         return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts))
-
-
-def prepare_model(base: ModelArguments, block_size: int, vocabulary: int) -> PreTrainedModel:
-    """The pretrained model in fp32, checked against the windows and the tokenizer before its weights are read."""
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    check_fit(base.model_name_or_path, config, block_size, vocabulary)
-    return load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
 
 
 def make_trainer(

@@ -19,7 +19,7 @@ from partialtune.errors import TrainingDiverged
 from partialtune.performance import StepTimer
 from partialtune.plan import FreezePlan
 from partialtune.precision import bf16_pays
-from partialtune.progress import TrainingProgress
+from partialtune.training_progress import TrainingProgress
 from partialtune.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from partialtune import __version__
 from partialtune.decoding import refuse_non_text
 from partialtune.errors import TextError
+from partialtune.progress import progress_bar
 
 CHUNK_BYTES = 1 << 16
 SNIFFED_BYTES = 1024  # enough to tell an HTML page or an archive from a text
@@ -156,7 +157,7 @@ def _stream(
     if expected > max_bytes:
         raise _too_large(shown, expected, max_bytes)
     digest, size, head = hashlib.sha256(), 0, b""
-    with tqdm(total=expected or None, unit="B", unit_scale=True, desc=Path(urlsplit(shown).path).name) as bar:
+    with progress_bar(expected or None, Path(urlsplit(shown).path).name, "B", unit_scale=True) as bar:
         for data in _unpacked(response, _on_the_wire(response, expected, shown, limits, bar), shown):
             if size < SNIFFED_BYTES <= size + len(data):
                 refuse_non_text(head + data, shown, charset)

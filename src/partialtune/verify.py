@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from partialtune.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.claims import Claim, claim_of_plan, claim_of_selectors
 from partialtune.comparison import ComparedParameter, Comparison
 from partialtune.errors import ModelError
-from partialtune.model_folder import PLAN_FILE, model_folder
 from partialtune.progress import progress_bar
 from partialtune.snapshots import ParameterDelta, delta_between, l2_norm
 from partialtune.structure import ModelStructure, ParameterInfo
@@ -75,7 +75,7 @@ def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
 
 def _open(name: str, role: str) -> Weights:
     try:
-        return open_weights(*model_folder(name))
+        return open_weights(*checkpoint_folder(name))
     except ModelError as error:
         raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
 
