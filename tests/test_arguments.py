@@ -29,6 +29,7 @@ KEYS_AND_DEFAULTS = {
     "window_sampling": "chunked",
     "validation_share": 0.1,
     "trainable": [],
+    "schedule": [],
     "head": "tied",
     "method": "partial",
     "weight_decay_on": "matrices",

@@ -16,7 +16,7 @@ QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
 
 def partialtune(*words, **kwargs):
     return subprocess.run(
-        [sys.executable, "-m", "partialtune", *words], capture_output=True, text=True, timeout=120, **kwargs
+        [sys.executable, "-m", "partialtune", *words], capture_output=True, text=True, timeout=300, **kwargs
     )
 
 
@@ -65,23 +65,15 @@ def test_the_command_line_wins_over_the_recipe(capsys):
 def test_the_wheel_holds_model_templates_and_quickstart_and_runs_from_an_empty_folder(tmp_path):
     pytest.importorskip("hatchling", reason="the build backend builds the wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(REPOSITORY)], check=True, timeout=120)
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(REPOSITORY)], check=True, timeout=300)
     wheel = next(tmp_path.glob("*.whl"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
-    subprocess.run([*install, str(wheel)], check=True, timeout=120)
+    subprocess.run([*install, str(wheel)], check=True, timeout=300)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     where = partialtune("--version", cwd=tmp_path, env=environment)
     assert where.returncode == 0
-    words = [
-        "--max_steps",
-        "1",
-        "--output_dir",
-        "out",
-        "--per_device_train_batch_size",
-        "2",
-        "--validation_share",
-        "0.02",
-    ]
+    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 200)
+    words = ["--max_steps", "1", "--output_dir", "out", "--text", "text.txt", "--block_size", "32"]
     run = partialtune("train", "builtin:quickstart", *words, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "out" / "report.html").is_file()

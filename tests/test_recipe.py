@@ -47,7 +47,7 @@ BAD = [
     ("1: 2", [], ["1: unknown key"]),
     ("~: 2", [], ["None: unknown key"]),
     ("yes: 2", [], ["True: unknown key"]),
-    ("schedule: []", [], ["schedule: unknown key"]),
+    ("schedules: []", [], ["schedules: unknown key. Did you mean schedule?"]),
     # names from other versions and programs
     ("warmup_ratio: 0.05", [], ["warmup_ratio: unknown key", "warmup_steps: 0.05", "share"]),
     ("overwrite_output_dir: true", [], ["overwrite_output_dir", "resume_from_checkpoint: auto"]),

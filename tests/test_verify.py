@@ -78,6 +78,13 @@ def test_a_copy_differs_in_nothing_and_without_a_claim_there_is_no_verdict(base,
     assert "verdict: none" in comparison_table(comparison)
 
 
+def test_without_a_claim_nothing_that_moved_is_a_violation(base, adapt):
+    comparison = compare(base, adapt(train_last_mlp))
+    assert len(moved(comparison)) == 4
+    assert (comparison.violations, comparison.changed_though_frozen, comparison.unmoved) == ([], [], [])
+    comparison.raise_if_violated()
+
+
 def test_one_flipped_bit_in_one_frozen_tensor_is_found_and_named(base, adapt):
     adapted = adapt(lambda model: flip_a_bit(model.transformer.h[0].ln_1.weight, 7))
     comparison = compare(base, adapted, ["blocks[-1].mlp"])

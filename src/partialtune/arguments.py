@@ -121,9 +121,9 @@ class FreezeArguments:
     schedule: list[dict] = field(
         default_factory=list,
         metadata={
-            "help": "Gradual unfreezing: phases {from_step or from_epoch, trainable, learning_rate?}. Each adds to what "
-            "trains. Its learning_rate is that of the parameters it adds (if not said, the recipe's) and follows the "
-            "course of lr_scheduler_type over the whole run."
+            "help": "Gradual unfreezing: phases {from_step or from_epoch, trainable, learning_rate?}, each adds to "
+            "what trains. A phase's learning_rate (if not said, the recipe's) is that of the parameters it adds; "
+            "lr_scheduler_type changes both alike, over the whole run."
         },
     )
     head: Literal["tied", "untied"] = field(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from partialtune.errors import FreezeViolation
-from partialtune.plan import FreezePlan
+from partialtune.plan import FreezePlan, Phase
 from partialtune.snapshots import Snapshot, measure_deltas, take_snapshot
 from partialtune.weights import digest, digests, named_weights
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 AUDIT_FILE = "audit.json"
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
+NOT_REACHED = "the run ended before step {step}, from which its phase trains it"
 KEPT_EVERY_BIT = "had a gradient, yet kept every bit"
 
 
@@ -33,6 +34,7 @@ class Audit:
         trainable_parameters: Number of trainable tensors.
         stuck: Trainable tensors that had a gradient and kept every bit: a violation.
         untouched: Trainable tensors that never had a gradient: a warning.
+        unreached: Those of them whose phase had not begun when the run ended, with the step at which it begins.
         below_precision: Trainable tensors in 16 bits, most of whose values kept every bit: a warning.
         not_in_optimizer: Trainable tensors that the optimizer does not hold: a violation.
         trainable_l2_delta: Distance of all trainable tensors from the start.
@@ -43,6 +45,7 @@ class Audit:
     changed: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
+    unreached: dict[str, int] = field(default_factory=dict)
     below_precision: list[str] = field(default_factory=list)
     not_in_optimizer: list[str] = field(default_factory=list)
     trainable_l2_delta: float | None = 0.0
@@ -53,7 +56,7 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         unmoved = [{"name": name, "reason": KEPT_EVERY_BIT} for name in self.stuck]
-        unmoved += [{"name": name, "reason": NEVER_A_GRADIENT} for name in self.untouched]
+        unmoved += [{"name": name, "reason": self._why_untouched(name)} for name in self.untouched]
         return {
             "passed": self.passed,
             "frozen": {
@@ -69,6 +72,9 @@ class Audit:
                 "l2_delta": self.trainable_l2_delta,
             },
         }
+
+    def _why_untouched(self, name: str) -> str:
+        return NOT_REACHED.format(step=self.unreached[name]) if name in self.unreached else NEVER_A_GRADIENT
 
     def violations(self) -> str:
         """The violations in words, empty if there are none."""
@@ -113,6 +119,7 @@ class FreezeAuditCallback(TrainerCallback):
         self._not_in_optimizer: list[str] = []
         self._waiting: dict[str, tuple[nn.Parameter, dict]] = {}  # no gradient seen yet: parameter, optimizer group
         self._had_gradient: set[str] = set()
+        self._phase: Phase | None = None
         self._checked_at: int | None = None
 
     @property
@@ -125,13 +132,27 @@ class FreezeAuditCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self._snapshot is None:
             self._snapshot = take_snapshot(model, self.plan)
+        self._begin_phase(args, state, model, optimizer)
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.plan.phase_at(state.global_step) is not self._phase:
+            self.check_frozen(args, state, model)  # also what begins now, for the last time
+            self._begin_phase(args, state, model, optimizer)
+
+    def _begin_phase(self, args, state, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Look up what the present phase trains in the optimizer, and watch it until it has had a gradient."""
+        self._phase = self.plan.phase_at(state.global_step)
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        trainable = set(self.plan.trainable)
+        trainable = set(self._phase.trainable)
         learning = [(name, parameter) for name, parameter in named_weights(model) if name in trainable]
         self._not_in_optimizer = [name for name, parameter in learning if id(parameter) not in group_of]
-        self._waiting = {name: (p, group_of[id(p)]) for name, p in learning if id(p) in group_of}
+        self._waiting = {
+            name: (parameter, group_of[id(parameter)])
+            for name, parameter in learning
+            if name not in self._had_gradient and id(parameter) in group_of
+        }
         if self._not_in_optimizer:
-            self._conclude(args, state, self._audit({}))
+            self._conclude(args, state, self._audit(state, {}))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         seen = [
@@ -150,7 +171,7 @@ class FreezeAuditCallback(TrainerCallback):
         self._audit_everything(args, state, model)
 
     def check_frozen(self, args, state, model: nn.Module) -> None:
-        """Compare the digests of frozen parameters now, and conclude the audit if one changed.
+        """Compare the digests of parameters that no step so far trained, and conclude the audit if one changed.
 
         Raises:
             FreezeViolation: If one changed and `stop_on_violation` is set; `audit.json` is written before.
@@ -158,14 +179,14 @@ class FreezeAuditCallback(TrainerCallback):
         if self._checked_at == state.global_step:
             return
         self._checked_at = state.global_step
-        frozen = set(self.plan.frozen)
+        frozen = {*self.plan.frozen, *self._unreached(state)}
         present = {name: digest(parameter) for name, parameter in named_weights(model) if name in frozen}
         if any(present[name] != self._snapshot.digests[name] for name in present):
             self._audit_everything(args, state, model)
 
     def _audit_everything(self, args, state, model: nn.Module) -> None:
         self.digests_after = digests(model)
-        audit = self._audit(self.digests_after)
+        audit = self._audit(state, self.digests_after)
         moves = {delta.name: delta.l2_delta for delta in measure_deltas(model, self._snapshot)}
         distances = [moves[name] for name in self.plan.trainable]
         audit.trainable_l2_delta = None if None in distances else sum(d**2 for d in distances) ** 0.5
@@ -176,15 +197,22 @@ class FreezeAuditCallback(TrainerCallback):
         state.log_history.append({"audit/passed": float(audit.passed), "epoch": state.epoch, "step": state.global_step})
         self._conclude(args, state, audit)
 
-    def _audit(self, present: dict[str, str]) -> Audit:
+    def _audit(self, state, present: dict[str, str]) -> Audit:
         before = self._snapshot.digests
-        frozen = self.plan.frozen
+        unreached = self._unreached(state)
+        kept = [*self.plan.frozen, *unreached]
         return Audit(
-            frozen_parameters=len(frozen),
+            frozen_parameters=len(self.plan.frozen),
             trainable_parameters=len(self.plan.trainable),
-            changed=[name for name in frozen if name in present and present[name] != before[name]],
+            changed=[name for name in kept if name in present and present[name] != before[name]],
+            unreached=unreached,
             not_in_optimizer=self._not_in_optimizer,
         )
+
+    def _unreached(self, state) -> dict[str, int]:
+        """Parameters that learn in a later phase than the last step's, with the step at which they begin."""
+        begun = self.plan.phase_at(state.global_step - 1).from_step
+        return {p.name: p.from_step for p in self.plan.parameters if p.trainable and p.from_step > begun}
 
     def _rounded_away(self, model: nn.Module) -> list[str]:
         """Trainable parameters held in 16 bits of which fewer than half of the values moved."""

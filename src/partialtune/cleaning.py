@@ -14,6 +14,7 @@ from partialtune.unwrapping import join_wrapped_lines
 ZONE = 60_000  # characters at either end where headers and footers are looked for; the longest known have 25,000
 WIDEST_GAP = 2_500  # characters of a header or licence without a word that only Project Gutenberg would use
 FRONT = 6_000  # characters at either end of the book itself where credits and transcriber's notes are looked for
+ENDS = ZONE + 4 * FRONT  # characters at either end beyond which nothing is looked at
 
 _START_MARKER = re.compile(
     r"^[ \t]*(?:\*+\s*(?i:START\s+OF\s+(?:THE\s+|THIS\s+)?(?:COPYRIGHTED\s+)?PROJECT\s+GUTENBERG)"
@@ -104,7 +105,7 @@ class Cleaned:
 
 def is_gutenberg(text: str) -> bool:
     """Whether a text carries a header or a footer of Project Gutenberg. Naming it in passing is not enough."""
-    head, foot = _unify_lines(text[:ZONE]), _unify_lines(text[-ZONE:])
+    head, foot = unify_lines(text[:ZONE]), unify_lines(text[-ZONE:])
     return _header_end(head) > 0 or _footer_start(foot) < len(foot)
 
 
@@ -118,17 +119,23 @@ def clean_gutenberg(text: str) -> Cleaned:
         The book with LF line ends, without blank lines at its ends, and the characters removed at head and foot.
         A text without header and footer loses nothing, but its lines are joined all the same.
     """
-    text = _unify_lines(text)
+    text = unify_lines(text)
+    start, end = book_limits(text)
+    book = join_wrapped_lines(text[start:end].strip("\n").split("\n"))
+    return Cleaned("\n".join(book) + "\n" if book != [""] else "", start, len(text) - end)
+
+
+def book_limits(text: str) -> tuple[int, int]:
+    """Where the book begins and ends in a text with unified lines. Only ENDS characters at either end matter."""
     start = _skip_credits(text, _header_end(text[:ZONE]))
     end = _footer_start(text[max(start, len(text) - ZONE) :]) + max(start, len(text) - ZONE)
     if start > 0 or end < len(text):
         end = _drop_last_credits(text, start, end)
         start, end = _skip_first_notes(text, start, end), _drop_last_notes(text, start, end)
-    book = join_wrapped_lines(text[start:end].strip("\n").split("\n"))
-    return Cleaned("\n".join(book) + "\n" if book != [""] else "", start, len(text) - end)
+    return start, end
 
 
-def _unify_lines(text: str) -> str:
+def unify_lines(text: str) -> str:
     """LF line ends; no byte order mark, form feeds, end-of-file characters of DOS, or white space before line ends."""
     text = text.removeprefix("\ufeff").replace("\f", "").replace("\x1a", "")
     text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")

@@ -3,7 +3,7 @@
 import codecs
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from partialtune.errors import TextError
@@ -36,7 +36,11 @@ _FILE_KINDS = {
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x08\x1a\x1b"))
 _HTML_START = re.compile(rb"\s*(?:<!--.*?-->\s*)*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.I | re.S)
 _GUTENBERG_CHARSET = re.compile(rb"^character set encoding:[ \t]*([^\r\n]+)", re.I | re.M)
+SNIFFED_BYTES = 1 << 20  # bytes at the start by which a text is told from something else
 _HEADER_BYTES = 20_000  # a Gutenberg header's charset line lies within
+
+
+Chunks = Callable[[], Iterator[bytes]]  # a file's bytes in order, from the beginning at every call
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,42 @@ class Decoded:
     damaged: int
 
 
-def decode_text(data: bytes, name: str, http_charset: str | None = None) -> Decoded:
-    """Decode a text by its byte order mark, else its declared charset, else as UTF-8, else as cp1252.
+@dataclass(frozen=True)
+class Encoding:
+    """How bytes are read, and what that rests on: a byte order mark, a header, ..."""
 
-    A declared charset that does not decode every byte is passed over with a warning. Where nothing decodes every byte,
-    or UTF-8 would if it were not for some damage, the damaged places become U+FFFD and are reported by a warning.
+    name: str
+    origin: str
+
+
+@dataclass
+class Damage:
+    """Counts the U+FFFD characters of a text that passes by."""
+
+    count: int = 0
+    first: str = ""  # the first one with the characters around it
+
+    def watched(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces, once each was looked at."""
+        for piece in pieces:
+            found = piece.count("\ufffd")
+            if found and not self.count:
+                place = piece.index("\ufffd")
+                self.first = piece[max(0, place - 30) : place + 30]
+            self.count += found
+            yield piece
+
+    def warn(self, name: str, encoding: Encoding) -> None:
+        """Say it, if there was any."""
+        if self.count:
+            logger.warning(
+                "%s: %d damaged characters, read as %s (%s), stand in the text as U+FFFD; the first one in %r.",
+                *(name, self.count, encoding.name, encoding.origin, self.first),
+            )
+
+
+def decode_text(data: bytes, name: str, http_charset: str | None = None) -> Decoded:
+    """Decode a text that lies in memory; see `choose_encoding`.
 
     Args:
         data: The file as it is.
@@ -63,16 +98,40 @@ def decode_text(data: bytes, name: str, http_charset: str | None = None) -> Deco
     Raises:
         TextError: If the data is empty, binary or an HTML page.
     """
-    refuse_non_text(data, name, http_charset)
-    decoded = _decode(data, name, http_charset)
-    if decoded.damaged:
-        place = decoded.text.index("\ufffd")
-        around = decoded.text[max(0, place - 30) : place + 30]
-        logger.warning(
-            "%s: %d damaged characters, read as %s (%s), stand in the text as U+FFFD; the first one in %r.",
-            *(name, decoded.damaged, decoded.encoding, decoded.encoding_from, around),
-        )
-    return decoded
+    encoding = choose_encoding(lambda: iter((data,)), name, http_charset)
+    damage = Damage()
+    text = "".join(damage.watched(decoded_pieces(iter((data,)), encoding.name)))
+    damage.warn(name, encoding)
+    return Decoded(text, encoding.name, encoding.origin, damage.count)
+
+
+def choose_encoding(chunks: Chunks, name: str, http_charset: str | None = None) -> Encoding:
+    """How to read a text: by its byte order mark, else its declared charset, else as UTF-8, else as cp1252.
+
+    A declared charset that does not decode every byte is passed over with a warning. Where nothing decodes every byte,
+    or UTF-8 would if it were not for some damage, the damaged places become U+FFFD.
+
+    Args:
+        chunks: The bytes; the first chunk is the whole text or at least SNIFFED_BYTES of it.
+        name: How messages call the text.
+        http_charset: The charset of the HTTP header it came with, if one was given there.
+
+    Raises:
+        TextError: If the bytes are empty, binary or an HTML page.
+    """
+    head = next(chunks(), b"")
+    refuse_non_text(head, name, http_charset)
+    if not _may_hold_nulls(head, http_charset):
+        _refuse_nulls(chunks(), name)
+    return _choose(chunks, head, name, http_charset)
+
+
+def decoded_pieces(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
+    """The characters of a text, chunk by chunk as if decoded in one go; what is damaged becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+    yield from filter(None, map(decoder.decode, chunks))
+    if rest := decoder.decode(b"", final=True):
+        yield rest
 
 
 def refuse_non_text(data: bytes, name: str, http_charset: str | None = None) -> None:
@@ -87,13 +146,10 @@ def refuse_non_text(data: bytes, name: str, http_charset: str | None = None) -> 
             f"{name} is an HTML page, not plain text. Give the address of the plain text itself "
             f"(Project Gutenberg calls it 'Plain Text UTF-8'), or save the page's text to a file."
         )
-    wide = http_charset and re.match("(utf|ucs)[-_]?(16|32|2|4)", http_charset, re.I)  # half of its bytes may be NUL
-    if wide or data.startswith(tuple(mark for mark, _ in _BYTE_ORDER_MARKS[1:])):
+    if _may_hold_nulls(data, http_charset):
         return
-    if (null := data.find(b"\0")) >= 0:
-        utf16 = " It may be UTF-16 without a byte order mark: save it as UTF-8." if _alternates_nulls(data) else ""
-        raise TextError(f"{name} is binary, not plain text: byte {null:,} is NUL.{utf16}")
-    sample = data[: 1 << 20]
+    _refuse_nulls((data,), name)
+    sample = data[:SNIFFED_BYTES]
     controls = len(sample) - len(sample.translate(None, _CONTROLS))
     if controls > len(sample) / 100:
         raise TextError(
@@ -101,57 +157,73 @@ def refuse_non_text(data: bytes, name: str, http_charset: str | None = None) -> 
         )
 
 
+def _may_hold_nulls(head: bytes, http_charset: str | None) -> bool:
+    """Whether a text is said to be in two or four bytes a character, of which many are NUL."""
+    wide = http_charset and re.match("(utf|ucs)[-_]?(16|32|2|4)", http_charset, re.I)
+    return bool(wide) or head.startswith(tuple(mark for mark, _ in _BYTE_ORDER_MARKS[1:]))
+
+
+def _refuse_nulls(chunks: Iterable[bytes], name: str) -> None:
+    start = 0
+    for chunk in chunks:
+        if (null := chunk.find(b"\0")) >= 0:
+            utf16 = " It may be UTF-16 without a byte order mark: save it as UTF-8." if _alternates_nulls(chunk) else ""
+            raise TextError(f"{name} is binary, not plain text: byte {start + null:,} is NUL.{utf16}")
+        start += len(chunk)
+
+
 def _alternates_nulls(data: bytes) -> bool:
     return max(data[:1000:2].count(0), data[1:1000:2].count(0)) > len(data[:1000]) / 4
 
 
-def _decode(data: bytes, name: str, http_charset: str | None) -> Decoded:
+def _choose(chunks: Chunks, head: bytes, name: str, http_charset: str | None) -> Encoding:
     for mark, encoding in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            return _with_replacements(data, encoding, "byte order mark")
+        if head.startswith(mark):
+            return Encoding(encoding, "byte order mark")
     declared = False
-    for charset, origin in _declared_charsets(data, http_charset):
+    for charset, origin in _declared_charsets(chunks, head, http_charset):
         declared = True
-        if (text := _decode_strictly(data, charset)) is not None:
-            _warn_if_also_utf8(data, name, charset, origin)
-            return Decoded(text, charset, origin, text.count("\ufffd"))
+        if _decodes(chunks(), charset):
+            _warn_if_also_utf8(chunks, name, charset, origin)
+            return Encoding(charset, origin)
         logger.warning("%s: the %s says %s, but some bytes are not: another encoding is tried.", name, origin, charset)
-    if (text := _decode_strictly(data, "utf-8")) is not None:
-        return Decoded(
-            text, "utf-8", "valid UTF-8" + (", against its declaration" if declared else ""), text.count("\ufffd")
-        )
-    as_utf8 = _with_replacements(data, "utf-8", "mostly valid UTF-8")
-    others = len(as_utf8.text) - len(as_utf8.text.encode("ascii", errors="ignore"))
-    if others > 2 * as_utf8.damaged:
-        return as_utf8
-    if others > len(as_utf8.text) / 4:
+    if _decodes(chunks(), "utf-8"):
+        return Encoding("utf-8", "valid UTF-8" + (", against its declaration" if declared else ""))
+    characters = others = damaged = 0
+    for piece in decoded_pieces(chunks(), "utf-8"):
+        characters += len(piece)
+        others += len(piece) - len(piece.encode("ascii", errors="ignore"))
+        damaged += piece.count("\ufffd")
+    if others > 2 * damaged:
+        return Encoding("utf-8", "mostly valid UTF-8")
+    if others > characters / 4:
         logger.warning(
             "%s: no UTF-8, and no charset is declared: read as cp1252. If it looks wrong, save it as UTF-8.", name
         )
-    return _with_replacements(data, "cp1252", "fallback, because it is no valid UTF-8")
+    return Encoding("cp1252", "fallback, because it is no valid UTF-8")
 
 
-def _with_replacements(data: bytes, encoding: str, origin: str) -> Decoded:
-    text = data.decode(encoding, errors="replace")
-    return Decoded(text, encoding, origin, text.count("\ufffd"))
-
-
-def _decode_strictly(data: bytes, encoding: str) -> str | None:
+def _decodes(chunks: Iterable[bytes], encoding: str) -> bool:
+    """Whether every byte can be read so."""
+    decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        return data.decode(encoding)
+        for chunk in chunks:
+            decoder.decode(chunk)
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError:
-        return None
+        return False
+    return True
 
 
-def _declared_charsets(data: bytes, http_charset: str | None) -> Iterator[tuple[str, str]]:
+def _declared_charsets(chunks: Chunks, head: bytes, http_charset: str | None) -> Iterator[tuple[str, str]]:
     """The charsets that a text is said to be in, as Python's names, each with who says so."""
-    head = data[:_HEADER_BYTES]
+    head = head[:_HEADER_BYTES]
     line = _GUTENBERG_CHARSET.search(head) if b"gutenberg" in head.lower() else None
     said = [(http_charset, "HTTP header"), (line and line[1].decode("ascii", "replace"), "Gutenberg header")]
     for charset, origin in said:
         if charset and (encoding := python_encoding(charset)):
             # Windows programs say ISO-8859-1 and mean cp1252, whose quotes are control characters there.
-            windows = encoding == "iso8859-1" and re.search(rb"[\x80-\x9f]", data)
+            windows = encoding == "iso8859-1" and any(re.search(rb"[\x80-\x9f]", chunk) for chunk in chunks())
             yield ("cp1252" if windows else encoding), origin
         elif charset:
             logger.warning(
@@ -177,9 +249,11 @@ def python_encoding(charset: str) -> str | None:
     return None
 
 
-def _warn_if_also_utf8(data: bytes, name: str, charset: str, origin: str) -> None:
+def _warn_if_also_utf8(chunks: Chunks, name: str, charset: str, origin: str) -> None:
     """A declared one-byte charset decodes anything, also UTF-8 that was declared wrongly, into nonsense."""
-    if not charset.startswith("utf") and not data.isascii() and _decode_strictly(data, "utf-8") is not None:
+    if charset.startswith("utf") or all(chunk.isascii() for chunk in chunks()):
+        return
+    if _decodes(chunks(), "utf-8"):
         logger.warning(
             "%s: read as %s, as the %s says, but it is valid UTF-8 too. If letters look wrong, save it as UTF-8 "
             "with a byte order mark.",

@@ -6,6 +6,7 @@ data. So backward stops where it will stop and every tensor lives as long as it 
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from partialtune.errors import ModelError
 from partialtune.flops import ProductCounter, Products, tensors_in
 from partialtune.memory import Memory, MemoryLedger
 from partialtune.plan import FreezePlan, apply_plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Arithmetic and memory of one optimizer step on one process."""
+
+    products: Products
+    memory: Memory
 
 
 def _adafactor(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -44,7 +53,7 @@ def dry_step(
     accumulation: int = 1,
     bf16: bool = False,
     optimizer: str = "adamw_torch",
-) -> tuple[Products, Memory]:
+) -> Cost:
     """Take one optimizer step of `plan` without values, with the operations that PyTorch has for a CPU.
 
     Args:
@@ -57,7 +66,7 @@ def dry_step(
         optimizer: `optim` of the recipe, one of `OPTIMIZERS`.
 
     Returns:
-        The products of the whole step, and its memory.
+        The products of the whole step, and its memory from the second step on.
 
     Raises:
         ModelError: If the model decides by values what it computes.
@@ -73,7 +82,7 @@ def dry_step(
         raise ModelError(
             f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
         ) from error
-    return meter.products(passes=accumulation), memory
+    return Cost(meter.products(passes=accumulation), memory)
 
 
 def without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
@@ -103,7 +112,7 @@ class StepMeter(TorchDispatchMode):
         self.backward = False
         self.ledger = MemoryLedger()
         self.ledger.assign(weights, "weights")
-        self.counter = ProductCounter(self.ledger, weights)
+        self.counter = ProductCounter(self.ledger, list(model.parameters()))
         self._fake, self._scored_tokens = fake, scored_tokens
         self._vocabulary = model.config.get_text_config().vocab_size
 

@@ -53,7 +53,7 @@ class ProductCounter:
 
     Args:
         ledger: Gives each storage its number.
-        weights: The parameters and buffers of the model.
+        weights: The parameters of the model.
     """
 
     def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor]) -> None:
@@ -98,9 +98,8 @@ def _fused_attention(query, key, value, *args, out_val=None, **kwargs) -> int:
 
 
 def _fused_attention_backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
-    """Scores once more, and two products for each of the two of forward."""
-    batch, heads, length, width = query.shape
-    return 2 * batch * heads * length * key.shape[-2] * (3 * width + 2 * value.shape[-1])
+    """Two products for each of the two of forward, as without fusion; that it computes the scores again is its affair."""
+    return 2 * _fused_attention(query, key, value)
 
 
 def _grouped_product(rows, matrices, *args, out_val=None, **kwargs) -> int:

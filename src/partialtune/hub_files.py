@@ -84,7 +84,7 @@ def check_finished(run: Path, allow_failed_audit: bool) -> None:
     """
     files = read_run(run)
     lacking = [name for name in WRITTEN_LAST if not (run / name).is_file()] + _lacking_weights(run)
-    if any(parameter.get("sha256_after") is None for parameter in files.plan["parameters"]):
+    if not all(parameter.get("sha256_after") for parameter in files.plan.get("parameters") or [{}]):
         lacking.append("the digests after training in freeze_plan.json")
     if lacking:
         raise InputError(

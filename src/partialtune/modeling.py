@@ -64,6 +64,7 @@ def load_config(
         raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
     if dropout != "model":
         set_dropout(config, float(dropout))
+    config.name_or_path = name  # what messages call it: not the folder of a bundled model
     return config
 
 
@@ -99,6 +100,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
+    model.config.name_or_path = name
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise ModelError(

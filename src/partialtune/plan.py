@@ -1,6 +1,6 @@
 """The freeze plan: model + selectors -> data that says what trains and why; and the one place that applies it."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -269,10 +269,11 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     let_learn(model, plan.trainable)
 
 
-def let_learn(model: nn.Module, names: Collection[str]) -> None:
+def let_learn(model: nn.Module, names: Iterable[str]) -> None:
     """Set `requires_grad` for these parameters and for no others, and note which modules stay in eval mode."""
+    chosen = set(names)
     for name, parameter in named_weights(model):
-        parameter.requires_grad_(name in names)
+        parameter.requires_grad_(name in chosen)
     model._modules_kept_in_eval = tuple(modules_without_trainables(model))
     model.train(model.training)
 

@@ -1,13 +1,16 @@
 """A freeze plan in words and columns, for the terminal."""
 
+from collections.abc import Iterable, Sequence
+
 from partialtune.plan import FreezePlan
 
 
 def plan_summary(plan: FreezePlan) -> str:
-    """One line: `trainable 39,385,344 of 124,439,808 (31.6%): embeddings, final_norm, head`."""
-    share = plan.trainable_parameters / plan.total_parameters
+    """One line: `trainable 39,385,344 of 124,439,808 (31.7%): embeddings, final_norm, head`."""
+    percent = 100 * plan.trainable_parameters / plan.total_parameters
+    share = f"{percent:.1f}" if percent >= 0.1 else f"{percent:.2g}"
     return (
-        f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share:.1%}): "
+        f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share}%): "
         f"{', '.join(plan.selectors)}"
     )
 
@@ -24,7 +27,7 @@ def _selector_rows(plan: FreezePlan) -> str:
         if parameter.trainable:
             chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
     rows = [(selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors]
-    return _columns([("selector", "chose"), *rows])
+    return columns([("selector", "chose"), *rows])
 
 
 def _unused(selector: str) -> str:
@@ -44,7 +47,7 @@ def _place_rows(plan: FreezePlan) -> str:
     for first, last, total, trainable in runs:
         label = first if first == last else f"{first} to {last.removeprefix('block ')}, each"
         rows.append((label, f"{total:,}", f"{trainable:,}" if trainable else "frozen"))
-    return _columns(rows)
+    return columns(rows)
 
 
 def _places(plan: FreezePlan):
@@ -66,14 +69,28 @@ def _tie_lines(plan: FreezePlan) -> list[str]:
 def _backward_line(plan: FreezePlan) -> str:
     if plan.backward_from is None:
         return "nothing trains"
-    first = next(parameter for parameter in plan.parameters if parameter.name == plan.backward_from)
-    passed = plan.block_count - first.block if first.block is not None else 0
-    if first.component.startswith("embeddings"):
-        passed = plan.block_count
-    return f"backward reaches {plan.backward_from} and runs through {passed} of {plan.block_count} blocks"
+    passed = blocks_passed(plan)
+    frozen = frozen_blocks(plan, passed)
+    held = f", {len(frozen)} of them frozen" if frozen else ""
+    return f"backward reaches {plan.backward_from} and runs through {len(passed)} of {plan.block_count} blocks{held}"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> str:
+def blocks_passed(plan: FreezePlan) -> range:
+    """The blocks that backward runs through on its way to the first trainable parameter."""
+    first = next((parameter for parameter in plan.parameters if parameter.name == plan.backward_from), None)
+    if first is None or (first.block is None and not first.component.startswith("embeddings")):
+        return range(plan.block_count, plan.block_count)
+    return range(first.block or 0, plan.block_count)
+
+
+def frozen_blocks(plan: FreezePlan, blocks: Iterable[int]) -> list[int]:
+    """Those of `blocks` that hold nothing that trains."""
+    trained = {parameter.block for parameter in plan.parameters if parameter.trainable}
+    return [block for block in blocks if block not in trained]
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells -> lines, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])

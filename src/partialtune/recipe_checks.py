@@ -73,9 +73,8 @@ def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        values["schedule"], wrong = read_schedule(
-            values["schedule"], bool(values.get("trainable", "trainable" in said))
-        )
+        from_start = bool(values.get("trainable", "trainable" in said))
+        values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(said["schedule"].origin, "schedule", message) for message in wrong]
     found = [*_missing(said, values), *_contradictions(values)]
     wrong_keys = {key for key, _ in found} | {problem.key for problem in problems}
@@ -168,10 +167,8 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
     if values.get("fsdp"):
         yield "fsdp", "shards what trains before the first step, and a schedule thaws later. Leave one of them out."
     if values.get("ddp_find_unused_parameters") is False:
-        yield (
-            "ddp_find_unused_parameters",
-            "a schedule needs it: parameters of later phases have no gradient. Take it out.",
-        )
+        message = "false does not go with a schedule: until their phase parameters have no gradient"
+        yield "ddp_find_unused_parameters", f"{message}. Take it out."
 
 
 def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:

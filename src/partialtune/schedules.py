@@ -118,10 +118,8 @@ def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps:
         step = entry["from_step"] if "from_step" in entry else round(entry["from_epoch"] * epoch_steps)
         resolved.append({"from_step": step, **{key: entry[key] for key in entry if key not in STARTS}})
         if step >= run_steps:
-            said = (
-                f"from_epoch {entry['from_epoch']:g} is step {step}" if "from_epoch" in entry else f"from_step {step}"
-            )
-            late.append(f"schedule, entry {number}: {said}")
+            epoch = f"from_epoch {entry['from_epoch']:g}, which is " if "from_epoch" in entry else ""
+            late.append(f"schedule, entry {number}: {epoch}from_step {step}")
     if late:
         raise RecipeError(
             f"{'; '.join(late)}: the run has {run_steps} steps, 0 to {run_steps - 1}, {epoch_steps} an epoch. "

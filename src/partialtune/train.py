@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from partialtune.activation_checkpointing import check_support
 from partialtune.audit import FreezeAuditCallback
 from partialtune.card import write_card
 from partialtune.checkpoints import newest_complete_checkpoint
@@ -21,6 +22,7 @@ from partialtune.evaluation import ScoredText, score_text
 from partialtune.figures import draw_figures
 from partialtune.launch import check_precision, check_processes, main_process_only, one_device_a_process
 from partialtune.modeling import check_fit, load_config, load_model, load_tokenizer
+from partialtune.optimizer_state import check_checkpoint
 from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
 from partialtune.performance import performance
 from partialtune.plan import FreezePlan, apply_plan, plan_freeze
@@ -28,8 +30,16 @@ from partialtune.plan_table import plan_table
 from partialtune.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
 from partialtune.recipe import Recipe, write_recipe
 from partialtune.report import write_report
+from partialtune.schedules import in_steps
 from partialtune.summary import closing_words
-from partialtune.trainer import PartialTrainer, collate_windows, suit_length, training_arguments
+from partialtune.trainer import (
+    PartialTrainer,
+    collate_windows,
+    run_length,
+    steps_an_epoch,
+    suit_length,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +70,16 @@ def train(recipe: Recipe) -> Path:
     check_prompts(recipe.evaluation.prompts, tokenizer, config)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, seed)
-    suit_length(args, recipe.training, windows=len(data.train), held_out=data.held_out is not None)
+    windows = len(data.train)
+    suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
-    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head)
+    check_support(args, model)
+    schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
+    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head, schedule=schedule)
+    checkpoint = checkpoint_to_go_on_from(folder, recipe.resume, plan)
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
     with locked(folder), exit_recorded(folder):
-        checkpoint = newest_complete_checkpoint(folder) if recipe.resume == "auto" else recipe.resume
         begin_folder(folder, recipe, plan, run_record(args, model, data))
         apply_plan(model, plan)
         before = look.at(model.to(args.device), "before")
@@ -109,6 +122,18 @@ class Look:
         return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts))
 
 
+def checkpoint_to_go_on_from(folder: Path, resume: str | None, plan: FreezePlan) -> Path | None:
+    """The checkpoint that the recipe asks for, None for a start from the base.
+
+    Raises:
+        InputError: If it does not fit the plan.
+    """
+    checkpoint = newest_complete_checkpoint(folder) if resume == "auto" else Path(resume) if resume else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, plan)
+    return checkpoint
+
+
 def make_trainer(
     recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments, data: RunData
 ) -> PartialTrainer:
@@ -126,7 +151,7 @@ def make_trainer(
     )
 
 
-def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | str | None) -> FreezeViolation | None:
+def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> FreezeViolation | None:
     """Train, from `checkpoint` where there is one.
 
     Returns:

@@ -15,12 +15,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from partialtune.audit import FreezeAuditCallback
 from partialtune.checkpoints import ASIDE, finish_checkpoint, rotate_checkpoints
 from partialtune.deltas import WeightDeltaCallback
-from partialtune.errors import TrainingDiverged
+from partialtune.errors import RecipeError, TrainingDiverged
+from partialtune.optimizer_state import key_by_name
 from partialtune.performance import StepTimer
+from partialtune.phases import PhaseCallback, split_by_phase
 from partialtune.plan import FreezePlan
 from partialtune.precision import bf16_pays
-from partialtune.training_progress import TrainingProgress
 from partialtune.stopping import StopOnSignal
+from partialtune.training_progress import TrainingProgress
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,10 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would average non-finite losses away
         "push_to_hub": False,  # Trainer's own pushing fails silently
+        "activation_checkpointing_kwargs": {  # the other kind wants gradients at every block's input
+            "use_reentrant": False,
+            **(said.get("activation_checkpointing_kwargs") or {}),
+        },
     }
     return TrainingArguments(**settings)
 
@@ -67,9 +73,14 @@ def run_length(args: TrainingArguments, windows: int) -> int:
     """Optimizer steps of the whole run."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(windows / (args.per_device_train_batch_size * args.world_size))
-    steps_an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * steps_an_epoch)
+    return math.ceil(args.num_train_epochs * steps_an_epoch(args, windows))
+
+
+def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
+    """Optimizer steps of one pass over the training windows."""
+    batches = windows / (args.per_device_train_batch_size * args.world_size)
+    whole_batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
 
 
 def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -113,10 +124,16 @@ class PartialTrainer(Trainer):
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
         self.deltas = WeightDeltaCallback(plan, delta_steps=delta_steps)
         self.timer, self.stop = StepTimer(), StopOnSignal()
+        self.plan = plan
         self.decay_everything = decay_everything
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
-        super().__init__(callbacks=[self.timer, self.deltas, self.audit, self.stop], **kwargs)
+        if len(plan.phases) > 1:  # in DDP what belongs to later phases has no gradient; Trainer's answer depends
+            kwargs["args"].ddp_find_unused_parameters = True
+        callbacks = [PhaseCallback(plan), self.timer, self.deltas, self.audit, self.stop]
+        super().__init__(callbacks=callbacks, **kwargs)
+        if self.is_fsdp_enabled and len(plan.phases) > 1:
+            raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
         for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
             self.remove_callback(printer)
         if not self.args.disable_tqdm:
@@ -127,6 +144,13 @@ class PartialTrainer(Trainer):
         if self.decay_everything:
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and not self.is_fsdp_enabled:  # sharded state is keyed by name already
+            optimizer = super().create_optimizer(model)
+            split_by_phase(optimizer, self.model, self.plan)
+            key_by_name(optimizer, self.model)
+        return super().create_optimizer(model)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.flops_per_step is not None or self.args.torch_compile:

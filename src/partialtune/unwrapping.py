@@ -7,12 +7,14 @@ counts as wrapping if its line, too, would have reached that far.
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 FALLBACK_REACH = 60  # characters; for texts with too few wrapped lines to learn from
 FEWEST_SAMPLES = 20  # wrapped lines below which a learnt width is worth less than the fallback
 WIDEST_WRAP = 130  # characters; nobody wraps lines wider than this, a longer line is a paragraph by itself
+LONGEST_BLOCK = 20_000  # lines; more without a blank line between are no paragraph, and are joined part by part
 DEEPEST_PARAGRAPH_INDENT = 8  # spaces; a line indented further is centred or set to the right
 
 _LETTER = re.compile(r"[^\W\d_]")
@@ -48,45 +50,59 @@ def join_wrapped_lines(lines: list[str]) -> list[str]:
     Returns:
         The lines of the text, blank ones included; a joined paragraph is one line.
     """
-    margin = _left_margin(lines)
-    if margin:
-        lines = [line.removeprefix(" " * margin) for line in lines]
-    width = learn_wrap_width(lines)
-    joined: list[str] = []
+    margin = left_margin(Counter(map(indent_of, filter(None, lines))))
+    lines = [line.removeprefix(" " * margin) for line in lines] if margin else lines
+    return list(joined_lines(lines, learn_wrap_width(lines)))
+
+
+def joined_lines(lines: Iterable[str], width: WrapWidth) -> Iterator[str]:
+    """The same, line by line, for a text that does not fit into memory: its margin is gone and its width is known."""
     block: list[str] = []
-    for line in [*lines, ""]:
+    for line in lines:
         if line:
             block.append(line)
-        else:
-            joined += _join_block(block, width) if len(block) > 1 else block
-            joined.append("")
+        if block and (not line or len(block) == LONGEST_BLOCK):
+            yield from _join_block(block, width) if len(block) > 1 else block
             block = []
-    return joined[:-1]
+        if not line:
+            yield ""
+    yield from _join_block(block, width) if len(block) > 1 else block
 
 
-def learn_wrap_width(lines: list[str]) -> WrapWidth:
+def learn_wrap_width(lines: Iterable[str]) -> WrapWidth:
     """Learn the width from breaks before a small letter, which are hardly ever meant.
 
     Shares instead of the least and the largest, because some texts were wrapped by hand and hold some verse.
     """
-    reaches: list[int] = []
-    lengths: list[int] = []
+    reaches: Counter[int] = Counter()
+    lengths: Counter[int] = Counter()
     for line, following in pairwise(lines):
         if following[:1].islower() and 30 <= len(line) <= WIDEST_WRAP:
-            reaches.append(_reach(line, following))
-            lengths.append(len(line))
-    if len(reaches) < FEWEST_SAMPLES:
+            reaches[_reach(line, following)] += 1
+            lengths[len(line)] += 1
+    samples = reaches.total()
+    if samples < FEWEST_SAMPLES:
         return WrapWidth(FALLBACK_REACH, FALLBACK_REACH * 3 // 4, WIDEST_WRAP)
-    reaches.sort()
-    lengths.sort()
-    reach = max(reaches[len(reaches) // 10], 40)
-    shortest_reach = max(reaches[len(reaches) // 100], reach * 3 // 4)
-    return WrapWidth(reach, shortest_reach, min(lengths[len(lengths) * 99 // 100] + 10, WIDEST_WRAP))
+    reach = max(_at_rank(reaches, samples // 10), 40)
+    shortest_reach = max(_at_rank(reaches, samples // 100), reach * 3 // 4)
+    return WrapWidth(reach, shortest_reach, min(_at_rank(lengths, samples * 99 // 100) + 10, WIDEST_WRAP))
 
 
-def _left_margin(lines: list[str]) -> int:
-    """Spaces that nearly every line starts with, as in some old files that are indented as a whole; mostly 0."""
-    indents = Counter(_indent(line) for line in lines if line)
+def _at_rank(counts: Counter[int], rank: int) -> int:
+    """The value that stands at index `rank` where all counted values are sorted."""
+    for value in sorted(counts):
+        rank -= counts[value]
+        if rank < 0:
+            return value
+    raise IndexError("rank is beyond the last value")
+
+
+def left_margin(indents: Counter[int]) -> int:
+    """Spaces that nearly every line starts with, as in some old files that are indented as a whole; mostly 0.
+
+    Args:
+        indents: How many lines that are not blank have which indent.
+    """
     margin = indents.most_common(1)[0][0] if indents else 0
     beyond = sum(count for indent, count in indents.items() if indent >= margin)
     return margin if beyond > 0.9 * indents.total() else 0
@@ -124,7 +140,7 @@ def _is_fixed(line: str, following: str, width: WrapWidth) -> bool:
     return (
         following[0].isspace()
         or len(line) > width.longest
-        or (line[0].isspace() and _indent(line) > DEEPEST_PARAGRAPH_INDENT)
+        or (line[0].isspace() and indent_of(line) > DEEPEST_PARAGRAPH_INDENT)
         or _is_table_row(line)
         or _is_table_row(following)
     )
@@ -164,7 +180,8 @@ def _is_table_row(line: str) -> bool:
     return "   " in row or "\t" in row or "....." in row or ". . . . ." in row or row[0] in "|+" or row[-1] in "|+"
 
 
-def _indent(line: str) -> int:
+def indent_of(line: str) -> int:
+    """White space that a line starts with, in characters."""
     return len(line) - len(line.lstrip())
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from partialtune.comparison import ComparedParameter, Comparison, relative_change
-from partialtune.plan_table import _columns
+from partialtune.plan_table import columns
 from partialtune.wording import counted, significant
 
 HEADINGS = ("place", "parameters", "moved", "relative change", "largest change", "claim")
@@ -16,10 +16,10 @@ def comparison_table(comparison: Comparison) -> str:
     Blocks in a row of which nothing moved share a line.
     """
     notes = [f"note: {note}" for note in comparison.notes]
-    columns = len(HEADINGS) if comparison.claim else len(HEADINGS) - 1
+    shown = len(HEADINGS) if comparison.claim else len(HEADINGS) - 1
     parts = [
         f"base     {comparison.base}\nadapted  {comparison.adapted}\nclaim    {comparison.claim or 'none'}",
-        _columns([row[:columns] for row in (HEADINGS, *_rows(comparison.parameters))]),
+        columns([row[:shown] for row in (HEADINGS, *_rows(comparison.parameters))]),
         *(["\n".join(notes)] if notes else []),
         verdict_line(comparison),
     ]

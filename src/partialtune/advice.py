@@ -1,0 +1,161 @@
+"""What people get wrong about the cost of a plan: plan + its cost -> sentences with numbers and what to change.
+
+Every number is computed for the plan at hand, and so is every alternative: it is planned and costed like the plan.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import yaml
+from torch import nn
+
+from partialtune.dry_step import Cost
+from partialtune.errors import RecipeError
+from partialtune.performance import peak_memory_mb
+from partialtune.plan import FreezePlan, plan_freeze
+from partialtune.plan_table import blocks_passed, frozen_blocks
+
+WORTH_SAYING = 0.05  # saving of arithmetic, as a share, from which on an alternative is named
+BLOCK_PARTS = ("attention", "mlp", "norms", "biases")
+
+Costing = Callable[[FreezePlan, int, int], Cost]  # plan, batch size, accumulation -> cost
+
+
+def advise(
+    model: nn.Module, plan: FreezePlan, cost: Cost, full: Cost, batch_size: int, accumulation: int, costing: Costing
+) -> list[str]:
+    """Sentences that apply to this plan.
+
+    Args:
+        model: The plan's model, on the meta device.
+        plan: What trains.
+        cost: What a step of the plan costs.
+        full: What it costs where everything trains.
+        batch_size: Windows of one forward pass.
+        accumulation: Forward passes of one step.
+        costing: Tells the cost of other plans and batches.
+    """
+    sentences = [
+        _small_share(plan, cost, full),
+        _where_backward_stops(model, plan, cost, lambda other: costing(other, batch_size, accumulation)),
+        _untied(plan),
+        _logits(plan, cost, batch_size, accumulation, costing),
+        _too_large(plan, cost),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
+    """Few parameters are not little arithmetic."""
+    parameters = plan.trainable_parameters / plan.total_parameters
+    arithmetic = cost.products.total / full.products.total
+    if arithmetic < parameters + 0.25:
+        return None
+    return (
+        f"{_percent(parameters)} of the parameters train, but a step takes {_percent(arithmetic)} of full fine-tuning's "
+        f"arithmetic and {_percent(cost.memory.peak / full.memory.peak)} of its memory: forward alone is "
+        f"{_percent(cost.products.forward / full.products.total)} of the arithmetic, whatever is frozen."
+    )
+
+
+def _where_backward_stops(
+    model: nn.Module, plan: FreezePlan, cost: Cost, costing: Callable[[FreezePlan], Cost]
+) -> str | None:
+    """What trains first decides how far backward runs; something near to it may stop it much earlier."""
+    passed = blocks_passed(plan)
+    if not passed:
+        return None
+    for cause, selectors, head in _alternatives(plan):
+        try:
+            other = plan_freeze(model, selectors, head=head)
+        except RecipeError:  # what is left selects nothing, or contradicts itself
+            continue
+        other_cost = costing(other)
+        saved = 1 - other_cost.products.total / cost.products.total
+        if saved < WORTH_SAYING:
+            continue
+        frozen = len(frozen_blocks(plan, passed))
+        held = f" ({frozen} of them frozen)" if frozen else ""
+        unties = head == "untied" and plan.head == "tied"
+        untied = "`head: untied` with " if unties else ""
+        still = ", where the token embedding stays frozen," if unties else ""
+        return (
+            f"{cause}, so backward runs through {_of_all(len(passed), plan.block_count)}{held}. "
+            f"{untied}`trainable: {_as_yaml(selectors)}`{still} would stop it at {_place(other)}, save {_percent(saved)} of the "
+            f"arithmetic and need {_mb(other_cost.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
+        )
+    return None
+
+
+def _alternatives(plan: FreezePlan) -> Iterator[tuple[str, list[str], str]]:
+    """(why backward runs far, selectors that may stop it earlier, head), the nearest to the plan first."""
+    without_embeddings = [selector for selector in plan.selectors if not selector.startswith("embeddings")]
+    tied = {name for pair in plan.ties for name in pair}
+    if plan.backward_from in tied and "head" in plan.selectors:
+        yield "The token embedding trains, because the head is the same tensor", without_embeddings, "untied"
+    if len(without_embeddings) < len(plan.selectors):
+        yield "The embeddings train", without_embeddings, plan.head
+    upper = f"blocks[{plan.block_count // 2}:]"
+    if set(plan.selectors) & set(BLOCK_PARTS):
+        narrowed = [f"{upper}.{word}" if word in BLOCK_PARTS else word for word in plan.selectors]
+        narrowed += ["final_norm"] if "norms" in plan.selectors else []
+        yield "What trains begins in block 0", narrowed, plan.head
+
+
+def _untied(plan: FreezePlan) -> str | None:
+    if plan.head != "untied":
+        return None
+    head = sum(parameter.numel for parameter in plan.parameters if parameter.component == "head")
+    return (
+        f"`head: untied` gives the head {head:,} values of its own: the saved model is larger by "
+        f"{_percent(head / (plan.total_parameters - head))}, and its config says that nothing is tied."
+    )
+
+
+def _logits(plan: FreezePlan, cost: Cost, batch_size: int, accumulation: int, costing: Costing) -> str | None:
+    """The scores over the vocabulary are as large whatever is frozen; a smaller batch shrinks them."""
+    logits, peak = cost.memory.logits, cost.memory.peak
+    if logits < peak / 3:
+        return None
+    said = f"The scores over the vocabulary take up to {_mb(logits)} of {_mb(peak)}, whatever is frozen"
+    if batch_size < 2 or batch_size % 2:
+        return f"{said}."
+    half = costing(plan, batch_size // 2, 2 * accumulation)
+    return (
+        f"{said}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "
+        f"{2 * accumulation}` is the same step with {_mb(half.memory.peak)}."
+    )
+
+
+def _too_large(plan: FreezePlan, cost: Cost) -> str | None:
+    """Whether this machine holds it."""
+    if torch.cuda.is_available():
+        place, held, needed = "this GPU", torch.cuda.mem_get_info()[1], cost.memory.peak
+    else:
+        place, held = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed = cost.memory.peak + 4 * plan.trainable_parameters + int(peak_memory_mb() * 2**20)
+    if needed <= held:
+        return None
+    return f"It does not fit: the run needs about {_mb(needed)}, {place} has {_mb(held)}."
+
+
+def _place(plan: FreezePlan) -> str:
+    first = next(parameter for parameter in plan.parameters if parameter.name == plan.backward_from)
+    return f"block {first.block}" if first.block is not None else f"the {first.component.replace('_', ' ')}"
+
+
+def _of_all(passed: int, blocks: int) -> str:
+    return f"all {blocks} blocks" if passed == blocks else f"{passed} of {blocks} blocks"
+
+
+def _as_yaml(selectors: Sequence[str]) -> str:
+    return yaml.safe_dump(list(selectors), default_flow_style=True, width=10_000).strip()
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:,.0f} MB"

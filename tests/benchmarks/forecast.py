@@ -1,0 +1,126 @@
+"""Memory forecast against measurement: policies on GPT-2's shape -> growth of a process that trains them.
+
+    python tests/benchmarks/forecast.py --blocks 4 --batch_size 8
+
+Each policy trains for two steps with the package's own Trainer in a process of its own. Its growth is the largest
+resident memory (ru_maxrss) less what was resident before there was a model. The forecast is the peak and the copies that
+the run keeps for its deltas; the allocator's own losses are not in it.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+POLICIES = (
+    (["embeddings", "final_norm", "head"], "tied"),
+    (["final_norm", "head"], "untied"),
+    (["blocks[-2:]", "final_norm"], "tied"),
+    (["norms"], "tied"),
+    (["biases"], "tied"),
+    (["all"], "tied"),
+)
+STEPS = 2  # the optimizer's state is there from the second on
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 and a batch."""
+
+    blocks: int = 4
+    width: int = 768
+    vocabulary: int = 50257
+    batch_size: int = 8
+    block_size: int = 256
+
+
+@dataclass(frozen=True)
+class Growth:
+    """MB of 2^20 bytes, of one policy."""
+
+    selectors: list[str]
+    head: str
+    forecast: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.forecast / self.measured
+
+
+def measure_each(shape: Shape, policies=POLICIES):
+    """Yield the growth of each policy, measured one after another, each in a process of its own.
+
+    The processes are forked from one that has done the imports, so that these are no part of the growth.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["partialtune.forecast", "partialtune.trainer", "partialtune.modeling"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for selectors, head in policies:
+            yield pool.submit(measure, shape, selectors, head).result()
+
+
+def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
+    """Train with one policy, then forecast it. The process is to end after this: its largest memory is taken."""
+    import torch
+    from datasets import Dataset
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from partialtune.forecast import forecast
+    from partialtune.plan import apply_plan, plan_freeze
+    from partialtune.trainer import PartialTrainer, collate_windows, training_arguments
+
+    sizes = {"n_layer": shape.blocks, "n_embd": shape.width, "n_head": shape.width // 64, "vocab_size": shape.vocabulary}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    with torch.device("meta"):
+        empty = GPT2LMHeadModel(config)
+    plan = plan_freeze(empty, selectors, head=head)
+    ids = torch.randint(shape.vocabulary, (STEPS * shape.batch_size, shape.block_size)).tolist()
+    windows = Dataset.from_dict({"input_ids": ids})
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(
+            {
+                "output_dir": folder,
+                "max_steps": STEPS,
+                "per_device_train_batch_size": shape.batch_size,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "use_cpu": True,
+            }
+        )
+        before = resident_mb()
+        model = GPT2LMHeadModel(config)
+        apply_plan(model, plan)
+        PartialTrainer(
+            plan=plan, delta_steps=STEPS, model=model, args=args, train_dataset=windows, data_collator=collate_windows
+        ).train()
+        measured = largest_mb() - before
+    predicted = forecast(empty, plan, shape.batch_size, shape.block_size, optimizer=args.optim)
+    return Growth(selectors, head, (predicted.cost.memory.peak + predicted.copies) / 2**20, measured)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def largest_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in vars(Shape()).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    shape = Shape(**vars(parser.parse_args()))
+    print(f"{shape}, {STEPS} steps\n{'trainable':44} {'forecast MB':>12} {'measured MB':>12} {'ratio':>6}")
+    for growth in measure_each(shape):
+        label = f"{', '.join(growth.selectors)} ({growth.head})"
+        print(f"{label:44} {growth.forecast:12,.0f} {growth.measured:12,.0f} {growth.ratio:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
