@@ -516,3 +516,19 @@ def test_a_pushed_model_loads_back_with_the_same_logits_to_the_bit(desk, run):
     asked = len(desk.hub.seen)
     assert "loaded alike" in desk.run(LOAD, str(run), revisions, HF_HUB_OFFLINE="1")
     assert len(desk.hub.seen) == asked
+
+
+@pytest.mark.slow
+def test_a_run_with_push_to_hub_checks_its_access_first_and_ends_on_the_hub(desk, tmp_path):
+    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 200)
+    words = ["train", "builtin:quickstart", "--text", str(tmp_path / "text.txt"), "--block_size", "32"]
+    words += ["--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "true"]
+    code = "import sys; from partialtune.cli import main; print('exit', main(sys.argv[1:]))"
+    refused = desk.run(code, *words, "--hub_model_id", "me/trained", HF_TOKEN=BAD_TOKEN)
+    assert "exit 2" in refused
+    assert not (tmp_path / "run").exists()
+    trained = desk.run(code, *words, "--hub_model_id", "me/trained")
+    assert "exit 0" in trained
+    assert {"model.safetensors", "README.md", "audit.json"} <= set(desk.hub.files("me/trained", "main"))
+    again = desk.run(code, "push", str(tmp_path / "run"), "--repo_id", "me/trained")
+    assert "exit 0" in again

@@ -197,6 +197,16 @@ def test_an_untied_head_is_trained_saved_and_reloaded(recipe, tmp_path):
     assert read(tmp_path / "run", "audit.json")["trainable"]["unmoved"] == []
 
 
+def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe, tmp_path, base, capsys):
+    assert main(["train", recipe]) == 0
+    config, config_before = read(tmp_path / "run", "config.json"), read(base, "config.json")
+    assert {key: config[key] for key in config_before} == config_before
+    assert not list((tmp_path / "run").rglob("training_args.bin"))
+    assert main(["verify", str(base), str(tmp_path / "run")]) == 0
+    assert main(["verify", str(base), str(tmp_path / "run"), "--trainable", "final_norm"]) == 3
+    assert "transformer.h.2" in capsys.readouterr().err
+
+
 def test_nothing_held_out_gives_no_validation_and_no_evaluation_during_training(recipe, tmp_path):
     assert main(["train", recipe, "--validation_share", "0"]) == 0
     assert "validation" not in read(tmp_path / "run", "evaluation.json")

@@ -14,7 +14,7 @@ from partialtune.errors import PartialtuneError
 DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
 EPILOG = """\
 exit codes: 0 done, 1 a bug, 2 bad input, 3 a frozen weight changed or a trainable one could not learn,
-4 training diverged, 130 interrupted and 143 terminated, both after a checkpoint
+4 training diverged, 5 the upload did not complete, 130 interrupted and 143 terminated, both after a checkpoint
 """
 
 
@@ -69,6 +69,23 @@ def make_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="show what a recipe would train, without weights", allow_abbrev=False)
     _add_recipe(plan)
     plan.add_argument("--json", action="store_true", help="print freeze_plan.json instead of tables")
+    verify = commands.add_parser(
+        "verify", help="compare two checkpoints: what moved, and only what may?", allow_abbrev=False
+    )
+    verify.add_argument("base", metavar="BASE", help="folder, builtin:lilliput or Hub id, also ID@REVISION")
+    verify.add_argument(
+        "adapted", metavar="ADAPTED", help="likewise; its freeze_plan.json is the claim where --trainable is absent"
+    )
+    verify.add_argument("--trainable", nargs="+", metavar="SELECTOR", help="what may have moved")
+    verify.add_argument("--json", action="store_true", help="print JSON alone")
+    push = commands.add_parser(
+        "push", help="upload a finished run to the Hub, verify it; again: what is missing", allow_abbrev=False
+    )
+    push.add_argument("run", metavar="RUN", help="folder of a finished run")
+    push.add_argument("--repo_id", required=True, metavar="NAMESPACE/NAME", help="repository, created where missing")
+    push.add_argument("--revision", metavar="BRANCH", help="branch, main by default")
+    push.add_argument("--private", choices=("true", "false"), help="visibility; the namespace's default where absent")
+    push.add_argument("--allow_failed_audit", action="store_true", help="publish although the freeze audit failed")
     report = commands.add_parser(
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
@@ -114,6 +131,31 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(json.dumps(plan.to_json({}, {}), indent=2) if known.json else plan_table(plan))
 
 
+def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import json
+
+    from partialtune.modeling import quiet_libraries
+    from partialtune.verify import verify
+    from partialtune.verify_table import comparison_table
+
+    _refuse(overrides)
+    quiet_libraries()
+    found = verify(known.base, known.adapted, known.trainable)
+    as_json = json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False) if known.json else None
+    print(as_json or comparison_table(found), flush=True)
+    found.raise_if_violated()
+
+
+def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from partialtune.hub import push_run
+
+    _refuse(overrides)
+    private = None if known.private is None else known.private == "true"
+    print(push_run(Path(known.run), known.repo_id, known.revision, private, known.allow_failed_audit), flush=True)
+
+
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
@@ -128,7 +170,7 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-COMMANDS = {"train": _train, "plan": _plan, "report": _report}
+COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report}
 
 
 def _refuse(overrides: Sequence[str]) -> None:

@@ -1,16 +1,19 @@
 """The recipe's texts -> what a run trains and scores on: training windows, held-out windows, scored texts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from partialtune.arguments import TextArguments
-from partialtune.evaluation import ScoredText, scored_text
-from partialtune.text import SourceText, read_texts
-from partialtune.windows import chunked_windows, random_windows, split_text, tokenize_text
+from partialtune.evaluation import ScoredText, evenly_spaced
+from partialtune.prepared import token_ids_of, utf8_bytes, windows_of
+from partialtune.streams import StoredText
+from partialtune.text import IN_MEMORY_BYTES, SourceText, read_texts
+from partialtune.windows import chunked_windows, random_windows, split_text
 
 TRAINING_WINDOWS_SCORED = 256
 
@@ -33,42 +36,65 @@ class RunData:
 
 
 def prepare_data(
-    arguments: TextArguments, eval_texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, seed: int
+    arguments: TextArguments,
+    eval_texts: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> RunData:
     """Read, split, tokenise and window the texts of a run.
+
+    Of several processes the first one does it first; the others find downloads and what lies on disk in the cache.
 
     Args:
         arguments: The recipe's text settings.
         eval_texts: Further texts to score, name -> source.
         tokenizer: The model's tokenizer.
         seed: Seed of random windows.
+        in_memory_bytes: As in `read_texts`; what exceeds it is streamed, and cached by content.
 
     Raises:
         TextError: If a text cannot be read or is too short for one window.
     """
-    block_size = arguments.block_size
-    with PartialState().main_process_first():  # one process downloads, the others find the text in the cache
-        sources = read_texts(arguments.text, arguments.text_cleaning, arguments.text_column)
-        others = {
-            name: read_texts([source], arguments.text_cleaning, arguments.text_column)
-            for name, source in eval_texts.items()
-        }
-    halves = [split_text(source.text, arguments.validation_share) for source in sources]
-    train_texts = [train for train, _ in halves]
-    held_out_texts = [held_out for _, held_out in halves if held_out]
-    train_ids = [tokenize_text(text, tokenizer) for text in train_texts]
+    with PartialState().main_process_first():
+        sources = read_texts(arguments.text, arguments.text_cleaning, arguments.text_column, in_memory_bytes)
+        halves = [split_text(source.content, arguments.validation_share) for source in sources]
+        train_texts = [train for train, _ in halves]
+        held_out_texts = [held_out for _, held_out in halves if held_out]
 
-    if arguments.window_sampling == "random":
-        train = random_windows(train_ids, block_size, seed)
-    else:
-        train = chunked_windows(train_ids, block_size, arguments.window_stride or block_size)
-    scored: dict[str, ScoredText] = {}
-    if held_out_texts:
-        held_out_ids = [tokenize_text(text, tokenizer) for text in held_out_texts]
-        scored["validation"] = scored_text(held_out_texts, held_out_ids, block_size)
-    scored["training"] = scored_text(train_texts, train_ids, block_size, limit=TRAINING_WINDOWS_SCORED)
-    for name, texts in others.items():
-        other_texts = [text.text for text in texts]
-        scored[name] = scored_text(other_texts, [tokenize_text(text, tokenizer) for text in other_texts], block_size)
+        train_ids = token_ids_of(train_texts, tokenizer)
+        train = _training_windows(train_ids, arguments, seed)
+        scored: dict[str, ScoredText] = {}
+        if held_out_texts:
+            held_out_ids = token_ids_of(held_out_texts, tokenizer)
+            scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
+        scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
+        for name, source in eval_texts.items():
+            read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
+            texts = [text.content for text in read]
+            scored[name] = _scored(texts, token_ids_of(texts, tokenizer), arguments.block_size)
     held_out = scored["validation"].windows if held_out_texts else None
     return RunData(sources=sources, train=train, held_out=held_out, scored=scored)
+
+
+def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments, seed: int) -> Dataset:
+    """Windows as the recipe wants them."""
+    size = arguments.block_size
+    if arguments.window_sampling == "random":
+        return windows_of(
+            token_ids, ["random", size, seed, np.__version__], lambda path: random_windows(token_ids, size, seed, path)
+        )
+    stride = arguments.window_stride or size
+    return windows_of(token_ids, ["chunked", size, stride], lambda path: chunked_windows(token_ids, size, stride, path))
+
+
+def _scored(
+    texts: Sequence[str | StoredText], token_ids: Sequence[np.ndarray], block_size: int, limit: int | None = None
+) -> ScoredText:
+    """What `evaluation.scored_text` prepares, of texts in memory or on disk."""
+    windows = windows_of(
+        token_ids,
+        ["chunked", block_size, block_size],
+        lambda path: chunked_windows(token_ids, block_size, block_size, path),
+    )
+    return ScoredText(evenly_spaced(windows, limit), sum(map(len, token_ids)), utf8_bytes(texts))

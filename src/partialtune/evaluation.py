@@ -54,11 +54,16 @@ def scored_text(
     Raises:
         TextError: If no source is as long as a window.
     """
-    windows = chunked_windows(token_ids, block_size, stride=block_size)
-    if limit is not None and len(windows) > limit:
-        windows = windows.select(np.linspace(0, len(windows) - 1, num=limit).round().astype(int))
+    windows = evenly_spaced(chunked_windows(token_ids, block_size, stride=block_size), limit)
     text_bytes = sum(len(text.encode("utf-8", errors="surrogatepass")) for text in texts)
     return ScoredText(windows=windows, text_tokens=sum(map(len, token_ids)), text_bytes=text_bytes)
+
+
+def evenly_spaced(windows: Dataset, limit: int | None) -> Dataset:
+    """At most `limit` windows, from the first to the last at equal distances; all of them with None."""
+    if limit is None or len(windows) <= limit:
+        return windows
+    return windows.select(np.linspace(0, len(windows) - 1, num=limit).round().astype(int))
 
 
 def score_text(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from partialtune.errors import RecipeError
+from partialtune.errors import RecipeError, UploadIncomplete
 from partialtune.recipe import same_run
 
 RECIPE_FILE = "recipe.yaml"
@@ -91,7 +91,7 @@ def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool
 
 def _is_finished(folder: Path) -> bool:
     try:
-        return read_json(folder / EXIT_FILE)["code"] == 0
+        return read_json(folder / EXIT_FILE)["code"] in (0, UploadIncomplete.exit_code)  # a push can follow any time
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

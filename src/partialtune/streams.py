@@ -6,7 +6,7 @@ The pieces of a text, joined, are the text; where it is cut into pieces means no
 import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class StoredText:
 
     def part(self, start: int, end: int) -> "StoredText":
         """Characters `start` to `end` of this text."""
-        return StoredText(self.path, self.sha256, self.marks, self.start + start, self.start + end)
+        return replace(self, start=self.start + start, end=self.start + end)
 
     def pieces(self) -> Iterator[str]:
         """The characters, at most about a million at a time."""
@@ -64,7 +64,13 @@ class StoredText:
 
     def utf8_bytes(self) -> int:
         """Its size in UTF-8."""
-        return sum(len(piece.encode("utf-8", errors="surrogatepass")) for piece in self.pieces())
+        return self._byte_of(self.end) - self._byte_of(self.start)
+
+    def _byte_of(self, character: int) -> int:
+        """The place in the file where a character begins."""
+        at, at_byte = self.marks[bisect.bisect_right(self.marks, character, key=lambda mark: mark[0]) - 1]
+        before = "".join(replace(self, start=at, end=character).pieces())
+        return at_byte + len(before.encode("utf-8", errors="surrogatepass"))
 
 
 def write_pieces(pieces: Iterable[str], path: Path) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from partialtune.data import RunData, prepare_data
 from partialtune.errors import FreezeViolation, InputError
 from partialtune.evaluation import ScoredText, score_text
 from partialtune.figures import draw_figures
+from partialtune.hub import check_access, push_after_training
 from partialtune.launch import check_precision, check_processes, main_process_only, one_device_a_process
 from partialtune.modeling import check_fit, load_config, load_model, load_tokenizer
 from partialtune.optimizer_state import check_checkpoint
@@ -68,6 +69,8 @@ def train(recipe: Recipe) -> Path:
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
     check_prompts(recipe.evaluation.prompts, tokenizer, config)
+    if recipe.training.get("push_to_hub"):
+        check_hub(recipe.training)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, seed)
     windows = len(data.train)
@@ -95,6 +98,8 @@ def train(recipe: Recipe) -> Path:
         write_results(folder, trainer, before, after, recipe.text.block_size)
         if violation is not None:
             raise violation
+        if recipe.training.get("push_to_hub"):
+            push(folder, recipe.training, recipe.freeze.allow_failed_audit)
     return folder
 
 
@@ -217,7 +222,6 @@ def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedToken
     trainer.save_model(str(folder))
     if trainer.args.should_save:
         tokenizer.save_pretrained(folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody needs it beside recipe.yaml
 
 
 @main_process_only
@@ -235,6 +239,23 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
     write_card(folder)
     write_report(folder)
     print(format_prompts(comparison), closing_words(folder, trainer.audit.result, scores), sep="\n\n", flush=True)
+
+
+@main_process_only
+def check_hub(said: Mapping[str, Any]) -> None:
+    """Make sure of the access to the Hub before hours of training."""
+    check_access(said.get("hub_model_id") or "", said.get("hub_private_repo"), said.get("hub_revision"))
+
+
+@main_process_only
+def push(folder: Path, said: Mapping[str, Any], allow_failed_audit: bool) -> None:
+    """Upload the finished run and verify what arrived; everything is on disk by now."""
+    print(
+        push_after_training(
+            folder, said["hub_model_id"], said.get("hub_revision"), said.get("hub_private_repo"), allow_failed_audit
+        ),
+        flush=True,
+    )
 
 
 @contextmanager

@@ -131,6 +131,7 @@ class PartialTrainer(Trainer):
         if len(plan.phases) > 1:  # in DDP what belongs to later phases has no gradient; Trainer's answer depends
             kwargs["args"].ddp_find_unused_parameters = True
         callbacks = [PhaseCallback(plan), self.timer, self.deltas, self.audit, self.stop]
+        self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
         super().__init__(callbacks=callbacks, **kwargs)
         if self.is_fsdp_enabled and len(plan.phases) > 1:
             raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
@@ -175,6 +176,15 @@ class PartialTrainer(Trainer):
                     f"Checkpoints from before are kept."
                 )
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save with the model's own `use_cache`, which Trainer switches off for training, and without the pickle."""
+        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
+        config.use_cache = self._use_cache
+        super()._save(output_dir, state_dict)
+        config.use_cache = in_training
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _get_output_dir(self, trial) -> str:
         return self._saving_in or super()._get_output_dir(trial)

@@ -14,7 +14,7 @@ from itertools import pairwise
 FALLBACK_REACH = 60  # characters; for texts with too few wrapped lines to learn from
 FEWEST_SAMPLES = 20  # wrapped lines below which a learnt width is worth less than the fallback
 WIDEST_WRAP = 130  # characters; nobody wraps lines wider than this, a longer line is a paragraph by itself
-LONGEST_BLOCK = 20_000  # lines; more without a blank line between are no paragraph, and are joined part by part
+LONGEST_BLOCK = 100_000  # lines; more without a blank line between are no paragraph, and are joined part by part
 DEEPEST_PARAGRAPH_INDENT = 8  # spaces; a line indented further is centred or set to the right
 
 _LETTER = re.compile(r"[^\W\d_]")

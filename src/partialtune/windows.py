@@ -4,21 +4,28 @@
     token_ids = [tokenize_text(train_text, tokenizer)]                     # one array a source
     windows = chunked_windows(token_ids, block_size=256, stride=256)       # or random_windows(..., seed=42)
 
-Windows never cross sources. They lie in memory as Arrow fixed-size lists, four bytes a token.
+Windows never cross sources. They are Arrow fixed-size lists, four bytes a token, in memory or in a memory-mapped file.
+A text may also be a `StoredText`, whose pieces are read from disk, and token ids a memory map.
 """
 
+import mmap
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from partialtune.errors import RecipeError, TextError
 from partialtune.progress import progress_bar
+from partialtune.streams import StoredText
+from partialtune.words import WordTokens
 
 PIECE_CHARACTERS = (
     1 << 20
@@ -26,13 +33,16 @@ PIECE_CHARACTERS = (
 SEAM_CONTEXT = 200  # characters on each side of a seam that are tokenised both ways before the seam is used
 SEAM_CANDIDATES = 50
 WORD_SEARCH = 200  # characters on each side of the held-out share's start in which a word's end is looked for
+CUT_CONTEXT = 20 * WORD_SEARCH  # characters on each side of it that are read from a stored text
 ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
-SLAB_WINDOWS = 4096  # windows written between two updates of the progress bar
+SLAB_WINDOWS = 1024  # windows written between two updates of the progress bar
+
+Text = TypeVar("Text", str, StoredText)
 
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")  # before a run of white space, where byte-level BPE starts a new word
 
 
-def split_text(text: str, validation_share: float) -> tuple[str, str]:
+def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
     """Hold out the end of a text.
 
     split_text("one two three four", validation_share=0.25) -> ("one two three", " four")
@@ -54,10 +64,14 @@ def split_text(text: str, validation_share: float) -> tuple[str, str]:
     if not 0 <= validation_share < 1:
         raise RecipeError(f"validation_share is {validation_share}, allowed is 0 (nothing held out) up to below 1.")
     held_out = round(len(text) * validation_share)
-    if held_out == 0:
-        return text, ""
-    cut = _nearest_cut(text, len(text) - held_out)
-    return text[:cut], text[cut:]
+    target = len(text) - held_out
+    if isinstance(text, str):
+        cut = _nearest_cut(text, target) if held_out else len(text)
+        return text[:cut], text[cut:]
+    before = max(0, target - CUT_CONTEXT)
+    around = text.part(before, min(len(text), target + CUT_CONTEXT)).read()
+    cut = before + _nearest_cut(around, target - before) if held_out else len(text)
+    return text.part(0, cut), text.part(cut, len(text))
 
 
 def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -66,7 +80,7 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     Special tokens appear only where the tokenizer itself puts them in front of a text (a BOS); one that it would put at
     the end is left out, because the text goes on from window to window. Long texts are tokenised in pieces: memory
     stays small and progress can be shown. A piece ends only before white space, and only where the tokens around the
-    seam come out the same whole and cut; where no such place exists the rest is tokenised at once.
+    seam come out the same whole and cut; where there is no such place the piece goes on until there is one.
 
     Args:
         text: One source, decoded and cleaned.
@@ -75,18 +89,22 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     Returns:
         Token ids, int32, shape (n,).
     """
-    ids = [np.asarray(_leading_special_ids(tokenizer), dtype=np.int32)]
+    return np.concatenate(list(token_pieces(text, tokenizer)))
+
+
+def token_pieces(text: str | StoredText, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """The token ids of `tokenize_text`, in order, about a million characters at a time."""
+    yield np.asarray(_leading_special_ids(tokenizer), dtype=np.int32)
+    words = WordTokens(tokenizer)
+    pieces = (text,) if isinstance(text, str) else text.pieces()
     with progress_bar(len(text), "tokenising", "characters", unit_scale=True, delay=1) as bar:
-        start = 0
-        while start < len(text):
-            end = _piece_end(text, start, tokenizer)
-            ids.append(_encode(text[start:end], tokenizer))
-            bar.update(end - start)
-            start = end
-    return np.concatenate(ids)
+        for piece in _cut_at_seams(pieces, tokenizer):
+            ids = words.encode(piece)
+            yield _encode(piece, tokenizer) if ids is None else ids
+            bar.update(len(piece))
 
 
-def chunked_windows(token_ids: Sequence[np.ndarray], block_size: int, stride: int) -> Dataset:
+def chunked_windows(token_ids: Sequence[np.ndarray], block_size: int, stride: int, path: Path | None = None) -> Dataset:
     """Cut each source from its beginning into windows of equal length.
 
     chunked_windows([np.array([1, 2, 3, 4, 5])], block_size=2, stride=2) -> input_ids [[1, 2], [3, 4]]
@@ -95,6 +113,7 @@ def chunked_windows(token_ids: Sequence[np.ndarray], block_size: int, stride: in
         token_ids: One array a source, shape (n,), int32.
         block_size: Tokens per window, at least 2 (one of context, one to predict).
         stride: Tokens from one window's start to the next one's; `block_size` repeats no token.
+        path: Arrow file to write the windows to, which is then memory-mapped; None keeps them in memory.
 
     Returns:
         A dataset with `input_ids` of shape (windows, block_size). The tail of a source that fills no window is dropped.
@@ -103,22 +122,20 @@ def chunked_windows(token_ids: Sequence[np.ndarray], block_size: int, stride: in
         TextError: If no source is as long as a window.
     """
     _require_a_window(token_ids, block_size)
-    sources = [
-        np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
-        for ids in token_ids
-        if len(ids) >= block_size
-    ]
-    slabs = (source[at : at + SLAB_WINDOWS] for source in sources for at in range(0, len(source), SLAB_WINDOWS))
-    return _write_windows(slabs, block_size, total=sum(map(len, sources)))
+    fitting = [ids for ids in token_ids if len(ids) >= block_size]
+    slabs = (slab for ids in fitting for slab in _slabs(ids, block_size, stride))
+    total = sum((len(ids) - block_size) // stride + 1 for ids in fitting)
+    return _write_windows(slabs, block_size, total, path)
 
 
-def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int) -> Dataset:
+def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int, path: Path | None = None) -> Dataset:
     """Draw tokens // block_size windows with replacement, every possible start in any source being equally likely.
 
     Args:
         token_ids: One array a source, shape (n,), int32.
         block_size: Tokens per window, at least 2.
         seed: Seed of the draw; the same seed and texts give the same windows in the same order.
+        path: Arrow file to write the windows to, which is then memory-mapped; None keeps them in memory.
 
     Returns:
         A dataset with `input_ids` of shape (tokens // block_size, block_size), in the order drawn.
@@ -127,18 +144,42 @@ def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int) 
         TextError: If no source is as long as a window.
     """
     _require_a_window(token_ids, block_size)
-    fitting = [np.asarray(ids, dtype=np.int32) for ids in token_ids if len(ids) >= block_size]
-    stream = np.concatenate(fitting)
-    source_at = np.cumsum([0] + [len(ids) for ids in fitting])  # where each source begins in the stream
+    fitting = [ids for ids in token_ids if len(ids) >= block_size]
     starts_before = np.cumsum([0] + [len(ids) - block_size + 1 for ids in fitting])
     count = sum(map(len, token_ids)) // block_size
     drawn = np.random.default_rng(seed).integers(starts_before[-1], size=count)
-    source = np.searchsorted(starts_before, drawn, side="right") - 1
-    offsets = source_at[source] + drawn - starts_before[source]
     slabs = (
-        stream[offsets[at : at + SLAB_WINDOWS, None] + np.arange(block_size)] for at in range(0, count, SLAB_WINDOWS)
+        _gathered(fitting, starts_before, drawn[at : at + SLAB_WINDOWS], block_size)
+        for at in range(0, count, SLAB_WINDOWS)
     )
-    return _write_windows(slabs, block_size, total=count)
+    return _write_windows(slabs, block_size, count, path)
+
+
+def _slabs(ids: np.ndarray, block_size: int, stride: int) -> Iterator[np.ndarray]:
+    """The windows of one source, (windows, block_size) int32 at a time."""
+    views = np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
+    for at in range(0, len(views), SLAB_WINDOWS):
+        yield views[at : at + SLAB_WINDOWS]
+        _let_go(ids)
+
+
+def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: np.ndarray, block_size: int):
+    """The windows that were drawn, (windows, block_size) int32; a draw counts the starts of all sources in order."""
+    rows = np.empty((len(drawn), block_size), dtype=np.int32)
+    source = np.searchsorted(starts_before, drawn, side="right") - 1
+    for number in np.unique(source):
+        mine = source == number
+        starts = drawn[mine] - starts_before[number]
+        rows[mine] = sources[number][starts[:, None] + np.arange(block_size)]
+        _let_go(sources[number])
+    return rows
+
+
+def _let_go(ids: np.ndarray) -> None:
+    """Give the pages of a memory map back; they are counted as memory of the process as long as they are mapped."""
+    mapped = getattr(ids, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _nearest_cut(text: str, target: int) -> int:
@@ -167,18 +208,32 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return decorated[: places[0]] if places else []
 
 
-def _piece_end(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the piece that begins at `start` ends: at a proven seam, or at the end of the text."""
-    limit = start + PIECE_CHARACTERS
-    if limit >= len(text):
-        return len(text)
-    candidates = [match.start() for match in _WORD_END.finditer(text, limit - PIECE_CHARACTERS // 8, limit)]
-    for seam in candidates[: -SEAM_CANDIDATES - 1 : -1]:
-        left, right = text[seam - SEAM_CONTEXT : seam], text[seam : seam + SEAM_CONTEXT]
-        cut = np.concatenate([_encode(left, tokenizer), _encode(right, tokenizer)])
-        if np.array_equal(cut, _encode(left + right, tokenizer)):
-            return seam
-    return len(text)
+def _cut_at_seams(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The same text in pieces that end at proven seams."""
+    text, start = "", 0  # what was not given out yet begins at `start`
+    for piece in pieces:
+        text, start = text[start:] + piece, 0
+        while end := _seam(text, start, len(text) - SEAM_CONTEXT, tokenizer):
+            yield text[start:end]
+            start = end
+    while end := _seam(text, start, len(text), tokenizer):
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _seam(text: str, start: int, last: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Where the piece that begins at `start` can end: at the first stretch with a proven seam, before `last`."""
+    stretch = max(1, PIECE_CHARACTERS // 8)
+    for limit in range(start + PIECE_CHARACTERS, last, stretch):
+        candidates = [match.start() for match in _WORD_END.finditer(text, limit - stretch, limit)]
+        for seam in candidates[: -SEAM_CANDIDATES - 1 : -1]:
+            left, right = text[seam - SEAM_CONTEXT : seam], text[seam : seam + SEAM_CONTEXT]
+            cut = np.concatenate([_encode(left, tokenizer), _encode(right, tokenizer)])
+            if np.array_equal(cut, _encode(left + right, tokenizer)):
+                return seam
+    return None
 
 
 def _require_a_window(token_ids: Sequence[np.ndarray], block_size: int) -> None:
@@ -197,16 +252,26 @@ def _require_a_window(token_ids: Sequence[np.ndarray], block_size: int) -> None:
     )
 
 
-def _write_windows(slabs: Iterator[np.ndarray], block_size: int, total: int) -> Dataset:
-    """Collect slabs of windows, each (windows, block_size) int32, in one in-memory dataset.
+def _write_windows(slabs: Iterator[np.ndarray], block_size: int, total: int, path: Path | None) -> Dataset:
+    """Collect slabs of windows, each (windows, block_size) int32, in one dataset, in memory or in an Arrow file.
 
-    Windows that lie side by side are not copied: Arrow takes over the memory of the token ids.
+    In memory, windows that lie side by side are not copied: Arrow takes over the memory of the token ids.
     """
-    columns = []
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
     with progress_bar(total, "windows", "windows", delay=1) as bar:
-        for slab in slabs:
-            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(slab.reshape(-1)), block_size))
-            bar.update(len(slab))
-    table = pa.table({"input_ids": pa.chunked_array(columns)})
-    # the fingerprint that Dataset would compute copies the table several times over to hash it, and nothing is cached
-    return Dataset(table, fingerprint=generate_random_fingerprint())
+        batches = _record_batches(slabs, schema, bar)
+        if path is None:
+            table = pa.Table.from_batches(batches, schema)
+            # the fingerprint that Dataset computes copies the table several times to hash it, and nothing is cached
+            return Dataset(table, fingerprint=generate_random_fingerprint())
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    return Dataset.from_file(str(path))
+
+
+def _record_batches(slabs: Iterator[np.ndarray], schema: pa.Schema, bar: tqdm) -> Iterator[pa.RecordBatch]:
+    for slab in slabs:
+        windows = pa.FixedSizeListArray.from_arrays(pa.array(slab.reshape(-1)), slab.shape[1])
+        yield pa.record_batch([windows], schema=schema)
+        bar.update(len(slab))

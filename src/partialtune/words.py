@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 MOST_WORDS = 1 << 17  # remembered, about 25 MB; then the memory starts anew
 _AFTER_ANYTHING = re.compile(r"\s*\S+|\s+")
-_AFTER_LETTERS = re.compile(r"\s*\S(?:.*?[^\W_])??(?:(?<=[^\W_])(?=\s)|\Z)|\s+", re.S)
+_AFTER_LETTERS = re.compile(r"\s*\S.*?(?:(?<=[^\W_])(?=\s)|\Z)|\s+", re.S)
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -40,6 +40,8 @@ class WordTokens:
         """Token ids of a text without special tokens around it, int32; None where words are no way to tokenise it."""
         if self._pattern is None or _SPACE_FOR_PYTHON_ONLY.search(text):
             return None
+        if len(self._places) > MOST_WORDS:
+            self._forget()
         words = self._pattern.findall(text)
         self._learn([word for word in set(words) if word not in self._places])
         places = np.fromiter(map(self._places.__getitem__, words), dtype=np.int64, count=len(words))
@@ -62,11 +64,6 @@ class WordTokens:
         self._places.update(zip(words, range(len(self._lengths), len(self._lengths) + len(words)), strict=True))
         self._ids = np.append(self._ids, np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
         self._starts, self._lengths = np.append(self._starts, starts), np.append(self._lengths, lengths)
-
-    def trim(self) -> None:
-        """Forget everything once there are too many words; between two texts, not within one."""
-        if len(self._places) > MOST_WORDS:
-            self._forget()
 
 
 def word_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
