@@ -4,6 +4,7 @@ from partialtune.checkpoints import (
     ASIDE,
     MARKER,
     checkpoints_in,
+    clear_aside,
     finish_checkpoint,
     missing_files,
     newest_complete_checkpoint,
@@ -55,7 +56,14 @@ def test_finishing_replaces_an_incomplete_folder_of_the_same_step(tmp_path):
     write_checkpoint(tmp_path, 10, complete=False)
     finished = write_checkpoint(tmp_path, 10)
     assert missing_files(finished) == []
-    assert not list((tmp_path / ASIDE).iterdir())
+    assert not (tmp_path / ASIDE).exists()
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    (tmp_path / ASIDE / "checkpoint-3").mkdir(parents=True)
+    clear_aside(tmp_path)
+    clear_aside(tmp_path)
+    assert not (tmp_path / ASIDE).exists()
 
 
 def test_rotation_keeps_the_newest_complete_ones_and_the_best(tmp_path):

@@ -31,7 +31,9 @@ def test_a_recipe_is_valid_and_its_header_tells_the_truth(path):
     header = header[: header.index("model_name_or_path")].replace("\n#", "")
     command = f"-m partialtune train {path.relative_to(REPOSITORY)}"
     assert command in header, "a recipe opens with its command"
-    plan = plan_freeze(model_of(recipe.model.model_name_or_path), recipe.freeze.trainable, head=recipe.freeze.head)
+    freeze = recipe.freeze
+    model = model_of(recipe.model.model_name_or_path)
+    plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
     trainable, total, percent = COUNTS.search(header).groups()
     assert int(trainable.replace(",", "")) == plan.trainable_parameters
     assert int(total.replace(",", "")) == plan.total_parameters

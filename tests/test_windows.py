@@ -110,14 +110,15 @@ def test_a_seam_that_would_change_tokens_is_not_used(monkeypatch):
 
 def test_long_texts_are_tokenised_in_pieces(monkeypatch, byte_bpe):
     lengths = []
-    encode = windows._encode
+    encode = windows.WordTokens.encode
     monkeypatch.setattr(
-        windows, "_encode", lambda text, tokenizer: lengths.append(len(text)) or encode(text, tokenizer)
+        windows.WordTokens, "encode", lambda self, text: lengths.append(len(text)) or encode(self, text)
     )
     monkeypatch.setattr(windows, "PIECE_CHARACTERS", 1500)
     tokenize_text(PROSE, byte_bpe)
     assert len(PROSE) > 30_000
     assert max(lengths) <= 1500
+    assert sum(lengths) == len(PROSE)
 
 
 def test_tokens_are_int32_and_whole(byte_bpe):

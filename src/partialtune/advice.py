@@ -37,6 +37,7 @@ def advise(
         costing: Tells the cost of other plans and batches.
     """
     sentences = [
+        _schedule(plan),
         _small_share(plan, cost, full),
         _where_backward_stops(model, plan, cost, lambda other: costing(other, batch_size, accumulation)),
         _untied(plan),
@@ -46,6 +47,13 @@ def advise(
     return [sentence for sentence in sentences if sentence]
 
 
+def _schedule(plan: FreezePlan) -> str | None:
+    if len(plan.phases) == 1:
+        return None
+    last = plan.phases[-1].from_step
+    return f"The figures are those of the last of {len(plan.phases)} phases, from step {last} on: it costs most."
+
+
 def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
     """Few parameters are not little arithmetic."""
     parameters = plan.trainable_parameters / plan.total_parameters
@@ -53,8 +61,8 @@ def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
     if arithmetic < parameters + 0.25:
         return None
     return (
-        f"{_percent(parameters)} of the parameters train, but a step takes {_percent(arithmetic)} of full fine-tuning's "
-        f"arithmetic and {_percent(cost.memory.peak / full.memory.peak)} of its memory: forward alone is "
+        f"{_percent(parameters)} of the parameters train, but a step takes {_percent(arithmetic)} of full "
+        f"fine-tuning's arithmetic and {_percent(cost.memory.peak / full.memory.peak)} of its memory: forward alone is "
         f"{_percent(cost.products.forward / full.products.total)} of the arithmetic, whatever is frozen."
     )
 
@@ -64,28 +72,31 @@ def _where_backward_stops(
 ) -> str | None:
     """What trains first decides how far backward runs; something near to it may stop it much earlier."""
     passed = blocks_passed(plan)
-    if not passed:
+    if not passed or len(plan.phases) > 1:
         return None
     for cause, selectors, head in _alternatives(plan):
         try:
             other = plan_freeze(model, selectors, head=head)
         except RecipeError:  # what is left selects nothing, or contradicts itself
             continue
-        other_cost = costing(other)
-        saved = 1 - other_cost.products.total / cost.products.total
-        if saved < WORTH_SAYING:
-            continue
-        frozen = len(frozen_blocks(plan, passed))
-        held = f" ({frozen} of them frozen)" if frozen else ""
-        unties = head == "untied" and plan.head == "tied"
-        untied = "`head: untied` with " if unties else ""
-        still = ", where the token embedding stays frozen," if unties else ""
-        return (
-            f"{cause}, so backward runs through {_of_all(len(passed), plan.block_count)}{held}. "
-            f"{untied}`trainable: {_as_yaml(selectors)}`{still} would stop it at {_place(other)}, save {_percent(saved)} of the "
-            f"arithmetic and need {_mb(other_cost.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
-        )
+        then = costing(other)
+        saved = 1 - then.products.total / cost.products.total
+        if saved >= WORTH_SAYING:
+            frozen = len(frozen_blocks(plan, passed))
+            held = f" ({frozen} of them frozen)" if frozen else ""
+            return (
+                f"{cause}, so backward runs through {_of_all(len(passed), plan.block_count)}{held}. "
+                f"{_in_a_recipe(plan, other)} would stop it at {_place(other)}, save {_percent(saved)} of the "
+                f"arithmetic and need {_mb(then.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
+            )
     return None
+
+
+def _in_a_recipe(plan: FreezePlan, other: FreezePlan) -> str:
+    """How the recipe of `plan` says `other`."""
+    trainable = f"`trainable: {as_yaml(other.selectors)}`"
+    unties = other.head == "untied" and plan.head == "tied"
+    return f"`head: untied` with {trainable}, where the token embedding stays frozen," if unties else trainable
 
 
 def _alternatives(plan: FreezePlan) -> Iterator[tuple[str, list[str], str]]:
@@ -129,15 +140,18 @@ def _logits(plan: FreezePlan, cost: Cost, batch_size: int, accumulation: int, co
 
 
 def _too_large(plan: FreezePlan, cost: Cost) -> str | None:
-    """Whether this machine holds it."""
+    place, held = memory_here()
+    needed = cost.memory.peak
+    if place == "this machine":  # which holds libraries and start values too
+        needed += int(peak_memory_mb() * 2**20) + 4 * plan.trainable_parameters
+    return f"It does not fit: the run needs about {_mb(needed)}, {place} has {_mb(held)}." if needed > held else None
+
+
+def memory_here() -> tuple[str, int]:
+    """Where a run would have its tensors, and how many bytes there are."""
     if torch.cuda.is_available():
-        place, held, needed = "this GPU", torch.cuda.mem_get_info()[1], cost.memory.peak
-    else:
-        place, held = "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        needed = cost.memory.peak + 4 * plan.trainable_parameters + int(peak_memory_mb() * 2**20)
-    if needed <= held:
-        return None
-    return f"It does not fit: the run needs about {_mb(needed)}, {place} has {_mb(held)}."
+        return "this GPU", torch.cuda.mem_get_info()[1]
+    return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _place(plan: FreezePlan) -> str:
@@ -149,7 +163,8 @@ def _of_all(passed: int, blocks: int) -> str:
     return f"all {blocks} blocks" if passed == blocks else f"{passed} of {blocks} blocks"
 
 
-def _as_yaml(selectors: Sequence[str]) -> str:
+def as_yaml(selectors: Sequence[str]) -> str:
+    """Selectors as a recipe has them, in one line: [final_norm, 'blocks[-2:]']."""
     return yaml.safe_dump(list(selectors), default_flow_style=True, width=10_000).strip()
 
 

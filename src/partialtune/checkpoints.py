@@ -48,6 +48,11 @@ def newest_complete_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def clear_aside(run: Path) -> None:
+    """Remove what a killed save left."""
+    shutil.rmtree(run / ASIDE, ignore_errors=True)
+
+
 def finish_checkpoint(aside: Path, final: Path) -> None:
     """Mark the checkpoint at `aside` complete and put it in its place.
 
@@ -62,6 +67,7 @@ def finish_checkpoint(aside: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     os.replace(aside, final)
+    aside.parent.rmdir()
     _sync(final.parent)
 
 

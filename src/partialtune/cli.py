@@ -127,7 +127,8 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     model = empty_model(config, base.trust_remote_code)
-    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head)
+    freeze = recipe.freeze
+    plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
     print(json.dumps(plan.to_json({}, {}), indent=2) if known.json else plan_table(plan))
 
 

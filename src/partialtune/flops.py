@@ -98,7 +98,7 @@ def _fused_attention(query, key, value, *args, out_val=None, **kwargs) -> int:
 
 
 def _fused_attention_backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
-    """Two products for each of the two of forward, as without fusion; that it computes the scores again is its affair."""
+    """Two products for each of the two of forward, as without fusion; that it computes scores again does not count."""
     return 2 * _fused_attention(query, key, value)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe will cost: model on the meta device + plan + batch -> arithmetic, memory, and what is worth changing."""
+"""What a recipe will cost: model on the meta device + plan + batch -> arithmetic, memory, advice."""
 
 import textwrap
 from dataclasses import asdict, dataclass
@@ -88,7 +88,7 @@ def forecast(
     """Find out what a step of `plan` costs, without weights.
 
     Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time. The libraries
-    themselves and what the allocator keeps back come on top of the memory. Of a schedule all phases train at once.
+    themselves and what the allocator keeps back come on top of the memory. Of a schedule it is the last phase.
 
     Args:
         model: Causal language model, best on the meta device. It is not touched.
@@ -138,25 +138,23 @@ def forecast_table(forecast: Forecast) -> str:
         ]
     )
     advice = [textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in forecast.advice]
-    return "\n\n".join(["\n".join(line.rstrip() for line in tables.splitlines()), *(["\n".join(advice)] if advice else [])])
+    lines = [line.rstrip() for line in tables.splitlines()]
+    return "\n".join([*lines, "", *advice] if advice else lines)
 
 
 def _rows(labels: dict[str, str], values: dict[str, Any], unit: float) -> list[tuple[str, ...]]:
     """A row for each of `labels` that is not nothing in both columns."""
+    sizes = [(label, values[key], values["full"][key]) for key, label in labels.items()]
     return [
-        (f"  {label}", _cell(values[key], unit), _cell(values["full"][key], unit), _share(values[key], values["full"][key]))
-        for key, label in labels.items()
-        if values[key] or values["full"][key]
+        (f"  {label}", _cell(own, unit), _cell(full, unit), f"{own / full:.0%}" if full else "")
+        for label, own, full in sizes
+        if own or full
     ]
 
 
 def _cell(value: int, unit: float) -> str:
     scaled = value / unit
     return f"{scaled:,.0f}" if scaled >= 100 or not scaled else f"{scaled:,.3g}"
-
-
-def _share(value: int, full: int) -> str:
-    return f"{value / full:.0%}" if full else ""
 
 
 def _with_total(products: Products) -> dict[str, int]:

@@ -4,15 +4,18 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from partialtune.errors import InputError
+from partialtune.errors import InputError, PartialtuneError
 
 logger = logging.getLogger(__name__)
+
+Decision = TypeVar("Decision")
 
 
 def use_all_cores() -> None:
@@ -80,3 +83,21 @@ def main_process_only(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
 
     return on_main_process
+
+
+def decided_by_main(decide: Callable[[], Decision]) -> Decision:
+    """What `decide` gives on the main process, on every process; likewise the error that it raises there.
+
+    Several processes that look at one folder while one of them begins to write would not see the same.
+    """
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [decide(), None]
+        except PartialtuneError as error:
+            outcome = [None, error]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

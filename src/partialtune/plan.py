@@ -212,7 +212,7 @@ def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]]) -> list[
     """The entries of the schedule in steps, checked, and before them what trains from the start."""
     entries, problems = read_schedule(schedule, trains_from_start=bool(first))
     if any("from_epoch" in entry for entry in entries):
-        problems.append("from_epoch: a plan counts in steps. Say from_step; `schedules.in_steps` converts.")
+        problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
     if problems:
         raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
     return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries

@@ -10,14 +10,15 @@ def plan_summary(plan: FreezePlan) -> str:
     percent = 100 * plan.trainable_parameters / plan.total_parameters
     share = f"{percent:.1f}" if percent >= 0.1 else f"{percent:.2g}"
     return (
-        f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share}%): "
-        f"{', '.join(plan.selectors)}"
+        f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share}%): {', '.join(plan.selectors)}"
     )
 
 
 def plan_table(plan: FreezePlan) -> str:
     """What trains by selector and by place, the ties, and where backward stops."""
     parts = [f"{plan.model_name}: {plan_summary(plan)}", _selector_rows(plan), _place_rows(plan)]
+    if len(plan.phases) > 1:
+        parts.append(_phase_rows(plan))
     return "\n\n".join([*parts, "\n".join([*_tie_lines(plan), _backward_line(plan)])])
 
 
@@ -26,7 +27,9 @@ def _selector_rows(plan: FreezePlan) -> str:
     for parameter in plan.parameters:
         if parameter.trainable:
             chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
-    rows = [(selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors]
+    rows = [
+        (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
+    ]
     return columns([("selector", "chose"), *rows])
 
 
@@ -59,6 +62,15 @@ def _places(plan: FreezePlan):
     return grouped.items()
 
 
+def _phase_rows(plan: FreezePlan) -> str:
+    sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
+    rows = [("from step", "trainable", "blocks that backward passes")]
+    for phase in plan.phases:
+        trainable = sum(sizes[name] for name in phase.trainable)
+        rows.append((str(phase.from_step), f"{trainable:,}", str(plan.block_count - phase.first_block)))
+    return columns(rows)
+
+
 def _tie_lines(plan: FreezePlan) -> list[str]:
     lines = [f"tied: {first} is {second}, one tensor" for first, second in plan.ties]
     if plan.head == "untied":
@@ -67,8 +79,6 @@ def _tie_lines(plan: FreezePlan) -> list[str]:
 
 
 def _backward_line(plan: FreezePlan) -> str:
-    if plan.backward_from is None:
-        return "nothing trains"
     passed = blocks_passed(plan)
     frozen = frozen_blocks(plan, passed)
     held = f", {len(frozen)} of them frozen" if frozen else ""
@@ -77,10 +87,7 @@ def _backward_line(plan: FreezePlan) -> str:
 
 def blocks_passed(plan: FreezePlan) -> range:
     """The blocks that backward runs through on its way to the first trainable parameter."""
-    first = next((parameter for parameter in plan.parameters if parameter.name == plan.backward_from), None)
-    if first is None or (first.block is None and not first.component.startswith("embeddings")):
-        return range(plan.block_count, plan.block_count)
-    return range(first.block or 0, plan.block_count)
+    return range(plan.phases[-1].first_block, plan.block_count)
 
 
 def frozen_blocks(plan: FreezePlan, blocks: Iterable[int]) -> list[int]:
@@ -93,6 +100,8 @@ def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of cells -> lines, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     )

@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,13 @@ from partialtune.errors import FreezeViolation, InputError
 from partialtune.evaluation import ScoredText, score_text
 from partialtune.figures import draw_figures
 from partialtune.hub import check_access, push_after_training
-from partialtune.launch import check_precision, check_processes, main_process_only, one_device_a_process
+from partialtune.launch import (
+    check_precision,
+    check_processes,
+    decided_by_main,
+    main_process_only,
+    one_device_a_process,
+)
 from partialtune.modeling import check_fit, load_config, load_model, load_tokenizer
 from partialtune.optimizer_state import check_checkpoint
 from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
@@ -57,7 +63,8 @@ def train(recipe: Recipe) -> Path:
         PartialtuneError: With the exit code of its kind; for all but bad input `exit.json` in the folder says it too.
     """
     folder = Path(recipe.training["output_dir"])
-    if standing_of(folder, recipe.values, recipe.resume) is Standing.FINISHED:
+    standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
+    if standing is Standing.FINISHED:
         logger.info("%s holds this run, finished: nothing to do.", folder)
         return folder
     check_precision(recipe.training)
@@ -82,7 +89,8 @@ def train(recipe: Recipe) -> Path:
     checkpoint = checkpoint_to_go_on_from(folder, recipe.resume, plan)
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
-    with locked(folder), exit_recorded(folder):
+    with ExitStack() as held, exit_recorded(folder):
+        decided_by_main(lambda: held.enter_context(locked(folder)))
         begin_folder(folder, recipe, plan, run_record(args, model, data))
         apply_plan(model, plan)
         before = look.at(model.to(args.device), "before")

@@ -13,7 +13,7 @@ from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.audit import FreezeAuditCallback
-from partialtune.checkpoints import ASIDE, finish_checkpoint, rotate_checkpoints
+from partialtune.checkpoints import ASIDE, clear_aside, finish_checkpoint, rotate_checkpoints
 from partialtune.deltas import WeightDeltaCallback
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.optimizer_state import key_by_name
@@ -36,7 +36,8 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     Args:
         said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
     """
-    settings = {"use_cpu": not torch.accelerator.is_available(), "disable_tqdm": False, **said}
+    on_cpu = not torch.accelerator.is_available()
+    settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
     if settings.get("bf16") == "auto":
         settings["bf16"] = bf16_pays()
     settings |= {
@@ -194,6 +195,9 @@ class PartialTrainer(Trainer):
         self.audit.check_frozen(self.args, self.state, self.model)
         run = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_aside(run)
+        self.accelerator.wait_for_everyone()
         self._saving_in = str(run / ASIDE)
         try:
             super()._save_checkpoint(model, trial)

@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-MOST_WORDS = 1 << 17  # remembered, about 25 MB; then the memory starts anew
+MOST_WORDS = 1 << 18  # remembered, about 50 MB; then the half that was used most is kept
 _AFTER_ANYTHING = re.compile(r"\s*\S+|\s+")
 _AFTER_LETTERS = re.compile(r"\s*\S.*?(?:(?<=[^\W_])(?=\s)|\Z)|\s+", re.S)
 _LLAMA_3 = (
@@ -34,26 +34,35 @@ class WordTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._pattern = word_pattern(tokenizer)
-        self._forget()
+        self._places: dict[str, int] = {}  # word -> its place in the arrays
+        self._starts = self._lengths = self._uses = np.empty(0, dtype=np.int64)  # (words,)
+        self._ids = np.empty(0, dtype=np.int32)  # of all words, one after another
 
     def encode(self, text: str) -> np.ndarray | None:
         """Token ids of a text without special tokens around it, int32; None where words are no way to tokenise it."""
         if self._pattern is None or _SPACE_FOR_PYTHON_ONLY.search(text):
             return None
         if len(self._places) > MOST_WORDS:
-            self._forget()
+            self._forget_rare_words()
         words = self._pattern.findall(text)
         self._learn([word for word in set(words) if word not in self._places])
         places = np.fromiter(map(self._places.__getitem__, words), dtype=np.int64, count=len(words))
+        self._uses += np.bincount(places, minlength=len(self._uses))
         lengths = self._lengths[places]
         ends = np.cumsum(lengths)
         shifts = np.repeat(self._starts[places] - (ends - lengths), lengths)  # from the text's tokens to the table's
         return self._ids[shifts + np.arange(len(shifts))]
 
-    def _forget(self) -> None:
-        self._places: dict[str, int] = {}
-        self._ids = np.empty(0, dtype=np.int32)
-        self._starts = self._lengths = np.empty(0, dtype=np.int64)
+    def _forget_rare_words(self) -> None:
+        """Keep the words that were used most, and count from now on."""
+        kept = np.zeros(len(self._uses), dtype=bool)
+        kept[np.argsort(self._uses)[len(self._uses) - MOST_WORDS // 2 :]] = True
+        words = [word for word, is_kept in zip(self._places, kept.tolist(), strict=True) if is_kept]
+        self._ids = self._ids[np.repeat(kept, self._lengths)]
+        self._lengths = self._lengths[kept]
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._uses = np.zeros(len(words), dtype=np.int64)
+        self._places = dict(zip(words, range(len(words)), strict=True))
 
     def _learn(self, words: list[str]) -> None:
         if not words:
@@ -64,6 +73,7 @@ class WordTokens:
         self._places.update(zip(words, range(len(self._lengths), len(self._lengths) + len(words)), strict=True))
         self._ids = np.append(self._ids, np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
         self._starts, self._lengths = np.append(self._starts, starts), np.append(self._lengths, lengths)
+        self._uses = np.append(self._uses, np.zeros(len(words), dtype=np.int64))
 
 
 def word_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

@@ -3,8 +3,8 @@
     python tests/benchmarks/forecast.py --blocks 4 --batch_size 8
 
 Each policy trains for two steps with the package's own Trainer in a process of its own. Its growth is the largest
-resident memory (ru_maxrss) less what was resident before there was a model. The forecast is the peak and the copies that
-the run keeps for its deltas; the allocator's own losses are not in it.
+resident memory (ru_maxrss) less what was resident before there was a model. The forecast is the peak and the copies
+that the run keeps for its deltas; the allocator's own losses are not in it.
 """
 
 import argparse
@@ -74,7 +74,12 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
     from partialtune.plan import apply_plan, plan_freeze
     from partialtune.trainer import PartialTrainer, collate_windows, training_arguments
 
-    sizes = {"n_layer": shape.blocks, "n_embd": shape.width, "n_head": shape.width // 64, "vocab_size": shape.vocabulary}
+    sizes = {
+        "n_layer": shape.blocks,
+        "n_embd": shape.width,
+        "n_head": shape.width // 64,
+        "vocab_size": shape.vocabulary,
+    }
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     with torch.device("meta"):
         empty = GPT2LMHeadModel(config)

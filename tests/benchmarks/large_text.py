@@ -1,0 +1,96 @@
+"""How fast, and in how much memory, a large text becomes windows; and how fast a second run finds them in the cache.
+
+    python tests/benchmarks/large_text.py --megabytes 20 80 2000 [--texts 'books/*.txt'] [--tokenizer FOLDER]
+
+The text is made of the paragraphs of `--texts`, drawn at random, with a new invented word after each of them, because
+a large text goes on bringing new words. Each measurement is a process of its own. Results are JSON lines on stdout:
+MB are 10^6 bytes of text, `peak_mb` is the process's peak of resident memory in 2^20 bytes, with the files that it maps.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PARAGRAPHS_AT_ONCE = 4000
+
+
+def make_text(sources: list[str], megabytes: int, path: Path) -> None:
+    """Write a text of so many MB."""
+    from partialtune.text import read_texts
+
+    paragraphs = [part for text in read_texts(sources) for part in text.text.split("\n\n") if part.strip()]
+    rng = random.Random(0)
+    with path.open("wb") as file:
+        while file.tell() < megabytes * 1_000_000:
+            drawn = rng.choices(paragraphs, k=PARAGRAPHS_AT_ONCE)
+            invented = ("".join(rng.choices("abcdefghijklmnoprstuvwy", k=7)) for _ in drawn)
+            data = "".join(f"{part} {word}.\n\n" for part, word in zip(drawn, invented, strict=True)).encode()
+            file.write(data[: megabytes * 1_000_000 - file.tell()])
+
+
+def measure(path: Path, tokenizer_folder: str, cleaning: str) -> dict:
+    """One run from the file to its windows, in this process."""
+    from transformers import AutoTokenizer
+
+    from partialtune.arguments import TextArguments
+    from partialtune.data import prepare_data
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    start, processor, before = time.perf_counter(), time.process_time(), _peak_mb()
+    data = prepare_data(TextArguments(text=[str(path)], text_cleaning=cleaning), {}, tokenizer, seed=0)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(time.process_time() - processor, 1),
+        "mb_per_second": round(path.stat().st_size / 1e6 / seconds, 2),
+        "peak_mb": round(_peak_mb()),
+        "peak_mb_before": round(before),
+        "windows": len(data.train),
+        "text_bytes": data.scored["training"].text_bytes + data.scored["validation"].text_bytes,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def _peak_mb() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def main() -> None:
+    from partialtune.builtin import builtin_folder
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 80])
+    parser.add_argument("--texts", nargs="+", default=["builtin:python-docs"])
+    parser.add_argument("--tokenizer", default=str(builtin_folder("builtin:lilliput")))
+    parser.add_argument("--cleaning", default="auto", choices=["auto", "gutenberg", "none"])
+    parser.add_argument("--folder", help="where the text and the cache go for the time being, default: a temporary one")
+    parser.add_argument("--measure", type=Path, help="measure this file, in this process")
+    words = parser.parse_args()
+    if words.measure:
+        logging.basicConfig(level=logging.WARNING)
+        print(json.dumps(measure(words.measure, words.tokenizer, words.cleaning)))
+        return
+    for megabytes in words.megabytes:
+        with tempfile.TemporaryDirectory(dir=words.folder) as folder:
+            path = Path(folder) / "text.txt"
+            make_text(words.texts, megabytes, path)
+            command = [sys.executable, __file__, "--measure", str(path), "--tokenizer", words.tokenizer]
+            command += ["--cleaning", words.cleaning]
+            environment = {**os.environ, "PARTIALTUNE_CACHE": f"{folder}/cache"}
+            for run in ("first", "second"):
+                done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+                result = {"megabytes": megabytes, "run": run, **json.loads(done.stdout.splitlines()[-1])}
+                print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

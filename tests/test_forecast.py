@@ -1,0 +1,337 @@
+"""The forecast against real steps: products as torch counts them, memory as the meter and the process see it."""
+
+import copy
+import re
+
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from conftest import tiny_gpt2
+from partialtune.advice import as_yaml
+from partialtune.dry_step import OPTIMIZERS, Cost, StepMeter, dry_step, take_step
+from partialtune.errors import ModelError
+from partialtune.forecast import forecast, forecast_table
+from partialtune.plan import apply_plan, plan_freeze
+
+SIX = [
+    (["embeddings", "final_norm", "head"], "tied"),
+    (["final_norm", "head"], "untied"),
+    (["blocks[-2:]", "final_norm"], "tied"),
+    (["norms"], "tied"),
+    (["blocks[1].mlp", "blocks[2].attention"], "tied"),
+    (["all"], "tied"),
+]
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+EXPERTS = {"num_local_experts": 4, "num_key_value_heads": 2}
+ARCHITECTURES = {
+    "gpt_neox": {},
+    "gemma2": {"head_dim": 8, "num_key_value_heads": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "falcon": {},
+    "mixtral": EXPERTS,
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+}
+
+
+def small_gpt2(**changes):
+    """A few MB; attention in plain products, which torch counts too."""
+    return tiny_gpt2(n_layer=4, n_embd=64, n_head=4, vocab_size=512, attn_implementation="eager", **changes)
+
+
+def small_llama():
+    torch.manual_seed(0)
+    shape = {**SMALL, "hidden_size": 64, "vocab_size": 512, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="eager"))
+
+
+def gpt2_124m():
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(name_or_path="gpt2"))
+
+
+def four_blocks():
+    """A GPT-2 of 4 blocks whose vocabulary is wide beside them."""
+    shape = {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 2000, "n_positions": 64}
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+
+
+def counted_in_a_real_step(model, plan, batch_size, block_size) -> int:
+    """What torch's counter says of forward and backward on real weights."""
+    model = copy.deepcopy(model)
+    apply_plan(model, plan)
+    model.train()
+    ids = torch.randint(model.config.vocab_size, (batch_size, block_size))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("make", [small_gpt2, small_llama])
+@pytest.mark.parametrize(
+    ("selectors", "head"), SIX, ids=lambda value: "+".join(value) if type(value) is list else value
+)
+def test_products_are_those_that_torch_counts_in_a_real_step(make, selectors, head):
+    model = make()
+    plan = plan_freeze(model, selectors, head=head)
+    products = dry_step(model, plan, batch_size=4, block_size=32).products
+    assert products.attention > 0
+    assert products.total + products.attention == counted_in_a_real_step(model, plan, 4, 32)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_products_are_right_for_other_architectures(model_type):
+    config = AutoConfig.for_model(model_type, **SMALL, **ARCHITECTURES[model_type])
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config)
+    plan = plan_freeze(model, ["blocks[1:]"])
+    products = dry_step(model, plan, batch_size=2, block_size=16).products
+    if model_type == "mixtral":  # torch's counter knows no fused experts; a loop over them is the same arithmetic
+        model.set_experts_implementation("eager")
+    assert products.total + products.attention == counted_in_a_real_step(model, plan, 2, 16)
+
+
+def test_only_active_experts_count():
+    def forward(**changes):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SMALL, **{**EXPERTS, **changes}))
+        return dry_step(model, plan_freeze(model, ["final_norm"]), 2, 16).products.forward
+
+    one_more_expert = 3 * 2 * 32 * (32 * 2 * 48 + 48 * 32)  # blocks x 2 x tokens x (gate and up, down)
+    assert forward(num_experts_per_tok=2) - forward(num_experts_per_tok=1) == one_more_expert
+    router = 3 * 2 * 32 * 32 * 4
+    assert forward(num_local_experts=8) - forward(num_local_experts=4) == router
+
+
+def test_the_notebooks_policy_on_gpt2_is_plain_arithmetic():
+    model = gpt2_124m()
+    tokens, blocks, head = 16 * 256, 12 * 12 * 768**2, 50257 * 768  # weights of the blocks' matrices, of the head's
+    products = dry_step(model, plan_freeze(model, ["embeddings", "final_norm", "head"]), 16, 256).products
+    assert products.forward == 2 * tokens * (blocks + head)
+    assert products.backward_activations == products.forward  # down to the embeddings, which themselves need none
+    assert products.backward_weights == 2 * tokens * head
+    assert products.attention == 3 * 12 * 2 * 2 * tokens * 256 * 768
+    assert products.recomputed == 0
+
+
+def test_backward_stops_at_the_first_trainable_parameter():
+    model = gpt2_124m()
+
+    def backward_activations(*selectors, head="tied"):
+        return dry_step(model, plan_freeze(model, selectors, head=head), 1, 64).products.backward_activations
+
+    a_product = 2 * 64 * 768
+    head = a_product * 50257
+    assert backward_activations("head", head="untied") == 0
+    assert backward_activations("final_norm") == head
+    assert backward_activations("blocks[-1].mlp") == head + a_product * 4 * 768  # c_fc is first and needs none
+    assert backward_activations("blocks[-1].norms") == head + a_product * 12 * 768
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("selectors", [["all"], ["blocks[1].mlp", "final_norm"]], ids=["all", "some"])
+def test_a_step_without_values_is_what_the_same_meter_sees_in_a_real_one(selectors, bf16):
+    compare_with_a_real_step(selectors, bf16=bf16)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_takes_a_step_without_values_as_it_takes_a_real_one(optimizer):
+    compare_with_a_real_step(["blocks[-1]", "embeddings"], optimizer=optimizer)
+
+
+def compare_with_a_real_step(selectors, **settings):
+    model = tiny_gpt2()
+    plan = plan_freeze(model, selectors)
+    dry, real = dry_step(model, plan, 4, 16, **settings), real_step(model, plan, 4, 16, **settings)
+    assert dry.products == real.products
+    for part, size in vars(real.memory).items():
+        assert getattr(dry.memory, part) == pytest.approx(size, rel=1e-3), part
+
+
+def real_step(model, plan, batch_size, block_size, bf16=False, optimizer="adamw_torch") -> Cost:
+    model = copy.deepcopy(model)
+    apply_plan(model, plan)
+    meter = StepMeter(model, FakeTensorMode(), scored_tokens=batch_size * (block_size - 1))
+    ids = torch.zeros(batch_size, block_size, dtype=torch.long)
+    memory = take_step(model, ids, meter, bf16=bf16, optimizer=optimizer, accumulates=False)
+    return Cost(meter.products(1), memory)
+
+
+def test_memory_by_part_is_plain_arithmetic_where_it_can_be():
+    model = gpt2_124m()
+    plan = plan_freeze(model, ["blocks[-2:]", "final_norm"])
+    memory = dry_step(model, plan, batch_size=2, block_size=128).memory
+    assert memory.weights == 4 * plan.total_parameters
+    assert memory.gradients == 4 * plan.trainable_parameters
+    assert memory.optimizer == pytest.approx(2 * 4 * plan.trainable_parameters, abs=1e3)  # and a counter each
+    assert memory.logits == 3 * 4 * 2 * 128 * 50257  # log-softmax, its gradient, the loss's
+    parts = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.logits
+    assert memory.weights + memory.optimizer + memory.logits < memory.peak <= parts
+
+
+def test_weights_are_forecast_in_fp32_whatever_the_config_says():
+    model = tiny_gpt2().to(torch.bfloat16)
+    assert dry_step(model, plan_freeze(model, ["head"]), 1, 8).memory.weights == 4 * 44_320
+
+
+def test_sgd_keeps_nothing_and_a_frozen_part_needs_no_state():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["blocks[-1]"])
+    assert dry_step(model, plan, 1, 8, optimizer="sgd").memory.optimizer == 0
+    assert dry_step(model, plan, 1, 8).memory.optimizer < 8 * plan.trainable_parameters + 1000
+
+
+def test_accumulation_multiplies_the_arithmetic_and_holds_gradients_during_forward():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["all"])
+    one, four = dry_step(model, plan, 4, 16), dry_step(model, plan, 4, 16, accumulation=4)
+    assert four.products.total == 4 * one.products.total
+    assert one.memory.peak < four.memory.peak <= one.memory.peak + 2 * 4 * plan.trainable_parameters
+
+
+def test_checkpointing_computes_again_and_keeps_less():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["all"])
+    plain = dry_step(model, plan, 8, 64)
+    model.activation_checkpointing_enable()
+    checkpointed = dry_step(model, plan, 8, 64)
+    assert plain.products.recomputed == 0
+    assert checkpointed.products.recomputed == 2 * 8 * 64 * 3 * 12 * 32**2
+    assert checkpointed.products.forward == plain.products.forward
+    assert checkpointed.memory.activations < plain.memory.activations
+
+
+def test_forecasting_touches_nothing():
+    model = tiny_gpt2().eval()
+    before = {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    forecast(model, plan_freeze(model, ["head"], head="untied"), 2, 8)
+    assert before == {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    assert model.config.tie_word_embeddings
+    assert model.config.use_cache
+    assert not model.training
+
+
+def test_a_model_that_decides_by_its_values_is_refused_in_words():
+    class Deciding(GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            return outputs if outputs.logits.sum() > 0 else None
+
+    model = Deciding(tiny_gpt2().config)
+    with pytest.raises(ModelError, match="nothing can be forecast"):
+        dry_step(model, plan_freeze(model, ["head"]), 1, 8)
+
+
+def said(selectors, head="tied", batch_size=4, block_size=64) -> list[str]:
+    model = four_blocks()
+    return list(forecast(model, plan_freeze(model, selectors, head=head), batch_size, block_size).advice)
+
+
+def test_a_tied_head_is_told_what_untying_would_save():
+    model = four_blocks()
+    selectors = ["embeddings", "final_norm", "head"]
+    advice = next(sentence for sentence in said(selectors) if "head: untied" in sentence)
+    assert "all 4 blocks (4 of them frozen)" in advice
+    assert "`trainable: [final_norm, head]`, where the token embedding stays frozen, would stop it at the" in advice
+    plan, other = plan_freeze(model, selectors), plan_freeze(model, ["final_norm", "head"], head="untied")
+    now, then = dry_step(model, plan, 4, 64), dry_step(model, other, 4, 64)
+    assert f"save {1 - then.products.total / now.products.total:.0%} of the arithmetic" in advice
+    assert f"need {then.memory.peak / 2**20:,.0f} MB instead of {now.memory.peak / 2**20:,.0f} MB" in advice
+
+
+def test_embeddings_are_told_where_backward_could_stop():
+    advice = " ".join(said(["embeddings", "blocks[-1]"]))
+    assert "The embeddings train, so backward runs through all 4 blocks (3 of them frozen)" in advice
+    assert "`trainable: ['blocks[-1]']` would stop it at block 3" in advice
+
+
+def test_a_small_part_of_every_block_is_told_that_it_is_no_small_part_of_the_arithmetic():
+    model = four_blocks()
+    plan = plan_freeze(model, ["norms"])
+    share = (
+        dry_step(model, plan, 4, 64).products.total / dry_step(model, plan_freeze(model, ["all"]), 4, 64).products.total
+    )
+    advice = " ".join(said(["norms"]))
+    assert f"0.35% of the parameters train, but a step takes {share:.0%} of full fine-tuning's arithmetic" in advice
+    assert "What trains begins in block 0, so backward runs through all 4 blocks. " in advice
+    assert "`trainable: ['blocks[2:].norms', final_norm]` would stop it at block 2" in advice
+
+
+def test_advice_that_does_not_apply_is_not_given():
+    assert not said(["all"], block_size=8, batch_size=1)
+    last = " ".join(said(["blocks[-2:]", "final_norm"]))
+    assert "so backward runs through" not in last
+    assert "untied" not in last
+
+
+def test_an_untied_head_is_told_how_much_larger_the_model_becomes():
+    parameters = 2000 * 64 + 64 * 64 + 4 * (12 * 64**2 + 13 * 64) + 2 * 64
+    assert f"larger by {2000 * 64 / parameters:.0%}" in " ".join(said(["final_norm", "head"], head="untied"))
+
+
+def test_what_a_smaller_batch_would_need_is_what_its_own_forecast_says():
+    model = four_blocks()
+    plan = plan_freeze(model, ["blocks[-1]"])
+    advice = next(sentence for sentence in said(["blocks[-1]"]) if "per_device_train_batch_size: 2" in sentence)
+    half = dry_step(model, plan, 2, 64, accumulation=2)
+    assert "`gradient_accumulation_steps: 2`" in advice
+    assert advice.endswith(f"with {half.memory.peak / 2**20:,.0f} MB.")
+    assert half.products.total == dry_step(model, plan, 4, 64).products.total
+
+
+def test_a_schedule_is_forecast_for_its_last_phase():
+    model = four_blocks()
+    plan = plan_freeze(model, ["blocks[-1]"], schedule=[{"from_step": 40, "trainable": ["blocks[-2]"]}])
+    result = forecast(model, plan, 1, 16)
+    assert result.cost == dry_step(model, plan_freeze(model, ["blocks[-2:]"]), 1, 16)
+    assert "last of 2 phases, from step 40 on" in " ".join(result.advice)
+
+
+def test_a_run_that_does_not_fit_is_announced(monkeypatch):
+    monkeypatch.setattr("partialtune.advice.memory_here", lambda: ("this machine", 2**20))
+    assert any(sentence.startswith("It does not fit: the run needs about") for sentence in said(["all"]))
+
+
+def test_selectors_are_shown_as_yaml_that_reads_back():
+    selectors = ["blocks[-2:]", "!biases", "/.*ln.*/", "head"]
+    assert yaml.safe_load(as_yaml(selectors)) == selectors
+
+
+def test_the_forecast_as_json_has_flops_memory_and_full_fine_tuning_beside():
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["blocks[-1]"])
+    result = forecast(model, plan, 4, 16, accumulation=2)
+    content = result.to_json()
+    flops, memory = content["flops"], content["memory"]
+    assert flops["total"] == flops["forward"] + flops["backward_activations"] + flops["backward_weights"]
+    assert flops["of_full"] == flops["total"] / flops["full"]["total"] < 1
+    assert flops["tokens"] == 4 * 16 * 2
+    assert memory["of_full"] == memory["peak"] / memory["full"]["peak"] < 1
+    assert memory["copies"] == 4 * plan.trainable_parameters
+    assert content["advice"] == list(result.advice)
+
+
+def test_the_table_shows_plan_and_full_fine_tuning_side_by_side():
+    model = gpt2_124m()
+    table = forecast_table(forecast(model, plan_freeze(model, ["final_norm", "head"], head="untied"), 16, 256))
+    rows = {line.strip().split("  ")[0]: line.split()[-3:] for line in table.splitlines()}
+    assert rows["forward"] == ["1,012", "1,012", "100%"]
+    assert rows["backward for weights"] == ["316", "1,012", "31%"]
+    assert rows["together"] == ["1,644", "3,036", "54%"]
+    assert rows["weights"] == ["622", "475", "131%"]
+    assert "checkpointing" not in table
+    assert not re.search(r"[^\n]{121}", table), "a line is longer than 120"
+
+
+@pytest.mark.slow
+def test_the_growth_of_a_process_that_trains_is_forecast_within_a_quarter():
+    from benchmarks.forecast import Shape, measure_each
+
+    shape = Shape(blocks=2, width=256, vocabulary=50257, batch_size=4)
+    policies = [(["final_norm", "head"], "untied"), (["norms"], "tied"), (["all"], "tied")]
+    for growth in measure_each(shape, policies):
+        assert 0.75 < growth.ratio < 1.25, growth
