@@ -196,13 +196,21 @@ def test_accumulation_multiplies_the_arithmetic_and_holds_gradients_during_forwa
 def test_checkpointing_computes_again_and_keeps_less():
     model = tiny_gpt2()
     plan = plan_freeze(model, ["all"])
-    plain = dry_step(model, plan, 8, 64)
-    model.activation_checkpointing_enable()
-    checkpointed = dry_step(model, plan, 8, 64)
+    plain, checkpointed = dry_step(model, plan, 8, 64), dry_step(model, plan, 8, 64, checkpointing=True)
     assert plain.products.recomputed == 0
     assert checkpointed.products.recomputed == 2 * 8 * 64 * 3 * 12 * 32**2
     assert checkpointed.products.forward == plain.products.forward
+    assert checkpointed.products.backward_activations == plain.products.backward_activations
     assert checkpointed.memory.activations < plain.memory.activations
+
+
+def test_checkpointing_recomputes_only_what_backward_passes():
+    model = tiny_gpt2()
+    last = dry_step(model, plan_freeze(model, ["blocks[-1]"]), 8, 64, checkpointing=True)
+    assert last.products.recomputed == 2 * 8 * 64 * 12 * 32**2
+    frozen = dry_step(model, plan_freeze(model, ["embeddings"]), 8, 64, checkpointing=True)
+    to_c_fc = 8 * 32**2  # torch recomputes no further than it has to, and c_proj's result is not needed without dropout
+    assert frozen.products.recomputed == 2 * 8 * 64 * 3 * to_c_fc
 
 
 def test_forecasting_touches_nothing():

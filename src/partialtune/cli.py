@@ -117,6 +117,7 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
+    from partialtune.forecast import forecast, forecast_table
     from partialtune.modeling import empty_model, load_config, quiet_libraries
     from partialtune.plan import plan_freeze
     from partialtune.plan_table import plan_table
@@ -129,7 +130,21 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     model = empty_model(config, base.trust_remote_code)
     freeze = recipe.freeze
     plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
-    print(json.dumps(plan.to_json({}, {}), indent=2) if known.json else plan_table(plan))
+    said = recipe.training
+    cost = forecast(
+        model,
+        plan,
+        batch_size=said.get("per_device_train_batch_size", 8),
+        block_size=recipe.text.block_size,
+        accumulation=said.get("gradient_accumulation_steps", 1),
+        bf16=said.get("bf16") is True,
+        optimizer=said.get("optim", "adamw_torch"),
+        checkpointing=bool(said.get("activation_checkpointing")),
+    )
+    if known.json:
+        print(json.dumps({**plan.to_json({}, {}), **cost.to_json()}, indent=2, allow_nan=False))
+    else:
+        print(plan_table(plan), forecast_table(cost), sep="\n\n")
 
 
 def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from partialtune.activation_checkpointing import recompute_from
 from partialtune.errors import ModelError
 from partialtune.flops import ProductCounter, Products, tensors_in
 from partialtune.memory import Memory, MemoryLedger
@@ -53,6 +54,7 @@ def dry_step(
     accumulation: int = 1,
     bf16: bool = False,
     optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
 ) -> Cost:
     """Take one optimizer step of `plan` without values, with the operations that PyTorch has for a CPU.
 
@@ -64,6 +66,7 @@ def dry_step(
         accumulation: Forward passes of one optimizer step.
         bf16: Whether products run in bf16 (autocast).
         optimizer: `optim` of the recipe, one of `OPTIMIZERS`.
+        checkpointing: Whether blocks that backward passes are recomputed (`activation_checkpointing`).
 
     Returns:
         The products of the whole step, and its memory from the second step on.
@@ -74,6 +77,9 @@ def dry_step(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     twin = without_values(model, fake)
     apply_plan(twin, plan)
+    if checkpointing:
+        twin.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_from(twin, plan.phases[-1].first_block)
     meter = StepMeter(twin, fake, scored_tokens=batch_size * (block_size - 1))
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:

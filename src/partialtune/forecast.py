@@ -84,6 +84,7 @@ def forecast(
     accumulation: int = 1,
     bf16: bool = False,
     optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
 ) -> Forecast:
     """Find out what a step of `plan` costs, without weights.
 
@@ -98,13 +99,14 @@ def forecast(
         accumulation: Forward passes of one optimizer step.
         bf16: Whether products run in bf16.
         optimizer: `optim` of the recipe.
+        checkpointing: `activation_checkpointing` of the recipe.
 
     Raises:
         ModelError: If the model cannot take a step without its weights.
     """
 
     def costing(other: FreezePlan, windows: int = batch_size, passes: int = accumulation) -> Cost:
-        return dry_step(model, other, windows, block_size, passes, bf16, optimizer)
+        return dry_step(model, other, windows, block_size, passes, bf16, optimizer, checkpointing)
 
     everything = plan_freeze(model, ["all"])
     cost = costing(plan)

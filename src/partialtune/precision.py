@@ -18,7 +18,7 @@ def bf16_pays(repeats: int = 3) -> bool:
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     chosen = ratio >= WORTH_IT
     logger.info(
-        "bf16: auto -> %s: a product of %d x %d x %d is %.2f times as fast in bf16 as in fp32 on %s (it pays from %.1f)",
+        "bf16: auto -> %s: a product of %d x %d x %d is %.2f times as fast in bf16 as in fp32 on %s (pays from %.1f)",
         "true" if chosen else "false",
         *SHAPE,
         ratio,

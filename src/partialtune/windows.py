@@ -32,6 +32,7 @@ PIECE_CHARACTERS = (
 )  # tokenised at once; 20 MB in one go took 2.8 GB of memory, in pieces 0.2 GB, and twice as long
 SEAM_CONTEXT = 200  # characters on each side of a seam that are tokenised both ways before the seam is used
 SEAM_CANDIDATES = 50
+SEAM_STRETCH = 4096  # characters in which candidates are looked for at a time
 WORD_SEARCH = 200  # characters on each side of the held-out share's start in which a word's end is looked for
 CUT_CONTEXT = 20 * WORD_SEARCH  # characters on each side of it that are read from a stored text
 ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
@@ -225,7 +226,7 @@ def _cut_at_seams(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 def _seam(text: str, start: int, last: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Where the piece that begins at `start` can end: at the first stretch with a proven seam, before `last`."""
-    stretch = max(1, PIECE_CHARACTERS // 8)
+    stretch = min(SEAM_STRETCH, PIECE_CHARACTERS // 8)
     for limit in range(start + PIECE_CHARACTERS, last, stretch):
         candidates = [match.start() for match in _WORD_END.finditer(text, limit - stretch, limit)]
         for seam in candidates[: -SEAM_CANDIDATES - 1 : -1]:

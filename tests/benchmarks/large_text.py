@@ -4,7 +4,7 @@
 
 The text is made of the paragraphs of `--texts`, drawn at random, with a new invented word after each of them, because
 a large text goes on bringing new words. Each measurement is a process of its own. Results are JSON lines on stdout:
-MB are 10^6 bytes of text, `peak_mb` is the process's peak of resident memory in 2^20 bytes, with the files that it maps.
+MB are 10^6 bytes of text; `peak_mb` is the process's peak of resident memory in 2^20 bytes, mapped files included.
 """
 
 import argparse
