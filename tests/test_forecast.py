@@ -16,6 +16,7 @@ from partialtune.dry_step import OPTIMIZERS, Cost, StepMeter, dry_step, take_ste
 from partialtune.errors import ModelError
 from partialtune.forecast import forecast, forecast_table
 from partialtune.plan import apply_plan, plan_freeze
+from partialtune.plan_table import plan_table
 
 SIX = [
     (["embeddings", "final_norm", "head"], "tied"),
@@ -281,14 +282,15 @@ def test_an_untied_head_is_told_how_much_larger_the_model_becomes():
     assert f"larger by {2000 * 64 / parameters:.0%}" in " ".join(said(["final_norm", "head"], head="untied"))
 
 
-def test_what_a_smaller_batch_would_need_is_what_its_own_forecast_says():
-    model = four_blocks()
-    plan = plan_freeze(model, ["blocks[-1]"])
-    advice = next(sentence for sentence in said(["blocks[-1]"]) if "per_device_train_batch_size: 2" in sentence)
-    half = dry_step(model, plan, 2, 64, accumulation=2)
-    assert "`gradient_accumulation_steps: 2`" in advice
-    assert advice.endswith(f"with {half.memory.peak / 2**20:,.0f} MB.")
-    assert half.products.total == dry_step(model, plan, 4, 64).products.total
+@pytest.mark.parametrize("selectors", [["embeddings", "final_norm", "head"], ["blocks[-1]"], ["norms"]])
+def test_what_a_smaller_batch_would_need_is_about_what_its_own_forecast_says(selectors):
+    model = gpt2_124m()
+    plan = plan_freeze(model, selectors)
+    advice = next(sentence for sentence in forecast(model, plan, 16, 256).advice if "train_batch_size" in sentence)
+    batch_size, passes, said_mb = re.search(r"size: (\d+)` .*steps: (\d+)` .*about ([\d,]+) MB", advice).groups()
+    half = dry_step(model, plan, int(batch_size), 256, accumulation=int(passes))
+    assert half.products.total == dry_step(model, plan, 16, 256).products.total
+    assert int(said_mb.replace(",", "")) == pytest.approx(half.memory.peak / 2**20, rel=0.05)
 
 
 def test_a_schedule_is_forecast_for_its_last_phase():
@@ -333,6 +335,19 @@ def test_the_table_shows_plan_and_full_fine_tuning_side_by_side():
     assert rows["weights"] == ["622", "475", "131%"]
     assert "checkpointing" not in table
     assert not re.search(r"[^\n]{121}", table), "a line is longer than 120"
+
+
+def test_the_plans_table_shows_small_shares_frozen_blocks_and_the_phases_of_a_schedule():
+    model = four_blocks()
+    norms = plan_table(plan_freeze(model, ["blocks[0].norms"]))
+    assert "(0.077%): blocks[0].norms" in norms
+    assert "runs through 4 of 4 blocks, 3 of them frozen" in norms
+    assert "from step" not in norms
+    schedule = [{"from_step": 40, "trainable": ["blocks[1:3]"]}]
+    rows = [line.split() for line in plan_table(plan_freeze(model, ["blocks[-1]"], schedule=schedule)).splitlines()]
+    block = 12 * 64**2 + 13 * 64
+    assert ["0", f"{block:,}", "1"] in rows
+    assert ["40", f"{3 * block:,}", "3"] in rows
 
 
 @pytest.mark.slow

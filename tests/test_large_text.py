@@ -64,6 +64,13 @@ def book(tmp_path):
     return str(tmp_path / "book.txt")
 
 
+@pytest.fixture
+def short(tmp_path):
+    """A text of 20 KB, for what does not depend on its length."""
+    (tmp_path / "short.txt").write_bytes(WRAPPED.encode() * 80)
+    return str(tmp_path / "short.txt")
+
+
 def cut(whole, rng, longest):
     """Something cut at random places."""
     at = 0
@@ -428,19 +435,19 @@ def leave_half(path):
 
 @pytest.mark.parametrize("kind", ["texts", "tokens", "windows"])
 @pytest.mark.parametrize("harm", [truncate, flip, lose_the_record, garble_the_record, lose_the_file, leave_half])
-def test_a_damaged_entry_is_rebuilt_with_a_message(book, tokenizer, cache, caplog, kind, harm):
-    first = prepare(book, tokenizer)
+def test_a_damaged_entry_is_rebuilt_with_a_message(short, tokenizer, cache, caplog, kind, harm):
+    first = prepare(short, tokenizer)
     expected, source = rows(first.train), first.sources[0].text
     del first
     for path in [path for path in (cache / kind).iterdir() if path.suffix not in (".json", ".lock")]:
         harm(path)
     caplog.set_level(logging.WARNING)
-    again = prepare(book, tokenizer)
+    again = prepare(short, tokenizer)
     assert "is made again" in caplog.text
     assert np.array_equal(rows(again.train), expected)
     assert again.sources[0].text == source
     caplog.clear()
-    prepare(book, tokenizer)
+    prepare(short, tokenizer)
     assert caplog.text == ""
 
 
@@ -505,7 +512,7 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "state.wait_for_everyone()\n"
         "dist.destroy_process_group()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*command, str(script), book, str(tmp_path)], check=False, timeout=300)
     (made, first), (made_again, second) = ((tmp_path / rank).read_text().split() for rank in "01")
     assert (made, made_again) == ("2", "0")

@@ -230,6 +230,25 @@ def test_full_fine_tuning_is_a_method(recipe, tmp_path):
     assert read(tmp_path / "run", "audit.json")["frozen"]["parameters"] == 0
 
 
+def test_a_scheduled_run_from_the_command_line_and_a_checkpoint_of_other_layers_that_is_refused(
+    recipe, tmp_path, capsys
+):
+    schedule = ["--schedule", "[{from_step: 4, trainable: [embeddings], learning_rate: 1e-4}]"]
+    assert main(["train", recipe, *schedule]) == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    phases = [(p["from_step"], p["backward_from"]) for p in read(run, "freeze_plan.json")["phases"]]
+    assert phases == [(0, "transformer.h.2.ln_1.weight"), (4, "transformer.wte.weight")]
+    assert read(run, "audit.json")["trainable"]["unmoved"] == []
+
+    go_on = ["--output_dir", str(other), "--resume_from_checkpoint", str(run / "checkpoint-2")]
+    assert main(["train", recipe, "--trainable", "blocks[0]", *go_on]) == 2
+    assert "checkpoint-2 does not fit: its optimizer holds 14 parameters" in capsys.readouterr().err
+    assert not other.exists()
+    assert main(["train", recipe, *schedule, *go_on]) == 0
+    whole, again = final_weights(run), final_weights(other)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_a_run_that_diverges_ends_with_4_and_keeps_its_checkpoints(recipe, tmp_path, capsys):
     assert main(["train", recipe, "--learning_rate", "1e30", "--max_grad_norm", "0"]) == 4
     assert "diverged" in capsys.readouterr().err

@@ -129,6 +129,8 @@ def test_tokens_are_int32_and_whole(byte_bpe):
 
 
 def test_no_warning_about_the_models_length_is_shown(byte_bpe, caplog):
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()  # whatever ran before
     byte_bpe.model_max_length = 1024
     logger = logging.getLogger("transformers.tokenization_utils_base")
     root = logging.getLogger("transformers")
@@ -143,7 +145,9 @@ def test_no_warning_about_the_models_length_is_shown(byte_bpe, caplog):
     finally:
         logger.removeHandler(caplog.handler)
         byte_bpe.deprecation_warnings.clear()
-    assert (root.level, transformers_logging.get_verbosity()) == before
+        after = (root.level, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity(said)
+    assert after == before
 
 
 def test_a_bos_is_kept_and_an_eos_is_not(byte_bpe):

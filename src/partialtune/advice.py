@@ -1,6 +1,6 @@
 """What people get wrong about the cost of a plan: plan + its cost -> sentences with numbers and what to change.
 
-Every number is computed for the plan at hand, and so is every alternative: it is planned and costed like the plan.
+Every number is computed for the plan at hand. A plan that is offered in its place was planned and costed as well.
 """
 
 import os
@@ -19,11 +19,15 @@ from partialtune.plan_table import blocks_passed, frozen_blocks
 WORTH_SAYING = 0.05  # saving of arithmetic, as a share, from which on an alternative is named
 BLOCK_PARTS = ("attention", "mlp", "norms", "biases")
 
-Costing = Callable[[FreezePlan, int, int], Cost]  # plan, batch size, accumulation -> cost
-
 
 def advise(
-    model: nn.Module, plan: FreezePlan, cost: Cost, full: Cost, batch_size: int, accumulation: int, costing: Costing
+    model: nn.Module,
+    plan: FreezePlan,
+    cost: Cost,
+    full: Cost,
+    batch_size: int,
+    accumulation: int,
+    costing: Callable[[FreezePlan], Cost],
 ) -> list[str]:
     """Sentences that apply to this plan.
 
@@ -34,14 +38,14 @@ def advise(
         full: What it costs where everything trains.
         batch_size: Windows of one forward pass.
         accumulation: Forward passes of one step.
-        costing: Tells the cost of other plans and batches.
+        costing: Tells the cost of another plan on the same batch.
     """
     sentences = [
         _schedule(plan),
         _small_share(plan, cost, full),
-        _where_backward_stops(model, plan, cost, lambda other: costing(other, batch_size, accumulation)),
+        _where_backward_stops(model, plan, cost, costing),
         _untied(plan),
-        _logits(plan, cost, batch_size, accumulation, costing),
+        _logits(cost, batch_size, accumulation),
         _too_large(plan, cost),
     ]
     return [sentence for sentence in sentences if sentence]
@@ -124,18 +128,18 @@ def _untied(plan: FreezePlan) -> str | None:
     )
 
 
-def _logits(plan: FreezePlan, cost: Cost, batch_size: int, accumulation: int, costing: Costing) -> str | None:
+def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
     """The scores over the vocabulary are as large whatever is frozen; a smaller batch shrinks them."""
-    logits, peak = cost.memory.logits, cost.memory.peak
-    if logits < peak / 3:
+    memory = cost.memory
+    if memory.logits < memory.peak / 3:
         return None
-    said = f"The scores over the vocabulary take up to {_mb(logits)} of {_mb(peak)}, whatever is frozen"
-    if batch_size < 2 or batch_size % 2:
+    said = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
+    if batch_size % 2:
         return f"{said}."
-    half = costing(plan, batch_size // 2, 2 * accumulation)
+    halved = memory.weights + memory.gradients + memory.optimizer + (memory.activations + memory.logits) // 2
     return (
         f"{said}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "
-        f"{2 * accumulation}` is the same step with {_mb(half.memory.peak)}."
+        f"{2 * accumulation}` is the same step with about {_mb(halved)}."
     )
 
 

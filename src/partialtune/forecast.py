@@ -27,7 +27,7 @@ MEMORY = {
     "optimizer": "optimizer",
     "activations": "activations",
     "logits": "logits, their logarithms and gradients",
-    "peak": "at most at one time",
+    "peak": "at most at one time, tensors alone",
     "copies": "beside it: start values, for the deltas",
 }
 
@@ -105,8 +105,8 @@ def forecast(
         ModelError: If the model cannot take a step without its weights.
     """
 
-    def costing(other: FreezePlan, windows: int = batch_size, passes: int = accumulation) -> Cost:
-        return dry_step(model, other, windows, block_size, passes, bf16, optimizer, checkpointing)
+    def costing(other: FreezePlan) -> Cost:
+        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing)
 
     everything = plan_freeze(model, ["all"])
     cost = costing(plan)

@@ -6,7 +6,7 @@ scheduler are complete. Only then is what belongs to later phases taken out agai
 """
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,6 +40,14 @@ def split_by_phase(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Fre
     ]
 
 
+class Held(NamedTuple):
+    """What is out of the optimizer until its phase begins."""
+
+    group: dict[str, Any]
+    parameters: list[nn.Parameter]
+    state: dict[nn.Parameter, Any]  # Adagrad has some from the start; older ones make none later
+
+
 class PhaseCallback(TrainerCallback):
     """Lets each phase begin at its step: gradients, train mode, optimizer, and what is recomputed in backward.
 
@@ -49,21 +57,20 @@ class PhaseCallback(TrainerCallback):
 
     def __init__(self, plan: FreezePlan) -> None:
         self.plan = plan
-        self._held: list[tuple[dict[str, Any], list[nn.Parameter], dict]] = []  # group, its parameters, their state
+        self._held: list[Held] = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self._held = [
-            _take_out(group, optimizer) for group in optimizer.param_groups if group.get(BEGINS, 0) > state.global_step
-        ]
+        later = [group for group in optimizer.param_groups if group.get(BEGINS, 0) > state.global_step]
+        self._held = [_take_out(group, optimizer) for group in later]
         self._begin(self.plan.phase_at(state.global_step), args, model)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        due = [entry for entry in self._held if entry[0][BEGINS] == state.global_step]
+        due = [held for held in self._held if held.group[BEGINS] == state.global_step]
         if due:
-            self._held = [entry for entry in self._held if entry[0][BEGINS] > state.global_step]
-            for group, parameters, states in due:
-                group["params"].extend(parameters)
-                optimizer.state.update(states)
+            self._held = [held for held in self._held if held.group[BEGINS] > state.global_step]
+            for held in due:
+                held.group["params"].extend(held.parameters)
+                optimizer.state.update(held.state)
             self._begin(self.plan.phase_at(state.global_step), args, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
@@ -74,14 +81,12 @@ class PhaseCallback(TrainerCallback):
         if args.activation_checkpointing:
             recompute_from(model, phase.first_block)
         if len(self.plan.phases) > 1:
-            logger.info("Step %d: %s", phase.from_step, phase_words(self.plan, phase))
+            logger.info("From step %d: %s", phase.from_step, phase_words(self.plan, phase))
 
 
-def _take_out(
-    group: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], list[nn.Parameter], dict]:
+def _take_out(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> Held:
     parameters, group["params"] = group["params"], []
-    return group, parameters, {p: optimizer.state.pop(p) for p in parameters if p in optimizer.state}
+    return Held(group, parameters, {p: optimizer.state.pop(p) for p in parameters if p in optimizer.state})
 
 
 def phase_words(plan: FreezePlan, phase: Phase) -> str:

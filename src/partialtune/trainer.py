@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer of this package: whole checkpoints, a loss that must stay finite, the decay rule."""
+"""The Hugging Face Trainer of this package: phases, whole checkpoints, a loss that must stay finite, the decay rule."""
 
 import logging
 import math
@@ -97,7 +97,8 @@ def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
 
 
 class PartialTrainer(Trainer):
-    """Trainer that measures one step's arithmetic, stops at a non-finite loss and never leaves half a checkpoint.
+    """Trainer that carries out a plan, phase by phase, measures one step's arithmetic, stops at a non-finite loss and
+    never leaves half a checkpoint.
 
     Args:
         plan: The plan that was applied to the model.
@@ -129,7 +130,7 @@ class PartialTrainer(Trainer):
         self.decay_everything = decay_everything
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
-        if len(plan.phases) > 1:  # in DDP what belongs to later phases has no gradient; Trainer's answer depends
+        if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
             kwargs["args"].ddp_find_unused_parameters = True
         callbacks = [PhaseCallback(plan), self.timer, self.deltas, self.audit, self.stop]
         self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
@@ -148,11 +149,12 @@ class PartialTrainer(Trainer):
         return super().get_decay_parameter_names(model)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None and not self.is_fsdp_enabled:  # sharded state is keyed by name already
-            optimizer = super().create_optimizer(model)
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and not self.is_fsdp_enabled:  # sharded state is keyed by name already
             split_by_phase(optimizer, self.model, self.plan)
             key_by_name(optimizer, self.model)
-        return super().create_optimizer(model)
+        return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.flops_per_step is not None or self.args.torch_compile:
