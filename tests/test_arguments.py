@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from partialtune.arguments import (
+from partialtune.recipe.arguments import (
     TextArguments,
     argument_fields,
     argument_types,
@@ -101,7 +101,7 @@ def test_help_lists_every_key_with_what_is_allowed_its_default_and_its_help():
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; from partialtune.arguments import recipe_help; recipe_help(); "
+        "import sys; from partialtune.recipe.arguments import recipe_help; recipe_help(); "
         "print(sorted({'torch', 'transformers', 'pydantic', 'yaml'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

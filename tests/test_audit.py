@@ -7,10 +7,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import some_windows, tiny_gpt2
-from partialtune.audit import KEPT_EVERY_BIT, NEVER_A_GRADIENT, FreezeAuditCallback
 from partialtune.errors import FreezeViolation
-from partialtune.plan import apply_plan, plan_freeze
-from partialtune.trainer import collate_windows
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.proof.audit import KEPT_EVERY_BIT, NEVER_A_GRADIENT, FreezeAuditCallback
+from partialtune.training.trainer import collate_windows
 
 
 def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_on_violation=True, **changes):

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import SHARED_DATA, needs_shared_data
 from partialtune.builtin import builtin_folder, pretrain
 from partialtune.builtin.books import tidy
-from partialtune.cleaning import clean_gutenberg
 from partialtune.errors import ModelError, TextError
-from partialtune.evaluation import score_text, scored_text
-from partialtune.windows import tokenize_text
+from partialtune.scoring.evaluation import score_text, scored_text
+from partialtune.text.cleaning import clean_gutenberg
+from partialtune.text.windows import tokenize_text
 
 FOLDER = builtin_folder("builtin:lilliput")
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from partialtune.card import cell_code, code, plain, write_card
+from partialtune.pages.card import cell_code, code, plain, write_card
 from run_folder import write_run_folder
 
 ATTACK = "<script>alert(1)</script> | `a` *b* [c](http://d) _e_ $f$ \\ \n---\n# g"
@@ -155,7 +155,7 @@ def test_the_check_that_the_card_offers_finds_a_changed_frozen_parameter(tmp_pat
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from partialtune.weights import digests
+    from partialtune.proof.weights import digests
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=16, vocab_size=32))
     run = write_run_folder(tmp_path / "run", blocks=2, width=8, steps=1)

@@ -1,6 +1,6 @@
 """A checkpoint is whole or not there; the newest complete one is found; rotation spares the last good one."""
 
-from partialtune.checkpoints import (
+from partialtune.training.checkpoints import (
     ASIDE,
     MARKER,
     checkpoints_in,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from conftest import SHARED_DATA, needs_shared_data
-from partialtune.cleaning import clean_gutenberg, is_gutenberg
+from partialtune.text.cleaning import clean_gutenberg, is_gutenberg
 
 FIRST = "The first sentence of this book must survive, whatever stood before it in the file."
 LAST = "And this is its last sentence, which must survive whatever comes after it."

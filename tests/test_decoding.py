@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from partialtune.decoding import decode_text, python_encoding
 from partialtune.errors import TextError
+from partialtune.text.decoding import decode_text, python_encoding
 
 WORDS = "Der Müller aß Käse, „très bien“, naïve café – Ωmega. "
 LATIN = "Der Müller aß Käse, très bien, naïve café. "

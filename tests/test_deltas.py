@@ -7,10 +7,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from conftest import some_windows, tiny_gpt2
-from partialtune.deltas import WeightDeltaCallback
-from partialtune.plan import apply_plan, plan_freeze
-from partialtune.snapshots import measure_deltas, take_snapshot
-from partialtune.trainer import collate_windows
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.proof.snapshots import measure_deltas, take_snapshot
+from partialtune.training.trainer import collate_windows
 
 
 def make_trainer(tmp_path, model, callbacks, **changes):

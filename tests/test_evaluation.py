@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from partialtune.errors import TextError
-from partialtune.evaluation import METRIC_FILE, ScoredText, score_text, scored_text
-from partialtune.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
+from partialtune.scoring.evaluation import METRIC_FILE, ScoredText, score_text, scored_text
+from partialtune.scoring.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
 
 VOCABULARY = 128
 BLOCK_SIZE = 12
@@ -132,7 +132,7 @@ def test_scores_equal_brute_force_whatever_the_batch(batch_size):
 def test_logits_in_small_portions_give_the_same_scores(monkeypatch):
     model, scored = tiny_gpt2(), random_text()
     whole = score_text(model, scored, batch_size=3, description="test")
-    monkeypatch.setattr("partialtune.evaluation.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("partialtune.scoring.evaluation.LOGITS_AT_ONCE", 4 * VOCABULARY)
     assert score_text(model, scored, batch_size=3, description="test") == pytest.approx(whole, rel=1e-12)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from partialtune.errors import InputError
-from partialtune.figures import (
+from partialtune.pages.figures import (
     by_component,
     delta_series,
     describe_figures,
@@ -22,9 +22,9 @@ from partialtune.figures import (
     running_mean,
     spread,
 )
-from partialtune.heatmap import heatmap_cells, lay_out
-from partialtune.run_files import read_deltas, read_run
-from partialtune.themes import WIDTH
+from partialtune.pages.heatmap import heatmap_cells, lay_out
+from partialtune.pages.run_files import read_deltas, read_run
+from partialtune.pages.themes import WIDTH
 from run_folder import write_run_folder
 
 NAMES = ["loss.png", "deltas_heatmap.png", "deltas_over_steps.png"]
@@ -226,5 +226,5 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_the_modules_load_without_matplotlib():
-    code = "import sys, partialtune.figures; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, partialtune.pages.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_gpt2
-from partialtune.advice import as_yaml
-from partialtune.dry_step import OPTIMIZERS, Cost, StepMeter, dry_step, take_step
+from partialtune.cost.advice import as_yaml
+from partialtune.cost.dry_step import OPTIMIZERS, Cost, StepMeter, dry_step, take_step
+from partialtune.cost.forecast import forecast, forecast_table
 from partialtune.errors import ModelError
-from partialtune.forecast import forecast, forecast_table
-from partialtune.plan import apply_plan, plan_freeze
-from partialtune.plan_table import plan_table
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.freeze.table import plan_table
 
 SIX = [
     (["embeddings", "final_norm", "head"], "tied"),
@@ -302,7 +303,7 @@ def test_a_schedule_is_forecast_for_its_last_phase():
 
 
 def test_a_run_that_does_not_fit_is_announced(monkeypatch):
-    monkeypatch.setattr("partialtune.advice.memory_here", lambda: ("this machine", 2**20))
+    monkeypatch.setattr("partialtune.cost.advice.memory_here", lambda: ("this machine", 2**20))
     assert any(sentence.startswith("It does not fit: the run needs about") for sentence in said(["all"]))
 
 

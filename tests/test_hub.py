@@ -20,7 +20,7 @@ from conftest import tiny_gpt2
 from faulty_http import Fault
 from hub_server import Account, Blob, HubServer
 from partialtune.errors import InputError
-from partialtune.hub_files import check_finished, files_to_send
+from partialtune.hub.files import check_finished, files_to_send
 from run_folder import write_run_folder
 
 TOKEN, READ_TOKEN, OTHER_TOKEN, BAD_TOKEN = (
@@ -43,7 +43,7 @@ NEVER_SENT = {
 }
 CHILD = """
 import json, logging, os, sys
-from partialtune import hub
+from partialtune.hub import push as hub
 from partialtune.errors import PartialtuneError
 
 logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -96,7 +96,7 @@ class Desk:
         return printed
 
     def call(self, *calls: dict, **changes: str) -> list[dict]:
-        """Run functions of `partialtune.hub`, `push_run` unless said otherwise, in one child."""
+        """Run functions of `partialtune.hub.push`, `push_run` unless said otherwise, in one child."""
         lines = self.run(CHILD, json.dumps(calls), **changes).splitlines()
         return [json.loads(line.removeprefix("outcome ")) for line in lines if line.startswith("outcome ")]
 

@@ -15,18 +15,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import REPOSITORY, SHARED_DATA, needs_shared_data
-from partialtune import data, prepared, streams, text, windows, words
-from partialtune.arguments import TextArguments
+from partialtune import data
 from partialtune.builtin import builtin_folder
-from partialtune.cleaning import clean_gutenberg
 from partialtune.data import prepare_data
-from partialtune.decoding import choose_encoding, decode_text, decoded_pieces
 from partialtune.errors import TextError
-from partialtune.store import stored
-from partialtune.streams import Ends, StoredText, clean_gutenberg_pieces, unified_pieces, write_pieces
-from partialtune.text import read_texts
-from partialtune.windows import split_text, tokenize_text
-from partialtune.words import WordTokens, word_pattern
+from partialtune.recipe.arguments import TextArguments
+from partialtune.text import prepared, streams, windows, words
+from partialtune.text import sources as text
+from partialtune.text.cleaning import clean_gutenberg
+from partialtune.text.decoding import choose_encoding, decode_text, decoded_pieces
+from partialtune.text.sources import read_texts
+from partialtune.text.store import stored
+from partialtune.text.streams import Ends, StoredText, clean_gutenberg_pieces, unified_pieces, write_pieces
+from partialtune.text.windows import split_text, tokenize_text
+from partialtune.text.words import WordTokens, word_pattern
 
 LLAMA_3_PATTERN = words._LLAMA_3
 WRAPPED = (
@@ -498,8 +500,8 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "import sys, torch.distributed as dist\n"
         "from accelerate import PartialState\n"
         "from transformers import AutoTokenizer\n"
-        "from partialtune import prepared\n"
-        "from partialtune.arguments import TextArguments\n"
+        "from partialtune.text import prepared\n"
+        "from partialtune.recipe.arguments import TextArguments\n"
         "from partialtune.builtin import builtin_folder\n"
         "from partialtune.data import prepare_data\n"
         "state = PartialState(cpu=True)\n"

@@ -10,7 +10,7 @@ from transformers import GPT2Config
 
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError
-from partialtune.modeling import check_fit, empty_model, load_config, load_model, load_tokenizer, set_dropout
+from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer, set_dropout
 
 
 @pytest.fixture

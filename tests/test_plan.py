@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import tiny_gpt2
 from partialtune.errors import RecipeError
-from partialtune.plan import apply_plan, plan_freeze
-from partialtune.plan_table import plan_table
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.freeze.table import plan_table
 
 IDS = torch.arange(20)[None]
 

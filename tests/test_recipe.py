@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from partialtune.errors import RecipeError
-from partialtune.recipe import Recipe, read_recipe, recipe_from_values, same_run, write_recipe
+from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values, same_run, write_recipe
 
 GOOD = {
     "model_name_or_path": "builtin:lilliput",
@@ -390,7 +390,7 @@ def test_values_from_python_are_checked_in_the_same_way(tmp_path):
 def test_what_is_wrong_with_the_file_is_said_before_transformers_is_imported(tmp_path):
     (tmp_path / "broken.yaml").write_text("trainable: [blocks[-1]]")
     code = (
-        "import sys\nfrom partialtune.recipe import read_recipe\nfrom partialtune.errors import RecipeError\n"
+        "import sys\nfrom partialtune.recipe.reading import read_recipe\nfrom partialtune.errors import RecipeError\n"
         f"for name in ('gone.yaml', 'broken.yaml', ''):\n"
         f"    try: read_recipe({str(tmp_path)!r} + '/' + name)\n"
         "    except RecipeError: print('refused', 'transformers' in sys.modules or 'torch' in sys.modules)\n"
@@ -496,7 +496,7 @@ def test_what_changes_the_training_makes_another_run(first, second, keys):
 
 
 def test_every_rule_is_about_a_field_that_trainingarguments_has():
-    from partialtune.recipe_rules import (
+    from partialtune.recipe.rules import (
         ALIASES,
         FORMER_NAMES,
         OTHER_DEFAULTS,
@@ -515,7 +515,7 @@ def test_every_rule_is_about_a_field_that_trainingarguments_has():
 
 
 def test_every_default_of_trainingarguments_passes_the_checks(recipe_file):
-    from partialtune.recipe_rules import ALIASES, REFUSED, training_defaults
+    from partialtune.recipe.rules import ALIASES, REFUSED, training_defaults
 
     own = {*REFUSED, *ALIASES, "output_dir", "max_steps", "eval_steps"}
     defaults = {key: value for key, value in training_defaults().items() if key not in own}

@@ -8,9 +8,9 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import REPOSITORY
-from partialtune.modeling import empty_model, load_config
-from partialtune.plan import plan_freeze
-from partialtune.recipe import read_recipe
+from partialtune.freeze.plan import plan_freeze
+from partialtune.model.loading import empty_model, load_config
+from partialtune.recipe.reading import read_recipe
 
 RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "launch" not in path.parts)
 COUNTS = re.compile(r"Trains ([\d,]+) of ([\d,]+) parameters \((\d+\.\d)%\)")

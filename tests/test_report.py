@@ -8,9 +8,9 @@ import time
 import pytest
 
 from chromium import Page, needs_chromium
-from partialtune.report import visible, write_report
-from partialtune.run_files import read_run
-from partialtune.wording import count, percent, score, significant, verdict
+from partialtune.pages.report import visible, write_report
+from partialtune.pages.run_files import read_run
+from partialtune.pages.wording import count, percent, score, significant, verdict
 from run_folder import write_run_folder
 
 ATTACK = "<script>document.title = 'taken'</script>"
@@ -66,7 +66,7 @@ def failed(tmp_path_factory):
 @pytest.fixture
 def without_images(monkeypatch):
     """Leave the drawing out where the figures are not what is looked at."""
-    monkeypatch.setattr("partialtune.report.render_figure", lambda run, figure, dark: b"no image")
+    monkeypatch.setattr("partialtune.pages.report.render_figure", lambda run, figure, dark: b"no image")
 
 
 def text_of(page):

@@ -21,14 +21,15 @@ from transformers import (
 )
 
 from conftest import some_windows, tiny_gpt2
-from partialtune.activation_checkpointing import check_support
-from partialtune.audit import NEVER_A_GRADIENT
 from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeError
-from partialtune.optimizer_state import check_checkpoint
-from partialtune.plan import apply_plan, plan_freeze
-from partialtune.recipe import read_recipe, recipe_from_values, write_recipe
-from partialtune.schedules import in_steps
-from partialtune.trainer import PartialTrainer, collate_windows, steps_an_epoch, training_arguments
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.freeze.schedules import in_steps
+from partialtune.proof.audit import NEVER_A_GRADIENT
+from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
+from partialtune.training.activation_checkpointing import check_support
+from partialtune.training.optimizer_state import check_checkpoint
+from partialtune.training.trainer import PartialTrainer, collate_windows, steps_an_epoch, training_arguments
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -421,7 +422,7 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune import phases
+    from partialtune.training import phases
 
     def forget(group, optimizer):
         parameters, group["params"] = group["params"], []
@@ -591,7 +592,7 @@ import torch, torch.distributed as dist
 from transformers import TrainerCallback
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_gpt2
-from partialtune.weights import digests
+from partialtune.proof.weights import digests
 from test_schedules import PHASES, trainer_of
 
 class Compare(TrainerCallback):

@@ -9,9 +9,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from partialtune.errors import RecipeError
-from partialtune.grammar import check_selector_syntax
-from partialtune.selectors import resolve_selectors
-from partialtune.structure import read_structure
+from partialtune.model.grammar import check_selector_syntax
+from partialtune.model.selectors import resolve_selectors
+from partialtune.model.structure import read_structure
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from partialtune.errors import ModelError, RecipeError
-from partialtune.structure import read_structure
+from partialtune.model.structure import read_structure
 
 SMALL = {
     "vocab_size": 99,

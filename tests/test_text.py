@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from conftest import SHARED_DATA, needs_shared_data
-from partialtune.download import Download
 from partialtune.errors import TextError
-from partialtune.text import load_text, read_texts
+from partialtune.text.download import Download
+from partialtune.text.sources import load_text, read_texts
 
 PLAIN = "A first line,\nand a second.\n"
 GUTENBERG = (
@@ -175,7 +175,7 @@ def test_an_address_is_fetched_and_its_charset_counts(folder, monkeypatch):
         fetched.append(url)
         return Download(path, "https://host/a.txt", "00", 6, "koi8-r")
 
-    monkeypatch.setattr("partialtune.download.fetch", fetch)
+    monkeypatch.setattr("partialtune.text.download.fetch", fetch)
     (text,) = read_texts(["https://me:secret@host/a.txt"])
     assert fetched == ["https://me:secret@host/a.txt"]
     assert (text.name, text.text, text.encoding_from) == ("https://host/a.txt", "Привет", "HTTP header")
@@ -186,7 +186,7 @@ def test_the_builtin_text_is_the_same_every_time():
     assert text.name == "builtin:python-docs"
     assert text.text.startswith('The "assert" statement')
     assert text.raw_bytes == len(text.text.encode()) > 300_000
-    code = "from partialtune.text import read_texts; print(read_texts(['builtin:python-docs'])[0].sha256)"
+    code = "from partialtune.text.sources import read_texts; print(read_texts(['builtin:python-docs'])[0].sha256)"
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert again.stdout.strip() == text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
 

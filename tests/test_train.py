@@ -16,11 +16,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from conftest import REPOSITORY, SHARED_DATA, needs_shared_data, tiny_gpt2
-from partialtune import train, trainer
+from partialtune import train
 from partialtune.cli import main
-from partialtune.evaluation import score_text, scored_text
-from partialtune.text import read_texts
-from partialtune.windows import random_windows, split_text, tokenize_text
+from partialtune.scoring.evaluation import score_text, scored_text
+from partialtune.text.sources import read_texts
+from partialtune.text.windows import random_windows, split_text, tokenize_text
+from partialtune.training import trainer
 from test_modeling import rename_to_hub
 
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
@@ -64,7 +65,7 @@ def test_quickstart_keeps_every_bit_of_the_frozen_part_and_moves_every_trainable
 
 @pytest.mark.slow
 def test_the_saved_model_reloads_with_the_digests_and_the_loss_of_the_run(quickstart):
-    from partialtune.weights import digests
+    from partialtune.proof.weights import digests
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(quickstart), AutoTokenizer.from_pretrained(quickstart)
     plan = {entry["name"]: entry["sha256_after"] for entry in read(quickstart, "freeze_plan.json")["parameters"]}
@@ -258,7 +259,7 @@ def test_a_run_that_diverges_ends_with_4_and_keeps_its_checkpoints(recipe, tmp_p
 def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in_place(
     recipe, tmp_path, monkeypatch, capsys
 ):
-    from partialtune.trainer import PartialTrainer
+    from partialtune.training.trainer import PartialTrainer
 
     step = PartialTrainer.training_step
 
@@ -276,7 +277,7 @@ def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in
 
 
 def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_path, monkeypatch):
-    from partialtune.trainer import PartialTrainer
+    from partialtune.training.trainer import PartialTrainer
 
     step = PartialTrainer.training_step
 

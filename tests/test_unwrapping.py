@@ -6,7 +6,7 @@ import time
 import pytest
 
 from conftest import SHARED_DATA, needs_shared_data
-from partialtune.unwrapping import WrapWidth, join_wrapped_lines, learn_wrap_width
+from partialtune.text.unwrapping import WrapWidth, join_wrapped_lines, learn_wrap_width
 
 SENTENCES = (
     "The author of these travels is my ancient and intimate friend, and there is some relation between us. "

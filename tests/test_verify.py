@@ -15,12 +15,13 @@ from transformers import (
 )
 
 from conftest import tiny_gpt2
-from partialtune import weight_files
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
-from partialtune.plan import apply_plan, plan_freeze
-from partialtune.verify import verify
-from partialtune.verify_table import comparison_table
-from partialtune.weights import digests
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.proof import weight_files
+from partialtune.proof.table import comparison_table
+from partialtune.proof.verify import verify
+from partialtune.proof.weights import digests
 from test_modeling import rename_to_hub
 
 MLP = "transformer.h.2.mlp.c_fc.weight"

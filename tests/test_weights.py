@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from conftest import tiny_gpt2
-from partialtune.weights import CHUNK, bit_sum, chunks_of, digest, named_weights, plain_name
+from partialtune.proof.weights import CHUNK, bit_sum, chunks_of, digest, named_weights, plain_name
 
 
 def test_digest_is_sha256_over_little_endian_fp32_in_c_order():

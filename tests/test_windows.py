@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from conftest import SHARED_DATA, needs_shared_data
-from partialtune import windows
 from partialtune.errors import RecipeError, TextError
-from partialtune.windows import chunked_windows, random_windows, split_text, tokenize_text
+from partialtune.text import windows
+from partialtune.text.windows import chunked_windows, random_windows, split_text, tokenize_text
 
 PROSE = "".join(
     f'Chapter {number}.\r\n\r\n"I said {number * 7}, didn\'t I?" he asked --  twice;\n\tthe {number}th time.\n\n'

@@ -11,14 +11,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "FreezeAuditCallback": "audit",
-    "FreezePlan": "plan",
+    "FreezeAuditCallback": "proof.audit",
+    "FreezePlan": "freeze.plan",
     "FreezeViolation": "errors",
-    "WeightDeltaCallback": "deltas",
-    "apply_plan": "plan",
-    "load_text": "text",
-    "plan_freeze": "plan",
-    "read_recipe": "recipe",
+    "WeightDeltaCallback": "proof.deltas",
+    "apply_plan": "freeze.apply",
+    "load_text": "text.sources",
+    "plan_freeze": "freeze.plan",
+    "read_recipe": "recipe.reading",
 }
 
 __all__ = sorted(_HOME)

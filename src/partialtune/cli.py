@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
-    from partialtune.arguments import recipe_help
+    from partialtune.recipe.arguments import recipe_help
 
     command.add_argument(
         "recipe", metavar="RECIPE", help="YAML file, or builtin:quickstart; then --key value for each key to change"
@@ -105,8 +105,8 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from partialtune.launch import use_all_cores
-    from partialtune.modeling import quiet_libraries
-    from partialtune.recipe import read_recipe
+    from partialtune.model.loading import quiet_libraries
+    from partialtune.recipe.reading import read_recipe
     from partialtune.train import train
 
     use_all_cores()
@@ -117,11 +117,11 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
-    from partialtune.forecast import forecast, forecast_table
-    from partialtune.modeling import empty_model, load_config, quiet_libraries
-    from partialtune.plan import plan_freeze
-    from partialtune.plan_table import plan_table
-    from partialtune.recipe import read_recipe
+    from partialtune.cost.forecast import forecast, forecast_table
+    from partialtune.freeze.plan import plan_freeze
+    from partialtune.freeze.table import plan_table
+    from partialtune.model.loading import empty_model, load_config, quiet_libraries
+    from partialtune.recipe.reading import read_recipe
 
     quiet_libraries()
     recipe = read_recipe(_recipe_path(known.recipe), overrides)
@@ -150,9 +150,9 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
-    from partialtune.modeling import quiet_libraries
-    from partialtune.verify import verify
-    from partialtune.verify_table import comparison_table
+    from partialtune.model.loading import quiet_libraries
+    from partialtune.proof.table import comparison_table
+    from partialtune.proof.verify import verify
 
     _refuse(overrides)
     quiet_libraries()
@@ -165,7 +165,7 @@ def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
-    from partialtune.hub import push_run
+    from partialtune.hub.push import push_run
 
     _refuse(overrides)
     private = None if known.private is None else known.private == "true"
@@ -175,9 +175,9 @@ def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
-    from partialtune.card import write_card
-    from partialtune.figures import draw_figures
-    from partialtune.report import write_report
+    from partialtune.pages.card import write_card
+    from partialtune.pages.figures import draw_figures
+    from partialtune.pages.report import write_report
 
     _refuse(overrides)
     folder = Path(known.run)

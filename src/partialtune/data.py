@@ -8,12 +8,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.arguments import TextArguments
-from partialtune.evaluation import ScoredText, evenly_spaced
-from partialtune.prepared import token_ids_of, utf8_bytes, windows_of
-from partialtune.streams import StoredText
-from partialtune.text import IN_MEMORY_BYTES, SourceText, read_texts
-from partialtune.windows import chunked_windows, random_windows, split_text
+from partialtune.recipe.arguments import TextArguments
+from partialtune.scoring.evaluation import ScoredText, evenly_spaced
+from partialtune.text.prepared import token_ids_of, utf8_bytes, windows_of
+from partialtune.text.sources import IN_MEMORY_BYTES, SourceText, read_texts
+from partialtune.text.streams import StoredText
+from partialtune.text.windows import chunked_windows, random_windows, split_text
 
 TRAINING_WINDOWS_SCORED = 256
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from partialtune.errors import RecipeError, UploadIncomplete
-from partialtune.recipe import same_run
+from partialtune.recipe.reading import same_run
 
 RECIPE_FILE = "recipe.yaml"
 EXIT_FILE = "exit.json"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from partialtune.audit import Audit
+from partialtune.proof.audit import Audit
 
 
 def closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

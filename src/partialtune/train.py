@@ -12,15 +12,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from partialtune.activation_checkpointing import check_support
-from partialtune.audit import FreezeAuditCallback
-from partialtune.card import write_card
-from partialtune.checkpoints import newest_complete_checkpoint
 from partialtune.data import RunData, prepare_data
 from partialtune.errors import FreezeViolation, InputError
-from partialtune.evaluation import ScoredText, score_text
-from partialtune.figures import draw_figures
-from partialtune.hub import check_access, push_after_training
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.schedules import in_steps
+from partialtune.freeze.table import plan_table
+from partialtune.hub.push import check_access, push_after_training
 from partialtune.launch import (
     check_precision,
     check_processes,
@@ -28,18 +26,21 @@ from partialtune.launch import (
     main_process_only,
     one_device_a_process,
 )
-from partialtune.modeling import check_fit, load_config, load_model, load_tokenizer
-from partialtune.optimizer_state import check_checkpoint
+from partialtune.model.loading import check_fit, load_config, load_model, load_tokenizer
 from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
-from partialtune.performance import performance
-from partialtune.plan import FreezePlan, apply_plan, plan_freeze
-from partialtune.plan_table import plan_table
-from partialtune.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
-from partialtune.recipe import Recipe, write_recipe
-from partialtune.report import write_report
-from partialtune.schedules import in_steps
+from partialtune.pages.card import write_card
+from partialtune.pages.figures import draw_figures
+from partialtune.pages.report import write_report
+from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.recipe.reading import Recipe, write_recipe
+from partialtune.scoring.evaluation import ScoredText, score_text
+from partialtune.scoring.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
 from partialtune.summary import closing_words
-from partialtune.trainer import (
+from partialtune.training.activation_checkpointing import check_support
+from partialtune.training.checkpoints import newest_complete_checkpoint
+from partialtune.training.optimizer_state import check_checkpoint
+from partialtune.training.performance import performance
+from partialtune.training.trainer import (
     PartialTrainer,
     collate_windows,
     run_length,

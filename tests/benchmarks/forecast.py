@@ -58,7 +58,8 @@ def measure_each(shape: Shape, policies=POLICIES):
     The processes are forked from one that has done the imports, so that these are no part of the growth.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["partialtune.forecast", "partialtune.trainer", "partialtune.modeling"])
+    libraries = ["partialtune.cost.forecast", "partialtune.training.trainer", "partialtune.model.loading"]
+    context.set_forkserver_preload(libraries)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for selectors, head in policies:
             yield pool.submit(measure, shape, selectors, head).result()
@@ -70,9 +71,10 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from partialtune.forecast import forecast
-    from partialtune.plan import apply_plan, plan_freeze
-    from partialtune.trainer import PartialTrainer, collate_windows, training_arguments
+    from partialtune.cost.forecast import forecast
+    from partialtune.freeze.apply import apply_plan
+    from partialtune.freeze.plan import plan_freeze
+    from partialtune.training.trainer import PartialTrainer, collate_windows, training_arguments
 
     sizes = {
         "n_layer": shape.blocks,

@@ -24,7 +24,7 @@ PARAGRAPHS_AT_ONCE = 4000
 
 def make_text(sources: list[str], megabytes: int, path: Path) -> None:
     """Write a text of so many MB."""
-    from partialtune.text import read_texts
+    from partialtune.text.sources import read_texts
 
     paragraphs = [part for text in read_texts(sources) for part in text.text.split("\n\n") if part.strip()]
     rng = random.Random(0)
@@ -40,8 +40,8 @@ def measure(path: Path, tokenizer_folder: str, cleaning: str) -> dict:
     """One run from the file to its windows, in this process."""
     from transformers import AutoTokenizer
 
-    from partialtune.arguments import TextArguments
     from partialtune.data import prepare_data
+    from partialtune.recipe.arguments import TextArguments
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     start, processor, before = time.perf_counter(), time.process_time(), _peak_mb()

@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from partialtune.cleaning import clean_gutenberg
 from partialtune.errors import TextError
+from partialtune.text.cleaning import clean_gutenberg
 
 END_OF_TEXT = "<|endoftext|>"
 

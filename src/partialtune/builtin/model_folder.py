@@ -7,8 +7,8 @@ import jinja2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from partialtune.evaluation import score_text, scored_text
-from partialtune.windows import tokenize_text
+from partialtune.scoring.evaluation import score_text, scored_text
+from partialtune.text.windows import tokenize_text
 
 PROMPTS = ("It was a dark", "My dear", "“I do not know,” said")
 

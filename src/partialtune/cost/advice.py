@@ -1,0 +1,180 @@
+"""What people get wrong about the cost of a plan: plan + its cost -> sentences with numbers and what to change.
+
+Every number is computed for the plan at hand. A plan that is offered in its place was planned and costed as well.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import yaml
+from torch import nn
+
+from partialtune.cost.dry_step import Cost
+from partialtune.errors import RecipeError
+from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.table import blocks_passed, frozen_blocks
+from partialtune.training.performance import peak_memory_mb
+
+WORTH_SAYING = 0.05  # saving of arithmetic, as a share, from which on an alternative is named
+BLOCK_PARTS = ("attention", "mlp", "norms", "biases")
+
+
+def advise(
+    model: nn.Module,
+    plan: FreezePlan,
+    cost: Cost,
+    full: Cost,
+    batch_size: int,
+    accumulation: int,
+    costing: Callable[[FreezePlan], Cost],
+) -> list[str]:
+    """Sentences that apply to this plan.
+
+    Args:
+        model: The plan's model, on the meta device.
+        plan: What trains.
+        cost: What a step of the plan costs.
+        full: What it costs where everything trains.
+        batch_size: Windows of one forward pass.
+        accumulation: Forward passes of one step.
+        costing: Tells the cost of another plan on the same batch.
+    """
+    sentences = [
+        _schedule(plan),
+        _small_share(plan, cost, full),
+        _where_backward_stops(model, plan, cost, costing),
+        _untied(plan),
+        _logits(cost, batch_size, accumulation),
+        _too_large(plan, cost),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _schedule(plan: FreezePlan) -> str | None:
+    if len(plan.phases) == 1:
+        return None
+    last = plan.phases[-1].from_step
+    return f"The figures are those of the last of {len(plan.phases)} phases, from step {last} on: it costs most."
+
+
+def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
+    """Few parameters are not little arithmetic."""
+    parameters = plan.trainable_parameters / plan.total_parameters
+    arithmetic = cost.products.total / full.products.total
+    if arithmetic < parameters + 0.25:
+        return None
+    return (
+        f"{_percent(parameters)} of the parameters train, but a step takes {_percent(arithmetic)} of full "
+        f"fine-tuning's arithmetic and {_percent(cost.memory.peak / full.memory.peak)} of its memory: forward alone is "
+        f"{_percent(cost.products.forward / full.products.total)} of the arithmetic, whatever is frozen."
+    )
+
+
+def _where_backward_stops(
+    model: nn.Module, plan: FreezePlan, cost: Cost, costing: Callable[[FreezePlan], Cost]
+) -> str | None:
+    """What trains first decides how far backward runs; something near to it may stop it much earlier."""
+    passed = blocks_passed(plan)
+    if not passed or len(plan.phases) > 1:
+        return None
+    for cause, selectors, head in _alternatives(plan):
+        try:
+            other = plan_freeze(model, selectors, head=head)
+        except RecipeError:  # what is left selects nothing, or contradicts itself
+            continue
+        then = costing(other)
+        saved = 1 - then.products.total / cost.products.total
+        if saved >= WORTH_SAYING:
+            frozen = len(frozen_blocks(plan, passed))
+            held = f" ({frozen} of them frozen)" if frozen else ""
+            return (
+                f"{cause}, so backward runs through {_of_all(len(passed), plan.block_count)}{held}. "
+                f"{_in_a_recipe(plan, other)} would stop it at {_place(other)}, save {_percent(saved)} of the "
+                f"arithmetic and need {_mb(then.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
+            )
+    return None
+
+
+def _in_a_recipe(plan: FreezePlan, other: FreezePlan) -> str:
+    """How the recipe of `plan` says `other`."""
+    trainable = f"`trainable: {as_yaml(other.selectors)}`"
+    unties = other.head == "untied" and plan.head == "tied"
+    return f"`head: untied` with {trainable}, where the token embedding stays frozen," if unties else trainable
+
+
+def _alternatives(plan: FreezePlan) -> Iterator[tuple[str, list[str], str]]:
+    """(why backward runs far, selectors that may stop it earlier, head), the nearest to the plan first."""
+    without_embeddings = [selector for selector in plan.selectors if not selector.startswith("embeddings")]
+    tied = {name for pair in plan.ties for name in pair}
+    if plan.backward_from in tied and "head" in plan.selectors:
+        yield "The token embedding trains, because the head is the same tensor", without_embeddings, "untied"
+    if len(without_embeddings) < len(plan.selectors):
+        yield "The embeddings train", without_embeddings, plan.head
+    upper = f"blocks[{plan.block_count // 2}:]"
+    if set(plan.selectors) & set(BLOCK_PARTS):
+        narrowed = [f"{upper}.{word}" if word in BLOCK_PARTS else word for word in plan.selectors]
+        narrowed += ["final_norm"] if "norms" in plan.selectors else []
+        yield "What trains begins in block 0", narrowed, plan.head
+
+
+def _untied(plan: FreezePlan) -> str | None:
+    if plan.head != "untied":
+        return None
+    head = sum(parameter.numel for parameter in plan.parameters if parameter.component == "head")
+    return (
+        f"`head: untied` gives the head {head:,} values of its own: the saved model is larger by "
+        f"{_percent(head / (plan.total_parameters - head))}, and its config says that nothing is tied."
+    )
+
+
+def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
+    """The scores over the vocabulary are as large whatever is frozen; a smaller batch shrinks them."""
+    memory = cost.memory
+    if memory.logits < memory.peak / 3:
+        return None
+    said = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
+    if batch_size % 2:
+        return f"{said}."
+    halved = memory.weights + memory.gradients + memory.optimizer + (memory.activations + memory.logits) // 2
+    return (
+        f"{said}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "
+        f"{2 * accumulation}` is the same step with about {_mb(halved)}."
+    )
+
+
+def _too_large(plan: FreezePlan, cost: Cost) -> str | None:
+    place, held = memory_here()
+    needed = cost.memory.peak
+    if place == "this machine":  # which holds libraries and start values too
+        needed += int(peak_memory_mb() * 2**20) + 4 * plan.trainable_parameters
+    return f"It does not fit: the run needs about {_mb(needed)}, {place} has {_mb(held)}." if needed > held else None
+
+
+def memory_here() -> tuple[str, int]:
+    """Where a run would have its tensors, and how many bytes there are."""
+    if torch.cuda.is_available():
+        return "this GPU", torch.cuda.mem_get_info()[1]
+    return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _place(plan: FreezePlan) -> str:
+    first = next(parameter for parameter in plan.parameters if parameter.name == plan.backward_from)
+    return f"block {first.block}" if first.block is not None else f"the {first.component.replace('_', ' ')}"
+
+
+def _of_all(passed: int, blocks: int) -> str:
+    return f"all {blocks} blocks" if passed == blocks else f"{passed} of {blocks} blocks"
+
+
+def as_yaml(selectors: Sequence[str]) -> str:
+    """Selectors as a recipe has them, in one line: [final_norm, 'blocks[-2:]']."""
+    return yaml.safe_dump(list(selectors), default_flow_style=True, width=10_000).strip()
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:,.0f} MB"

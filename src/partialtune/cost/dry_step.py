@@ -1,0 +1,204 @@
+"""One training step without values: model on the meta device + plan -> its matrix products and its memory.
+
+Real autograd runs forward, backward and the optimizer on fake tensors, which have shapes, dtypes and a device, but no
+data. So backward stops where it will stop and every tensor lives as long as it will, whatever the architecture.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from partialtune.cost.flops import ProductCounter, Products, tensors_in
+from partialtune.cost.memory import Memory, MemoryLedger
+from partialtune.errors import ModelError
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import FreezePlan
+from partialtune.training.activation_checkpointing import recompute_from
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Arithmetic and memory of one optimizer step on one process."""
+
+    products: Products
+    memory: Memory
+
+
+def _adafactor(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=1.0, scale_parameter=False, relative_step=False)
+
+
+# `optim` of a recipe -> the optimizer that Trainer makes of it, as far as memory goes.
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "adamw_torch_fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+    "adafactor": _adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+def dry_step(
+    model: nn.Module,
+    plan: FreezePlan,
+    batch_size: int,
+    block_size: int,
+    accumulation: int = 1,
+    bf16: bool = False,
+    optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
+) -> Cost:
+    """Take one optimizer step of `plan` without values, with the operations that PyTorch has for a CPU.
+
+    Args:
+        model: Causal language model, on the meta device or another. It is not touched.
+        plan: What trains. Its weights are held in fp32, whatever the dtype of `model`.
+        batch_size: Windows of one forward pass on one process.
+        block_size: Tokens per window.
+        accumulation: Forward passes of one optimizer step.
+        bf16: Whether products run in bf16 (autocast).
+        optimizer: `optim` of the recipe, one of `OPTIMIZERS`.
+        checkpointing: Whether blocks that backward passes are recomputed (`activation_checkpointing`).
+
+    Returns:
+        The products of the whole step, and its memory from the second step on.
+
+    Raises:
+        ModelError: If the model decides by values what it computes.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = without_values(model, fake)
+    apply_plan(twin, plan)
+    if checkpointing:
+        twin.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_from(twin, plan.phases[-1].first_block)
+    meter = StepMeter(twin, fake, scored_tokens=batch_size * (block_size - 1))
+    input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
+    try:
+        memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
+        ) from error
+    return Cost(meter.products(passes=accumulation), memory)
+
+
+def without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """A copy of `model` in fp32 whose parameters and buffers are fake tensors on the CPU. Ties are kept."""
+    twins: dict[int, torch.Tensor] = {}
+    with fake:
+        for buffer in model.buffers():
+            twins[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        for parameter in model.parameters():
+            twins[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="cpu"))
+    return copy.deepcopy(model, twins)  # which takes the twins for copies made already
+
+
+class StepMeter(TorchDispatchMode):
+    """Looks on while a model takes a step: counts its products and writes down its memory.
+
+    Args:
+        model: What takes the step. Its tensors may be fake ones or have values.
+        fake: The mode of its fake tensors.
+        scored_tokens: Tokens of a batch that are predicted; a tensor of so many rows, as wide as the vocabulary, is
+            counted to the logits.
+    """
+
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, scored_tokens: int) -> None:
+        super().__init__()
+        weights = [*model.parameters(), *model.buffers()]
+        self.backward = False
+        self.ledger = MemoryLedger()
+        self.ledger.assign(weights, "weights")
+        self.counter = ProductCounter(self.ledger, list(model.parameters()))
+        self._fake, self._scored_tokens = fake, scored_tokens
+        self._vocabulary = model.config.get_text_config().vocab_size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # two in three of all, and nothing is computed
+            return args[0].fake_device
+        result = self._run(func, types, args, kwargs or {})
+        outputs = tensors_in(result)
+        for output in outputs:
+            self.ledger.number(output, "logits" if self._is_logits(output) else "activations")
+        if outputs:
+            self.counter.see(func, args, kwargs or {}, result, self.backward)
+        return result
+
+    def products(self, passes: int) -> Products:
+        """Of `passes` forward passes, of which one was seen."""
+        return Products(**{purpose: passes * count for purpose, count in self.counter.counts.items()})
+
+    def _run(self, func: Any, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if FakeTensor not in types:
+            return func(*args, **kwargs)  # positions and masks have values, and models decide by them
+        if func._overloadpacket is torch.ops.aten._grouped_mm:
+            return _empty_grouped_product(*args, **kwargs)
+        return self._fake.__torch_dispatch__(func, types, args, kwargs)
+
+    def _is_logits(self, tensor: torch.Tensor) -> bool:
+        wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
+        return wide and tensor.numel() >= self._scored_tokens * self._vocabulary
+
+
+def take_step(
+    model: nn.Module, input_ids: torch.Tensor, meter: StepMeter, bf16: bool, optimizer: str, accumulates: bool
+) -> Memory:
+    """One forward, one backward and the optimizer's step, as Trainer does them, under the meter.
+
+    Args:
+        model: A model under a plan.
+        input_ids: int64 (B, T).
+        accumulates: Whether gradients of earlier passes are there already.
+    """
+    model.config.use_cache = False  # as Trainer has it
+    model.train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with meter:
+        if accumulates:
+            for parameter in trainable:
+                parameter.grad = torch.zeros_like(parameter)
+        loss = _loss(model, input_ids, bf16)
+        meter.backward = True
+        loss.backward()
+        meter.backward = False
+        meter.ledger.assign([p.grad for p in trainable if p.grad is not None], "gradients")
+        meter.ledger.optimizer_starts()
+        stepper = OPTIMIZERS[optimizer](trainable)
+        stepper.step()
+        return meter.ledger.close()
+
+
+def _loss(model: nn.Module, input_ids: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """The model's own loss. What only its outputs hold is gone when this returns."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        outputs = model(input_ids=input_ids, labels=input_ids)
+    widened = outputs.logits.float()  # accelerate widens what comes out of autocast
+    del widened
+    return outputs.loss
+
+
+def _empty_grouped_product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ends: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A product of experts without values: torch's own refuses fp32, which its kernel for a CPU takes.
+
+    Rows (m, k) with one (k, n) an expert -> (m, n); (m, k) cut along k with (k, n) cut likewise -> one (m, n) each.
+    """
+    shape = (left.shape[0], right.shape[-1])
+    if right.ndim == 2:
+        shape = (len(ends), *shape)
+    return left.new_empty(shape, dtype=out_dtype)

@@ -1,0 +1,115 @@
+"""Arithmetic of a training step: operations as they are dispatched -> its matrix products by what they are for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from partialtune.cost.memory import MemoryLedger
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiplications and additions of matrix products: 2 x m x k x n for (m, k) times (k, n).
+
+    Attributes:
+        forward: Of activations with weights, forward. The product with a tied head counts; the lookup of an
+            embedding is no product.
+        recomputed: The same once more, during backward, where activation checkpointing asks for it.
+        backward_activations: Backward, to the gradients of activations.
+        backward_weights: Backward, to the gradients of the weights that train.
+        attention: Of activations with each other (queries with keys, the result with values; a state-space mixer's),
+            forward and backward. Kept beside: no counter sees them where attention is one fused operation.
+    """
+
+    forward: int = 0
+    recomputed: int = 0
+    backward_activations: int = 0
+    backward_weights: int = 0
+    attention: int = 0
+
+    @property
+    def backward(self) -> int:
+        return self.recomputed + self.backward_activations + self.backward_weights
+
+    @property
+    def total(self) -> int:
+        """All products with weights, without attention's own."""
+        return self.forward + self.backward
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+class ProductCounter:
+    """Counts products by purpose, from what their operands are: weights, or activations that have met a weight.
+
+    Args:
+        ledger: Gives each storage its number.
+        weights: The parameters of the model.
+    """
+
+    def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor]) -> None:
+        self.counts = dict.fromkeys(Products.__dataclass_fields__, 0)
+        self._number = ledger.number
+        self._weights = {self._number(weight) for weight in weights}
+        self._factors: set[int] = set()  # activations that were multiplied by a weight
+
+    def see(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any, backward: bool) -> None:
+        """Take note of one operation.
+
+        Args:
+            func, args, kwargs, result: The operation as it was dispatched, and what came of it.
+            backward: Whether it belongs to the backward pass.
+        """
+        packet = func._overloadpacket
+        formula = FORMULAS.get(packet) or flop_registry.get(packet)
+        operands = {self._number(leaf) for leaf in tensors_in((args, kwargs)) if leaf.is_floating_point()}
+        if formula is None:
+            if operands and operands <= self._weights and packet is not aten.embedding:
+                self._weights.update(self._number(leaf) for leaf in tensors_in(result))  # a cast, a copy, a view
+            return
+        flops = formula(*args, **kwargs, out_val=result)
+        self.counts[self._purpose(packet, operands, backward)] += flops
+        if operands & self._weights:
+            self._factors |= operands - self._weights
+
+    def _purpose(self, packet: Any, operands: set[int], backward: bool) -> str:
+        if "attention" in str(packet):  # one fused operation, whose result is a factor of the next product
+            return "attention"
+        if operands & self._weights:
+            if not backward:
+                return "forward"
+            return "recomputed" if torch.is_grad_enabled() else "backward_activations"
+        return "backward_weights" if backward and operands & self._factors else "attention"
+
+
+def _fused_attention(query, key, value, *args, out_val=None, **kwargs) -> int:
+    """Queries (B, H, T, D) with keys (B, h, S, D), the result with values (B, h, S, E)."""
+    batch, heads, length, width = query.shape
+    return 2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])
+
+
+def _fused_attention_backward(grad, query, key, value, *args, out_val=None, **kwargs) -> int:
+    """Two products for each of the two of forward, as without fusion; that it computes scores again does not count."""
+    return 2 * _fused_attention(query, key, value)
+
+
+def _grouped_product(rows, matrices, *args, out_val=None, **kwargs) -> int:
+    """Rows (m, k) sorted by expert, each with its expert's (k, n); or (k, m) with (m, n), one (k, n) an expert."""
+    return 2 * rows.shape[-2] * rows.shape[-1] * matrices.shape[-1]
+
+
+# What torch's own registry has no formula for.
+FORMULAS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward,
+    aten._grouped_mm: _grouped_product,
+}

@@ -1,0 +1,163 @@
+"""What a recipe will cost: model on the meta device + plan + batch -> arithmetic, memory, advice."""
+
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from partialtune.cost.advice import advise
+from partialtune.cost.dry_step import Cost, dry_step
+from partialtune.cost.flops import Products
+from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.table import columns
+
+FP32_BYTES = 4
+PRODUCTS = {
+    "forward": "forward",
+    "recomputed": "forward again, for activation checkpointing",
+    "backward_activations": "backward for activations",
+    "backward_weights": "backward for weights",
+    "total": "together",
+    "attention": "beside them: attention's own, both ways",
+}
+MEMORY = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits, their logarithms and gradients",
+    "peak": "at most at one time, tensors alone",
+    "copies": "beside it: start values, for the deltas",
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one optimizer step costs on one process, and what it would cost if everything trained.
+
+    Attributes:
+        batch_size: Windows of one forward pass.
+        block_size: Tokens per window.
+        accumulation: Forward passes of one step.
+        cost: Of the plan.
+        full: Of full fine-tuning: the model as it is, everything trains, on the same batch.
+        copies: Bytes of the start values of what trains. The run keeps them on the host, for its deltas.
+        copies_full: The same where everything trains.
+        advice: Sentences that apply to this plan.
+    """
+
+    batch_size: int
+    block_size: int
+    accumulation: int
+    cost: Cost
+    full: Cost
+    copies: int
+    copies_full: int
+    advice: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """`flops`: multiplications and additions of a step. `memory`: bytes. `advice`: sentences."""
+        flops, memory = self.cost.products, self.cost.memory
+        return {
+            "flops": {
+                **_with_total(flops),
+                "full": _with_total(self.full.products),
+                "of_full": flops.total / self.full.products.total,
+                "tokens": self.batch_size * self.block_size * self.accumulation,
+            },
+            "memory": {
+                **asdict(memory),
+                "copies": self.copies,
+                "full": {**asdict(self.full.memory), "copies": self.copies_full},
+                "of_full": memory.peak / self.full.memory.peak,
+            },
+            "advice": list(self.advice),
+        }
+
+
+def forecast(
+    model: nn.Module,
+    plan: FreezePlan,
+    batch_size: int,
+    block_size: int,
+    accumulation: int = 1,
+    bf16: bool = False,
+    optimizer: str = "adamw_torch",
+    checkpointing: bool = False,
+) -> Forecast:
+    """Find out what a step of `plan` costs, without weights.
+
+    Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time. The libraries
+    themselves and what the allocator keeps back come on top of the memory. Of a schedule it is the last phase.
+
+    Args:
+        model: Causal language model, best on the meta device. It is not touched.
+        plan: What trains.
+        batch_size: Windows of one forward pass on one process.
+        block_size: Tokens per window.
+        accumulation: Forward passes of one optimizer step.
+        bf16: Whether products run in bf16.
+        optimizer: `optim` of the recipe.
+        checkpointing: `activation_checkpointing` of the recipe.
+
+    Raises:
+        ModelError: If the model cannot take a step without its weights.
+    """
+
+    def costing(other: FreezePlan) -> Cost:
+        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing)
+
+    everything = plan_freeze(model, ["all"])
+    cost = costing(plan)
+    full = cost if plan.trainable == everything.trainable else costing(everything)
+    return Forecast(
+        batch_size=batch_size,
+        block_size=block_size,
+        accumulation=accumulation,
+        cost=cost,
+        full=full,
+        copies=FP32_BYTES * plan.trainable_parameters,
+        copies_full=FP32_BYTES * everything.trainable_parameters,
+        advice=tuple(advise(model, plan, cost, full, batch_size, accumulation, costing)),
+    )
+
+
+def forecast_table(forecast: Forecast) -> str:
+    """Arithmetic and memory beside those of full fine-tuning, then the advice."""
+    values = forecast.to_json()
+    passes = f" x {forecast.accumulation} passes" if forecast.accumulation > 1 else ""
+    batch = f"a step of {forecast.batch_size} x {forecast.block_size} tokens{passes}"
+    products = _rows(PRODUCTS, values["flops"], 1e9)
+    memory = _rows(MEMORY, values["memory"], 2**20)
+    tables = columns(
+        [
+            (f"matrix products of {batch}, GFLOP", "this plan", "full", "of full"),
+            *products,
+            ("", "", "", ""),
+            (f"memory of {batch}, MB (each at its largest)", "this plan", "full", "of full"),
+            *memory,
+        ]
+    )
+    advice = [textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in forecast.advice]
+    lines = [line.rstrip() for line in tables.splitlines()]
+    return "\n".join([*lines, "", *advice] if advice else lines)
+
+
+def _rows(labels: dict[str, str], values: dict[str, Any], unit: float) -> list[tuple[str, ...]]:
+    """A row for each of `labels` that is not nothing in both columns."""
+    sizes = [(label, values[key], values["full"][key]) for key, label in labels.items()]
+    return [
+        (f"  {label}", _cell(own, unit), _cell(full, unit), f"{own / full:.0%}" if full else "")
+        for label, own, full in sizes
+        if own or full
+    ]
+
+
+def _cell(value: int, unit: float) -> str:
+    scaled = value / unit
+    return f"{scaled:,.0f}" if scaled >= 100 or not scaled else f"{scaled:,.3g}"
+
+
+def _with_total(products: Products) -> dict[str, int]:
+    return {**asdict(products), "total": products.total}

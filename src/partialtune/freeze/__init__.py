@@ -1,0 +1,1 @@
+"""The freeze plan: what trains, from when on, and why."""

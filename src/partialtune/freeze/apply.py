@@ -1,0 +1,80 @@
+"""A freeze plan carried out on a model: the only place that unties a head, sets `requires_grad` and keeps eval mode."""
+
+from collections.abc import Iterable, Iterator
+from types import MethodType
+
+from torch import nn
+
+from partialtune.errors import RecipeError
+from partialtune.freeze.plan import FreezePlan
+from partialtune.proof.weights import named_weights
+
+
+def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
+    """Untie the head where the plan says so and set `requires_grad` for all that any phase trains.
+
+    From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
+    below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent.
+
+    Raises:
+        RecipeError: If the plan was made for another model.
+    """
+    if plan.head == "untied":
+        untie_head(model)
+    parameters = dict(model.named_parameters())
+    if set(parameters) != {planned.name for planned in plan.parameters}:
+        strangers = sorted(set(parameters) ^ {planned.name for planned in plan.parameters})
+        raise RecipeError(
+            f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
+            f"{strangers[0]} first. Make a plan for this model with plan_freeze."
+        )
+    model.train = MethodType(train_what_is_trainable, model)
+    let_learn(model, plan.trainable)
+
+
+def let_learn(model: nn.Module, names: Iterable[str]) -> None:
+    """Set `requires_grad` for these parameters and for no others, and note which modules stay in eval mode."""
+    chosen = set(names)
+    for name, parameter in named_weights(model):
+        parameter.requires_grad_(name in chosen)
+    model._modules_kept_in_eval = tuple(modules_without_trainables(model))
+    model.train(model.training)
+
+
+def untie_head(model: nn.Module) -> None:
+    """Give the head its own copy of the token embedding, and say so in the config, so that no reload ties them again.
+
+    `from_pretrained(tie_word_embeddings=False)` would leave the new head randomly initialised.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    head.weight = nn.Parameter(embedding.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}  # what save_pretrained and tie_weights go by
+
+
+def modules_without_trainables(model: nn.Module) -> Iterator[str]:
+    """Names of the topmost modules that hold parameters of which none trains."""
+
+    def walk(module: nn.Module, path: str) -> Iterator[str]:
+        flags = [parameter.requires_grad for parameter in module.parameters()]
+        if flags and not any(flags):
+            yield path
+            return
+        for name, child in module.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
+    """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode."""
+    type(self).train(self, mode)
+    if mode:
+        for path in self._modules_kept_in_eval:
+            module = self.get_submodule(path)
+            type(module).train(module, False)
+    return self

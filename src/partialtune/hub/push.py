@@ -1,0 +1,214 @@
+"""A finished run's folder -> a repository on the Hugging Face Hub, verified: one commit, or none where nothing differs.
+
+A push can be run again at any time. It looks at what the Hub has, sends what is missing in a single commit, and looks
+again: "pushed" means that the Hub's sizes and digests of all files of the run equal those on disk. Since a commit is
+all or nothing, the branch holds either what it held before or the whole run, however the push ends.
+"""
+
+import logging
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+from partialtune.errors import InputError, UploadIncomplete
+from partialtune.hub.access import DEFAULT_BRANCH, check_access
+from partialtune.hub.client import (
+    HUB_ERRORS,
+    HubUnreachable,
+    NotThereYet,
+    Patience,
+    ask,
+    hub_api,
+    in_words,
+    progress_bars,
+    time_limits,
+)
+from partialtune.hub.files import Gap, LocalFile, check_finished, files_to_send, gap_between
+
+__all__ = ["Patience", "PushReport", "check_access", "push_after_training", "push_run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push that is complete and verified leaves on the Hub.
+
+    Attributes:
+        commit: The commit whose files were compared with the run's.
+        url: The repository's page, at the branch.
+        files, bytes: The run's files there, and their size.
+        sent: Names of the files that this push sent; empty where nothing differed.
+        removed: Names of another model's weight files that it took away.
+    """
+
+    commit: str
+    url: str
+    files: int
+    bytes: int
+    sent: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        what = f"{self.files} files, {self.bytes / 1e6:,.1f} MB, at commit {self.commit[:12]}"
+        if not self.sent and not self.removed:
+            return f"{self.url} holds the run already: {what}, sizes and digests verified. Nothing was sent."
+        return f"Pushed to {self.url}: {what}, sizes and digests verified."
+
+
+def push_run(
+    run: Path,
+    repo_id: str,
+    revision: str | None = None,
+    private: bool | None = None,
+    allow_failed_audit: bool = False,
+    patience: Patience | None = None,
+) -> PushReport:
+    """Upload a finished run and verify what arrived. Running it again sends only what is missing.
+
+    Args:
+        run: Folder of a finished run.
+        repo_id: NAMESPACE/NAME, created where it is missing.
+        revision: Branch, default `main`, created where it is missing.
+        private: As for `check_access`.
+        allow_failed_audit: Push a run whose freeze audit failed.
+        patience: Tries and time-outs.
+
+    Raises:
+        InputError: If the folder holds no run that may be published, or the Hub refuses the token. Nothing was sent.
+        UploadIncomplete: If the upload did not come to its end; the message gives the command that resumes it.
+    """
+    run, patience = Path(run), patience or Patience()
+    check_finished(run, allow_failed_audit)
+    again = _push_command(run, repo_id, revision, private, allow_failed_audit)
+    try:
+        check_access(repo_id, private, revision, patience)
+    except HubUnreachable as error:
+        raise UploadIncomplete(_what_is_safe(run, repo_id, str(error), again)) from error
+    upload = _Upload(hub_api(), run, repo_id, revision or DEFAULT_BRANCH)
+    try:
+        with time_limits(patience.answer_seconds), progress_bars():
+            commit = ask(upload.bring_across, patience)
+            ask(lambda: upload.verify(commit), patience)
+    except HUB_ERRORS as error:
+        raise UploadIncomplete(_what_is_safe(run, repo_id, in_words(error), again)) from error
+    return upload.report(commit)
+
+
+def push_after_training(
+    run: Path,
+    repo_id: str,
+    revision: str | None = None,
+    private: bool | None = None,
+    allow_failed_audit: bool = False,
+    patience: Patience | None = None,
+) -> PushReport:
+    """Push at the end of a run: access that was lost since `check_access` is no bad input any more.
+
+    Raises:
+        InputError: If the folder holds no run that may be published.
+        UploadIncomplete: If the upload did not come to its end, for whatever reason.
+    """
+    run = Path(run)
+    check_finished(run, allow_failed_audit)
+    try:
+        return push_run(run, repo_id, revision, private, allow_failed_audit, patience)
+    except InputError as error:
+        again = _push_command(run, repo_id, revision, private, allow_failed_audit)
+        raise UploadIncomplete(_what_is_safe(run, repo_id, str(error), again)) from error
+
+
+@dataclass
+class _Upload:
+    """One push. `sent` and `removed` grow with what its commits carry."""
+
+    api: HfApi
+    run: Path
+    repo_id: str
+    branch: str
+    sent: set[str] = field(default_factory=set)
+    removed: set[str] = field(default_factory=set)
+    refused_parent: str | None = None
+
+    def bring_across(self) -> str:
+        """Make the branch hold the run. Returns the commit that does; makes one only where something differs."""
+        head = self.api.model_info(self.repo_id, revision=self.branch).sha
+        local = files_to_send(self.run)
+        gap = self._gap(local, head)
+        return self._send(local, gap, head) if gap else head
+
+    def verify(self, commit: str) -> None:
+        """Compare sizes and digests of all files at `commit` with those on disk.
+
+        Raises:
+            NotThereYet: If they differ, or the commit is not to be seen yet.
+        """
+        try:
+            gap = self._gap(files_to_send(self.run), commit)
+        except RevisionNotFoundError as error:
+            raise NotThereYet(f"The Hub does not show commit {commit} yet") from error
+        if gap:
+            raise NotThereYet(f"On the Hub, commit {commit} differs from the run in {gap}")
+
+    def report(self, commit: str) -> PushReport:
+        files = files_to_send(self.run)
+        page = f"{constants.ENDPOINT}/{self.repo_id}"
+        return PushReport(
+            commit=commit,
+            url=page if self.branch == DEFAULT_BRANCH else f"{page}/tree/{self.branch}",
+            files=len(files),
+            bytes=sum(file.size for file in files.values()),
+            sent=tuple(sorted(self.sent)),
+            removed=tuple(sorted(self.removed)),
+        )
+
+    def _gap(self, local: dict[str, LocalFile], commit: str) -> Gap:
+        return gap_between(local, self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit))
+
+    def _send(self, local: dict[str, LocalFile], gap: Gap, head: str) -> str:
+        """One commit on top of `head`, so that a commit whose answer was lost is never made twice."""
+        size = sum(local[name].size for name in gap.missing)
+        logger.info("Sending %d files, %.1f MB, to %s.", len(gap.missing), size / 1e6, self.repo_id)
+        if gap.stale:
+            logger.info("Taking away weights of another model: %s.", ", ".join(gap.stale))
+        self.sent.update(gap.missing)
+        self.removed.update(gap.stale)
+        try:
+            return self.api.create_commit(
+                self.repo_id,
+                [
+                    *(CommitOperationAdd(name, local[name].path) for name in gap.missing),
+                    *(CommitOperationDelete(name) for name in gap.stale),
+                ],
+                commit_message=f"Add a run of partialtune ({len(gap.missing)} files)",
+                revision=self.branch,
+                parent_commit=None if head == self.refused_parent else head,
+            ).oid
+        except HfHubHTTPError as error:
+            if (
+                error.response.status_code == 412
+            ):  # somebody else's commit; some fine-grained tokens get it for the very head
+                self.refused_parent = head
+            raise
+
+
+def _push_command(run: Path, repo_id: str, revision: str | None, private: bool | None, allow_failed_audit: bool) -> str:
+    """The command that goes on with a push."""
+    words = ["partialtune", "push", str(run), "--repo_id", repo_id]
+    words += ["--revision", revision] if revision else []
+    words += ["--private", str(private).lower()] if private is not None else []
+    words += ["--allow_failed_audit"] if allow_failed_audit else []
+    return shlex.join(words)
+
+
+def _what_is_safe(run: Path, repo_id: str, reason: str, again: str) -> str:
+    """What failed, what is safe where, and the command that goes on."""
+    return (
+        f"The upload to {repo_id} did not complete. {reason}\n"
+        f"The run is safe and whole in {run}. A push is one commit, so unless one is named above the Hub holds either "
+        f"what it held before or the whole run, never a part. This sends what is missing and verifies it:\n"
+        f"  {again}"
+    )

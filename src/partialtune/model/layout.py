@@ -1,0 +1,205 @@
+"""Where the parts of a causal language model are: nn.Module -> the block and the component of every parameter name.
+
+Read from the module tree alone:
+
+1. the decoder blocks are the elements of one `nn.ModuleList`: the one with the most parameters;
+2. the trunk is the smallest module that holds both these blocks and the token embeddings; position embeddings and
+   the final norm are in it, beside the blocks;
+3. the head is what the model has around its body: the output embeddings and what comes with them;
+4. inside a block the outermost module that says what it is (attention, mlp, mixer) names the component of all that
+   it holds, except that a norm is a norm wherever it stands.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from partialtune.errors import ModelError
+from partialtune.model.roles import holds_parameters, is_norm, role_in_block, says_embedding, says_final, says_position
+
+COMPONENTS = (
+    "embeddings.tokens",
+    "embeddings.positions",
+    "embeddings.other",
+    "attention",
+    "mlp",
+    "mixer",
+    "norms",
+    "final_norm",
+    "head",
+    "other",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one name of a parameter stands in the model. A tied parameter has several names, so several places."""
+
+    name: str
+    block: int | None  # None outside the blocks
+    component: str  # one of COMPONENTS
+
+
+class Layout:
+    """The paths of a model's parts, and from them the place of every parameter name. The path "" is the model itself.
+
+    Raises:
+        ModelError: If the model has no token embeddings or no list of blocks.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tokens = self._find_tokens(model)
+        lists = self._lists_of_blocks()
+        self.blocks = self._choose_blocks(lists, type(model).__name__)
+        self.block_count = len(self.modules[self.blocks])
+        self.trunk = _common_parent(self.tokens, self.blocks)
+        # Around other lists of blocks: image and audio encoders, a second stack. What belongs to them is `other`.
+        others = [path for path in lists if not _within(path, self.blocks)]
+        self.towers = [_child_towards(path, _common_parent(path, self.blocks)) for path in others]
+        self.final_norm = self._find_final_norm()
+        self.head = self._path_returned_by(model, "get_output_embeddings")
+        self.whole, self.body = self._find_body()
+
+    def place(self, name: str) -> Place:
+        """The block and the component of one full parameter name."""
+        if not _within(name, self.blocks):
+            return Place(name, None, self._component_outside_blocks(name))
+        index = name.removeprefix(f"{self.blocks}.").partition(".")[0]
+        return Place(name, int(index), self._component_in_block(f"{self.blocks}.{index}", name))
+
+    def _component_in_block(self, block: str, name: str) -> str:
+        owner = name.rpartition(".")[0]
+        if is_norm(self.modules[owner]):
+            return "norms"
+        path = block
+        while path != owner:
+            path = _child_towards(name, path)
+            role = role_in_block(path.rpartition(".")[2], self.modules[path])
+            if role:
+                return role
+        return "other"
+
+    def _component_outside_blocks(self, name: str) -> str:
+        owner = self.modules[name.rpartition(".")[0]]
+        inner = name.removeprefix(f"{self.trunk}.")
+        if self.final_norm and _within(name, self.final_norm):
+            return "final_norm"
+        if self._is_head(name):
+            return "head"
+        if not is_norm(owner) and (owner is self.modules[self.tokens] or _within(name, self.tokens)):
+            return "embeddings.tokens"
+        if not _within(name, self.trunk) or any(_within(name, tower) for tower in self.towers):
+            return "other"
+        if says_position(inner) or says_position(type(owner).__name__):
+            return "embeddings.positions"
+        if is_norm(owner) or isinstance(owner, nn.Embedding) or says_embedding(inner) or self._widens_tokens(owner):
+            return "embeddings.other"
+        return "other"
+
+    def _is_head(self, name: str) -> bool:
+        if self.head is None:
+            return False
+        if self.body is not None and _within(name, self.whole) and not _within(name, self.body):
+            return True
+        return _within(name, self.head) or self._narrows_to_tokens(name)
+
+    def _token_width(self) -> int:
+        return next(self.modules[self.tokens].parameters()).shape[-1]
+
+    def _widens_tokens(self, owner: nn.Module) -> bool:
+        """OPT's project_in: a matrix from the token embeddings' width to the blocks'."""
+        return isinstance(owner, nn.Linear) and owner.in_features == self._token_width() != owner.out_features
+
+    def _narrows_to_tokens(self, name: str) -> bool:
+        """OPT's project_out: a matrix beside the blocks, from their width to that of token embeddings and head."""
+        path = name.rpartition(".")[0]
+        owner = self.modules[path]
+        if not isinstance(owner, nn.Linear) or not _within(path, self.trunk) or not self._is_beside_blocks(path):
+            return False
+        return owner.out_features == self._token_width() != owner.in_features
+
+    def _find_tokens(self, model: nn.Module) -> str:
+        path = self._path_returned_by(model, "get_input_embeddings")
+        if path is None or not holds_parameters([self.modules[path]]):
+            raise ModelError(
+                f"{type(model).__name__} has no token embeddings: get_input_embeddings() gives none of its modules. "
+                f"Pass the model that AutoModelForCausalLM loads, without a DataParallel, DDP or FSDP wrapper."
+            )
+        return path
+
+    def _path_returned_by(self, model: nn.Module, method: str) -> str | None:
+        try:
+            module = getattr(model, method, lambda: None)()
+        except NotImplementedError:  # transformers' own word for "this architecture does not say"
+            return None
+        return next((path for path, other in self.modules.items() if other is module), None)
+
+    def _lists_of_blocks(self) -> list[str]:
+        """Paths of the lists whose elements are built of modules with parameters: blocks, experts, but no matrices."""
+        lists = {path: module for path, module in self.modules.items() if isinstance(module, nn.ModuleList)}
+        return [path for path, elements in lists.items() if any(holds_parameters(e.children()) for e in elements)]
+
+    def _choose_blocks(self, lists: list[str], model_class: str) -> str:
+        decoders = [path for path in lists if not self._reads_other_than_text(path)]
+        if not decoders:
+            raise ModelError(
+                f"{model_class} has no decoder blocks that can be found: none of its modules is an nn.ModuleList of "
+                f"blocks. Causal language models that keep their blocks in such a list are supported."
+            )
+        # A list inside an element of another, as experts in a block, never holds more; of equals the outer comes first.
+        return max(decoders, key=lambda path: sum(p.numel() for p in self.modules[path].parameters()))
+
+    def _reads_other_than_text(self, path: str) -> bool:
+        """Whether a module around this one takes pixels or sound, as transformers' encoders declare."""
+        around = [outer for outer in self.modules if _within(path, outer) and not _within(self.tokens, outer)]
+        return any(getattr(self.modules[outer], "main_input_name", "input_ids") != "input_ids" for outer in around)
+
+    def _find_final_norm(self) -> str | None:
+        """Among the norms beside the blocks: the one named as final, or else the first that is registered after them.
+
+        OPT registers its final norm before the blocks; BART registers one for its embeddings after them, and LFM2's
+        final one is called embedding_norm.
+        """
+        order = list(self.modules)
+        beside = [path for path in order if self._is_beside_blocks(path) and is_norm(self.modules[path])]
+        names = {path: path.rpartition(".")[2] for path in beside if holds_parameters([self.modules[path]])}
+        own = [path for path, name in names.items() if name == "embedding_norm" or not says_embedding(name)]
+        named = [path for path in own if says_final(names[path])]
+        after = [path for path in own if order.index(path) > order.index(self.blocks)]
+        return next(iter(named + after), None)
+
+    def _is_beside_blocks(self, path: str) -> bool:
+        """Whether the module's parent is one that also holds the blocks."""
+        return path not in ("", self.blocks) and _within(self.blocks, path.rpartition(".")[0])
+
+    def _find_body(self) -> tuple[str | None, str | None]:
+        """(smallest module with blocks and head, its child that holds the trunk), or (None, None)."""
+        if self.head is None:
+            return None, None
+        whole = _common_parent(self.blocks, self.head)
+        if self.trunk == whole or not _within(self.trunk, whole):
+            return None, None
+        return whole, _child_towards(self.trunk, whole)
+
+
+def _within(path: str, ancestor: str) -> bool:
+    """Whether a dotted path is that of the ancestor or of something in it: h.1.attn is within h.1, h.10 is not."""
+    return path == ancestor or ancestor == "" or path.startswith(f"{ancestor}.")
+
+
+def _child_towards(path: str, ancestor: str) -> str:
+    """The child of the ancestor in which the path lies: _child_towards("a.b.c.d", "a.b") -> "a.b.c"."""
+    if ancestor == "":
+        return path.split(".")[0]
+    return f"{ancestor}." + path.removeprefix(f"{ancestor}.").split(".")[0]
+
+
+def _common_parent(one: str, other: str) -> str:
+    """The path of the smallest module that holds both: _common_parent("a.b.c", "a.b.d.e") -> "a.b"."""
+    shared: list[str] = []
+    for left, right in zip(one.split(".")[:-1], other.split(".")[:-1], strict=False):
+        if left != right:
+            break
+        shared.append(left)
+    return ".".join(shared)

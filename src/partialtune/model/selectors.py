@@ -1,0 +1,194 @@
+"""Selectors applied: a model's structure and a list like ["blocks[-2:]", "!biases"] -> names of what trains.
+
+The grammar is at the head of grammar.py. A tied parameter answers to every one of its names: adding any of them adds
+it, removing any removes it.
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+from partialtune.errors import RecipeError
+from partialtune.model.grammar import BLOCK_PARTS, WORDS, Selector, parse_selector, slice_as_written
+from partialtune.model.layout import Place
+from partialtune.model.structure import ModelStructure, ParameterInfo
+
+logger = logging.getLogger(__name__)
+
+COMPONENTS_OF = {  # a word -> the components that it stands for, where these differ from the word
+    "embeddings": ("embeddings.tokens", "embeddings.positions", "embeddings.other"),
+    "norms": ("norms", "final_norm"),
+}
+ONE_NAME_OF_A_TIE = ("head", "embeddings", "embeddings.tokens")
+IN_WORDS = {
+    "embeddings.positions": "position embeddings",
+    "mixer": "mixer (state-space block)",
+    "final_norm": "final norm with parameters",
+}
+
+
+def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow_empty: bool = False) -> dict[str, str]:
+    """Apply selectors in their order: each adds parameters, one with "!" takes away from those before it.
+
+    resolve_selectors(gpt2, ["final_norm", "!biases"]) -> {"transformer.ln_f.weight": "final_norm"}
+
+    Args:
+        structure: The model's parameters, from `read_structure`.
+        selectors: One string counts as a list of one.
+        allow_empty: Whether the list may be empty (a schedule may begin with nothing that trains).
+
+    Returns:
+        First name of each trainable parameter -> the first selector that chose it, in the structure's order.
+
+    Raises:
+        RecipeError: With all problems at once: selectors that cannot be read, are out of range, match no parameter
+            or contradict each other about a tied one. Also if nothing at all is left to train.
+    """
+    texts = [selectors] if isinstance(selectors, str) else list(selectors)
+    if not texts and not allow_empty:
+        raise RecipeError(f"trainable is empty: nothing would train. {_what_it_has(structure)}")
+    steps: list[tuple[Selector, dict[str, set[str]]]] = []
+    problems: list[str] = []
+    for text in texts:
+        try:
+            selector = parse_selector(text)
+            steps.append((selector, _matches(structure, selector)))
+        except RecipeError as problem:
+            problems.append(str(problem))
+    problems += _tie_contradictions(structure, steps)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    chosen = _add_and_remove(steps)
+    if texts and not chosen:
+        raise RecipeError(f"trainable [{', '.join(texts)}] takes away all that it adds: nothing is left to train.")
+    return {info.name: chosen[info.name] for info in structure.parameters if info.name in chosen}
+
+
+def _add_and_remove(steps: Iterable[tuple[Selector, dict[str, set[str]]]]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for selector, matches in steps:
+        if not selector.removes:
+            chosen = dict.fromkeys(matches, selector.text) | chosen
+            continue
+        if not matches.keys() & chosen.keys():
+            logger.warning("%s takes nothing away: no selector before it chose what it names", selector.text)
+        chosen = {name: text for name, text in chosen.items() if name not in matches}
+    return chosen
+
+
+def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str]]:
+    """First name of each parameter that a selector matches -> those of the parameter's names that it matches."""
+    blocks = _numbers_of_blocks(structure, selector)
+    matches = {
+        info.name: names
+        for info in structure.parameters
+        if (names := {place.name for place in info.places if _is_match(selector, blocks, info, place)})
+    }
+    if not matches:
+        raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
+    return matches
+
+
+def _is_match(selector: Selector, blocks: set[int], info: ParameterInfo, place: Place) -> bool:
+    if selector.pattern is not None:
+        return selector.pattern.fullmatch(place.name) is not None
+    if selector.indices is not None:
+        return place.block in blocks and (selector.part is None or _is_part(selector.part, info, place))
+    return selector.word == "all" or _is_part(selector.word, info, place)
+
+
+def _is_part(word: str, info: ParameterInfo, place: Place) -> bool:
+    if word == "biases":
+        return info.is_bias and (place.block is not None or place.component == "final_norm")
+    return place.component in COMPONENTS_OF.get(word, (word,))
+
+
+def _numbers_of_blocks(structure: ModelStructure, selector: Selector) -> set[int]:
+    count, model = structure.block_count, structure.model_name
+    numbers: set[int] = set()
+    for index in selector.indices or ():
+        if isinstance(index, slice):
+            chosen = range(count)[index]
+            if not chosen:
+                raise RecipeError(
+                    f"{selector.text}: the slice {slice_as_written(index)} holds no block. {model} has {count} blocks, "
+                    f"0 to {count - 1}, and a slice ends before its second number: blocks[0:1] is the first block."
+                )
+            numbers.update(chosen)
+        elif not -count <= index < count:
+            where = "" if selector.text == f"blocks[{index}]" else f" (in {selector.text})"
+            raise RecipeError(
+                f"blocks[{index}]{where} is out of range: {model} has {count} blocks, 0 to {count - 1}. "
+                f"The last one is blocks[{count - 1}] or blocks[-1]."
+            )
+        else:
+            numbers.add(index % count)
+    return numbers
+
+
+def _tie_contradictions(structure: ModelStructure, steps: Sequence[tuple[Selector, dict[str, set[str]]]]) -> list[str]:
+    """Where one name of a tied parameter is asked for by itself and only another name is taken away."""
+    problems = []
+    for name in dict.fromkeys(name for name, _ in structure.ties):
+        about_it = [(selector, matches[name]) for selector, matches in steps if name in matches]
+        asked = [(s.text, names) for s, names in about_it if s.word in ONE_NAME_OF_A_TIE and not s.removes]
+        taken = [(s.text, names) for s, names in about_it if s.removes]
+        problems += [
+            f"{add} and {remove} contradict each other: in {structure.model_name} {', '.join(sorted(added))} and "
+            f"{', '.join(sorted(removed))} are one tied tensor of {structure.by_name[name].numel:,} parameters, which "
+            f"trains or does not. Set `head: untied` to make it two, or leave out one of the two selectors."
+            for add, added in asked
+            for remove, removed in taken
+            if not added & removed
+        ]
+    return problems
+
+
+def _why_no_match(structure: ModelStructure, selector: Selector, blocks: set[int]) -> str:
+    if selector.pattern is not None:
+        return _nearest_names(structure, selector.pattern)
+    if selector.word is not None:
+        lacks = IN_WORDS.get(selector.word, selector.word)
+        return f"{structure.model_name} has no {lacks}. {_what_it_has(structure)}"
+    if selector.part is None:
+        return f"{_ranges(blocks)} of {structure.model_name} hold none."
+    pairs = [(info, place) for info in structure.parameters for place in info.places if place.block is not None]
+    parts = [part for part in BLOCK_PARTS if any(_is_part(part, *pair) and pair[1].block in blocks for pair in pairs)]
+    holders = {place.block for info, place in pairs if _is_part(selector.part, info, place)}
+    has = f"{_ranges(blocks)} of {structure.model_name} {'has' if len(blocks) == 1 else 'have'} {', '.join(parts)}"
+    return f"{has}; {selector.part} is in {_ranges(holders) if holders else 'none of its blocks'}."
+
+
+def _what_it_has(structure: ModelStructure) -> str:
+    """It has embeddings.tokens, ..., head, blocks[0] to blocks[11]."""
+    pairs = [(info, place) for info in structure.parameters for place in info.places]
+    words = [
+        word for word in WORDS if word not in ("embeddings", "all") and any(_is_part(word, *pair) for pair in pairs)
+    ]
+    return f"It has {', '.join(words)} and blocks[0] to blocks[{structure.block_count - 1}]."
+
+
+def _nearest_names(structure: ModelStructure, pattern: re.Pattern) -> str:
+    """Why a regular expression matches nothing: mostly it fits a part of names, and has to fit a whole one."""
+    inside = [name for name in structure.by_name if pattern.search(name)]
+    if inside:
+        return (
+            f"it has to match a full name and fits only a part of {len(inside)} names, such as {inside[0]}: "
+            f"/.*{pattern.pattern}.*/ would take them."
+        )
+    plain = re.sub(r"\\(.)", r"\1", pattern.pattern)
+    nearest = difflib.get_close_matches(plain, structure.by_name, n=3, cutoff=0) or list(structure.by_name)[:3]
+    return f"the nearest names in {structure.model_name} are {', '.join(nearest)}."
+
+
+def _ranges(numbers: set[int]) -> str:
+    """{0, 1, 2, 5} -> "blocks 0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"{'block' if len(numbers) == 1 else 'blocks'} {', '.join(spans)}"

@@ -1,0 +1,146 @@
+"""The structure of a causal language model: nn.Module -> each tensor once, with all its names, block and component.
+
+Only the module tree is read: the model is not run, not changed, and may lie on the meta device.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from partialtune.errors import ModelError, RecipeError
+from partialtune.model.layout import Layout, Place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One tensor of the model. Block, component and rank are those of the place that the forward pass meets first."""
+
+    name: str  # the one that model.named_parameters() gives
+    aliases: tuple[str, ...]  # other names of the same tensor
+    shape: tuple[int, ...]
+    numel: int
+    block: int | None  # None outside the blocks
+    component: str  # one of layout.COMPONENTS; a tied head's is embeddings.tokens
+    is_bias: bool
+    forward_rank: int  # 0 before the blocks, 1 + index in a block, then the final norm's, then the head's
+    places: tuple[Place, ...]  # one for `name` and for each alias, in this order
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """All parameters of a model, in the order of model.named_parameters()."""
+
+    model_name: str
+    blocks_path: str  # block 3 is the module f"{blocks_path}.3"
+    block_count: int
+    parameters: tuple[ParameterInfo, ...]
+
+    @cached_property
+    def ties(self) -> list[tuple[str, str]]:
+        """Pairs (name, alias), one for each alias."""
+        return [(info.name, alias) for info in self.parameters for alias in info.aliases]
+
+    @cached_property
+    def total(self) -> int:
+        """Number of parameters; a tied tensor counts once."""
+        return sum(info.numel for info in self.parameters)
+
+    @cached_property
+    def by_name(self) -> dict[str, ParameterInfo]:
+        """Every name, aliases too -> its tensor."""
+        return {place.name: info for info in self.parameters for place in info.places}
+
+    def first_in_forward_order(self, names: Iterable[str]) -> str | None:
+        """The one of these parameters that the forward pass meets first: backward need not go past it. None for none.
+
+        Within one rank (the embeddings, a block) it is the one that the model registers first.
+        """
+        wanted = {self.by_name[name].name for name in names}
+        found = [info for info in self.parameters if info.name in wanted]
+        return min(found, key=lambda info: info.forward_rank).name if found else None
+
+
+def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
+    """Find out what every parameter of a causal language model is.
+
+    Args:
+        model: What `AutoModelForCausalLM` gives, also on the meta device, with PEFT adapters, or wrapped by
+            `torch.compile` (whose prefix `_orig_mod.` the names here do not have).
+        head: "tied" describes the model as it is. "untied" describes it as it will be when the head has a tensor of
+            its own; the two are equal where the model does not tie.
+
+    Raises:
+        RecipeError: If `head` is neither of the two.
+        ModelError: If the model is quantised, or has no token embeddings or decoder blocks that can be found.
+    """
+    if head not in ("tied", "untied"):
+        raise RecipeError(f"head is {head!r}. It can be 'tied' (as the model is) or 'untied' (a tensor of its own).")
+    model = getattr(model, "_orig_mod", model)
+    _refuse_quantised(model)
+    layout = Layout(model)
+    if layout.towers:
+        logger.info("beside the blocks in %s there are %s; they count as `other`", layout.blocks, layout.towers)
+
+    tensors: dict[tuple[int, bool], tuple[nn.Parameter, list[Place]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        place = layout.place(name)
+        key = (id(parameter), head == "untied" and place.component == "head")  # True: will be a tensor of its own
+        tensors.setdefault(key, (parameter, []))[1].append(place)
+    _refuse_shared_memory(model)
+    return ModelStructure(
+        model_name=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
+        blocks_path=layout.blocks,
+        block_count=layout.block_count,
+        parameters=tuple(_describe(tensor, places, layout.block_count) for tensor, places in tensors.values()),
+    )
+
+
+def _describe(tensor: nn.Parameter, places: list[Place], block_count: int) -> ParameterInfo:
+    def rank(place: Place) -> int:
+        if place.block is not None:
+            return 1 + place.block
+        return {"final_norm": 1 + block_count, "head": 2 + block_count}.get(place.component, 0)
+
+    first = min(places, key=lambda place: (rank(place), place.component == "other"))
+    name, *aliases = [place.name for place in places]
+    return ParameterInfo(
+        name=name,
+        aliases=tuple(aliases),
+        shape=tuple(tensor.shape),
+        numel=tensor.numel(),
+        block=first.block,
+        component=first.component,
+        is_bias=name.endswith((".bias", "_bias")),
+        forward_rank=rank(first),
+        places=tuple(places),
+    )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    narrow = [name for name, p in model.named_parameters() if not p.is_floating_point() or p.dtype.itemsize < 2]
+    if narrow or getattr(model, "is_quantized", False):
+        found = f" ({narrow[0]} is {model.get_parameter(narrow[0]).dtype})" if narrow else ""
+        raise ModelError(
+            f"{type(model).__name__} is quantised{found}: such weights cannot be trained, and no bit-exact claim about "
+            f"them would hold. Load the model in float32, bfloat16 or float16, without a quantization_config."
+        )
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    """Two parameters over one memory would be trained twice and frozen by half. A tie shares the parameter itself."""
+    owners: dict[tuple[int, torch.Size], str] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor or parameter.data_ptr() == 0:  # sharded, meta or empty
+            continue
+        other = owners.setdefault((parameter.data_ptr(), parameter.shape), name)
+        if other != name:
+            raise ModelError(
+                f"{other} and {name} are two parameters that share one memory. A tie has to share the parameter: call "
+                f"model.tie_weights(), or give one of the two a copy of its own."
+            )

@@ -1,0 +1,165 @@
+"""A finished run's folder -> README.md: a model card that says what trained, what it brought, how to check it."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from partialtune.pages.figures import describe_figures
+from partialtune.pages.run_files import RunFiles, read_run
+from partialtune.pages.wording import (
+    audit_problems,
+    count,
+    percent,
+    score_changes,
+    significant,
+    text_label,
+    trained_share,
+    verdict,
+)
+
+TAGS = ["partialtune", "partial-fine-tuning", "layer-freezing"]
+# What could be inline Markdown, HTML, a table's bar, a formula or a link; underscores and colons inside words are text.
+SYNTAX = re.compile(r"[&<>|`*\[\]\\~$#@]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=[wW]{3})\.")
+
+
+def write_card(run: str | os.PathLike) -> Path:
+    """Write `README.md`, a model card, into the folder of a finished run.
+
+    Language and licence are said only where the run recorded them: `language` and `license` under `run` in
+    `recipe.yaml`.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        Path of the card.
+    """
+    files = read_run(run)
+    card = files.folder / "README.md"
+    card.write_text(str(ModelCard(render_card(files))), encoding="utf-8", errors="replace")
+    return card
+
+
+def render_card(run: RunFiles) -> str:
+    """The card as text: YAML between dashes, then Markdown."""
+    environment = Environment(
+        loader=PackageLoader("partialtune.pages"),
+        autoescape=False,  # Markdown: every value goes through one of the three filters below
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": plain, "code": code, "cell": cell_code}
+    environment.filters |= {"count": count, "significant": significant, "percent": percent}
+    return environment.get_template("card.md.j2").render(
+        metadata=metadata(run).to_yaml(),
+        run=run,
+        name=model_name(run),
+        base=base_model(run),
+        repository=run.recipe.get("hub_model_id"),
+        share=trained_share(run),
+        findings=verdict(run),
+        problems=audit_problems(run),
+        texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],
+        prompts=run.evaluation.get("prompts", []),
+        figures=describe_figures(run),
+        sources=run.record.get("sources", []),
+        versions=run.record.get("versions", {}),
+        frozen_values=sum(parameter["numel"] for parameter in run.frozen),
+    )
+
+
+def plain(text: Any) -> str:
+    """Text that Markdown shows as it is, within a line or a table: syntax becomes entities, line ends are shown.
+
+    plain("a|b <i>") -> a&#124;b &#60;i&#62;
+    """
+    shown = str(text).replace("\n", " \u21b5 ").strip()
+    shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in shown)
+    return SYNTAX.sub(lambda match: f"&#{ord(match.group())};", shown)
+
+
+def code(text: Any) -> str:
+    """Text as a code span: fenced by more backticks than it holds, on one line."""
+    shown = " ".join(str(text).split()) or " "
+    longest = max(map(len, re.findall("`+", shown)), default=0)
+    fence = "`" * (longest + 1)
+    gap = " " if shown[0] == "`" or shown[-1] == "`" else ""
+    return f"{fence}{gap}{shown}{gap}{fence}"
+
+
+def cell_code(text: Any) -> str:
+    """A code span in a table, where a bar would end the cell."""
+    return code(text).replace("|", "\\|")
+
+
+# --- metadata
+
+
+def metadata(run: RunFiles) -> ModelCardData:
+    """The card's YAML. A base model that is no Hub repository, an unknown language or licence are left out."""
+    base = base_model(run)
+    results = evaluation_results(run)
+    return ModelCardData(
+        language=run.record.get("language"),
+        license=run.record.get("license"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base,
+        tags=[*TAGS],
+        model_name=model_name(run) if results else None,
+        eval_results=results or None,
+        **({"base_model_relation": "finetune"} if base else {}),
+    )
+
+
+def base_model(run: RunFiles) -> str | None:
+    """The base's Hub id. A commit of the base is known only where it came from the Hub; a folder has none."""
+    name = str(run.recipe.get("model_name_or_path", ""))
+    if name.startswith("builtin:") or not run.record.get("base_commit") or Path(name).is_dir():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def model_name(run: RunFiles) -> str:
+    """The name after the namespace that the run was to be pushed to, else the run's folder."""
+    return str(run.recipe.get("hub_model_id") or run.name).rpartition("/")[2]
+
+
+def evaluation_results(run: RunFiles) -> list[EvalResult]:
+    """Perplexity and bits per byte after training. The training text is left out: a model's score on it says little."""
+    sources = ", ".join(str(source["name"]) for source in run.record.get("sources", []))
+    results = []
+    for name, entry in run.texts.items():
+        if name == "training":
+            continue
+        for metric, label in (("perplexity", "Perplexity"), ("bits_per_byte", "Bits per byte")):
+            if entry["after"].get(metric) is not None:
+                results.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        task_name="Text generation",
+                        dataset_type="text",
+                        dataset_name=dataset_name(name, sources),
+                        dataset_config=name,  # results of one type and configuration are taken for one data set
+                        metric_type=metric,
+                        metric_name=label,
+                        metric_value=round(float(entry["after"][metric]), 6),
+                    )
+                )
+    return results
+
+
+def dataset_name(name: str, sources: str) -> str:
+    return f"held-out end of {sources}" if name == "validation" and sources else text_label(name)

@@ -1,0 +1,202 @@
+"""Numbers and findings of a run -> the words in which figures, report and card say them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from partialtune.pages.run_files import RunFiles
+
+MINUS = "\u2212"
+SUPERSCRIPT = str.maketrans("-0123456789", "\u207b⁰¹²³⁴⁵⁶⁷⁸⁹")
+UNKNOWN = "\u2013"
+
+METRICS = {
+    "loss": "loss (nats/token)",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "next_token_accuracy": "next-token accuracy",
+    "top5_accuracy": "top-5 accuracy",
+}
+GAINS = ("next_token_accuracy", "top5_accuracy")  # more is better; of the others less is
+
+
+def count(value: float | None) -> str:
+    """39385344 -> 39,385,344."""
+    return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 step, 2 steps, 1,234 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """0.119312 -> 0.1193, 12345.6 -> 12,346, 3.21e-07 -> 3.21 × 10⁻⁷; exactly 0 -> 0."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN if value is None else str(value)
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    if exponent < -4:
+        return f"{value / 10.0**exponent:.{digits - 1}f} × 10{str(exponent).translate(SUPERSCRIPT)}".replace("-", MINUS)
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """0.3165 -> 31.7%, 0.0123 -> 1.2%, 0.00031 -> 0.031%, 2e-9 -> 2.0 × 10⁻⁷%; exactly 0 -> 0%."""
+    if share is None:
+        return UNKNOWN
+    if share == 1:
+        return "100%"
+    text = f"{100 * share:,.1f}".replace("-", MINUS) if abs(share) >= 0.0995 else significant(100 * share, digits)
+    return f"{text}%"
+
+
+def change(value: float, decimals: int = 3) -> str:
+    """A difference with its sign: -0.5 -> −0.500, 0.5 -> +0.500, 0 -> 0.000."""
+    text = f"{value:+,.{decimals}f}".replace("-", MINUS)
+    return text[1:] if float(f"{value:.{decimals}f}") == 0 else text
+
+
+def score(metric: str, value: float | None) -> str:
+    """A score in its usual form: 5.385, 218.1, 31.2%."""
+    if value is None:
+        return UNKNOWN
+    if metric in GAINS:
+        return f"{100 * value:.1f}%"
+    if metric == "perplexity":
+        return significant(value) if value < 1e6 else f"{value:.3g}"
+    return f"{value:.3f}"
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """One metric of one text before and after training, in words. `better` is None where nothing changed."""
+
+    metric: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+
+
+def score_changes(entry: Mapping[str, Mapping[str, Any]]) -> list[ScoreChange]:
+    """Rows of an evaluation table for one text's `{before, after}`."""
+    rows = []
+    for metric, label in METRICS.items():
+        before, after = entry["before"].get(metric), entry["after"].get(metric)
+        better = None if before is None or after is None or before == after else (after > before) == (metric in GAINS)
+        rows.append(
+            ScoreChange(label, score(metric, before), score(metric, after), score_change(metric, before, after), better)
+        )
+    return rows
+
+
+def score_change(metric: str, before: float | None, after: float | None) -> str:
+    """The change of a score: a share of what it was, or points for accuracies."""
+    if before is None or after is None:
+        return UNKNOWN
+    if metric in GAINS:
+        return f"{change(100 * (after - before), 1)} points"
+    return f"{change(100 * (after / before - 1), 1)}%" if before else UNKNOWN
+
+
+def text_label(name: str) -> str:
+    """How a text of `evaluation.json` is called."""
+    return {"validation": "held-out text", "training": "training text"}.get(name, name)
+
+
+def joined(words: Sequence[str], limit: int = 72) -> str:
+    """Words with commas; where they take more than `limit` characters, the rest is counted."""
+    shown = list(words)
+    while len(shown) > 1 and len(", ".join(shown)) > limit:
+        shown.pop()
+    text = ", ".join(shown)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(shown) == len(words) else f"{text} and {len(words) - len(shown)} more"
+
+
+def trained_share(run: RunFiles) -> str:
+    """39,385,344 of 124,439,808 parameters (31.7%)."""
+    trainable, total = run.plan["trainable_parameters"], run.plan["total_parameters"]
+    return f"{count(trainable)} of {count(total)} parameters ({percent(trainable / total)})"
+
+
+def trained_title(run: RunFiles, limit: int = 104) -> str:
+    """What trained, in a line of about `limit` characters: the selectors and the share of the parameters."""
+    share = trained_share(run)
+    return f"Trained: {joined(run.selectors, limit - len(share) - len('Trained:  · '))} · {share}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the verdict. `level` is `good`, `bad`, `warning` or `plain`."""
+
+    level: str
+    title: str
+    value: str
+    detail: str
+
+
+def verdict(run: RunFiles) -> list[Finding]:
+    """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
+    return [frozen_finding(run), trainable_finding(run), *held_out_finding(run)]
+
+
+def frozen_finding(run: RunFiles) -> Finding:
+    """Whether every frozen parameter kept every bit."""
+    frozen, audit = run.frozen, run.audit["frozen"]
+    if not frozen:
+        return Finding("plain", "Frozen part", "none", "Nothing was frozen: every parameter trained.")
+    size = f"{count(sum(p['numel'] for p in frozen))} frozen parameters in {count(len(frozen))} tensors"
+    if audit["changed"]:
+        value = f"{counted(len(audit['changed']), 'tensor')} changed"
+        moved = (
+            "an unknown distance"
+            if audit["l2_delta"] is None
+            else f"an L2 distance of {significant(audit['l2_delta'])}"
+        )
+        detail = f"Of {count(len(frozen))} frozen tensors these changed, by {moved}: {joined(audit['changed'], 160)}."
+        return Finding("bad", "Frozen part", value, detail)
+    exact = "exactly 0" if audit["l2_delta"] == 0 else significant(audit["l2_delta"])
+    return Finding("good", "Frozen part", f"L2 change {exact}", f"{size} kept every bit.")
+
+
+def trainable_finding(run: RunFiles) -> Finding:
+    """How far the trainable parameters moved, and which of them could not."""
+    trained, audit = run.trained, run.audit["trainable"]
+    detail = f"{count(sum(p['numel'] for p in trained))} trainable parameters in {count(len(trained))} tensors"
+    if run.deltas.steps:
+        relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
+        detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
+    failed = audit["not_in_optimizer"] or not (run.audit["passed"] or run.audit["frozen"]["changed"])
+    level = "bad" if failed else "warning" if audit["unmoved"] or audit["below_precision"] else "good"
+    return Finding(level, "Trained part", f"L2 change {significant(audit['l2_delta'])}", f"{detail}.")
+
+
+def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
+    """(parameter, what is wrong with it) of every entry in the audit's lists."""
+    frozen, trainable = run.audit["frozen"], run.audit["trainable"]
+    return [
+        *((name, "is frozen, but changed") for name in frozen["changed"]),
+        *((name, "is trainable, but was not in the optimizer") for name in trainable["not_in_optimizer"]),
+        *((entry["name"], f"is trainable, but did not move: {entry['reason']}") for entry in trainable["unmoved"]),
+        *((name, "is trainable, but its updates are below its precision") for name in trainable["below_precision"]),
+    ]
+
+
+def held_out_finding(run: RunFiles) -> list[Finding]:
+    """Bits per byte of the held-out text before and after; of the training text where nothing was held out."""
+    for name in ("validation", "training"):
+        entry = run.texts.get(name)
+        if entry:
+            before, after = entry["before"]["bits_per_byte"], entry["after"]["bits_per_byte"]
+            fell = None not in (before, after) and after < before
+            value = f"{score('bits_per_byte', before)} → {score('bits_per_byte', after)}"
+            detail = f"{score_change('bits_per_byte', before, after)}; lower is better."
+            if name == "training":
+                detail += " No text was held out, so this does not show what the model learnt beyond it."
+            level = "good" if fell and name == "validation" else "plain"
+            return [Finding(level, f"Bits per byte, {text_label(name)}", value, detail)]
+    return []

@@ -1,0 +1,135 @@
+"""A callback that reports, during training, how far each parameter and each part of the model has moved."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
+
+from partialtune.freeze.plan import FreezePlan
+from partialtune.proof.snapshots import ParameterDelta, Snapshot, measure_deltas, take_snapshot
+
+logger = logging.getLogger(__name__)
+
+DELTAS_FILE = "weight_deltas.jsonl"
+
+
+class WeightDeltaCallback(TrainerCallback):
+    """Compares the weights with a snapshot from before the first step, and writes what it finds.
+
+    Every `delta_steps` steps and at the end it appends a line a parameter to `weight_deltas.jsonl`:
+    `step, name, block, component, trainable, l2_delta, relative_delta, max_abs_delta`, and puts the L2 deltas of the
+    groups into the log: `delta/frozen_l2`, `delta/trainable_l2`, `delta/block_07/attention`, `delta/final_norm`, ...
+
+    Works in any `transformers.Trainer`: `Trainer(..., callbacks=[WeightDeltaCallback(plan)])`. Trackers such as
+    TensorBoard see the values where `attach(trainer)` was called, since Trainer calls them before other callbacks.
+
+    Args:
+        plan: The plan that was applied to the model.
+        delta_steps: Steps between two reports.
+        output_dir: Folder of the file, `args.output_dir` where absent.
+
+    Attributes:
+        seconds: Time spent in snapshot and reports so far.
+    """
+
+    def __init__(self, plan: FreezePlan, delta_steps: int = 10, output_dir: str | os.PathLike | None = None) -> None:
+        self.plan = plan
+        self.delta_steps = delta_steps
+        self.output_dir = output_dir
+        self.snapshot: Snapshot | None = None
+        self.seconds = 0.0
+        self._reported_at = -1
+        self._log: Callable[[dict[str, float]], None] | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Send the values through `trainer.log`, so that trackers get them too."""
+        self._log = trainer.log
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self._take_snapshot(model)  # the only hook before a checkpoint is loaded: deltas count from the base
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.snapshot is None:
+            if state.global_step:
+                logger.warning(
+                    "WeightDeltaCallback was added after the Trainer was made and the run goes on from step %d: "
+                    "deltas count from that step. Pass it in callbacks=[...] to count from the base.",
+                    state.global_step,
+                )
+            self._take_snapshot(model)
+        if state.is_world_process_zero:
+            self._keep_lines_up_to(state.global_step, self._file(args))
+        self._reported_at = state.global_step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.delta_steps == 0:
+            self._report(args, state, control, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self._reported_at != state.global_step:
+            self._report(args, state, control, model)
+
+    def _file(self, args) -> Path:
+        return Path(self.output_dir or args.output_dir) / DELTAS_FILE
+
+    def _take_snapshot(self, model) -> None:
+        started = time.perf_counter()
+        self.snapshot = take_snapshot(model, self.plan)
+        self.seconds += time.perf_counter() - started
+
+    @staticmethod
+    def _keep_lines_up_to(step: int, file: Path) -> None:
+        """A resumed run reports the steps after its checkpoint again: their old lines go."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")
+
+    def _report(self, args, state, control, model) -> None:
+        started = time.perf_counter()
+        deltas = {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
+        self._reported_at = state.global_step
+        if state.is_world_process_zero:
+            with self._file(args).open("a", encoding="utf-8") as file:
+                file.writelines(self._lines(state.global_step, deltas))
+        values = self.group_deltas(deltas)
+        self.seconds += time.perf_counter() - started
+        if self._log is not None:
+            wanted = control.should_log
+            self._log(values)
+            control.should_log = wanted  # on_log takes the wish back, and the loss of this step would not be logged
+        else:
+            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+
+    def _lines(self, step: int, deltas: dict[str, ParameterDelta]):
+        for parameter in self.plan.parameters:
+            delta = deltas[parameter.name]
+            line = {
+                "step": step,
+                "name": parameter.name,
+                "block": parameter.block,
+                "component": parameter.component,
+                "trainable": parameter.trainable,
+                "l2_delta": delta.l2_delta,
+                "relative_delta": delta.relative_delta,
+                "max_abs_delta": delta.max_abs_delta,
+            }
+            yield json.dumps(line, allow_nan=False) + "\n"
+
+    def group_deltas(self, deltas: dict[str, ParameterDelta]) -> dict[str, float]:
+        """L2 delta of each group: the root of the summed squares of its parameters' L2 deltas.
+
+        A parameter without a known distance leaves its group out; if it is frozen, the audit names it.
+        """
+        groups = {name: [parameter.name for parameter in members] for name, members in self.plan.groups().items()}
+        groups |= {"frozen_l2": self.plan.frozen, "trainable_l2": self.plan.trainable}
+        values = {}
+        for group, names in groups.items():
+            distances = [deltas[name].l2_delta for name in names]
+            if None not in distances:
+                values[f"delta/{group}"] = sum(distance**2 for distance in distances) ** 0.5
+        return values

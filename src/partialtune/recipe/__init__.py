@@ -1,0 +1,1 @@
+"""Recipes: flat YAML and command-line words -> checked arguments for every stage."""

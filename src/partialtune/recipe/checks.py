@@ -1,0 +1,250 @@
+"""Checks of a whole recipe: what was said, key by key -> converted values, or one error that lists every mistake.
+
+In: entries (value and origin) by key. Out: a flat mapping of converted values. `transformers.TrainingArguments` checks
+no types, but some combinations: it is built once, without touching a device or a folder, to hear those.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from partialtune.errors import RecipeError
+from partialtune.freeze.schedules import read_schedule
+from partialtune.recipe.arguments import allowed, argument_fields, default_of
+from partialtune.recipe.command_words import Words, word_value
+from partialtune.recipe.rules import (
+    ALIASES,
+    LENGTHS,
+    OTHER_DEFAULTS,
+    REASONS,
+    REFUSED,
+    bound_of,
+    recipe_types,
+    training_defaults,
+    unknown_key,
+)
+from partialtune.recipe.values import convert_value, nearest, nearest_choice, quoting_advice, show
+from partialtune.recipe.yaml_file import Problem
+
+REQUIRED = {
+    "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
+    "text": "Give an http(s) URL, a path, a glob, builtin:python-docs or hf:DATASET",
+    "trainable": "Give selectors, such as ['blocks[-2:]', final_norm], or say method: full",
+    "output_dir": "Give a folder that does not exist yet, such as outputs/first",
+}
+# Floats in TrainingArguments because they may be shares; whole numbers of steps stay whole.
+STEPS_OR_SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay")
+
+
+class Entry(NamedTuple):
+    """What was said for one key, and where: "line 7", "command line", or "" in a mapping of values."""
+
+    value: Any
+    origin: str
+
+
+def with_present_names(said: Mapping[Any, Entry], problems: list[Problem]) -> dict[Any, Entry]:
+    """Deprecated names of a field replaced by the present one; both at once is a problem."""
+    for old, new in ALIASES.items():
+        if old in said and new in said:
+            problems.append(Problem(said[old].origin, old, f"is the former name of {new}, said as well. Keep {new}."))
+    doubled = {old for old, new in ALIASES.items() if new in said}
+    return {ALIASES.get(key, key): entry for key, entry in said.items() if key not in doubled}
+
+
+def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str) -> dict[str, Any]:
+    """Convert and check everything that was said.
+
+    Args:
+        said: Entries by key, after the command line has won over the file.
+        problems: Mistakes that reading the file and the words has found already.
+        name: What the message calls the recipe.
+
+    Raises:
+        RecipeError: If there is any problem; lists these and those found here, one a line.
+    """
+    types, values, problems = recipe_types(), {}, list(problems)
+    for key, entry in said.items():
+        try:
+            values[key] = _checked_value(key, entry.value, types)
+        except ValueError as error:
+            problems.append(Problem(entry.origin, str(key), str(error)))
+    if "schedule" in values:
+        from_start = bool(values.get("trainable", "trainable" in said))
+        values["schedule"], wrong = read_schedule(values["schedule"], from_start)
+        problems += [Problem(said["schedule"].origin, "schedule", message) for message in wrong]
+    found = [*_missing(said, values), *_contradictions(values)]
+    wrong_keys = {key for key, _ in found} | {problem.key for problem in problems}
+    if not wrong_keys & training_defaults().keys():
+        found += _training_problems(values)
+    problems += [Problem(said[key].origin if key in said else "", key, message) for key, message in found]
+    if problems:
+        raise _error(name, problems)
+    return values
+
+
+def _checked_value(key: Any, value: Any, types: Mapping[str, Any]) -> Any:
+    if key in REFUSED:
+        raise ValueError(f"refused: {REFUSED[key]}. Take {key} out.")
+    if key not in types:
+        raise ValueError(unknown_key(key, nearest(key, types)))
+    hint, bound = types[key], bound_of(key)
+    value = word_value(value, hint) if isinstance(value, Words) else value
+    try:
+        converted = convert_value(value, hint)
+    except ValueError as error:
+        near = nearest_choice(value, hint) + REASONS.get(key, "")
+        advice = near or quoting_advice(value, hint) or _default_advice(key)
+        raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{advice}") from error
+    if bound and converted is not None and not bound.holds(converted):
+        raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.{_default_advice(key)}")
+    whole = key in STEPS_OR_SHARES and converted is not None and converted == int(converted)
+    return int(converted) if whole else converted
+
+
+def _default_advice(key: str) -> str:
+    entry = argument_fields().get(key)
+    default = default_of(entry) if entry else training_defaults()[key]
+    if default in (MISSING, None, [], {}) and key not in OTHER_DEFAULTS:
+        return ""
+    return f" Leave it out for the default, {OTHER_DEFAULTS.get(key) or show(default)}."
+
+
+def _missing(said: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in REQUIRED:
+        if key not in said and key != "trainable":
+            yield key, f"missing. {REQUIRED[key]}."
+    partial = "method" not in said or values.get("method") == "partial"
+    scheduled = "schedule" in said and values.get("schedule") != []
+    if partial and not scheduled and ("trainable" not in said or values.get("trainable") == []):
+        yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for converted values that cannot stand together; keys that were not said are absent."""
+    if all(key in values for key in LENGTHS) and values["max_steps"] != -1:
+        steps, epochs = (values[key] for key in LENGTHS)
+        message = f"max_steps {steps} and num_train_epochs {epochs:g} both say how long to train. Keep one of them."
+        yield "max_steps", message
+    if values.get("bf16") and values.get("fp16"):
+        yield "fp16", f"bf16 is {str(values['bf16']).lower()} as well; a run has one precision. Keep one of them."
+    if values.get("window_sampling") == "random" and values.get("window_stride") is not None:
+        yield "window_stride", "is for window_sampling: chunked; random windows have no stride. Leave one of them out."
+    if values.get("eval_strategy", "no") != "no" and values.get("validation_share") == 0:
+        yield "eval_strategy", "needs held-out text, and validation_share is 0. Set validation_share to 0.1, say."
+    names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
+    if values.get("save_strategy") == "best" and not names_metric:
+        yield "save_strategy", "best needs metric_for_best_model: loss."
+    if (values.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+        message = "use_reentrant needs gradients at every block's input: backward would run through all frozen blocks"
+        yield "activation_checkpointing_kwargs", f"{message}. Take it out."
+    yield from _wrong_selectors(values)
+    if values.get("schedule"):
+        yield from _wrong_beside_a_schedule(values)
+    yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
+
+
+def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    from partialtune.model.grammar import check_selector_syntax
+
+    trainable = values.get("trainable")
+    if values.get("method") == "full":
+        if trainable not in (None, ["all"]):
+            yield "trainable", f"method full trains everything, got {trainable}. Leave it out, or take method: partial."
+        return
+    for number, selector in enumerate(trainable or [], start=1):
+        problem = check_selector_syntax(selector)
+        if problem:
+            yield "trainable", f"entry {number}, {selector!r}: {problem}"
+
+
+def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("method") == "full":
+        yield "schedule", "method full trains everything from the first step. Leave it out, or take method: partial."
+    if values.get("fsdp"):
+        yield "fsdp", "shards what trains before the first step, and a schedule thaws later. Leave one of them out."
+    if values.get("ddp_find_unused_parameters") is False:
+        message = "false does not go with a schedule: until their phase parameters have no gradient"
+        yield "ddp_find_unused_parameters", f"{message}. Take it out."
+
+
+def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:
+    if checkpoint not in (None, "auto") and not Path(checkpoint).is_dir():
+        kind = "is a file" if Path(checkpoint).exists() else "does not exist"
+        advice = "auto takes the newest complete one"
+        yield "resume_from_checkpoint", f"{checkpoint!r} {kind}; allowed: auto or a checkpoint's folder. {advice}."
+
+
+def _training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What TrainingArguments, or the machine, has against values whose types and bounds are right."""
+    import torch
+
+    training = {key: value for key, value in values.items() if key in training_defaults()}
+    if training.get("bf16") == "auto":
+        del training["bf16"]
+    training["use_cpu"] = training.get("use_cpu") or not torch.accelerator.is_available()
+    if values.get("validation_share") != 0:  # where text is held out, it is scored in between by default
+        training.setdefault("eval_strategy", "steps")
+    training.setdefault("eval_steps", training.get("save_steps", training_defaults()["save_steps"]))
+    yield from _wrong_trackers(training.get("report_to"))
+    if training.get("fp16") and training["use_cpu"]:
+        yield "fp16", "needs a GPU. Leave it out, or take bf16: auto."
+        return
+    refusal = _refusal(training)
+    if refusal:
+        yield next((key for key in values if key in refusal), "TrainingArguments"), f"transformers says: {refusal}"
+
+
+def _refusal(training: Mapping[str, Any]) -> str | None:
+    """The words in which TrainingArguments refuses keywords, or None."""
+    import torch
+    from transformers import TrainingArguments
+
+    class Checked(TrainingArguments):
+        device = torch.device("cpu")  # the real property starts torch.distributed, which is the run's business
+
+    log = logging.getLogger(TrainingArguments.__module__)
+    was_silent, log.disabled = log.disabled, True  # its warnings come once, when the run builds the real one
+    try:
+        Checked(**copy.deepcopy(dict(training)))  # a copy: it rewrites the mappings that it is given
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        return " ".join(str(error).split())
+    finally:
+        log.disabled = was_silent
+    return None
+
+
+def _wrong_trackers(report_to: str | list[str] | None) -> Iterator[tuple[str, str]]:
+    if report_to in (None, "none", "all", ["none"], ["all"]):
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for tracker in [report_to] if isinstance(report_to, str) else report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            near = nearest(tracker, INTEGRATION_TO_CALLBACK)
+            advice = f" Did you mean {near}?" if near else ""
+            yield "report_to", f"got {tracker!r}; allowed: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}.{advice}"
+        elif tracker not in get_available_reporting_integrations():
+            yield "report_to", f"{tracker} is not installed here. Install it (pip install {tracker}), or leave it out."
+
+
+def _error(name: str, problems: list[Problem]) -> RecipeError:
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [
+        f"  {problem.origin}{', ' * bool(problem.origin)}{problem.key}: {problem.message}"
+        for problem in sorted(problems, key=_position)
+    ]
+    return RecipeError("\n".join([f"{name}: {count}. Nothing was loaded or written.", *lines]))
+
+
+def _position(problem: Problem) -> tuple[int, int]:
+    """Lines in their order, then what has no place, then the command line."""
+    if problem.origin.startswith("line "):
+        return 0, int(problem.origin.removeprefix("line "))
+    return (2, 0) if problem.origin else (1, 0)

@@ -1,0 +1,163 @@
+"""A recipe: flat YAML and command-line words -> checked arguments for every stage.
+
+In: a path and words, or a mapping of values. Out: a `Recipe`, or one RecipeError that lists every mistake. What is
+wrong with the file as such is said before transformers is imported, all else before a model or a text is touched.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from partialtune.recipe.arguments import (
+    EvaluationArguments,
+    FreezeArguments,
+    ModelArguments,
+    TextArguments,
+    argument_fields,
+    default_of,
+)
+from partialtune.recipe.checks import Entry, checked_values, with_present_names
+from partialtune.recipe.command_words import COMMAND_LINE, Words, group_words
+from partialtune.recipe.rules import LENGTHS, training_defaults
+from partialtune.recipe.yaml_file import read_recipe_file, write_recipe_file
+
+logger = logging.getLogger(__name__)
+
+# Keys that do not make it another run: where it is put, where it goes on from, what is logged and pushed.
+FREE_KEYS = (
+    *("run", "output_dir", "resume_from_checkpoint", "push_to_hub", "report_to", "run_name", "project"),
+    *("disable_tqdm", "include_num_input_tokens_seen"),
+)
+FREE_PREFIXES = ("logging_", "log_", "hub_", "trackio_")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        path: The YAML file; None for a recipe made from values.
+        model, text, freeze, evaluation: Our own keys, by stage, with defaults.
+        training: Keywords of `transformers.TrainingArguments` that were said. `bf16` may be "auto".
+        resume: "auto", the folder of a checkpoint, or None.
+        values: Everything that was said, converted, as one flat mapping.
+    """
+
+    path: Path | None
+    model: ModelArguments
+    text: TextArguments
+    freeze: FreezeArguments
+    evaluation: EvaluationArguments
+    training: dict[str, Any]
+    resume: str | None
+    values: dict[str, Any]
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe's file; command-line words win over it.
+
+    read_recipe("recipe.yaml", ["--max_steps", "5", "--trainable", "blocks[-2:]", "final_norm"])
+
+    Raises:
+        RecipeError: Lists every unknown, doubled, refused, missing, wrong or contradictory value, one a line.
+    """
+    file = read_recipe_file(Path(path))
+    words, stray = group_words(overrides)
+    problems = [*file.problems, *stray]
+    said = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
+    from_file = with_present_names(said, problems)
+    from_words = with_present_names({key: Entry(value, COMMAND_LINE) for key, value in words.items()}, problems)
+    merged = {**_without_other_length(from_file, from_words), **from_words}
+    return _recipe(checked_values(merged, problems, str(path)), Path(path))
+
+
+def recipe_from_values(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from a mapping of keys to values, with the same checks.
+
+    Raises:
+        RecipeError: As `read_recipe`.
+    """
+    problems = []
+    said = with_present_names({key: Entry(value, "") for key, value in values.items() if key != "run"}, problems)
+    return _recipe(checked_values(said, problems, "The recipe"), None)
+
+
+def _without_other_length(from_file: dict[Any, Entry], from_words: dict[Any, Entry]) -> dict[Any, Entry]:
+    """The file's entries less its max_steps where the command line counts epochs, and the other way round."""
+    for key, other in (LENGTHS, LENGTHS[::-1]):
+        if key in from_words and from_words[key].value != Words(("-1",)) and other in from_file:
+            logger.info("--%s takes the place of the recipe's %s.", key, other)
+            from_file = {name: entry for name, entry in from_file.items() if name != other}
+    return from_file
+
+
+def _recipe(values: dict[str, Any], path: Path | None) -> Recipe:
+    if values.get("method") == "full":
+        freeze = _arguments(FreezeArguments, {**values, "trainable": ["all"]})
+    else:
+        freeze = _arguments(FreezeArguments, values)
+    ours = {*argument_fields(), "resume_from_checkpoint"}
+    return Recipe(
+        path=path,
+        model=_arguments(ModelArguments, values),
+        text=_arguments(TextArguments, values),
+        freeze=freeze,
+        evaluation=_arguments(EvaluationArguments, values),
+        training={key: value for key, value in values.items() if key not in ours},
+        resume=values.get("resume_from_checkpoint"),
+        values=values,
+    )
+
+
+def _arguments(cls: type, values: Mapping[str, Any]) -> Any:
+    return cls(**{entry.name: values[entry.name] for entry in fields(cls) if entry.name in values})
+
+
+def write_recipe(path: Path, values: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Write a recipe that `read_recipe` accepts.
+
+    Args:
+        path: The file; an existing one is replaced as a whole.
+        values: Keys as in `Recipe.values`. They are written in the order of the dataclasses.
+        run: What the run recorded: strings, numbers, lists and mappings. Stands last, under the key `run`.
+    """
+    order = {key: place for place, key in enumerate([*argument_fields(), *training_defaults()])}
+    known = sorted((key for key in values if key != "run"), key=lambda key: order.get(key, len(order)))
+    write_recipe_file(path, {key: values[key] for key in known}, run)
+
+
+def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Keys in which two recipes are not the same run, in the order of the dataclasses; empty if they are.
+
+    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not said counts
+    as its default.
+
+    Args:
+        a: Values of the run that exists, as in `Recipe.values`; its key `run` is ignored.
+        b: Values of the run to start.
+    """
+    old, new = _effective(a), _effective(b)
+    differing = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _is_free(key)]
+    if "max_steps" in differing and new["max_steps"] > old["max_steps"] > 0:
+        differing.remove("max_steps")
+    return differing
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.startswith(FREE_PREFIXES)
+
+
+def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with the defaults of everything that was not said, and with what those defaults stand for."""
+    defaults = {key: default_of(entry) for key, entry in argument_fields().items()}
+    defaults |= training_defaults()
+    held_out = values.get("validation_share") != 0
+    defaults |= {"eval_strategy": "steps" if held_out else "no", "activation_checkpointing": False}
+    effective = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+    for key, other in (("window_stride", "block_size"), ("data_seed", "seed")):
+        effective[key] = effective[other] if effective[key] is None else effective[key]
+    if effective["method"] == "full":
+        effective["trainable"] = ["all"]
+    return {key: value for key, value in effective.items() if value is not MISSING}

@@ -1,0 +1,168 @@
+"""How well a model predicts a text: model + windows -> loss, perplexity, bits per byte and accuracies (plain floats).
+
+    scored = scored_text([text], [token_ids], block_size=256)
+    before = score_text(model, scored, batch_size=16, description="validation before")
+
+The same windows are scored before and after training. Nothing is drawn at random and no mode is left changed, so
+scoring does not alter the training that follows.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from datasets import Dataset
+
+from partialtune.progress import progress_bar
+from partialtune.text.windows import chunked_windows
+
+METRIC_FILE = Path(__file__).parent / "metrics" / "causal_lm" / "causal_lm.py"
+LOGITS_AT_ONCE = 1 << 24  # widened to fp32 at a time: 64 MiB, whatever the batch, the window and the vocabulary
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text as it is scored.
+
+    Attributes:
+        windows: Non-overlapping windows with `input_ids`, shape (windows, block_size).
+        text_tokens: Tokens of the whole text, those outside the windows too.
+        text_bytes: Bytes of the whole text in UTF-8, after cleaning.
+    """
+
+    windows: Dataset
+    text_tokens: int
+    text_bytes: int
+
+
+def scored_text(
+    texts: Sequence[str], token_ids: Sequence[np.ndarray], block_size: int, limit: int | None = None
+) -> ScoredText:
+    """Prepare texts for `score_text`.
+
+    Args:
+        texts: The sources, decoded and cleaned.
+        token_ids: Their tokens, one array a source, shape (n,).
+        block_size: Tokens per window.
+        limit: Score at most so many windows, evenly spaced over all; None scores all.
+
+    Raises:
+        TextError: If no source is as long as a window.
+    """
+    windows = evenly_spaced(chunked_windows(token_ids, block_size, stride=block_size), limit)
+    text_bytes = sum(len(text.encode("utf-8", errors="surrogatepass")) for text in texts)
+    return ScoredText(windows=windows, text_tokens=sum(map(len, token_ids)), text_bytes=text_bytes)
+
+
+def evenly_spaced(windows: Dataset, limit: int | None) -> Dataset:
+    """At most `limit` windows, from the first to the last at equal distances; all of them with None."""
+    if limit is None or len(windows) <= limit:
+        return windows
+    return windows.select(np.linspace(0, len(windows) - 1, num=limit).round().astype(int))
+
+
+def score_text(
+    model: torch.nn.Module,
+    scored: ScoredText,
+    batch_size: int,
+    description: str,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, float | int | None]:
+    """Score every token of every window but the first one, which is context.
+
+    Where torch.distributed runs, process r takes windows r, r + processes, ...; every process returns the figures of
+    all windows and must therefore call this function.
+
+    Args:
+        model: A causal LM; it is scored in eval mode and gets every module's mode back.
+        scored: What to score.
+        batch_size: Windows per forward pass; the figures do not depend on it.
+        description: Label of the progress bar.
+        autocast_dtype: Forward pass under autocast to this dtype; None computes in the model's own. Losses are taken
+            from fp32 logits and summed in fp64 in either case.
+
+    Returns:
+        `loss` (nats a token), `perplexity`, `bits_per_byte`, `next_token_accuracy`, `top5_accuracy` (shares), `tokens`
+        (scored), `bytes` and `text_tokens` (of the whole text). What is not finite is None.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    count = len(scored.windows)
+    # Every process runs equally many forward passes, because a sharded model communicates in each of them: who has one
+    # window less than the others scores window 0 once more and drops that row.
+    mine = list(range(rank, count, processes))
+    padded = mine + [0] * (-(-count // processes) - len(mine))
+    device = next(model.parameters()).device
+    windows = scored.windows.with_format("numpy")
+
+    rows: list[list[float]] = []
+    bar = progress_bar(count, description, "windows")
+    with bar, evaluating(model), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        for at in range(0, len(padded), batch_size):
+            batch = padded[at : at + batch_size]
+            rows += _score_batch(model, torch.from_numpy(windows[batch]["input_ids"]).to(device))
+            bar.update(min(len(batch) * processes, count - bar.n))
+    return _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every submodule has the mode that it had, frozen ones in eval too.
+
+    no_grad, not inference_mode: buffers that a forward pass makes (rotary tables) must be usable in training later.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> list[list[float]]:
+    """One row a window: nats, scored tokens, correct, correct among the first five. input_ids: (B, T)."""
+    # the mask of ones says that a window which happens to hold the pad token is not padded
+    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits  # (B, T, V)
+    positions = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    nats, ranks = [], []
+    for row_logits, row_ids in zip(logits, input_ids, strict=True):
+        for at in range(0, len(row_ids) - 1, positions):
+            targets = row_ids[1:][at : at + positions]  # (P,)
+            scores = row_logits[:-1][at : at + positions].float()  # (P, V): position t predicts token t + 1
+            nats.append(F.cross_entropy(scores, targets, reduction="none"))
+            ranks.append(scores.topk(min(5, scores.shape[-1])).indices == targets[:, None])
+    shape = (len(input_ids), input_ids.shape[1] - 1)
+    window_nats = torch.cat(nats).cpu().double().view(shape).sum(1)  # fp64 on the CPU: MPS has none
+    hits = torch.cat(ranks).cpu().view(*shape, -1)  # (B, T - 1, 5)
+    tokens = torch.full((shape[0],), shape[1])
+    columns = (window_nats, tokens, hits[..., 0].sum(1), hits.any(-1).sum(1))
+    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _gathered(rows: list[list[float]]) -> list[list[float]]:
+    """The rows of all processes."""
+    if not _distributed():
+        return rows
+    shares: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, rows)
+    return [row for share in shares for row in share]
+
+
+def _metric_of(rows: list[list[float]], text_tokens: int, text_bytes: int) -> dict[str, float | int | None]:
+    import evaluate  # several seconds on its own
+
+    # in memory: no Arrow or lock files that two runs on one machine could share
+    metric = evaluate.load(str(METRIC_FILE), keep_in_memory=True)
+    nats, tokens, correct, top5_correct = (list(column) for column in zip(*rows, strict=True))
+    metric.add_batch(nats=nats, tokens=tokens, correct=correct, top5_correct=top5_correct)
+    return metric.compute(text_tokens=text_tokens, text_bytes=text_bytes)

@@ -1,0 +1,1 @@
+"""Text: sources -> decoded, cleaned texts -> token windows."""

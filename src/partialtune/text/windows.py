@@ -1,0 +1,278 @@
+"""Token windows: texts (str) -> token ids (n,) int32 -> datasets.Dataset with input_ids (block_size,) int32.
+
+    train_text, held_out_text = split_text(text, validation_share=0.1)     # before windows are made
+    token_ids = [tokenize_text(train_text, tokenizer)]                     # one array a source
+    windows = chunked_windows(token_ids, block_size=256, stride=256)       # or random_windows(..., seed=42)
+
+Windows never cross sources. They are Arrow fixed-size lists, four bytes a token, in memory or in a memory-mapped file.
+A text may also be a `StoredText`, whose pieces are read from disk, and token ids a memory map.
+"""
+
+import mmap
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from partialtune.errors import RecipeError, TextError
+from partialtune.progress import progress_bar
+from partialtune.text.streams import StoredText
+from partialtune.text.words import WordTokens
+
+PIECE_CHARACTERS = (
+    1 << 20
+)  # tokenised at once; 20 MB in one go took 2.8 GB of memory, in pieces 0.2 GB, and twice as long
+SEAM_CONTEXT = 200  # characters on each side of a seam that are tokenised both ways before the seam is used
+SEAM_CANDIDATES = 50
+SEAM_STRETCH = 4096  # characters in which candidates are looked for at a time
+WORD_SEARCH = 200  # characters on each side of the held-out share's start in which a word's end is looked for
+CUT_CONTEXT = 20 * WORD_SEARCH  # characters on each side of it that are read from a stored text
+ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
+SLAB_WINDOWS = 1024  # windows written between two updates of the progress bar
+
+Text = TypeVar("Text", str, StoredText)
+
+_WORD_END = re.compile(r"(?<=\S)(?=\s)")  # before a run of white space, where byte-level BPE starts a new word
+
+
+def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
+    """Hold out the end of a text.
+
+    split_text("one two three four", validation_share=0.25) -> ("one two three", " four")
+
+    The cut lies `validation_share` of the characters before the end, moved to the nearest start of a run of white space
+    so that no word is torn: what is held out begins with white space. A text without white space nearby (WORD_SEARCH
+    characters) is cut at the share itself, but not between a character and the marks that combine with it.
+
+    Args:
+        text: One source, decoded and cleaned.
+        validation_share: Share of the characters to hold out, 0 <= share < 1. With 0 nothing is held out.
+
+    Returns:
+        (text to train on, held-out text); joined they are the text again.
+
+    Raises:
+        RecipeError: If the share is outside 0 <= share < 1.
+    """
+    if not 0 <= validation_share < 1:
+        raise RecipeError(f"validation_share is {validation_share}, allowed is 0 (nothing held out) up to below 1.")
+    held_out = round(len(text) * validation_share)
+    target = len(text) - held_out
+    if isinstance(text, str):
+        cut = _nearest_cut(text, target) if held_out else len(text)
+        return text[:cut], text[cut:]
+    before = max(0, target - CUT_CONTEXT)
+    around = text.part(before, min(len(text), target + CUT_CONTEXT)).read()
+    cut = before + _nearest_cut(around, target - before) if held_out else len(text)
+    return text.part(0, cut), text.part(cut, len(text))
+
+
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Token ids of a whole text, as if it had been tokenised in one go.
+
+    Special tokens appear only where the tokenizer itself puts them in front of a text (a BOS); one that it would put at
+    the end is left out, because the text goes on from window to window. Long texts are tokenised in pieces: memory
+    stays small and progress can be shown. A piece ends only before white space, and only where the tokens around the
+    seam come out the same whole and cut; where there is no such place the piece goes on until there is one.
+
+    Args:
+        text: One source, decoded and cleaned.
+        tokenizer: The model's tokenizer. Its `model_max_length` does not apply, windows are cut later.
+
+    Returns:
+        Token ids, int32, shape (n,).
+    """
+    return np.concatenate(list(token_pieces(text, tokenizer)))
+
+
+def token_pieces(text: str | StoredText, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """The token ids of `tokenize_text`, in order, about a million characters at a time."""
+    yield np.asarray(_leading_special_ids(tokenizer), dtype=np.int32)
+    words = WordTokens(tokenizer)
+    pieces = (text,) if isinstance(text, str) else text.pieces()
+    with progress_bar(len(text), "tokenising", "characters", unit_scale=True, delay=1) as bar:
+        for piece in _cut_at_seams(pieces, tokenizer):
+            ids = words.encode(piece)
+            yield _encode(piece, tokenizer) if ids is None else ids
+            bar.update(len(piece))
+
+
+def chunked_windows(token_ids: Sequence[np.ndarray], block_size: int, stride: int, path: Path | None = None) -> Dataset:
+    """Cut each source from its beginning into windows of equal length.
+
+    chunked_windows([np.array([1, 2, 3, 4, 5])], block_size=2, stride=2) -> input_ids [[1, 2], [3, 4]]
+
+    Args:
+        token_ids: One array a source, shape (n,), int32.
+        block_size: Tokens per window, at least 2 (one of context, one to predict).
+        stride: Tokens from one window's start to the next one's; `block_size` repeats no token.
+        path: Arrow file to write the windows to, which is then memory-mapped; None keeps them in memory.
+
+    Returns:
+        A dataset with `input_ids` of shape (windows, block_size). The tail of a source that fills no window is dropped.
+
+    Raises:
+        TextError: If no source is as long as a window.
+    """
+    _require_a_window(token_ids, block_size)
+    fitting = [ids for ids in token_ids if len(ids) >= block_size]
+    slabs = (slab for ids in fitting for slab in _slabs(ids, block_size, stride))
+    total = sum((len(ids) - block_size) // stride + 1 for ids in fitting)
+    return _write_windows(slabs, block_size, total, path)
+
+
+def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int, path: Path | None = None) -> Dataset:
+    """Draw tokens // block_size windows with replacement, every possible start in any source being equally likely.
+
+    Args:
+        token_ids: One array a source, shape (n,), int32.
+        block_size: Tokens per window, at least 2.
+        seed: Seed of the draw; the same seed and texts give the same windows in the same order.
+        path: Arrow file to write the windows to, which is then memory-mapped; None keeps them in memory.
+
+    Returns:
+        A dataset with `input_ids` of shape (tokens // block_size, block_size), in the order drawn.
+
+    Raises:
+        TextError: If no source is as long as a window.
+    """
+    _require_a_window(token_ids, block_size)
+    fitting = [ids for ids in token_ids if len(ids) >= block_size]
+    starts_before = np.cumsum([0] + [len(ids) - block_size + 1 for ids in fitting])
+    count = sum(map(len, token_ids)) // block_size
+    drawn = np.random.default_rng(seed).integers(starts_before[-1], size=count)
+    slabs = (
+        _gathered(fitting, starts_before, drawn[at : at + SLAB_WINDOWS], block_size)
+        for at in range(0, count, SLAB_WINDOWS)
+    )
+    return _write_windows(slabs, block_size, count, path)
+
+
+def _slabs(ids: np.ndarray, block_size: int, stride: int) -> Iterator[np.ndarray]:
+    """The windows of one source, (windows, block_size) int32 at a time."""
+    views = np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
+    for at in range(0, len(views), SLAB_WINDOWS):
+        yield views[at : at + SLAB_WINDOWS]
+        _let_go(ids)
+
+
+def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: np.ndarray, block_size: int):
+    """The windows that were drawn, (windows, block_size) int32; a draw counts the starts of all sources in order."""
+    rows = np.empty((len(drawn), block_size), dtype=np.int32)
+    source = np.searchsorted(starts_before, drawn, side="right") - 1
+    for number in np.unique(source):
+        mine = source == number
+        starts = drawn[mine] - starts_before[number]
+        rows[mine] = sources[number][starts[:, None] + np.arange(block_size)]
+        _let_go(sources[number])
+    return rows
+
+
+def _let_go(ids: np.ndarray) -> None:
+    """Give the pages of a memory map back; they are counted as memory of the process as long as they are mapped."""
+    mapped = getattr(ids, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _nearest_cut(text: str, target: int) -> int:
+    """The start of a run of white space nearest to `target`, else a character near it."""
+    low = max(0, target - WORD_SEARCH)
+    word_ends = [match.start() for match in _WORD_END.finditer(text, low, target + WORD_SEARCH)]
+    if word_ends:
+        return min(word_ends, key=lambda cut: abs(cut - target))
+    cut = target
+    while cut > 1 and (unicodedata.category(text[cut]).startswith("M") or ZERO_WIDTH_JOINER in text[cut - 1 : cut + 1]):
+        cut -= 1
+    return cut
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    # verbose=False turns off the one warning about model_max_length for this call alone
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text by itself: [] for GPT-2, [BOS] for Llama."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    decorated = tokenizer("a")["input_ids"]
+    places = [at for at in range(len(decorated)) if decorated[at : at + len(plain)] == plain]
+    return decorated[: places[0]] if places else []
+
+
+def _cut_at_seams(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The same text in pieces that end at proven seams."""
+    text, start = "", 0  # what was not given out yet begins at `start`
+    for piece in pieces:
+        text, start = text[start:] + piece, 0
+        while end := _seam(text, start, len(text) - SEAM_CONTEXT, tokenizer):
+            yield text[start:end]
+            start = end
+    while end := _seam(text, start, len(text), tokenizer):
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _seam(text: str, start: int, last: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Where the piece that begins at `start` can end: at the first stretch with a proven seam, before `last`."""
+    stretch = min(SEAM_STRETCH, PIECE_CHARACTERS // 8)
+    for limit in range(start + PIECE_CHARACTERS, last, stretch):
+        candidates = [match.start() for match in _WORD_END.finditer(text, limit - stretch, limit)]
+        for seam in candidates[: -SEAM_CANDIDATES - 1 : -1]:
+            left, right = text[seam - SEAM_CONTEXT : seam], text[seam : seam + SEAM_CONTEXT]
+            cut = np.concatenate([_encode(left, tokenizer), _encode(right, tokenizer)])
+            if np.array_equal(cut, _encode(left + right, tokenizer)):
+                return seam
+    return None
+
+
+def _require_a_window(token_ids: Sequence[np.ndarray], block_size: int) -> None:
+    """Raise TextError unless some source is as long as a window."""
+    lengths = sorted((len(ids) for ids in token_ids), reverse=True)
+    if lengths and lengths[0] >= block_size:
+        return
+    longest = lengths[0] if lengths else 0
+    found = f"the text has {longest:,}"
+    if len(lengths) > 1:
+        found = f"the longest of {len(lengths)} texts, which windows do not cross, has {longest:,}"
+    lower = f"lower block_size to at most {longest:,}, " if longest >= 2 else ""
+    raise TextError(
+        f"No window fits: block_size asks for {block_size:,} tokens and {found}. Change one of these: {lower}"
+        f"give a longer text, or change validation_share (the training and the held-out text need a window each)."
+    )
+
+
+def _write_windows(slabs: Iterator[np.ndarray], block_size: int, total: int, path: Path | None) -> Dataset:
+    """Collect slabs of windows, each (windows, block_size) int32, in one dataset, in memory or in an Arrow file.
+
+    In memory, windows that lie side by side are not copied: Arrow takes over the memory of the token ids.
+    """
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), block_size)})
+    with progress_bar(total, "windows", "windows", delay=1) as bar:
+        batches = _record_batches(slabs, schema, bar)
+        if path is None:
+            table = pa.Table.from_batches(batches, schema)
+            # the fingerprint that Dataset computes copies the table several times to hash it, and nothing is cached
+            return Dataset(table, fingerprint=generate_random_fingerprint())
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    return Dataset.from_file(str(path))
+
+
+def _record_batches(slabs: Iterator[np.ndarray], schema: pa.Schema, bar: tqdm) -> Iterator[pa.RecordBatch]:
+    for slab in slabs:
+        windows = pa.FixedSizeListArray.from_arrays(pa.array(slab.reshape(-1)), slab.shape[1])
+        yield pa.record_batch([windows], schema=schema)
+        bar.update(len(slab))

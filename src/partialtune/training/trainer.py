@@ -1,0 +1,216 @@
+"""The Hugging Face Trainer of this package: phases, whole checkpoints, a loss that must stay finite, the decay rule."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import IntervalStrategy, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from partialtune.errors import RecipeError, TrainingDiverged
+from partialtune.freeze.plan import FreezePlan
+from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.training.checkpoints import ASIDE, clear_aside, finish_checkpoint, rotate_checkpoints
+from partialtune.training.optimizer_state import key_by_name
+from partialtune.training.performance import StepTimer
+from partialtune.training.phases import PhaseCallback, split_by_phase
+from partialtune.training.precision import bf16_pays
+from partialtune.training.progress import TrainingProgress
+from partialtune.training.stopping import StopOnSignal
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them
+EVALUATIONS = 10  # per run, where held-out text exists
+
+
+def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
+    """Trainer's arguments from what the recipe says, with what this package rules out switched off.
+
+    Args:
+        said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
+    if settings.get("bf16") == "auto":
+        settings["bf16"] = bf16_pays()
+    settings |= {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would average non-finite losses away
+        "push_to_hub": False,  # Trainer's own pushing fails silently
+        "activation_checkpointing_kwargs": {  # the other kind wants gradients at every block's input
+            "use_reentrant": False,
+            **(said.get("activation_checkpointing_kwargs") or {}),
+        },
+    }
+    return TrainingArguments(**settings)
+
+
+def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, held_out: bool) -> None:
+    """Set how often to log and to evaluate by the length of the run, where the recipe does not say it.
+
+    Args:
+        args: Changed in place.
+        said: Fields that the recipe names.
+        windows: Training windows.
+        held_out: Whether there is held-out text to evaluate on.
+    """
+    steps = run_length(args, windows)
+    if "logging_steps" not in said:
+        args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
+    if held_out and "eval_strategy" not in said:
+        args.eval_strategy = IntervalStrategy.STEPS
+        often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
+        args.eval_steps = said.get("eval_steps", often)
+
+
+def run_length(args: TrainingArguments, windows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_an_epoch(args, windows))
+
+
+def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
+    """Optimizer steps of one pass over the training windows."""
+    batches = windows / (args.per_device_train_batch_size * args.world_size)
+    whole_batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
+
+
+def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T). The model shifts the labels by one.
+
+    The first token of a window is context and no target. It says so itself, since Trainer divides the summed loss by
+    the number of labels, and for GPT-2 counts the first ones too: its losses would come out (T - 1) / T too small.
+    """
+    input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+    labels = input_ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+class PartialTrainer(Trainer):
+    """Trainer that carries out a plan, phase by phase, measures one step's arithmetic, stops at a non-finite loss and
+    never leaves half a checkpoint.
+
+    Args:
+        plan: The plan that was applied to the model.
+        delta_steps: Steps between two reports of the weight deltas.
+        stop_on_violation: Whether a violation of the freeze audit ends the run.
+        decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
+        Others: As for `transformers.Trainer`.
+
+    Attributes:
+        audit, deltas, timer, stop: Its callbacks.
+        flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
+            counted in the first; None before it and under torch.compile. Attention's own products are counted only
+            where the backend shows them.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: FreezePlan,
+        delta_steps: int,
+        stop_on_violation: bool = True,
+        decay_everything: bool = False,
+        **kwargs,
+    ) -> None:
+        self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
+        self.deltas = WeightDeltaCallback(plan, delta_steps=delta_steps)
+        self.timer, self.stop = StepTimer(), StopOnSignal()
+        self.plan = plan
+        self.decay_everything = decay_everything
+        self.flops_per_step: int | None = None
+        self._saving_in: str | None = None
+        if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
+            kwargs["args"].ddp_find_unused_parameters = True
+        callbacks = [PhaseCallback(plan), self.timer, self.deltas, self.audit, self.stop]
+        self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
+        super().__init__(callbacks=callbacks, **kwargs)
+        if self.is_fsdp_enabled and len(plan.phases) > 1:
+            raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+        for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
+            self.remove_callback(printer)
+        if not self.args.disable_tqdm:
+            self.add_callback(TrainingProgress())
+        self.deltas.attach(self)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        if self.decay_everything:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and not self.is_fsdp_enabled:  # sharded state is keyed by name already
+            split_by_phase(optimizer, self.model, self.plan)
+            key_by_name(optimizer, self.model)
+        return optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if self.flops_per_step is not None or self.args.torch_compile:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with FlopCounterMode(display=False) as counter:  # matrix products of the first batch, once
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
+        return loss
+
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in ("loss", "eval_loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrainingDiverged(
+                    f"Training diverged: {name} is {logs[name]} at step {self.state.global_step} "
+                    f"(learning rate {self._get_learning_rate():.3g}). Lower learning_rate, or add warmup_steps. "
+                    f"Checkpoints from before are kept."
+                )
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save with the model's own `use_cache`, which Trainer switches off for training, and without the pickle."""
+        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
+        config.use_cache = self._use_cache
+        super()._save(output_dir, state_dict)
+        config.use_cache = in_training
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
+        self.audit.check_frozen(self.args, self.state, self.model)
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_aside(run)
+        self.accelerator.wait_for_everyone()
+        self._saving_in = str(run / ASIDE)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_in = None
+        self.accelerator.wait_for_everyone()
+        best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+        self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+        if self.args.should_save:
+            aside = run / ASIDE / name
+            self.state.save_to_json(str(aside / "trainer_state.json"))
+            finish_checkpoint(aside, run / name)
+            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
