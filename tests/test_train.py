@@ -381,10 +381,11 @@ def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_
 
 
 @needs_shared_data
-def test_raw_gulliver_has_158_345_tokens():
+def test_raw_gulliver_has_158_345_tokens_and_cleaned_132_881():
     tokenizer = GPT2Tokenizer.from_pretrained(SHARED_DATA / "gpt2_tokenizer")
-    source = read_texts([str(SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt")], cleaning="none")[0]
-    assert len(tokenize_text(source.text, tokenizer)) == 158_345
+    gulliver = str(SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt")
+    counts = [len(tokenize_text(read_texts([gulliver], cleaning)[0].text, tokenizer)) for cleaning in ("none", "auto")]
+    assert counts == [158_345, 132_881]
 
 
 def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_path, base, monkeypatch):

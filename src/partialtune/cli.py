@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from partialtune import __version__
-from partialtune.errors import PartialtuneError
+from partialtune.errors import ModelError, PartialtuneError
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
 EPILOG = """\
@@ -131,20 +133,25 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     freeze = recipe.freeze
     plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
     said = recipe.training
-    cost = forecast(
-        model,
-        plan,
-        batch_size=said.get("per_device_train_batch_size", 8),
-        block_size=recipe.text.block_size,
-        accumulation=said.get("gradient_accumulation_steps", 1),
-        bf16=said.get("bf16") is True,
-        optimizer=said.get("optim", "adamw_torch"),
-        checkpointing=bool(said.get("activation_checkpointing")),
-    )
+    try:
+        cost = forecast(
+            model,
+            plan,
+            batch_size=said.get("per_device_train_batch_size", 8),
+            block_size=recipe.text.block_size,
+            accumulation=said.get("gradient_accumulation_steps", 1),
+            bf16=said.get("bf16") is True,
+            optimizer=said.get("optim", "adamw_torch_fused"),
+            checkpointing=bool(said.get("activation_checkpointing")),
+        )
+    except ModelError as error:  # a model whose forward pass decides by values has no step without them
+        logger.warning("No forecast of arithmetic and memory: %s", error)
+        cost = None
     if known.json:
-        print(json.dumps({**plan.to_json({}, {}), **cost.to_json()}, indent=2, allow_nan=False))
+        content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
+        print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        print(plan_table(plan), forecast_table(cost), sep="\n\n")
+        print("\n\n".join([plan_table(plan), *([forecast_table(cost)] if cost else [])]))
 
 
 def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
