@@ -13,7 +13,7 @@ from partialtune.model.loading import empty_model, load_config
 from partialtune.recipe.reading import read_recipe
 
 RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "launch" not in path.parts)
-COUNTS = re.compile(r"Trains ([\d,]+) of ([\d,]+) parameters \((\d+\.\d)%\)")
+COUNTS = re.compile(r"Trains ([\d,]+) of ([\d,]+) parameters \((\d+\.\d+)%\)")
 
 
 def model_of(name):
@@ -37,7 +37,8 @@ def test_a_recipe_is_valid_and_its_header_tells_the_truth(path):
     trainable, total, percent = COUNTS.search(header).groups()
     assert int(trainable.replace(",", "")) == plan.trainable_parameters
     assert int(total.replace(",", "")) == plan.total_parameters
-    assert percent == f"{100 * plan.trainable_parameters / plan.total_parameters:.1f}"
+    share = 100 * plan.trainable_parameters / plan.total_parameters
+    assert percent == (f"{share:.1f}" if share >= 0.1 else f"{share:.2f}")
 
 
 def test_the_notebooks_policy_trains_39_385_344_of_124_439_808():
