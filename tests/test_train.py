@@ -325,8 +325,10 @@ def test_a_signal_ends_in_a_message_a_checkpoint_and_its_code_and_the_run_goes_o
     assert read(run, "exit.json")["code"] == code
 
     assert main(["train", recipe, *words]) == 2  # not without leave
-    assert main(["train", recipe, *words, "--resume_from_checkpoint", "auto"]) == 0
-    assert main(["train", recipe, *words, "--output_dir", str(tmp_path / "whole")]) == 0
+    # in processes like the first one: with another number of threads sums round otherwise
+    assert start(recipe, *words, "--resume_from_checkpoint", "auto").communicate(timeout=300) is not None
+    assert start(recipe, *words, "--output_dir", str(tmp_path / "whole")).communicate(timeout=300) is not None
+    assert read(run, "exit.json")["code"] == read(tmp_path / "whole", "exit.json")["code"] == 0
     resumed, whole = final_weights(run), final_weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert [line["step"] for line in lines_of(run)] == [line["step"] for line in lines_of(tmp_path / "whole")]
