@@ -331,7 +331,10 @@ def test_a_signal_ends_in_a_message_a_checkpoint_and_its_code_and_the_run_goes_o
     assert read(run, "exit.json")["code"] == read(tmp_path / "whole", "exit.json")["code"] == 0
     resumed, whole = final_weights(run), final_weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert [line["step"] for line in lines_of(run)] == [line["step"] for line in lines_of(tmp_path / "whole")]
+    steps = [[line["step"] for line in lines_of(folder)] for folder in (run, tmp_path / "whole")]
+    stopped_at = {step for step in steps[0] if step % 10}  # a report of its own where the signal came
+    assert len(stopped_at) <= 1
+    assert [step for step in steps[0] if step not in stopped_at] == steps[1]
 
 
 def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp_path):
