@@ -208,6 +208,17 @@ def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe
     assert "transformer.h.2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("bf16", "pays", "precision"), [("true", None, "bf16"), ("auto", True, "bf16"), ("auto", False, "fp32")]
+)
+def test_precision_is_the_recipes_or_measured_and_recorded(recipe, tmp_path, monkeypatch, bf16, pays, precision):
+    monkeypatch.setattr(trainer, "bf16_pays", lambda: pays)
+    assert main(["train", recipe, "--bf16", bf16, "--max_steps", "2"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["run"]["precision"] == precision
+    assert read(tmp_path / "run", "audit.json")["passed"] is True
+    assert {parameter.dtype for parameter in final_weights(tmp_path / "run").values()} == {torch.float32}
+
+
 def test_nothing_held_out_gives_no_validation_and_no_evaluation_during_training(recipe, tmp_path):
     assert main(["train", recipe, "--validation_share", "0"]) == 0
     assert "validation" not in read(tmp_path / "run", "evaluation.json")

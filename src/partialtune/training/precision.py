@@ -13,7 +13,8 @@ WORTH_IT = 1.2  # casts and the fp32 copies cost too: less than this speed-up of
 
 def bf16_pays(repeats: int = 3) -> bool:
     """Whether this machine multiplies matrices clearly faster in bf16 than in fp32. Takes about 0.2 s."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # a CUDA build names cuda as its accelerator on a machine without a GPU too
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     seconds = {dtype: _best_time(device, dtype, repeats) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     chosen = ratio >= WORTH_IT
