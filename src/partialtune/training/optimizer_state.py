@@ -17,7 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from partialtune.errors import InputError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.weights import named_weights
-from partialtune.training.checkpoints import missing_files
+from partialtune.training.checkpoints import damage_of, read_with_care
 
 
 def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -62,20 +62,21 @@ def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     """Stop where a run cannot go on from a checkpoint as if it had never stopped. Nothing is loaded.
 
     Raises:
-        InputError: If it is incomplete, or its optimizer held other parameters than the plan trains at its step.
+        InputError: If it is not whole, or its optimizer held other parameters than the plan trains at its step.
     """
-    missing = missing_files(checkpoint)
-    if missing:
+    damage = damage_of(checkpoint, read=False)  # whoever chose it has read it
+    if damage:
         raise InputError(
-            f"{checkpoint} is no complete checkpoint of partialtune: {', '.join(missing[:3])} is missing or cut short. "
-            f"`--resume_from_checkpoint auto` takes the newest complete one of output_dir."
+            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
+            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
         )
     file = checkpoint / OPTIMIZER_NAME
     if not file.is_file():  # sharded: PyTorch keeps it in a folder of its own, by name
         return
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
-    held = {str(name) for group in groups for name in group["params"]}
+    with read_with_care(checkpoint):
+        step = int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+        groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        held = {str(name) for group in groups for name in group["params"]}
     trained = set(plan.phase_at(step - 1).trainable)
     if held != trained:
         both = {"not in the plan": sorted(held - trained), "not in the checkpoint": sorted(trained - held)}

@@ -14,10 +14,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.freeze.plan import FreezePlan
+from partialtune.launch import decided_by_main
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.training.checkpoints import ASIDE, clear_aside, finish_checkpoint, rotate_checkpoints
+from partialtune.training.checkpoints import ASIDE, clear_aside, disk_errors, finish_checkpoint, rotate_checkpoints
+from partialtune.training.divergence import BatchWatch
 from partialtune.training.optimizer_state import key_by_name
+from partialtune.training.origin import write_origin
 from partialtune.training.performance import StepTimer
 from partialtune.training.phases import PhaseCallback, split_by_phase
 from partialtune.training.precision import bf16_pays
@@ -39,7 +42,7 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     on_cpu = not torch.accelerator.is_available()
     settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
     if settings.get("bf16") == "auto":
-        settings["bf16"] = bf16_pays()
+        settings["bf16"] = decided_by_main(lambda: bf16_pays())  # processes may measure differently
     settings |= {
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would average non-finite losses away
@@ -105,6 +108,7 @@ class PartialTrainer(Trainer):
         delta_steps: Steps between two reports of the weight deltas.
         stop_on_violation: Whether a violation of the freeze audit ends the run.
         decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
+        origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
         Others: As for `transformers.Trainer`.
 
     Attributes:
@@ -121,6 +125,7 @@ class PartialTrainer(Trainer):
         delta_steps: int,
         stop_on_violation: bool = True,
         decay_everything: bool = False,
+        origin: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
@@ -128,6 +133,8 @@ class PartialTrainer(Trainer):
         self.timer, self.stop = StepTimer(), StopOnSignal()
         self.plan = plan
         self.decay_everything = decay_everything
+        self.origin = origin or {}
+        self.batch = BatchWatch(kwargs.get("train_dataset"))
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
         if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
@@ -157,12 +164,24 @@ class PartialTrainer(Trainer):
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = self._counted_step(model, inputs, num_items_in_batch)
+        self.batch.add(inputs["input_ids"], loss)
+        return loss
+
+    def _counted_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if self.flops_per_step is not None or self.args.torch_compile:
             return super().training_step(model, inputs, num_items_in_batch)
         with FlopCounterMode(display=False) as counter:  # matrix products of the first batch, once
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of the gradients, all processes' by now; one that is not finite ends the run before it does harm."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step, and goes on
+        self.batch.end_step(self.state.global_step, norm, self._get_learning_rate(), stop=not scaled)
+        return norm
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
@@ -171,7 +190,7 @@ class PartialTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name in ("loss", "eval_loss", "grad_norm"):
+        for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainingDiverged(
                     f"Training diverged: {name} is {logs[name]} at step {self.state.global_step} "
@@ -202,7 +221,8 @@ class PartialTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving_in = str(run / ASIDE)
         try:
-            super()._save_checkpoint(model, trial)
+            with disk_errors(name, run):
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving_in = None
         self.accelerator.wait_for_everyone()
@@ -210,7 +230,9 @@ class PartialTrainer(Trainer):
         self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
         if self.args.should_save:
             aside = run / ASIDE / name
-            self.state.save_to_json(str(aside / "trainer_state.json"))
-            finish_checkpoint(aside, run / name)
+            with disk_errors(name, run):
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+                write_origin(aside, self.origin)
+                finish_checkpoint(aside, run / name)
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
