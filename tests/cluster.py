@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -70,26 +71,35 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 
 WARM = """\
-import os, sys
+import json, os, sys
 import torch, transformers, datasets
 import partialtune.train, partialtune.cli
 torch.set_num_threads(1)
-for line in sys.stdin:
-    log, *words = line.rstrip("\\n").split("\\t")
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def run(job, rank):
+    out = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if job["processes"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(job["processes"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        os.environ["MASTER_PORT"] = str(job["port"])
     code = 1
     try:
-        code = partialtune.cli.main(words)
+        code = partialtune.cli.main(job["words"])
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+for line in sys.stdin:
+    job, children = json.loads(line), []
+    for rank in range(job["processes"]):
+        children.append(os.fork())
+        if not children[-1]:
+            run(job, rank)
+    print(json.dumps(children), flush=True)
+    codes = dict(os.wait() for _ in children)
+    print(json.dumps([os.waitstatus_to_exitcode(codes[child]) for child in children]), flush=True)
 """
 
 
@@ -114,17 +124,30 @@ class WarmProcess:
         self.parent.wait(timeout=60)
         self.parent.stdout.close()
 
-    def start(self, words: Sequence[str]) -> int:
-        """Start a run; its process id."""
-        self.parent.stdin.write("\t".join([str(self.log), *words]) + "\n")
+    def start_all(self, words: Sequence[str], processes: int) -> list[int]:
+        """Start a run of several processes, which find each other as those of a launcher do; their ids by rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = {"log": str(self.log), "words": list(words), "processes": processes, "port": port}
+        self.parent.stdin.write(json.dumps(job) + "\n")
         self.parent.stdin.flush()
-        return int(self.parent.stdout.readline())
+        return json.loads(self.parent.stdout.readline())
+
+    def end_all(self) -> list[int]:
+        """Wait for the end of the run that was started; exit codes by rank, negative for a signal."""
+        return json.loads(self.parent.stdout.readline())
+
+    def start(self, words: Sequence[str]) -> int:
+        """Start a run of one process; its id."""
+        return self.start_all(words, 1)[0]
 
     def end(self) -> int:
-        """Wait for the run's end; its exit code, negative for a signal."""
-        return int(self.parent.stdout.readline())
+        """Wait for its end; its exit code."""
+        return self.end_all()[0]
 
     def run(self, words: Sequence[str]) -> int:
+        """Start it and wait for its end; its exit code."""
         self.start(words)
         return self.end()
 

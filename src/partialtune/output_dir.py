@@ -104,8 +104,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RecipeError: If another run holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir: nothing can be written in {folder} ({error.strerror}). Name another folder."
+        ) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

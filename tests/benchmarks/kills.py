@@ -4,9 +4,9 @@
 
 A tiny GPT-2 with dropout trains 32 steps in two phases, with a checkpoint every other step. It is killed at random
 moments, three in ten of them in the next save, each time resumed with `--resume_from_checkpoint auto`, until it ends;
-then the next run begins, until there were so many kills. Weights, losses, evaluations and deltas are compared with those
-of a run that was left alone, to the bit. The result is a Markdown table on stdout. It takes about two minutes on an idle
-machine.
+then the next run begins, until there were so many kills. Weights, losses, evaluations and deltas are compared, to the
+bit, with those of a run that was left alone. The result is a Markdown table on stdout; it takes about two minutes on an
+idle machine.
 """
 
 import argparse

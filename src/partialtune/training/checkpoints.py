@@ -26,6 +26,14 @@ REPLACED = "replaced"  # in it: a checkpoint that one of the same step takes the
 MARKER = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
+# how PyTorch says that a file could not be written
+CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
+# what reading a file that is not what it should be can raise in json, PyTorch and safetensors
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, RuntimeError),
+    *(pickle.UnpicklingError, SafetensorError, MemoryError),
+)
+
 
 def checkpoints_in(run: Path) -> list[Path]:
     """The checkpoint folders of a run, whole or not, oldest step first."""
@@ -117,7 +125,7 @@ def read_with_care(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{checkpoint} cannot be gone on from: {_first_line(error)}. Take a checkpoint that this version of "
             f"partialtune saved, or start in a new output_dir."
@@ -138,7 +146,7 @@ def disk_errors(what: str, run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in CANNOT_WRITE):
             raise
         clear_aside(run)
         whole = [path.name for path in checkpoints_in(run) if not damage_of(path, read=False)]

@@ -17,7 +17,14 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import decided_by_main
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.training.checkpoints import ASIDE, clear_aside, disk_errors, finish_checkpoint, rotate_checkpoints
+from partialtune.training.checkpoints import (
+    ASIDE,
+    clear_aside,
+    disk_errors,
+    finish_checkpoint,
+    read_with_care,
+    rotate_checkpoints,
+)
 from partialtune.training.divergence import BatchWatch
 from partialtune.training.optimizer_state import key_by_name
 from partialtune.training.origin import write_origin
@@ -207,6 +214,18 @@ class PartialTrainer(Trainer):
         config.use_cache = in_training
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with read_with_care(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with read_with_care(Path(checkpoint or ".")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with read_with_care(Path(checkpoint or ".")):
+            super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial) -> str:
         return self._saving_in or super()._get_output_dir(trial)
