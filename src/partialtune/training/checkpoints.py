@@ -91,7 +91,7 @@ def finish_checkpoint(aside: Path, final: Path) -> None:
     Every file and folder is synced before the rename, so that a power cut leaves the old state or the new one.
     What stands in the place, a damaged checkpoint or one of a run that has gone back, makes way.
     """
-    paths = sorted(aside.rglob("*"))
+    paths = sorted(path for path in aside.rglob("*") if path != aside / MARKER)
     files = [path for path in paths if path.is_file()]
     entries = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (aside / MARKER).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
