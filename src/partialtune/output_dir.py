@@ -85,6 +85,15 @@ def _flat_recipe(file: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "run"}
 
 
+def run_record_of(folder: Path) -> dict[str, Any]:
+    """What the run in this folder recorded of itself, under `run` in its recipe; empty where there is none."""
+    try:
+        record = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))["run"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return int(values.get("max_steps", -1)) > int(earlier.get("max_steps", -1))
 
