@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.data import RunData, prepare_data
 from partialtune.errors import FreezeViolation, InputError, RecipeError
+from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.schedules import in_steps
@@ -58,6 +60,7 @@ from partialtune.training.performance import performance
 from partialtune.training.trainer import (
     PartialTrainer,
     collate_windows,
+    evaluation_steps,
     run_length,
     steps_an_epoch,
     suit_length,
@@ -103,20 +106,21 @@ def train(recipe: Recipe) -> Path:
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head, schedule=schedule)
-    origin = decided_by_main(lambda: run_origin(recipe, args, model, data, plan))
+    prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, begun))
+    origin = decided_by_main(lambda: run_origin(recipe, args, model, data, plan, prefix))
     if checkpoint is not None:
         decided_by_main(lambda: check_same_run(checkpoint, plan, begun, origin))
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
     with ExitStack() as held, exit_recorded(folder):
         decided_by_main(lambda: take_folder(held, folder, recipe, standing))
-        begin_folder(folder, recipe, plan, run_record(args, model, data), checkpoint)
+        begin_folder(folder, recipe, plan, run_record(args, model, data, prefix), checkpoint)
         check_shared(folder, RECIPE_FILE)
         apply_plan(model, plan)
         before = look.at(model.to(args.device), "before")
 
         set_seed(args.seed)
-        trainer = make_trainer(recipe, plan, model, args, data, origin)
+        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
         save_model(folder, trainer, tokenizer)
@@ -185,11 +189,16 @@ def data_seed(args: TrainingArguments) -> int:
 
 
 def run_origin(
-    recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, data: RunData, plan: FreezePlan
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: RunData,
+    plan: FreezePlan,
+    prefix: Sequence[PrefixPhase],
 ) -> dict[str, Any]:
     """What the run begins with; each checkpoint keeps it."""
     windows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    choices = {"bf16": args.bf16} if recipe.training.get("bf16") == "auto" else {}
+    choices = {"bf16": args.bf16, "prefix_cache": [phase.to_json() for phase in prefix]}
     return origin_of(
         recipe.model, model, recipe.text, data.sources, data.train, plan, data_seed(args), windows_a_step, choices
     )
@@ -212,12 +221,37 @@ def take_folder(held: ExitStack, folder: Path, recipe: Recipe, standing: Standin
         raise RecipeError(f"output_dir: another process has finished the run in {folder} meanwhile. Nothing was done.")
 
 
+def prefix_phases(
+    recipe: Recipe,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: RunData,
+    begun: Mapping[str, Any] | None,
+) -> list[PrefixPhase]:
+    """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now."""
+    if begun is not None and "prefix_cache" in begun["choices"]:
+        return [PrefixPhase(**phase) for phase in begun["choices"]["prefix_cache"]]
+    held_out = len(data.held_out or [])
+    windows = Windows(
+        training=len(data.train),
+        held_out=held_out,
+        a_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        steps=run_length(args, len(data.train)),
+        eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
+    )
+    obstacle = prefix_obstacle(recipe.text.window_sampling, args, model, plan, data.train)
+    size = recipe.text.block_size * model.config.get_text_config().hidden_size * (2 if args.bf16 or args.fp16 else 4)
+    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, psutil.virtual_memory().available, obstacle)
+
+
 def make_trainer(
     recipe: Recipe,
     plan: FreezePlan,
     model: PreTrainedModel,
     args: TrainingArguments,
     data: RunData,
+    prefix: Sequence[PrefixPhase],
     origin: Mapping[str, Any],
 ) -> PartialTrainer:
     """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
@@ -226,6 +260,8 @@ def make_trainer(
         delta_steps=recipe.freeze.delta_steps,
         stop_on_violation=not recipe.freeze.allow_failed_audit,
         decay_everything=recipe.freeze.weight_decay_on == "all",
+        fast_paths=recipe.speed.fast_paths,
+        prefix=prefix,
         origin=origin,
         model=model,
         args=args,
@@ -260,7 +296,9 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
     return None
 
 
-def run_record(args: TrainingArguments, model: PreTrainedModel, data: RunData) -> dict[str, Any]:
+def run_record(
+    args: TrainingArguments, model: PreTrainedModel, data: RunData, prefix: Sequence[PrefixPhase]
+) -> dict[str, Any]:
     """What `recipe.yaml` keeps under `run`: how to make the run again, and from exactly what."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_VERSIONS}},
@@ -280,6 +318,7 @@ def run_record(args: TrainingArguments, model: PreTrainedModel, data: RunData) -
             for source in data.sources
         ],
         "windows": {"training": len(data.train), "held_out": len(data.held_out or [])},
+        "prefix_cache": [phase.to_json() for phase in prefix],
     }
 
 
@@ -296,6 +335,7 @@ def begin_folder(
     values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
     write_recipe(folder / RECIPE_FILE, values, record)
     print(plan_table(plan), flush=True)
+    logger.info(prefix_words([PrefixPhase(**phase) for phase in record["prefix_cache"]]))
 
 
 @main_process_only
@@ -321,7 +361,8 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
     write_json(
-        folder / "performance.json", performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size)
+        folder / "performance.json",
+        performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size, trainer.fast),
     )
     draw_figures(folder)
     write_card(folder)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from partialtune.fast.paths import FastPaths
+
 
 class StepTimer(TrainerCallback):
     """Seconds of each optimizer step, evaluation, reports and saves not counted."""
@@ -42,7 +44,9 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def performance(args: TrainingArguments, timer: StepTimer, flops: int | None, block_size: int) -> dict[str, Any]:
+def performance(
+    args: TrainingArguments, timer: StepTimer, flops: int | None, block_size: int, fast: FastPaths
+) -> dict[str, Any]:
     """The content of `performance.json`.
 
     Args:
@@ -50,6 +54,7 @@ def performance(args: TrainingArguments, timer: StepTimer, flops: int | None, bl
         timer: It timed the run's steps.
         flops: Of one optimizer step on one process.
         block_size: Tokens per window.
+        fast: The run's fast paths.
     """
     median = timer.median()
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
@@ -59,5 +64,6 @@ def performance(args: TrainingArguments, timer: StepTimer, flops: int | None, bl
         "peak_memory_mb": peak_memory_mb(),
         "flops_per_step": flops,
         "utilisation": None,
-        "prefix_cache": "off",
+        "prefix_cache": "memory" if fast.keeps_prefix else "off",
+        "fast_paths": fast.in_use,
     }

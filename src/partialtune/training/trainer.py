@@ -2,17 +2,21 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.errors import RecipeError, TrainingDiverged
+from partialtune.fast.paths import FastPaths
+from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import decided_by_main
 from partialtune.proof.audit import FreezeAuditCallback
@@ -94,8 +98,19 @@ def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
     return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
 
 
+def evaluation_steps(args: TrainingArguments, windows: int) -> int | None:
+    """Optimizer steps between two evaluations during training, None for none."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        return None
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return steps_an_epoch(args, windows)
+    return max(1, int(args.eval_steps if args.eval_steps >= 1 else args.eval_steps * run_length(args, windows)))
+
+
 def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T). The model shifts the labels by one.
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T), and their numbers `window`, int64 (B,), if they have.
+
+    The model shifts the labels by one.
 
     The first token of a window is context and no target. It says so itself, since Trainer divides the summed loss by
     the number of labels, and for GPT-2 counts the first ones too: its losses would come out (T - 1) / T too small.
@@ -103,7 +118,15 @@ def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
     labels = input_ids.clone()
     labels[:, 0] = -100
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    if "window" in rows[0]:
+        batch["window"] = torch.tensor([row["window"] for row in rows])
+    return batch
+
+
+def numbered(windows: Dataset, first: int) -> Dataset:
+    """Windows with a column `window` that counts from `first`."""
+    return windows.add_column("window", np.arange(first, first + len(windows)))
 
 
 class PartialTrainer(Trainer):
@@ -115,11 +138,14 @@ class PartialTrainer(Trainer):
         delta_steps: Steps between two reports of the weight deltas.
         stop_on_violation: Whether a violation of the freeze audit ends the run.
         decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
+        fast_paths: Of `loss`, `gelu`, `casts`.
+        prefix: What each phase does with its frozen prefix.
         origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
         Others: As for `transformers.Trainer`.
 
     Attributes:
         audit, deltas, timer, stop: Its callbacks.
+        fast: Its fast paths.
         flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
             counted in the first; None before it and under torch.compile. Attention's own products are counted only
             where the backend shows them.
@@ -132,6 +158,8 @@ class PartialTrainer(Trainer):
         delta_steps: int,
         stop_on_violation: bool = True,
         decay_everything: bool = False,
+        fast_paths: Collection[str] = (),
+        prefix: Sequence[PrefixPhase] = (),
         origin: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
@@ -146,7 +174,8 @@ class PartialTrainer(Trainer):
         self._saving_in: str | None = None
         if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
             kwargs["args"].ddp_find_unused_parameters = True
-        callbacks = [PhaseCallback(plan), self.timer, self.deltas, self.audit, self.stop]
+        self.fast = self._fast_paths(fast_paths, prefix or [PrefixPhase(0, 0, 0, "off")], kwargs)
+        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop]
         self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
         super().__init__(callbacks=callbacks, **kwargs)
         if self.is_fsdp_enabled and len(plan.phases) > 1:
@@ -156,6 +185,33 @@ class PartialTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
         self.deltas.attach(self)
+
+    @staticmethod
+    def _fast_paths(enabled: Collection[str], prefix: Sequence[PrefixPhase], settings: dict[str, Any]) -> FastPaths:
+        """The fast paths; where a prefix is kept, the data sets in `settings` get the numbers of their windows."""
+        args, train, held_out = settings["args"], settings["train_dataset"], settings.get("eval_dataset")
+        evaluates = held_out is not None and args.eval_strategy != IntervalStrategy.NO
+        fast = FastPaths(
+            settings["model"],
+            enabled,
+            prefix,
+            [train, held_out] if evaluates else [train],
+            args.per_device_eval_batch_size,
+            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        )
+        if fast.keeps_prefix:
+            settings["train_dataset"] = numbered(train, 0)
+            settings["eval_dataset"] = numbered(held_out, len(train)) if evaluates else held_out
+        return fast
+
+    def train(self, *args, **kwargs):
+        with self.fast:
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        with self.fast.step(inputs.pop("window", None)):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.decay_everything:
