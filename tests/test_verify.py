@@ -231,7 +231,7 @@ def test_experts_that_lie_apart_in_the_file_are_compared_as_the_fused_parameters
     assert not comparison.passed
 
 
-def test_a_buffer_that_changed_is_noted(tmp_path):
+def test_a_buffer_that_changed_breaks_every_claim_and_is_noted_where_there_is_none(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     heads = {
@@ -255,9 +255,12 @@ def test_a_buffer_that_changed_is_noted(tmp_path):
     model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")[0] += 1
     model.save_pretrained(tmp_path / "adapted")
     comparison = compare(tmp_path / "base", tmp_path / "adapted", ["attention"])
-    assert comparison.passed
-    assert "1 buffer changed" in " ".join(comparison.notes)
-    assert "e_score_correction_bias" in " ".join(comparison.notes)
+    assert comparison.changed_buffers == ("model.layers.1.mlp.gate.e_score_correction_bias",)
+    with pytest.raises(FreezeViolation, match=r"1 buffer changed, which nothing trains: .*e_score_correction_bias"):
+        comparison.raise_if_violated()
+    unclaimed = compare(tmp_path / "base", tmp_path / "adapted")
+    assert unclaimed.passed is None
+    assert "1 buffer changed" in " ".join(unclaimed.notes)
 
 
 def test_a_config_that_computes_otherwise_is_noted(base, adapt):

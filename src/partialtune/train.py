@@ -241,9 +241,9 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
-    write_json(
-        folder / "performance.json", performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size)
-    )
+    callback_seconds = trainer.deltas.seconds + trainer.audit.seconds
+    cost = performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size, callback_seconds)
+    write_json(folder / "performance.json", cost)
     draw_figures(folder)
     write_card(folder)
     write_report(folder)

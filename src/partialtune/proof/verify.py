@@ -17,8 +17,8 @@ from partialtune.progress import progress_bar
 from partialtune.proof.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.proof.claims import Claim, claim_of_plan, claim_of_selectors
 from partialtune.proof.comparison import ComparedParameter, Comparison
+from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
 from partialtune.proof.notes import comparison_notes
-from partialtune.proof.snapshots import ParameterDelta, delta_between, l2_norm
 from partialtune.proof.weight_files import Weights, open_weights
 from partialtune.proof.weights import chunks_of, digest
 
@@ -59,6 +59,7 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         adapted=after.name,
         parameters=tuple(parameters),
         claim=None if claim is None else claim.text,
+        changed_buffers=_changed_buffers(before, after),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=() if claim is None else _other_than(claim.after, digests_after),
     )
@@ -140,6 +141,11 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
         max_abs_delta=delta.max_abs_delta,
         allowed=allowed,
     )
+
+
+def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
+    common = sorted(before.buffers & after.buffers)
+    return tuple(name for name in common if not torch.equal(before.read(name).double(), after.read(name).double()))
 
 
 def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:

@@ -42,7 +42,9 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def performance(args: TrainingArguments, timer: StepTimer, flops: int | None, block_size: int) -> dict[str, Any]:
+def performance(
+    args: TrainingArguments, timer: StepTimer, flops: int | None, block_size: int, callback_seconds: float
+) -> dict[str, Any]:
     """The content of `performance.json`.
 
     Args:
@@ -50,6 +52,7 @@ def performance(args: TrainingArguments, timer: StepTimer, flops: int | None, bl
         timer: It timed the run's steps.
         flops: Of one optimizer step on one process.
         block_size: Tokens per window.
+        callback_seconds: Time that snapshot, deltas and audit took, in and around the steps.
     """
     median = timer.median()
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
@@ -60,4 +63,5 @@ def performance(args: TrainingArguments, timer: StepTimer, flops: int | None, bl
         "flops_per_step": flops,
         "utilisation": None,
         "prefix_cache": "off",
+        "callback_share": callback_seconds / (callback_seconds + sum(timer.seconds)) if timer.seconds else None,
     }
