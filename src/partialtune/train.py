@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.data import RunData, prepare_data
+from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, InputError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
@@ -100,7 +101,7 @@ def train(recipe: Recipe) -> Path:
         trainer = make_trainer(recipe, plan, model, args, data)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
-        save_model(folder, trainer, tokenizer)
+        save_model(folder, trainer, tokenizer, recipe)
         write_plan(folder, plan, trainer.audit)
 
         after = look.at(model, "after")
@@ -226,9 +227,18 @@ def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> No
     write_json(folder / "freeze_plan.json", plan.to_json(audit.digests_before, audit.digests_after))
 
 
-def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The adapted model and its tokenizer, loadable with `from_pretrained(folder)`."""
-    trainer.save_model(str(folder))
+def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`."""
+    model, audit, base = trainer.model, trainer.audit, recipe.model
+    if recipe.freeze.checkpoint_format == "full":
+        trainer.save_model(str(folder))
+    elif audit.result.changed_buffers:
+        logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
+        trainer.save_model(str(folder))
+    else:
+        origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
+        with trainer.config_as_loaded():
+            write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
     if trainer.args.should_save:
         tokenizer.save_pretrained(folder)
 
