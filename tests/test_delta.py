@@ -131,7 +131,7 @@ def test_base_and_delta_on_the_hub_are_fetched_at_their_commits(tmp_path, gpt2, 
     hub(gpt2, "someone/tiny", "a" * 40)
     hub(delta, "me/tiny-norms", "b" * 40)
     check_rebuilt(whole, "me/tiny-norms", tmp_path / "out")
-    with pytest.raises(ModelError, match="me/tiny-norms@v9"):
+    with pytest.raises(ModelError, match="me/tiny-norms at revision v9"):
         partialtune.load("me/tiny-norms@v9")
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 CHUNK = 4 * 2**20  # elements handled at once, 16 MB in fp32: keeps temporaries small beside any model
+BIT_SUM_PIECE = 2**18  # elements: ten times as fast on a CPU as in one sum, which first widens all of them
 SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -124,7 +125,9 @@ def _bit_sum(parameter: torch.Tensor) -> torch.Tensor:
     """As a tensor () on its device. Sums of shards add up to that of the whole, so that nothing is gathered."""
     values = parameter.detach()
     part = values.to_local() if is_sharded(values) else values
-    total = part.contiguous().view(SIGNED[part.element_size()]).sum(dtype=torch.int64)
+    integers = part.contiguous().view(SIGNED[part.element_size()])
+    sums = [piece.sum(dtype=torch.int64) for piece in chunks_of(integers, BIT_SUM_PIECE)]  # at once it would be a copy
+    total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=part.device)
     for dimension, placement in enumerate(values.placements if is_sharded(values) else ()):
         if placement.is_shard():
             dist.all_reduce(total, group=values.device_mesh.get_group(dimension))
