@@ -31,8 +31,7 @@ def events(tmp_path_factory):
     trainer = make_trainer(folder, model, [callback], report_to=["tensorboard"], logging_steps=1)
     callback.attach(trainer)
     trainer.train()
-    files = folder.rglob("events.out.tfevents.*")
-    file = min(files, key=lambda path: len(path.parts))  # deeper down lies that of the hyperparameters
+    (file,) = folder.glob("runs/*/events.out.tfevents.*")  # deeper down lies that of the hyperparameters
     read = EventAccumulator(str(file)).Reload()
     scalars = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     return scalars, trainer

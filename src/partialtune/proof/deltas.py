@@ -71,7 +71,8 @@ class WeightDeltaCallback(TrainerCallback):
         self._reported_at = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.delta_steps == 0:
+        last = state.global_step == state.max_steps  # by on_train_end trackers have closed their files
+        if last or state.global_step % self.delta_steps == 0:
             self._report(args, state, control, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
