@@ -25,7 +25,7 @@ from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeEr
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.schedules import in_steps
-from partialtune.proof.audit import NEVER_A_GRADIENT
+from partialtune.proof.audit_result import NEVER_A_GRADIENT
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.optimizer_state import check_checkpoint

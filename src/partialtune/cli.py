@@ -95,6 +95,12 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", metavar="BRANCH", help="branch, main by default")
     push.add_argument("--private", choices=("true", "false"), help="visibility; the namespace's default where absent")
     push.add_argument("--allow_failed_audit", action="store_true", help="publish although the freeze audit failed")
+    apply = commands.add_parser(
+        "apply", help="make the whole model of a delta checkpoint and its base", allow_abbrev=False
+    )
+    apply.add_argument("delta", metavar="DELTA", help="folder or Hub id of a run with checkpoint_format: delta")
+    apply.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
+    apply.add_argument("--base", metavar="BASE", help="the base, if it is no longer where the delta says")
     report = commands.add_parser(
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
@@ -190,6 +196,15 @@ def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(push_run(Path(known.run), known.repo_id, known.revision, private, known.allow_failed_audit), flush=True)
 
 
+def _apply(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.delta.rebuild import apply_delta
+    from partialtune.model.loading import quiet_libraries
+
+    _refuse(overrides)
+    quiet_libraries()
+    print(apply_delta(known.delta, known.out, known.base), flush=True)
+
+
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
@@ -204,7 +219,7 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report}
+COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "apply": _apply, "report": _report}
 
 
 def _refuse(overrides: Sequence[str]) -> None:

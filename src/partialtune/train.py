@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.data import RunData, prepare_data
+from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, InputError, RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
 from partialtune.freeze.apply import apply_plan
@@ -47,6 +48,7 @@ from partialtune.pages.figures import draw_figures
 from partialtune.pages.report import write_report
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import DELTAS_FILE
+from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe, write_recipe
 from partialtune.scoring.evaluation import ScoredText, score_text
 from partialtune.scoring.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
@@ -123,7 +125,7 @@ def train(recipe: Recipe) -> Path:
         trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
-        save_model(folder, trainer, tokenizer)
+        save_model(folder, trainer, tokenizer, recipe)
         write_plan(folder, plan, trainer.audit)
 
         after = look.at(model, "after")
@@ -344,12 +346,26 @@ def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> No
     write_json(folder / "freeze_plan.json", plan.to_json(audit.digests_before, audit.digests_after))
 
 
-def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The adapted model and its tokenizer, loadable with `from_pretrained(folder)`."""
+def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`."""
     with disk_errors("The model", folder):
-        trainer.save_model(str(folder))
+        if recipe.freeze.checkpoint_format == "full":
+            trainer.save_model(str(folder))
+        elif trainer.audit.result.changed_buffers:
+            logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
+            trainer.save_model(str(folder))
+        else:
+            save_delta(folder, trainer, recipe.model)
         if trainer.args.should_save:
             tokenizer.save_pretrained(folder)
+
+
+def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> None:
+    """Only what was trained, with the digests of base and result."""
+    model, audit = trainer.model, trainer.audit
+    origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
+    with trainer.config_as_loaded():
+        write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
 
 
 @main_process_only
@@ -360,10 +376,9 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
-    write_json(
-        folder / "performance.json",
-        performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size, trainer.fast),
-    )
+    callback_seconds = trainer.deltas.seconds + trainer.audit.seconds
+    cost = performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size, trainer.fast, callback_seconds)
+    write_json(folder / "performance.json", cost)
     draw_figures(folder)
     write_card(folder)
     write_report(folder)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
+from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -100,6 +101,8 @@ def load_model(
     Raises:
         ModelError: If it cannot be loaded whole from safetensors files.
     """
+    if is_delta(Path(model_location(name))):
+        raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
     with _loading(name, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from partialtune.delta import is_delta
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.pages.wording import (
@@ -65,6 +66,7 @@ def render_card(run: RunFiles) -> str:
         base=base_model(run),
         repository=run.recipe.get("hub_model_id"),
         share=trained_share(run),
+        is_delta=is_delta(run.folder),
         findings=verdict(run),
         problems=audit_problems(run),
         texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],
@@ -110,7 +112,7 @@ def metadata(run: RunFiles) -> ModelCardData:
     return ModelCardData(
         language=run.record.get("language"),
         license=run.record.get("license"),
-        library_name="transformers",
+        library_name="partialtune" if is_delta(run.folder) else "transformers",
         pipeline_tag="text-generation",
         base_model=base,
         tags=[*TAGS],

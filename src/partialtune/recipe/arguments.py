@@ -140,6 +140,13 @@ class FreezeArguments:
     delta_steps: int = field(
         default=10, metadata={"help": "Optimizer steps between reports of the weight deltas.", "bound": at_least(1)}
     )
+    checkpoint_format: Literal["full", "delta"] = field(
+        default="full",
+        metadata={
+            "help": "The final model as a whole, or as delta.safetensors: only what was trained, with digests of the "
+            "base. `partialtune apply` and partialtune.load make it whole again, bit for bit."
+        },
+    )
     allow_failed_audit: bool = field(
         default=False,
         metadata={"help": "Warn, and go on, where the freeze audit fails; without it the run ends with exit code 3."},

@@ -143,6 +143,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "activation_checkpointing_kwargs", f"{message}. Take it out."
     if values.get("prefix_cache") == "memory":
         yield from _wrong_beside_a_kept_prefix(values)
+    if values.get("checkpoint_format") == "delta" and values.get("trust_remote_code"):
+        message = "delta: a model whose code comes with it is not made whole again without that code"
+        yield "checkpoint_format", f"{message}. Leave it out."
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)

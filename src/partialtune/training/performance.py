@@ -45,7 +45,12 @@ def peak_memory_mb() -> float:
 
 
 def performance(
-    args: TrainingArguments, timer: StepTimer, flops: int | None, block_size: int, fast: FastPaths
+    args: TrainingArguments,
+    timer: StepTimer,
+    flops: int | None,
+    block_size: int,
+    fast: FastPaths,
+    callback_seconds: float,
 ) -> dict[str, Any]:
     """The content of `performance.json`.
 
@@ -55,6 +60,7 @@ def performance(
         flops: Of one optimizer step on one process.
         block_size: Tokens per window.
         fast: The run's fast paths.
+        callback_seconds: Time that snapshot, deltas and audit took, in and around the steps.
     """
     median = timer.median()
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
@@ -66,4 +72,5 @@ def performance(
         "utilisation": None,
         "prefix_cache": "memory" if fast.keeps_prefix else "off",
         "fast_paths": fast.in_use,
+        "callback_share": callback_seconds / (callback_seconds + sum(timer.seconds)) if timer.seconds else None,
     }

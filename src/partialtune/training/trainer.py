@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,21 @@ class PartialTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save with the model's own `use_cache`, which Trainer switches off for training, and without the pickle."""
-        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
-        config.use_cache = self._use_cache
-        super()._save(output_dir, state_dict)
-        config.use_cache = in_training
+        """Save as the model was loaded, and without the pickle."""
+        with self.config_as_loaded():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    @contextmanager
+    def config_as_loaded(self) -> Iterator[None]:
+        """Give the model its own `use_cache`, which Trainer switches off for training."""
+        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
+        config.use_cache = self._use_cache
+        try:
+            yield
+        finally:
+            config.use_cache = in_training
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with read_with_care(Path(resume_from_checkpoint)):
