@@ -110,7 +110,7 @@ def train(recipe: Recipe) -> Path:
 
         after = look.at(model, "after")
         moved = weight_insight(
-            model, plan, trainer.deltas.snapshot.copies, data.token_counts, tokenizer, trainer.args.should_save
+            model, plan, trainer.deltas.snapshot.copies, data.token_counts, tokenizer, PartialState().is_main_process
         )
         write_insight(folder, look, before, after, {**moved, "learning_curves": curves.to_json()})
         write_results(folder, trainer, before, after, recipe.text.block_size)

@@ -10,11 +10,11 @@ from partialtune.insight.tokens import TokenTexts
 from partialtune.scoring.prompts import decode_after
 
 WATCHED_WINDOWS = 64
-SHOWN_PLACES = 12
+SHOWN_PLACES = 10
 SHOWN_TOKENS = 15
 PLACES_A_TOKEN = 2  # so that one frequent token does not fill the list
 TOKENS_BEFORE, TOKENS_AFTER = 24, 8  # of context
-LARGEST_SHIFT = 8.0  # bits; the ends of the histogram hold what lies beyond
+LARGEST_SHIFT = 12.0  # bits; the ends of the histogram hold what lies beyond
 
 
 def next_token_shift(
