@@ -79,7 +79,7 @@ class LearningCurves(TrainerCallback):
             self._score(args, control, model, {})
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self._scored_at != state.global_step:
+        if state.global_step >= state.max_steps and self._scored_at != state.global_step:  # not where a signal came
             self._score(args, control, model, {})
 
     def _score(self, args, control, model, known: dict[str, float]) -> None:
