@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -23,6 +24,9 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
 from partialtune.hub.push import check_access, push_after_training
+from partialtune.insight.learning_curves import LearningCurves
+from partialtune.insight.next_token_shift import WATCHED_WINDOWS, next_token_shift
+from partialtune.insight.run_insight import sampled_continuations, weight_insight
 from partialtune.launch import (
     check_engine,
     check_precision,
@@ -50,7 +54,7 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe, write_recipe
-from partialtune.scoring.evaluation import ScoredText, score_text
+from partialtune.scoring.evaluation import ScoredText, score_tokens, spaced_indices
 from partialtune.scoring.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
 from partialtune.summary import closing_words
 from partialtune.text.sources import IN_MEMORY_BYTES
@@ -123,12 +127,17 @@ def train(recipe: Recipe) -> Path:
 
         set_seed(args.seed)
         trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)
+        curves = LearningCurves(data.scored, args.per_device_eval_batch_size).attach(trainer)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
         save_model(folder, trainer, tokenizer, recipe)
         write_plan(folder, plan, trainer.audit)
 
         after = look.at(model, "after")
+        moved = weight_insight(
+            model, plan, trainer.deltas.snapshot.copies, data.token_counts, tokenizer, PartialState().is_main_process
+        )
+        write_insight(folder, look, before, after, {**moved, "learning_curves": curves.to_json()})
         write_results(folder, trainer, before, after, recipe.text.block_size)
         if violation is not None:
             raise violation
@@ -139,10 +148,11 @@ def train(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a model made of the texts and prompts at one moment."""
+    """What a model made of the texts and prompts at one moment; `nats` of single held-out tokens, None without such."""
 
     scores: dict[str, dict[str, Any]]
     prompts: list[PromptProbe]
+    nats: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -155,10 +165,19 @@ class Look:
     batch_size: int
 
     def at(self, model: PreTrainedModel, moment: str) -> Sight:
-        scores = {
-            name: score_text(model, text, self.batch_size, f"{name}, {moment}") for name, text in self.texts.items()
-        }
-        return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts))
+        scores, nats = {}, {}
+        for name, text in self.texts.items():
+            watched = WATCHED_WINDOWS if name == "validation" else 0
+            scores[name], nats[name] = score_tokens(model, text, self.batch_size, f"{name}, {moment}", watched)
+        return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts), nats.get("validation"))
+
+    def shift(self, before: Sight, after: Sight) -> dict[str, Any] | None:
+        """What happened to the held-out tokens between two looks; None where nothing is held out."""
+        if before.nats is None or after.nats is None:
+            return None
+        windows = self.texts["validation"].windows.with_format("numpy")
+        watched = windows[spaced_indices(len(windows), WATCHED_WINDOWS)]["input_ids"]
+        return next_token_shift(watched, before.nats, after.nats, self.tokenizer)
 
 
 def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
@@ -366,6 +385,14 @@ def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> N
     origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
     with trainer.config_as_loaded():
         write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
+
+
+@main_process_only
+def write_insight(folder: Path, look: Look, before: Sight, after: Sight, found: Mapping[str, Any]) -> None:
+    """`insight.json`: what moved and what shifted, beyond the scores."""
+    shift = {"next_token_shift": look.shift(before, after)}
+    samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
+    write_json(folder / "insight.json", {**found, **shift, **samples})
 
 
 @main_process_only

@@ -141,7 +141,7 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
-    return [frozen_finding(run), trainable_finding(run), *held_out_finding(run)]
+    return [frozen_finding(run), trainable_finding(run), *held_out_finding(run), *forgetting_finding(run)]
 
 
 def frozen_finding(run: RunFiles) -> Finding:
@@ -211,3 +211,22 @@ def held_out_finding(run: RunFiles) -> list[Finding]:
             level = "good" if fell and name == "validation" else "plain"
             return [Finding(level, f"Bits per byte, {text_label(name)}", value, detail)]
     return []
+
+
+def forgetting_finding(run: RunFiles) -> list[Finding]:
+    """Bits per byte of the recipe's `eval_texts`: the one that lost most, and how many others there are."""
+    pairs = {
+        name: (entry["before"]["bits_per_byte"], entry["after"]["bits_per_byte"])
+        for name, entry in run.texts.items()
+        if name not in ("validation", "training")
+    }
+    known = {name: pair for name, pair in pairs.items() if None not in pair and pair[0]}
+    if not known:
+        return []
+    worst = max(known, key=lambda name: known[name][1] / known[name][0])
+    before, after = known[worst]
+    value = " → ".join(score("bits_per_byte", bits) for bits in (before, after))
+    fate = "so much was forgotten" if after > before else "nothing was forgotten"
+    others = f", and it fared worst of {len(known)} such texts" if len(known) > 1 else ""
+    detail = f"{score_change('bits_per_byte', before, after)}; {fate}{others}."
+    return [Finding("plain", f"Bits per byte, {joined([worst], 30)}", value, detail)]
