@@ -120,7 +120,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
     from partialtune.cost.forecast import forecast, forecast_table
-    from partialtune.freeze.plan import plan_freeze
+    from partialtune.freeze.methods import plan_of_recipe
     from partialtune.freeze.table import plan_table
     from partialtune.model.loading import empty_model, load_config, quiet_libraries
     from partialtune.recipe.reading import read_recipe
@@ -130,8 +130,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     model = empty_model(config, base.trust_remote_code)
-    freeze = recipe.freeze
-    plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
+    plan = plan_of_recipe(model, recipe.freeze, recipe.freeze.schedule)
     said = recipe.training
     try:
         cost = forecast(

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from partialtune.data import RunData, prepare_data
 from partialtune.errors import FreezeViolation, InputError
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
 from partialtune.hub.push import check_access, push_after_training
@@ -86,7 +87,7 @@ def train(recipe: Recipe) -> Path:
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
-    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head, schedule=schedule)
+    plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
     checkpoint = checkpoint_to_go_on_from(folder, recipe.resume, plan)
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 

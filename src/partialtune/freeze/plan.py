@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,6 +10,9 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.schedules import read_schedule
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, read_structure
+
+if TYPE_CHECKING:
+    from partialtune.freeze.lora import Adapter
 
 HEAD_CHOICES = ("tied", "untied")
 
@@ -73,6 +76,7 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0.
+        adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
     """
 
     model_name: str
@@ -82,6 +86,7 @@ class FreezePlan:
     parameters: tuple[PlannedParameter, ...]
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
+    adapter: "Adapter | None" = None
 
     @property
     def total_parameters(self) -> int:

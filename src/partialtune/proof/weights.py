@@ -1,22 +1,27 @@
 """A model's parameters as the proof sees them: plain dotted names, whole values, sha256 digests."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+INSIDE_PEFT = re.compile(r"\.base_layer(?=\.)|(?<=\.lora_[AB])\.default(?=\.)")
 CHUNK = 4 * 2**20  # elements handled at once, 16 MB in fp32: keeps temporaries small beside any model
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what torch.compile and DDP put before it.
+    """The name of a parameter without what torch.compile, DDP and peft put into it.
 
     plain_name("_orig_mod.transformer.wte.weight") -> "transformer.wte.weight"
+    plain_name("base_model.model.h.0.c_fc.base_layer.weight") -> "h.0.c_fc.weight"
+    plain_name("base_model.model.h.0.c_fc.lora_A.default.weight") -> "h.0.c_fc.lora_A.weight"
     """
     if "_orig_mod." in name:
         name = name.replace("_orig_mod.", "")
-    return name.removeprefix("module.")
+    name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return INSIDE_PEFT.sub("", name)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

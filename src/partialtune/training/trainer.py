@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.errors import RecipeError, TrainingDiverged
+from partialtune.freeze.lora import load_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
@@ -188,6 +191,19 @@ class PartialTrainer(Trainer):
         config.use_cache = in_training
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
+        if self.plan.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
+
+    def _load_best_model(self) -> None:
+        if self.plan.adapter is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial) -> str:
         return self._saving_in or super()._get_output_dir(trial)
