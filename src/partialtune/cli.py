@@ -5,7 +5,8 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from partialtune import __version__
@@ -106,10 +107,11 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.launch import use_all_cores
-    from partialtune.model.loading import quiet_libraries
-    from partialtune.recipe.reading import read_recipe
-    from partialtune.train import train
+    with _importing():
+        from partialtune.launch import use_all_cores
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.recipe.reading import read_recipe
+        from partialtune.train import train
 
     use_all_cores()
     quiet_libraries()
@@ -119,18 +121,19 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
-    from partialtune.cost.forecast import forecast, forecast_table
-    from partialtune.freeze.methods import plan_of_recipe
-    from partialtune.freeze.table import plan_table
-    from partialtune.model.loading import empty_model, load_config, quiet_libraries
-    from partialtune.recipe.reading import read_recipe
+    with _importing():
+        from partialtune.cost.forecast import forecast, forecast_table
+        from partialtune.freeze.methods import plan_before_text
+        from partialtune.freeze.table import plan_table
+        from partialtune.model.loading import empty_model, load_config, quiet_libraries
+        from partialtune.recipe.reading import read_recipe
 
     quiet_libraries()
     recipe = read_recipe(_recipe_path(known.recipe), overrides)
     base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     model = empty_model(config, base.trust_remote_code)
-    plan = plan_of_recipe(model, recipe.freeze, recipe.freeze.schedule)
+    plan = plan_before_text(model, recipe.freeze)
     said = recipe.training
     try:
         cost = forecast(
@@ -193,6 +196,17 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report}
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports make a million objects that stay. Looking through these for garbage, again and again, takes a second."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _refuse(overrides: Sequence[str]) -> None:

@@ -55,8 +55,8 @@ def advise(
 def _schedule(plan: FreezePlan) -> str | None:
     if len(plan.phases) == 1:
         return None
-    last = plan.phases[-1].from_step
-    return f"The figures are those of the last of {len(plan.phases)} phases, from step {last} on: it costs most."
+    last = plan.phases[-1].start
+    return f"The figures are those of the last of {len(plan.phases)} phases, from {last} on: it costs most."
 
 
 def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:

@@ -52,16 +52,23 @@ class Phase:
     """A part of the run in which the same parameters learn.
 
     Attributes:
-        from_step: Its first step; steps count from 0.
+        from_step: Its first step; steps count from 0. None where `from_epoch` says it, before the text is read.
         trainable: Names of all that learns from then on, in the order of `named_parameters()`.
         backward_from: First of them in forward order: backward stops there.
         first_block: First block that backward passes, the number of blocks where it passes none.
+        from_epoch: The epoch at which it begins, in a plan made before the text is read.
     """
 
-    from_step: int
+    from_step: int | None
     trainable: tuple[str, ...]
     backward_from: str
     first_block: int
+    from_epoch: float | None = None
+
+    @property
+    def start(self) -> str:
+        """`step 40`, or `epoch 1.5`."""
+        return f"step {self.from_step}" if self.from_epoch is None else f"epoch {self.from_epoch:g}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,12 @@ class FreezePlan:
             "selectors": list(self.selectors),
             "ties": [list(pair) for pair in self.ties],
             "phases": [
-                {"from_step": phase.from_step, "backward_from": phase.backward_from, "trainable": list(phase.trainable)}
+                {
+                    "from_step": phase.from_step,
+                    **({} if phase.from_epoch is None else {"from_epoch": phase.from_epoch}),
+                    "backward_from": phase.backward_from,
+                    "trainable": list(phase.trainable),
+                }
                 for phase in self.phases
             ],
             "parameters": [
