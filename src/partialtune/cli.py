@@ -89,6 +89,15 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", metavar="BRANCH", help="branch, main by default")
     push.add_argument("--private", choices=("true", "false"), help="visibility; the namespace's default where absent")
     push.add_argument("--allow_failed_audit", action="store_true", help="publish although the freeze audit failed")
+    rank = commands.add_parser(
+        "rank", help="order blocks and parts by gradient norm beside weight norm, on the text", allow_abbrev=False
+    )
+    _add_recipe(rank)
+    rank.add_argument("--write", metavar="FILE", help="write a recipe that trains the first blocks; figure beside it")
+    rank.add_argument("--figure", metavar="FILE", help="draw the ranking as PNG")
+    rank.add_argument("--batches", type=int, default=4, metavar="N", help="batches of the text to look at (default 4)")
+    rank.add_argument("--top", type=int, metavar="N", help="blocks to choose (default: a quarter of them)")
+    rank.add_argument("--json", action="store_true", help="print JSON alone")
     report = commands.add_parser(
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
@@ -195,7 +204,46 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report}
+def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import json
+    from pathlib import Path
+
+    with _importing():
+        from partialtune.launch import use_all_cores
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.rank.command import check_new, rank_recipe
+        from partialtune.rank.figure import draw_ranking
+        from partialtune.rank.ranking import ranking_table, recipe_of
+        from partialtune.recipe.reading import read_recipe, write_recipe
+
+    _at_least_one(batches=known.batches, top=known.top)
+    use_all_cores()
+    quiet_libraries()
+    recipe = read_recipe(_recipe_path(known.recipe), overrides)
+    written = Path(known.write) if known.write else None
+    figure = Path(known.figure) if known.figure else written.with_suffix(".png") if written else None
+    for file in filter(None, (written, figure)):
+        check_new(file)
+    ranking = rank_recipe(recipe, known.batches, known.top)
+    if written:
+        record = {"ranked": known.recipe, "windows": ranking.windows}
+        write_recipe(written, recipe_of(recipe.values, ranking), {"rank": record})
+    if figure:
+        draw_ranking(ranking, figure)
+    print(json.dumps(ranking.to_json(), indent=2, allow_nan=False) if known.json else ranking_table(ranking))
+    if not known.json and (written or figure):
+        print("\n".join(["", *(f"Written: {file}" for file in (written, figure) if file)]))
+
+
+def _at_least_one(**numbers: int | None) -> None:
+    from partialtune.errors import InputError
+
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"--{name} is {number}; allowed: a whole number, 1 or more.")
+
+
+COMMANDS = {"train": _train, "plan": _plan, "rank": _rank, "verify": _verify, "push": _push, "report": _report}
 
 
 @contextmanager
