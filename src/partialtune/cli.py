@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from partialtune import __version__
@@ -101,6 +102,15 @@ def make_parser() -> argparse.ArgumentParser:
     apply.add_argument("delta", metavar="DELTA", help="folder or Hub id of a run with checkpoint_format: delta")
     apply.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
     apply.add_argument("--base", metavar="BASE", help="the base, if it is no longer where the delta says")
+    rank = commands.add_parser(
+        "rank", help="order blocks and parts by gradient norm beside weight norm, on the text", allow_abbrev=False
+    )
+    _add_recipe(rank)
+    rank.add_argument("--write", metavar="FILE", help="write a recipe that trains the first blocks; figure beside it")
+    rank.add_argument("--figure", metavar="FILE", help="draw the ranking as PNG")
+    rank.add_argument("--batches", type=int, default=4, metavar="N", help="batches of the text to look at (default 4)")
+    rank.add_argument("--top", type=int, metavar="N", help="blocks to choose (default: a quarter of them)")
+    rank.add_argument("--json", action="store_true", help="print JSON alone")
     report = commands.add_parser(
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
@@ -119,11 +129,12 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.launch import join_processes, peers_watched, use_all_cores
-    from partialtune.model.loading import quiet_libraries
-    from partialtune.recipe.reading import read_recipe
-    from partialtune.train import train
-    from partialtune.training.stopping import ended_by_signals
+    with _importing():
+        from partialtune.launch import join_processes, peers_watched, use_all_cores
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.recipe.reading import read_recipe
+        from partialtune.train import train
+        from partialtune.training.stopping import ended_by_signals
 
     use_all_cores()
     quiet_libraries()
@@ -136,19 +147,19 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
-    from partialtune.cost.forecast import forecast, forecast_table
-    from partialtune.freeze.plan import plan_freeze
-    from partialtune.freeze.table import plan_table
-    from partialtune.model.loading import empty_model, load_config, quiet_libraries
-    from partialtune.recipe.reading import read_recipe
+    with _importing():
+        from partialtune.cost.forecast import forecast, forecast_table
+        from partialtune.freeze.methods import plan_before_text
+        from partialtune.freeze.table import plan_table
+        from partialtune.model.loading import empty_model, load_config, quiet_libraries
+        from partialtune.recipe.reading import read_recipe
 
     quiet_libraries()
     recipe = read_recipe(_recipe_path(known.recipe), overrides)
     base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     model = empty_model(config, base.trust_remote_code)
-    freeze = recipe.freeze
-    plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
+    plan = plan_before_text(model, recipe.freeze)
     said = recipe.training
     try:
         cost = forecast(
@@ -219,7 +230,65 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "apply": _apply, "report": _report}
+def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import json
+    from pathlib import Path
+
+    with _importing():
+        from partialtune.launch import use_all_cores
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.rank.command import check_new, rank_recipe
+        from partialtune.rank.figure import draw_ranking
+        from partialtune.rank.ranking import ranking_table, recipe_of
+        from partialtune.recipe.reading import read_recipe, write_recipe
+
+    _at_least_one(batches=known.batches, top=known.top)
+    use_all_cores()
+    quiet_libraries()
+    recipe = read_recipe(_recipe_path(known.recipe), overrides)
+    written = Path(known.write) if known.write else None
+    figure = Path(known.figure) if known.figure else written.with_suffix(".png") if written else None
+    for file in filter(None, (written, figure)):
+        check_new(file)
+    ranking = rank_recipe(recipe, known.batches, known.top)
+    if written:
+        record = {"ranked": known.recipe, "windows": ranking.windows}
+        write_recipe(written, recipe_of(recipe.values, ranking), {"rank": record})
+    if figure:
+        draw_ranking(ranking, figure)
+    print(json.dumps(ranking.to_json(), indent=2, allow_nan=False) if known.json else ranking_table(ranking))
+    if not known.json and (written or figure):
+        print("\n".join(["", *(f"Written: {file}" for file in (written, figure) if file)]))
+
+
+def _at_least_one(**numbers: int | None) -> None:
+    from partialtune.errors import InputError
+
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"--{name} is {number}; allowed: a whole number, 1 or more.")
+
+
+COMMANDS = {
+    "train": _train,
+    "plan": _plan,
+    "rank": _rank,
+    "verify": _verify,
+    "push": _push,
+    "apply": _apply,
+    "report": _report,
+}
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports make a million objects that stay. Looking through these for garbage, again and again, takes a second."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _refuse(overrides: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, InputError, RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
 from partialtune.hub.push import check_access, push_after_training
@@ -111,7 +112,7 @@ def train(recipe: Recipe) -> Path:
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
-    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head, schedule=schedule)
+    plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
     prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, begun))
     origin = decided_by_main(lambda: run_origin(recipe, args, model, data, plan, prefix))
     if checkpoint is not None:

@@ -112,13 +112,13 @@ def metadata(run: RunFiles) -> ModelCardData:
     return ModelCardData(
         language=run.record.get("language"),
         license=run.record.get("license"),
-        library_name="partialtune" if is_delta(run.folder) else "transformers",
+        library_name="peft" if run.adapts else "partialtune" if is_delta(run.folder) else "transformers",
         pipeline_tag="text-generation",
         base_model=base,
         tags=[*TAGS],
         model_name=model_name(run) if results else None,
         eval_results=results or None,
-        **({"base_model_relation": "finetune"} if base else {}),
+        **({"base_model_relation": "adapter" if run.adapts else "finetune"} if base else {}),
     )
 
 

@@ -115,6 +115,11 @@ class RunFiles:
         return as_list(self.recipe.get("trainable")) or ["all"]
 
     @property
+    def adapts(self) -> bool:
+        """Whether LoRA adapters trained, so that the folder holds these and not a whole model."""
+        return self.recipe.get("method") == "lora"
+
+    @property
     def texts(self) -> dict[str, Mapping[str, Any]]:
         """Scored texts of `evaluation.json`: held-out text first, then training text, then the recipe's eval_texts."""
         scored = {name: entry for name, entry in self.evaluation.items() if name != "prompts"}

@@ -1,6 +1,7 @@
 """A model's parameters as the proof sees them: plain dotted names, whole values, sha256 digests, quick checksums."""
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+INSIDE_PEFT = re.compile(r"\.base_layer(?=\.)|(?<=\.lora_[AB])\.default(?=\.)")
 CHUNK = 4 * 2**20  # elements handled at once, 16 MB in fp32: keeps temporaries small beside any model
 BIT_SUM_PIECE = 2**18  # elements: ten times as fast on a CPU as in one sum, which first widens all of them
 SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -17,13 +19,16 @@ Named = Iterable[tuple[str, torch.Tensor]]
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what torch.compile and DDP put before it.
+    """The name of a parameter without what torch.compile, DDP and peft put into it.
 
     plain_name("_orig_mod.transformer.wte.weight") -> "transformer.wte.weight"
+    plain_name("base_model.model.h.0.c_fc.base_layer.weight") -> "h.0.c_fc.weight"
+    plain_name("base_model.model.h.0.c_fc.lora_A.default.weight") -> "h.0.c_fc.lora_A.weight"
     """
     if "_orig_mod." in name:
         name = name.replace("_orig_mod.", "")
-    return name.removeprefix("module.")
+    name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return INSIDE_PEFT.sub("", name)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

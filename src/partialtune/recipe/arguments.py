@@ -129,9 +129,19 @@ class FreezeArguments:
     head: Literal["tied", "untied"] = field(
         default="tied", metadata={"help": "What to do where the model ties its head to the token embedding."}
     )
-    method: Literal["partial", "full"] = field(
+    method: Literal["partial", "full", "lora"] = field(
         default="partial",
-        metadata={"help": "partial trains what `trainable` selects; full trains everything, as a baseline."},
+        metadata={
+            "help": "partial trains what `trainable` selects. As baselines, full trains everything, and lora trains "
+            "adapters (through peft) beside the matrices that `trainable` selects in the blocks."
+        },
+    )
+    lora_rank: int = field(
+        default=8, metadata={"help": "Rank of an adapter's product, for method lora.", "bound": at_least(1)}
+    )
+    lora_alpha: int = field(
+        default=16,
+        metadata={"help": "Scale of an adapter's product, times lora_rank; for method lora.", "bound": at_least(1)},
     )
     weight_decay_on: Literal["matrices", "all"] = field(
         default="matrices",
