@@ -1,7 +1,5 @@
 """A finished run's folder -> report.html: one self-contained page, what the run did and whether to trust it."""
 
-import base64
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from partialtune.pages.figures import Figure, describe_figures, render_figure
+from partialtune.pages.html import Cell, data_uri, page_environment, style_and_script
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.pages.wording import (
     audit_problems,
@@ -50,15 +48,8 @@ def write_report(run: str | os.PathLike) -> Path:
 
 def render_report(run: RunFiles) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("partialtune.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"visible": visible, "percent": percent, "count": count, "significant": significant}
-    script = environment.get_template("report.js").render()
+    environment = page_environment()
+    environment.filters["visible"] = visible
     return environment.get_template("report.html.j2").render(
         run=run,
         passed=run.audit["passed"],
@@ -77,15 +68,13 @@ def render_report(run: RunFiles) -> str:
         performance=performance_rows(run.performance),
         provenance=provenance_rows(run),
         sources=run.record.get("sources", []),
-        style=Markup(environment.get_template("report.css").render()),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **style_and_script(environment),
     )
 
 
 def image(run: RunFiles, figure: Figure, dark: bool = False) -> str:
     """The figure as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(render_figure(run, figure, dark)).decode()
+    return data_uri(render_figure(run, figure, dark))
 
 
 def visible(text: str) -> Markup:
@@ -146,15 +135,6 @@ def prompt_comparison(entry: Mapping[str, Any]) -> dict[str, Any]:
         for side, title in (("before", "Before"), ("after", "After"))
     ]
     return {"prompt": entry["prompt"], "kl": entry["kl"], "sides": sides}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: what is shown, and what the column sorts by (None comes last)."""
-
-    text: str
-    sort: float | str | None
-    kind: str = ""
 
 
 def group_rows(run: RunFiles) -> list[list[Cell]]:
