@@ -114,7 +114,7 @@ def _add_compare(commands: Any) -> None:
         help="each recipe gets the one that does best on the end of its training text; its own rate if absent",
     )
     compare.add_argument(
-        "--probe_steps", metavar="N", help="optimizer steps in which a learning rate is tried; as a run's if absent"
+        "--trial_steps", metavar="N", help="optimizer steps in which a learning rate is tried; as a run's if absent"
     )
     compare.add_argument("--json", action="store_true", help="print JSON alone")
 

@@ -8,16 +8,24 @@ import json
 import logging
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from partialtune.compare.policies import Job
-from partialtune.errors import FreezeViolation, InputError, Interrupted, RecipeError, TrainingDiverged
+from partialtune.compare.rates import Search, Trial
+from partialtune.errors import (
+    FreezeViolation,
+    InputError,
+    Interrupted,
+    PartialtuneError,
+    RecipeError,
+    TrainingDiverged,
+)
 from partialtune.output_dir import EXIT_FILE, LOCK_FILE, Standing, read_json, standing_of
 from partialtune.progress import progress_bar
 
@@ -39,40 +47,69 @@ class RunQueue:
 
     def __init__(self, total: int) -> None:
         self._bar: tqdm = progress_bar(total, "comparing", "steps", bar_format=BAR, smoothing=0)
+        self._held = ExitStack()
 
     def __enter__(self) -> "RunQueue":
+        self._held.enter_context(logging_redirect_tqdm())  # a line about a run stands above the bar, not in it
+        self._held.enter_context(self._bar)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        self._held.close()
 
     def run(self, job: Job) -> int:
         """Run a job to its end, unless it has ended before.
 
         Returns:
-            The exit code of the run: 0, 3, 4, or 1 for a bug.
+            The exit code of the run: 0, 3, 4, or another where it crashed.
 
         Raises:
             InputError: If the run refuses its recipe, or the folder holds another run.
             Interrupted: If a signal came; the run was told and has stopped.
         """
-        values = job.values
-        steps = steps_of(values)
-        done = ended_with(job, values)
+        done = ended_with(job)
+        steps = steps_of(job.values)
         if done is not None:
-            self._bar.total -= steps  # what was there before says nothing about the time that the rest takes
-            self._bar.refresh()
+            self._leave_out(steps)
             return done
+        return self._child(job.title, job.command, job.log, steps, lambda: steps_done(job.folder))
+
+    def search(self, search: Search) -> list[Trial]:
+        """Try the learning rates of a policy, those left out that were tried before.
+
+        Raises:
+            As `run`; PartialtuneError if the process crashed.
+        """
+        missing, steps = search.missing(), steps_of(search.values)
+        self._leave_out(steps * (len(search.rates) - len(missing)))
+        if missing:
+            code = self._child(
+                search.title,
+                search.command(missing),
+                search.log,
+                steps * len(missing),
+                lambda: steps * (len(missing) - len(search.missing())),
+            )
+            if code:
+                raise PartialtuneError(f"{search.title}: exit code {code}. {last_words(search.log)}")
+        return search.trials()
+
+    def _leave_out(self, steps: int) -> None:
+        """What was there before says nothing about the time that the rest takes."""
+        self._bar.total -= steps
+        self._bar.refresh()
+
+    def _child(self, title: str, command: Sequence[str], log: Path, steps: int, done: Callable[[], int]) -> int:
         at_start = self._bar.n
-        self._bar.set_postfix_str(job.title)
-        code = run_child(job.command, job.log, lambda: self._show(at_start, min(steps, steps_done(job.folder))))
-        self._show(at_start, steps)
+        self._bar.set_postfix_str(title, refresh=False)
+        code = run_child(command, log, lambda: self._show(at_start + min(steps, done())))
+        self._show(at_start + steps)
         if code == InputError.exit_code:
-            raise InputError(f"{job.title}: {last_words(job.log)}")
+            raise InputError(f"{title}: {last_words(log)}")
         return code
 
-    def _show(self, at_start: int, steps: int) -> None:
-        self._bar.update(at_start + steps - self._bar.n)
+    def _show(self, steps: int) -> None:
+        self._bar.update(steps - self._bar.n)
 
 
 def steps_of(values: dict[str, Any]) -> int:
@@ -80,7 +117,7 @@ def steps_of(values: dict[str, Any]) -> int:
     return max(1, int(values.get("max_steps", 1)))
 
 
-def ended_with(job: Job, values: dict[str, Any]) -> int | None:
+def ended_with(job: Job) -> int | None:
     """The exit code of a run that has ended for good, None for one that is still to run.
 
     A run that another process is writing at this moment is waited for: it outlived a comparison that was killed.
@@ -90,7 +127,7 @@ def ended_with(job: Job, values: dict[str, Any]) -> int | None:
     """
     wait_for_lock(job.folder, job.title)
     try:
-        standing = standing_of(job.folder, values, resume="auto")
+        standing = standing_of(job.folder, job.values, resume="auto")
     except RecipeError as error:
         raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
     if standing is Standing.FINISHED:
@@ -119,11 +156,11 @@ def exit_code_of(folder: Path) -> int | None:
         return None
 
 
-def run_child(words: Sequence[str], log: Path, look: Callable[[], None]) -> int:
-    """Run `python -m partialtune WORDS` and return its exit code.
+def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> int:
+    """Run a command in a process of its own and return its exit code, 128 + N where signal N killed it.
 
     Args:
-        words: A command and its arguments.
+        command: The program and its arguments.
         log: File to which everything goes that the process prints.
         look: Called about every second while it runs.
 
@@ -131,7 +168,6 @@ def run_child(words: Sequence[str], log: Path, look: Callable[[], None]) -> int:
         Interrupted: If SIGINT or SIGTERM came; the process was told once for each and has ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "partialtune", *words]
     with log.open("ab") as output:
         # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on exactly once
         child = subprocess.Popen(

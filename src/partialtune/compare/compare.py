@@ -18,15 +18,7 @@ from partialtune.compare.ground import check_recipes, check_runs, check_seeds, d
 from partialtune.compare.options import Choices
 from partialtune.compare.page import render_page, subtitle
 from partialtune.compare.policies import Job, Policy, read_policies
-from partialtune.compare.rates import (
-    PROBE_TEXT,
-    Probe,
-    at_the_end_of_the_list,
-    best_rate,
-    probe_job,
-    read_probe,
-    write_probe_text,
-)
+from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate, write_training_text
 from partialtune.compare.results import Outcome, Row, failed_early, grouped, read_outcome
 from partialtune.compare.table import comparison_csv, comparison_json
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
@@ -60,12 +52,10 @@ def compare_recipes(recipes: Sequence[str], choices: Choices) -> list[Row]:
     seeds = choices.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
     with locked(folder):
         begin_folder(folder)
-        probes = probe_jobs(policies, choices, seeds[0])
-        runs = [run_job(policy, seed, rate_of(choices), folder) for seed in seeds for policy in policies]
-        total = sum(steps_of(job.values) for job in [*runs, *(job for jobs in probes.values() for job in jobs)])
-        with RunQueue(total) as queue:
-            found = {name: [read_probe(job, queue.run(job)) for job in jobs] for name, jobs in probes.items()}
-            rows = run_policies(queue, policies, plans, seeds, choices, found)
+        searches = rate_searches(policies, choices, seeds[0])
+        with RunQueue(total_steps(policies, seeds, searches)) as queue:
+            trials = {search.policy.name: queue.search(search) for search in searches}
+            rows = run_policies(queue, policies, plans, seeds, choices, trials)
         write_comparison(folder, rows, notes_on(rows))
     return rows
 
@@ -131,21 +121,24 @@ def begin_folder(folder: Path) -> None:
         write_json(folder / COMPARISON_FILE, {"policies": [], "notes": ["This comparison has not ended yet."]})
 
 
-def rate_of(choices: Choices) -> float | None:
-    """The one learning rate of the list; a stand-in where one is still to be chosen, None where recipes say it."""
-    return choices.learning_rates[0] if choices.learning_rates else None
-
-
-def probe_jobs(policies: Sequence[Policy], choices: Choices, seed: int) -> dict[str, list[Job]]:
-    """Policy -> the runs that try its learning rates; none where there is nothing to choose."""
+def rate_searches(policies: Sequence[Policy], choices: Choices, seed: int) -> list[Search]:
+    """What finds the learning rate of each policy; empty where there is nothing to choose."""
     if len(choices.learning_rates) < 2:
-        return {}
-    folder, rates = choices.output_dir, sorted(choices.learning_rates)
-    text = write_probe_text(policies[0].recipe.text, folder / PROBE_TEXT)
-    return {
-        policy.name: [probe_job(policy, rate, seed, text, folder, choices.probe_steps) for rate in rates]
+        return []
+    folder = choices.output_dir / "rates"
+    text = write_training_text(policies[0].recipe.text, folder / "text")
+    return [
+        Search(
+            policy,
+            sorted(choices.learning_rates),
+            text,
+            seed,
+            choices.trial_steps,
+            folder / f"{policy.name}.json",
+            choices.output_dir / "logs" / f"rates-{policy.name}.log",
+        )
         for policy in policies
-    }
+    ]
 
 
 def run_job(policy: Policy, seed: int, rate: float | None, folder: Path) -> Job:
@@ -161,23 +154,29 @@ def run_job(policy: Policy, seed: int, rate: float | None, folder: Path) -> Job:
     return Job(policy, f"{policy.name}, seed {seed}", folder / "runs" / name, changes, folder / "logs" / f"{name}.log")
 
 
+def total_steps(policies: Sequence[Policy], seeds: Sequence[int], searches: Sequence[Search]) -> int:
+    """Optimizer steps of all runs and trials."""
+    runs = sum(steps_of(policy.recipe.values) for policy in policies) * len(seeds)
+    return runs + sum(steps_of(search.values) * len(search.rates) for search in searches)
+
+
 def run_policies(
     queue: RunQueue,
     policies: Sequence[Policy],
     plans: Mapping[str, FreezePlan],
     seeds: Sequence[int],
     choices: Choices,
-    found: Mapping[str, Sequence[Probe]],
+    trials: Mapping[str, Sequence[Trial]],
 ) -> list[Row]:
     """Run every policy with every seed, seed by seed, so that a comparison that is cut short has whole seeds."""
     outcomes: dict[str, list[Outcome]] = {policy.name: [] for policy in policies}
     for seed in seeds:
         for policy in policies:
-            probes = found.get(policy.name)
-            rate = best_rate(probes) if probes else rate_of(choices)
+            tried = trials.get(policy.name)
+            rate = best_rate(tried) if tried else next(iter(choices.learning_rates), None)
             job = run_job(policy, seed, rate, choices.output_dir)
             outcomes[policy.name].append(outcome_of(job, queue.run(job), plans[policy.name]))
-    return [Row(policy.name, outcomes[policy.name], found.get(policy.name, ())) for policy in policies]
+    return [Row(policy.name, outcomes[policy.name], trials.get(policy.name, ())) for policy in policies]
 
 
 def outcome_of(job: Job, code: int, plan: FreezePlan) -> Outcome:
@@ -198,7 +197,7 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
     """What a reader should know beside the figures."""
     notes = []
     for row in rows:
-        end = at_the_end_of_the_list(row.learning_rate, row.probes)
+        end = at_the_end_of_the_list(row.learning_rate, row.trials)
         if end:
             notes.append(
                 f"{row.name}: {row.learning_rate:g} is the {end} learning rate of the list; one beyond may do better."
@@ -206,7 +205,7 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
     different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
     if different:
         notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")
-    if not any(row.probes for row in rows) and len({row.learning_rate for row in rows}) == 1 and len(rows) > 1:
+    if not any(row.trials for row in rows) and len({row.learning_rate for row in rows}) == 1 and len(rows) > 1:
         notes.append(
             f"All policies ran with the learning rate {rows[0].learning_rate:g}; --learning_rates A B C chooses one "
             f"for each."

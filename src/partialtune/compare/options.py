@@ -26,14 +26,14 @@ class Choices:
         output_dir: Folder of the comparison.
         seeds: Each policy runs once with each; empty for the recipes' own.
         learning_rates: Tried for each policy; empty for the recipes' own rates.
-        probe_steps: Optimizer steps of a trial, None for as many as a run has.
+        trial_steps: Optimizer steps of a trial, None for as many as a run has.
         words: `--key value` for every recipe.
     """
 
     output_dir: Path
     seeds: Sequence[int] = ()
     learning_rates: Sequence[float] = ()
-    probe_steps: int | None = None
+    trial_steps: int | None = None
     words: Sequence[str] = ()
 
 
@@ -46,14 +46,14 @@ def read_choices(known: Namespace, words: Sequence[str]) -> Choices:
     problems: list[str] = []
     seeds = _numbers("--seeds", known.seeds, int, SEED.holds, SEED.words, problems)
     rates = _numbers("--learning_rates", known.learning_rates, float, MORE_THAN_ZERO.holds, "more than 0", problems)
-    steps = [known.probe_steps] if known.probe_steps is not None else None
-    steps = _numbers("--probe_steps", steps, int, lambda value: value >= 1, "1 or more", problems)
+    steps = [known.trial_steps] if known.trial_steps is not None else None
+    steps = _numbers("--trial_steps", steps, int, lambda value: value >= 1, "1 or more", problems)
     said, _ = group_words(words)
     clashes = {**OURS, **({"seed": "--seeds says it"} if seeds else {})}
     clashes |= {"learning_rate": "--learning_rates says it"} if rates else {}
     problems += [f"--{key}: {clashes[key]}. Take it out." for key in clashes if key in said]
     if steps and len(rates) < 2:
-        problems.append("--probe_steps: there is nothing to try. Give two or more --learning_rates.")
+        problems.append("--trial_steps: there is nothing to try. Give two or more --learning_rates.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("started by a launcher: each run is a process of its own. Start `partialtune compare` itself.")
     if problems:

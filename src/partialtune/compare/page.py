@@ -12,8 +12,8 @@ from partialtune.pages.wording import Finding, change, count, counted, joined, p
 
 NUMBER = "number"
 RATE_WORDS = (
-    "Each policy ran with the rate in bold. It was chosen without the held-out text: a probe, with the first seed"
-    "{steps}, trained on the first part of the training text and was scored, in bits per byte, on the rest of it."
+    "Each policy ran with the rate in bold. It was chosen without the held-out text: a trial{length}, with the first "
+    "seed, trained on the first part of the training text and was scored, in bits per byte, on the rest of it."
 )
 GROUND_KEYS = ("model_name_or_path", "text", "eval_texts", "block_size", "window_sampling", "validation_share")
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -42,8 +42,8 @@ def render_page(title: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         columns=policy_columns(texts),
         rows=[policy_row(row, rows, texts) for row in by_quality(rows)],
         rate_words=rate_words(rows),
-        probe_columns=probe_columns(rows),
-        probes=[probe_row(row, rates_of(rows)) for row in rows if row.probes],
+        trial_columns=trial_columns(rows),
+        trials=[trial_row(row, rates_of(rows)) for row in rows if row.trials],
         run_columns=run_columns(texts),
         runs=[run_row(row.name, outcome, texts) for row in rows for outcome in row.outcomes],
         ground=ground_rows(rows),
@@ -157,27 +157,28 @@ def mean(spread: Spread | None) -> float | None:
 
 def rates_of(rows: Sequence[Row]) -> list[float]:
     """Learning rates that were tried, ascending."""
-    return sorted({probe.learning_rate for row in rows for probe in row.probes})
+    return sorted({trial.learning_rate for row in rows for trial in row.trials})
 
 
 def rate_words(rows: Sequence[Row]) -> str:
-    steps = {probe.steps for row in rows for probe in row.probes}
-    return RATE_WORDS.format(steps="".join(f" and {count(number)} steps" for number in steps if number))
+    """How the rates were chosen."""
+    lengths = {trial.steps for row in rows for trial in row.trials} - {None}
+    return RATE_WORDS.format(length=f" of {count(lengths.pop())} steps" if len(lengths) == 1 else "")
 
 
-def probe_columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def trial_columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [("Policy", ""), *((f"{rate:g}", NUMBER) for rate in rates_of(rows))]
 
 
-def probe_row(row: Row, rates: Sequence[float]) -> list[Cell]:
-    """A policy's probes; the chosen rate in bold."""
-    found = {probe.learning_rate: probe for probe in row.probes}
+def trial_row(row: Row, rates: Sequence[float]) -> list[Cell]:
+    """A policy's trials; the chosen rate in bold."""
+    found = {trial.learning_rate: trial for trial in row.trials}
     cells = []
     for rate in rates:
-        probe = found.get(rate)
-        text = "" if probe is None else probe.failure or f"{probe.bits_per_byte:.4f}"
+        trial = found.get(rate)
+        text = "" if trial is None else trial.failure or f"{trial.bits_per_byte:.4f}"
         kind = "trained" if rate == row.learning_rate else ""
-        cells.append(Cell(text, probe.bits_per_byte if probe else None, kind))
+        cells.append(Cell(text, trial.bits_per_byte if trial else None, kind))
     return [Cell(row.name, row.name), *cells]
 
 

@@ -1,5 +1,6 @@
 """Recipes -> policies to compare: each with its name, its checked values, and the jobs that run it."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,16 +52,13 @@ class Job:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The recipe of this run as `train` will see it."""
-        said = {**without_other_length(self.policy.recipe.values, self.changes), **self.changes}
-        return recipe_from_values(said).values
+        return changed_values(self.policy.recipe.values, self.changes)
 
     @property
     def command(self) -> list[str]:
-        """Words after `partialtune`. A value that the policy's own words say is replaced by the run's."""
-        said, _ = group_words(self.policy.words)
-        kept = {key: list(words) for key, words in without_other_length(said, self.changes).items()}
-        changed = {key: value_words(value) for key, value in self.changes.items()}
-        return ["train", str(self.policy.path), *as_command_line({**kept, **changed})]
+        """The process that runs it."""
+        recipe = [str(self.policy.path), *changed_words(self.policy.words, self.changes)]
+        return [sys.executable, "-m", "partialtune", "train", *recipe]
 
 
 def read_policies(recipes: Sequence[str], words: Sequence[str] = ()) -> list[Policy]:
@@ -87,6 +85,24 @@ def read_policies(recipes: Sequence[str], words: Sequence[str] = ()) -> list[Pol
     return [Policy(name, path, tuple(words), read_recipe(path, words)) for name, path in zip(names, paths, strict=True)]
 
 
+def changed_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with changes, checked as a whole."""
+    return recipe_from_values({**without_other_length(values, changes), **changes}).values
+
+
+def changed_words(words: Sequence[str], changes: Mapping[str, Any]) -> list[str]:
+    """Command-line words with changes: a value that both say is that of the changes.
+
+    changed_words(["--seed", "1"], {"seed": 2, "text": ["a", "b"]}) -> ["--seed=2", "--text", "a", "b"]
+    """
+    said, _ = group_words(words)
+    kept = {key: list(own) for key, own in without_other_length(said, changes).items()}
+    line: list[str] = []
+    for key, own in {**kept, **{key: value_words(value) for key, value in changes.items()}}.items():
+        line += [f"--{key}={own[0]}"] if len(own) == 1 else [f"--{key}", *own]
+    return line
+
+
 def without_other_length(said: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`said` less its epochs where `changes` counts steps: a recipe has one length."""
     steps, epochs = LENGTHS
@@ -103,11 +119,3 @@ def value_words(value: Any) -> list[str]:
     if isinstance(value, list) and value:
         return [str(entry) for entry in value]
     return [str(value)]
-
-
-def as_command_line(said: Mapping[str, Sequence[str]]) -> list[str]:
-    """{"seed": ["1"], "text": ["a", "b"]} -> ["--seed=1", "--text", "a", "b"]."""
-    line: list[str] = []
-    for key, words in said.items():
-        line += [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
-    return line

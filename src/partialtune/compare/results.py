@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from partialtune.compare.children import FAILURES, exit_code_of
-from partialtune.compare.rates import Probe
+from partialtune.compare.rates import Trial
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
 from partialtune.output_dir import EXIT_FILE, read_json
 from partialtune.pages.run_files import RunFiles, parsed, read_run
@@ -98,12 +98,12 @@ class Row:
     Attributes:
         name: What it is called.
         outcomes: Its runs, by seed.
-        probes: Learning rates that were tried, ascending; empty where none were.
+        trials: Learning rates that were tried, ascending; empty where none were.
     """
 
     name: str
     outcomes: Sequence[Outcome]
-    probes: Sequence[Probe] = field(default=())
+    trials: Sequence[Trial] = field(default=())
 
     @property
     def finished(self) -> list[Outcome]:

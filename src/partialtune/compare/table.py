@@ -118,7 +118,7 @@ def comparison_json(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]
             {
                 **_record(row, rows, further_texts(rows)),
                 "trainable": row.selectors,
-                "learning_rates_tried": [asdict(probe) for probe in row.probes],
+                "learning_rates_tried": [asdict(trial) for trial in row.trials],
                 "runs": [_run_json(outcome) for outcome in row.outcomes],
             }
             for row in rows
