@@ -1,9 +1,9 @@
 """The whole comparison, one stage a line: recipes -> learning rates -> runs -> table, figure, page.
 
-OUT/comparison.html, comparison.csv, comparison.json, frontier.png     what came out
-OUT/runs/POLICY-lrRATE-seedSEED/                                       the runs, each as `train` leaves it
-OUT/probes/POLICY-lrRATE/, OUT/probe_text/                             how the learning rates were chosen
-OUT/logs/                                                              what each process printed
+- `comparison.html`, `comparison.csv`, `comparison.json`, `frontier.png`: what came out.
+- `runs/POLICY-lrRATE-seedSEED/`: the runs, each as `train` leaves it.
+- `rates/POLICY.json`, `rates/text/`: how the learning rates were chosen.
+- `logs/`: what each process printed.
 """
 
 import logging

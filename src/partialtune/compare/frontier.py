@@ -6,11 +6,12 @@ A policy is on the frontier of a cost if none that costs as much or less has few
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from partialtune.compare.results import Row, Spread
-from partialtune.pages.themes import DARK, LIGHT, PIXELS_PER_INCH, Theme, write_title
-from partialtune.pages.wording import count, joined, score
+from partialtune.pages.themes import DARK, LIGHT, Theme, write_title
+from partialtune.pages.wording import joined, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 WIDTH, HEIGHT = 11.0, 4.6  # inches
-LEFT, RIGHT, BOTTOM, TOP, GAP = 0.055, 0.992, 0.115, 0.80, 0.022  # shares of the figure
+PIXELS_PER_INCH = 150  # 1,650 pixels, shown 1,100 wide; below 150 kB
+LEFT, RIGHT, BOTTOM, TOP, GAP = 0.055, 0.992, 0.115, 0.83, 0.022  # shares of the figure
 LABEL_SIZE = 8.0  # points
 DISTANCES = (7, 13, 20, 28, 37, 47, 58)  # points from a marker's middle to its label
 
@@ -90,28 +92,35 @@ def before_of(rows: Sequence[Row]) -> float | None:
 
 def render_frontier(rows: Sequence[Row], subtitle: str, dark: bool = False) -> bytes:
     """The figure as PNG, on a light or a dark ground."""
+    buffer = io.BytesIO()
+    described = {"Description": frontier_alt(rows), "Software": "partialtune"}
+    draw_frontier(rows, subtitle, DARK if dark else LIGHT).savefig(buffer, format="png", metadata=described)
+    return buffer.getvalue()
+
+
+def draw_frontier(rows: Sequence[Row], subtitle: str, theme: Theme) -> "Canvas":
+    """Three panels side by side, which share the axis of bits per byte."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    theme = DARK if dark else LIGHT
     canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=PIXELS_PER_INCH, facecolor=theme.ground)
     FigureCanvasAgg(canvas)
     write_title(canvas, theme, "Quality against cost", subtitle)
-    panel = (RIGHT - LEFT - (len(AXES) - 1) * GAP) / len(AXES)
-    first: Axes | None = None
+    width = (RIGHT - LEFT - (len(AXES) - 1) * GAP) / len(AXES)
+    panels: list[tuple[Axes, list[Point]]] = []
     for number, axis in enumerate(AXES):
-        place = (LEFT + number * (panel + GAP), BOTTOM, panel, TOP - BOTTOM)
-        axes = canvas.add_axes(place, facecolor=theme.ground, sharey=first)
-        first = first or axes
-        draw_panel(axes, points_of(rows, axis), axis, theme, leftmost=number == 0)
-    label_all(canvas, [(axes, points_of(rows, axis)) for axes, axis in zip(canvas.axes, AXES, strict=True)], theme)
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", metadata={"Description": frontier_alt(rows), "Software": "partialtune"})
-    return buffer.getvalue()
+        place = (LEFT + number * (width + GAP), BOTTOM, width, TOP - BOTTOM)
+        axes = canvas.add_axes(place, facecolor=theme.ground, sharey=panels[0][0] if panels else None)
+        panels.append((axes, points_of(rows, axis)))
+        draw_panel(axes, panels[-1][1], axis, theme, leftmost=number == 0)
+    label_all(canvas, panels, theme)
+    return canvas
 
 
 def draw_panel(axes: "Axes", points: Sequence[Point], axis: Axis, theme: Theme, leftmost: bool) -> None:
     """Markers with bars of one standard deviation, the frontier as a stepped line."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.rule)
     axes.tick_params(colors=theme.muted, labelsize=8.5, length=0, pad=4, labelleft=leftmost, which="both")
@@ -125,8 +134,10 @@ def draw_panel(axes: "Axes", points: Sequence[Point], axis: Axis, theme: Theme, 
         return
     if axis.log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: count(value))
         axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_formatter(lambda value, _: tick_words(value))
     edge = [point for point in points if point.on_frontier]
     costs, scores = [point.cost for point in edge], [point.quality for point in edge]
     axes.plot(costs, scores, drawstyle="steps-post", color=theme.lines[0], linewidth=1.2, alpha=0.6)
@@ -146,46 +157,59 @@ def draw_panel(axes: "Axes", points: Sequence[Point], axis: Axis, theme: Theme, 
     axes.margins(x=0.16, y=0.14)
 
 
+def tick_words(value: float) -> str:
+    """1000000 -> 1M, 10000 -> 10k, 2500 -> 2,500, 0.25 -> 0.25."""
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if value >= 10 * factor or value == factor:
+            return f"{value / factor:,g}{unit}"
+    return f"{value:,g}"
+
+
 # --- labels: each beside its point, none upon another
 
 
 def label_all(canvas: "Canvas", panels: Sequence[tuple["Axes", Sequence[Point]]], theme: Theme) -> None:
-    """Write each policy's name beside its point, at the nearest place that is free of labels and markers."""
+    """Write each policy's name beside its point, at the nearest place that is free of labels, markers and lines."""
     canvas.draw_without_rendering()
     for axes, points in panels:
-        centres = [axes.transData.transform((point.cost, point.quality)) for point in points]
-        taken = [_box(x - 7, y - 7, x + 7, y + 7, canvas) for x, y in centres]
+        centres = {point.name: axes.transData.transform((point.cost, point.quality)) for point in points}
+        edge = [centres[point.name] for point in points if point.on_frontier]
+        taken = [_box(x - 7, y - 7, x + 7, y + 7) for x, y in centres.values()]
+        for (x0, y0), (x1, y1) in pairwise(edge):  # to the right, then down
+            taken += [_box(x0, y0 - 1, x1, y0 + 1), _box(x1 - 1, y1, x1 + 1, y0)]
         for point in points:
             taken.append(label_one(axes, point, taken, theme))
 
 
 def label_one(axes: "Axes", point: Point, taken: Sequence["Bbox"], theme: Theme) -> "Bbox":
-    """Write one label and return where it stands: where fewest others are, and first where none is."""
+    """Write one label where fewest things stand, at the first place where none does, and return its box."""
+    from matplotlib.text import Text
+
     tried = []
-    for offset, alignment in label_places():
+    for number, (offset, alignment) in enumerate(label_places()):
         label = annotate(axes, point, offset, alignment, theme)
-        box = label.get_window_extent()
-        inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 + 6 and axes.bbox.y0 <= box.y0 <= axes.bbox.y1
-        crowd = sum(box.overlaps(other) for other in taken) + 10 * (not inside)
+        label.get_window_extent()  # puts it there; the box of the text alone follows, without the line to the point
+        box = Text.get_window_extent(label)
         label.remove()
-        tried.append((crowd, len(tried), offset, alignment, box))
-        if crowd == 0:
+        inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 + 6 and axes.bbox.y0 <= box.y0 <= axes.bbox.y1
+        tried.append((sum(map(box.overlaps, taken)) + 10 * (not inside), number, offset, alignment, box))
+        if tried[-1][0] == 0:
             break
-    _, _, offset, alignment, box = min(tried)[:5]
+    _, _, offset, alignment, box = min(tried, key=lambda place: place[:2])
     annotate(axes, point, offset, alignment, theme)
     return box
 
 
 def label_places() -> Iterator[tuple[tuple[float, float], tuple[str, str]]]:
-    """(offset in points, alignment) around a marker, the nearest first and those beside it before those above."""
+    """(offset in points, alignment) around a marker, the nearest first; to the right and above before the others."""
     for distance in DISTANCES:
-        slant = 0.7 * distance
+        slant = 0.6 * distance
         yield (distance, 0), ("left", "center")
+        for x, y in ((slant, slant), (slant, -slant), (-slant, slant), (-slant, -slant)):
+            yield (x, y), ("left" if x > 0 else "right", "bottom" if y > 0 else "top")
         yield (-distance, 0), ("right", "center")
         yield (0, distance), ("center", "bottom")
         yield (0, -distance), ("center", "top")
-        for x, y in ((slant, slant), (slant, -slant), (-slant, slant), (-slant, -slant)):
-            yield (x, y), ("left" if x > 0 else "right", "bottom" if y > 0 else "top")
 
 
 def annotate(
@@ -210,7 +234,7 @@ def annotate(
     )
 
 
-def _box(x0: float, y0: float, x1: float, y1: float, canvas: "Canvas") -> "Bbox":
+def _box(x0: float, y0: float, x1: float, y1: float) -> "Bbox":
     """A box in pixels of the canvas."""
     from matplotlib.transforms import Bbox
 

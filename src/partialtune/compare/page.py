@@ -5,7 +5,7 @@ from typing import Any
 
 from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of, render_frontier
 from partialtune.compare.results import Outcome, Row, Spread
-from partialtune.compare.table import audit_words, by_quality, further_texts, seconds, with_deviation
+from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
 from partialtune.pages.html import Cell, data_uri, page_environment, style_and_script
 from partialtune.pages.report import yaml_words
 from partialtune.pages.wording import Finding, change, count, counted, joined, percent, score, significant
@@ -28,7 +28,7 @@ def render_page(title: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         notes: What a reader should know beside the figures.
     """
     environment = page_environment()
-    figures = {"light": render_frontier(rows, subtitle(rows)), "dark": render_frontier(rows, subtitle(rows), dark=True)}
+    figures = {name: render_frontier(rows, subtitle(rows), dark=name == "dark") for name in ("light", "dark")}
     failed = [(row.name, run.seed, run.code, run.reason) for row in rows for run in row.failed]
     texts = further_texts(rows)
     return environment.get_template("comparison.html.j2").render(
@@ -84,14 +84,15 @@ def best(rows: Sequence[Row]) -> Finding | None:
 
 def cheapest(rows: Sequence[Row]) -> Finding | None:
     """The policy that trains fewest parameters among those with at least nine tenths of the best one's gain."""
-    scored = [(row, spread.mean) for row in rows if (spread := row.spread("after"))]
     before = before_of(rows)
-    if not scored or before is None or before <= (least := min(mean for _, mean in scored)):
+    if before is None:
         return None
-    enough = [(row, mean) for row, mean in scored if before - mean >= 0.9 * (before - least)]
-    row, mean = min(enough, key=lambda entry: entry[0].trainable)
-    gained = (before - mean) / (before - least)
-    detail = f"{row.name}, {trains(row)}: the fewest that bring 90% of the best gain (it brings {percent(gained)})."
+    gains = [(row, before - spread.mean) for row in rows if (spread := row.spread("after"))]
+    most = max((gain for _, gain in gains), default=0.0)
+    if most <= 0:
+        return None
+    row, gain = min(((row, gain) for row, gain in gains if gain >= 0.9 * most), key=lambda entry: entry[0].trainable)
+    detail = f"{row.name}, {trains(row)}: the fewest with 90% of the best gain or more (it has {percent(gain / most)})."
     return Finding("plain", "Least trained for most of it", count(row.trainable), detail)
 
 
@@ -116,28 +117,36 @@ def trains(row: Row) -> str:
 
 
 def policy_columns(texts: Sequence[str]) -> list[tuple[str, str]]:
-    numbers = ["Parameters", "Share", "Rate", "s/step", "MB", "Held-out, after", *(f"Change, {text}" for text in texts)]
-    numbers += ["L2 delta", "Relative delta"]
-    return [("Policy", ""), *((title, NUMBER) for title in numbers), ("Frontier of", ""), ("Audit", ""), ("Trains", "")]
+    numbers = ["Parameters", "Share", "s/step", "MB", "Held-out, after", *(f"Change, {text}" for text in texts)]
+    return [
+        ("Policy", ""),
+        *((title, NUMBER) for title in numbers),
+        ("Audit", ""),
+        *((title, NUMBER) for title in ("Rate", "L2 delta", "Relative delta")),
+        ("Frontier of", ""),
+        ("Trains", ""),
+    ]
 
 
 def policy_row(row: Row, rows: Sequence[Row], texts: Sequence[str]) -> list[Cell]:
     """A policy in the table of policies."""
-    on = [axis.key for axis in AXES if row.name in frontier_of(rows, axis)]
-    l2, relative = row.spread("l2_delta"), row.spread("relative_delta")
+    on = ", ".join(axis.key for axis in AXES if row.name in frontier_of(rows, axis))
+    step, memory, l2, relative = (
+        mean(row.spread(name)) for name in ("step_seconds", "peak_memory_mb", "l2_delta", "relative_delta")
+    )
     return [
         Cell(row.name, row.name, "trained"),
         Cell(count(row.trainable), row.trainable),
         Cell(percent(row.trainable / row.total), row.trainable / row.total),
-        Cell(f"{row.learning_rate:g}", row.learning_rate),
-        Cell(seconds(row.spread("step_seconds")), mean(row.spread("step_seconds"))),
-        spread_cell(row.spread("peak_memory_mb"), 0),
-        spread_cell(row.spread("after"), 4),
-        *(spread_cell(row.change(text), 4, sign=True) for text in texts),
-        Cell(significant(mean(l2), 3), mean(l2)),
-        Cell(percent(mean(relative)), mean(relative)),
-        Cell(", ".join(on), ", ".join(on)),
+        Cell(significant(step, 3), step),
+        Cell(count(memory), memory),
+        spread_cell(row.spread("after")),
+        *(spread_cell(row.change(text), sign=True) for text in texts),
         Cell(audit_words(row), audit_words(row), "changed" if row.failed else ""),
+        Cell(f"{row.learning_rate:g}", row.learning_rate),
+        Cell(significant(l2, 3), l2),
+        Cell(percent(relative), relative),
+        Cell(on, on),
         Cell(trained_words(row), trained_words(row)),
     ]
 
@@ -147,12 +156,8 @@ def trained_words(row: Row) -> str:
     return joined(row.selectors, 60) if method != "lora" else f"LoRA beside {joined(row.selectors, 50)}"
 
 
-def spread_cell(spread: Spread | None, decimals: int, sign: bool = False) -> Cell:
-    return Cell(with_deviation(spread, decimals, sign), mean(spread))
-
-
-def mean(spread: Spread | None) -> float | None:
-    return spread.mean if spread else None
+def spread_cell(spread: Spread | None, sign: bool = False) -> Cell:
+    return Cell(with_deviation(spread, 4, sign), mean(spread))
 
 
 def rates_of(rows: Sequence[Row]) -> list[float]:

@@ -8,20 +8,19 @@ from typing import Any
 
 from partialtune.compare.frontier import AXES, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
-from partialtune.pages.wording import MINUS, UNKNOWN, count, joined, percent, significant
+from partialtune.pages.wording import UNKNOWN, change, count, joined, percent, score, significant
 
 
 def with_deviation(spread: Spread | None, decimals: int, sign: bool = False) -> str:
     """1.8498 ± 0.0012; without the second where there was one seed."""
     if spread is None:
         return UNKNOWN
-    mean = f"{spread.mean:{'+' if sign else ''},.{decimals}f}".replace("-", MINUS)
-    return mean if spread.deviation is None else f"{mean} ± {spread.deviation:,.{decimals}f}"
+    text = change(spread.mean, decimals) if sign else f"{spread.mean:,.{decimals}f}"
+    return text if spread.deviation is None else f"{text} ± {spread.deviation:,.{decimals}f}"
 
 
-def seconds(spread: Spread | None) -> str:
-    """The mean with three digits that count."""
-    return UNKNOWN if spread is None else significant(spread.mean, 3)
+def mean(spread: Spread | None) -> float | None:
+    return spread.mean if spread else None
 
 
 def audit_words(row: Row) -> str:
@@ -49,12 +48,12 @@ def comparison_lines(rows: Sequence[Row]) -> str:
                 count(row.trainable),
                 percent(row.trainable / row.total),
                 f"{row.learning_rate:g}",
-                seconds(row.spread("step_seconds")),
-                with_deviation(row.spread("peak_memory_mb"), 0).partition(" ")[0],
-                with_deviation(row.spread("before"), 4).partition(" ")[0],
+                significant(mean(row.spread("step_seconds")), 3),
+                count(mean(row.spread("peak_memory_mb"))),
+                score("bits_per_byte", mean(row.spread("before"))),
                 with_deviation(row.spread("after"), 4),
                 *(with_deviation(row.change(name), 4, sign=True) for name in texts),
-                UNKNOWN if (moved := row.spread("l2_delta")) is None else significant(moved.mean, 3),
+                significant(mean(row.spread("l2_delta")), 3),
                 audit_words(row),
             ]
         )
