@@ -217,13 +217,15 @@ def write_comparison(folder: Path, rows: Sequence[Row], notes: Sequence[str]) ->
     """Write page, figure, CSV and JSON; each file is there as a whole or not at all."""
     for note in notes:
         logger.warning("%s", note)
-    (folder / "frontier.png").write_bytes(render_frontier(rows, subtitle(rows)))
-    for name, text in {
-        "comparison.html": render_page(folder.resolve().name, rows, notes),
-        "comparison.csv": comparison_csv(rows),
+    figure = {name: render_frontier(rows, subtitle(rows), dark=name == "dark") for name in ("light", "dark")}
+    page = render_page(folder.resolve().name, rows, notes, figure)
+    for name, content in {
+        "frontier.png": figure["light"],
+        "comparison.html": page.encode("utf-8", errors="replace"),
+        "comparison.csv": comparison_csv(rows).encode("utf-8", errors="replace"),
     }.items():
         aside = folder / f".{name}.part"
-        aside.write_text(text, encoding="utf-8", errors="replace")
+        aside.write_bytes(content)
         os.replace(aside, folder / name)
     write_json(folder / COMPARISON_FILE, comparison_json(rows, notes))
 

@@ -1,9 +1,9 @@
 """Rows of a comparison -> comparison.html: one self-contained page in the form of a run's report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of, render_frontier
+from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
 from partialtune.pages.html import Cell, data_uri, page_environment, style_and_script
@@ -19,16 +19,16 @@ GROUND_KEYS = ("model_name_or_path", "text", "eval_texts", "block_size", "window
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def render_page(title: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
+def render_page(title: str, rows: Sequence[Row], notes: Sequence[str], figure: Mapping[str, bytes]) -> str:
     """The page as text.
 
     Args:
         title: The comparison's name.
         rows: What was compared.
         notes: What a reader should know beside the figures.
+        figure: The frontier as PNG, `light` and `dark`.
     """
     environment = page_environment()
-    figures = {name: render_frontier(rows, subtitle(rows), dark=name == "dark") for name in ("light", "dark")}
     failed = [(row.name, run.seed, run.code, run.reason) for row in rows for run in row.failed]
     texts = further_texts(rows)
     return environment.get_template("comparison.html.j2").render(
@@ -37,7 +37,7 @@ def render_page(title: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
         verdict=verdict_words(rows, len(failed)),
         failed=failed,
         findings=[finding for finding in (best(rows), cheapest(rows), *forgetful(rows, texts)) if finding],
-        figure={name: data_uri(png) for name, png in figures.items()} | {"alt": frontier_alt(rows)},
+        figure={name: data_uri(png) for name, png in figure.items()} | {"alt": frontier_alt(rows)},
         several_seeds=any(len(row.outcomes) > 1 for row in rows),
         columns=policy_columns(texts),
         rows=[policy_row(row, rows, texts) for row in by_quality(rows)],
