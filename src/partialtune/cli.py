@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from partialtune import __version__
 from partialtune.errors import ModelError, PartialtuneError
@@ -111,11 +111,35 @@ def make_parser() -> argparse.ArgumentParser:
     rank.add_argument("--batches", type=int, default=4, metavar="N", help="batches of the text to look at (default 4)")
     rank.add_argument("--top", type=int, metavar="N", help="blocks to choose (default: a quarter of them)")
     rank.add_argument("--json", action="store_true", help="print JSON alone")
+    _add_compare(commands)
     report = commands.add_parser(
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
     report.add_argument("run", metavar="RUN", help="folder of a finished run")
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="run several recipes, or read finished runs, on the same text", allow_abbrev=False
+    )
+    compare.add_argument(
+        "compared", nargs="+", metavar="RECIPE_OR_RUN", help="recipes to run, then --key value for all; or runs to read"
+    )
+    compare.add_argument(
+        "--output_dir", default="outputs/comparison", help="folder of the comparison (default: %(default)s)"
+    )
+    compare.add_argument("--seeds", nargs="+", metavar="N", help="each recipe runs once with each; its own if absent")
+    compare.add_argument(
+        "--learning_rates",
+        nargs="+",
+        metavar="RATE",
+        help="each recipe gets the one that does best on the end of its training text; its own rate if absent",
+    )
+    compare.add_argument(
+        "--trial_steps", metavar="N", help="optimizer steps in which a learning rate is tried; as a run's if absent"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON alone")
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -216,6 +240,23 @@ def _apply(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(apply_delta(known.delta, known.out, known.base), flush=True)
 
 
+def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.compare.compare import COMPARISON_FILE, compare_recipes, compare_runs, raise_if_failed
+    from partialtune.compare.options import are_runs, read_choices
+    from partialtune.compare.table import comparison_lines
+    from partialtune.model.loading import quiet_libraries
+
+    quiet_libraries()
+    choices = read_choices(known, overrides)
+    reads = are_runs(known.compared, choices)
+    rows = compare_runs(known.compared, choices.output_dir) if reads else compare_recipes(known.compared, choices)
+    if known.json:
+        print((choices.output_dir / COMPARISON_FILE).read_text(encoding="utf-8"), end="", flush=True)
+    else:
+        print(comparison_lines(rows), f"\nEverything is in {choices.output_dir}", sep="\n", flush=True)
+    raise_if_failed(rows)
+
+
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
@@ -275,6 +316,7 @@ COMMANDS = {
     "rank": _rank,
     "verify": _verify,
     "push": _push,
+    "compare": _compare,
     "apply": _apply,
     "report": _report,
 }

@@ -1,16 +1,12 @@
 """A finished run's folder -> report.html: one self-contained page, what the run did and whether to trust it."""
 
-import base64
-import hashlib
 import os
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from partialtune.pages.curve_figure import learning_curves
 from partialtune.pages.figures import KINDS, Figure, describe_figures, render_figure
-from partialtune.pages.html_text import flowing, visible, yaml_words
+from partialtune.pages.html import data_uri, page_environment, style_and_script
+from partialtune.pages.html_text import yaml_words
 from partialtune.pages.report_insight import (
     prompt_comparisons,
     rank_rows,
@@ -23,12 +19,9 @@ from partialtune.pages.report_tables import group_rows, parameter_row, performan
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.pages.wording import (
     audit_problems,
-    count,
     counted,
     joined,
-    percent,
     score_changes,
-    significant,
     text_label,
     trained_share,
     verdict,
@@ -55,21 +48,7 @@ def write_report(run: str | os.PathLike) -> Path:
 
 def render_report(run: RunFiles) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("partialtune.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "visible": visible,
-        "flowing": flowing,
-        "percent": percent,
-        "count": count,
-        "significant": significant,
-    }
-    script = environment.get_template("report.js").render()
+    environment = page_environment()
     return environment.get_template("report.html.j2").render(
         run=run,
         passed=run.audit["passed"],
@@ -94,9 +73,7 @@ def render_report(run: RunFiles) -> str:
         performance=performance_rows(run.performance),
         provenance=provenance_rows(run),
         sources=run.record.get("sources", []),
-        style=Markup(environment.get_template("report.css").render()),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **style_and_script(environment),
     )
 
 
@@ -121,4 +98,4 @@ def sampled_words(run: RunFiles) -> str:
 
 def image(run: RunFiles, figure: Figure, dark: bool = False) -> str:
     """The figure as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(render_figure(run, figure, dark)).decode()
+    return data_uri(render_figure(run, figure, dark))

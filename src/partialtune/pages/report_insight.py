@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from partialtune.pages.html import Cell
 from partialtune.pages.rank_figure import matrices, share_of_possible
-from partialtune.pages.report_tables import Cell
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.shift_figure import shift
 from partialtune.pages.token_figure import token_matrices

@@ -1,24 +1,14 @@
 """Rows of the report's tables: what trained, every parameter, what it cost, where it comes from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from partialtune.pages.html import Cell
 from partialtune.pages.html_text import yaml_words
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.wording import count, percent, significant
 
 SHOWN_DIGITS = 8  # of a sha256 digest in a table; freeze_plan.json holds them whole
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: what is shown, what the column sorts by (None comes last), and a bar's length as a share."""
-
-    text: str
-    sort: float | str | None
-    kind: str = ""
-    bar: float | None = None
 
 
 def group_rows(run: RunFiles) -> list[list[Cell]]:
