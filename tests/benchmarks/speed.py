@@ -5,7 +5,7 @@
 GPT-2's 124M shape with random weights, 16 x 256 tokens. Each measurement is a process of its own; plain and ours take
 turns (A B A B) and medians are compared. Plain computes in fp32 with everything or the notebook's policy; ours in fp32
 and in bf16. Seconds a step are plain's own and those of `performance.json`, peak memory is that of the whole process,
-imports and evaluation included. Utilisation = matrix products that the policy needs / seconds / rate of a matrix product
+imports and evaluation included. Utilisation = matrix products that the policy needs / seconds / rate of such products
 measured in the same round. The whole table takes about 25 minutes on 2 cores; what follows `--ours` is added to every
 command of ours: `--ours --torch_compile true`.
 """
