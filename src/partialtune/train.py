@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.data import RunData, prepare_data
 from partialtune.errors import FreezeViolation, InputError
 from partialtune.freeze.apply import apply_plan
@@ -26,7 +27,7 @@ from partialtune.launch import (
     main_process_only,
     one_device_a_process,
 )
-from partialtune.model.loading import check_fit, load_config, load_model, load_tokenizer
+from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
 from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
@@ -40,6 +41,7 @@ from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.checkpoints import newest_complete_checkpoint
 from partialtune.training.optimizer_state import check_checkpoint
 from partialtune.training.performance import performance
+from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import (
     PartialTrainer,
     collate_windows,
@@ -104,7 +106,8 @@ def train(recipe: Recipe) -> Path:
         write_plan(folder, plan, trainer.audit)
 
         after = look.at(model, "after")
-        write_results(folder, trainer, before, after, recipe.text.block_size)
+        write_performance(folder, trainer, empty_model(config, base.trust_remote_code), recipe.text.block_size)
+        write_results(folder, trainer, before, after)
         if violation is not None:
             raise violation
         if recipe.training.get("push_to_hub"):
@@ -234,16 +237,23 @@ def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedToken
 
 
 @main_process_only
-def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight, block_size: int) -> None:
+def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) -> None:
+    """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
+    args = trainer.args
+    batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
+    rate = product_rate(args.device, compute_dtype(args))
+    used = utilisation(needed_products(empty, trainer.plan, *batch), trainer.timer.median(), rate)
+    write_json(folder / "performance.json", performance(args, trainer.timer, trainer.flops_per_step, used, block_size))
+
+
+@main_process_only
+def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight) -> None:
     """Everything that is known only after training, and the pages made of it."""
     metrics = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
     write_json(folder / "train_results.json", metrics)
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
-    write_json(
-        folder / "performance.json", performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size)
-    )
     draw_figures(folder)
     write_card(folder)
     write_report(folder)

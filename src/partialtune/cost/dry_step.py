@@ -19,6 +19,7 @@ from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.errors import ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.structure import read_structure
 from partialtune.training.activation_checkpointing import recompute_from
 
 
@@ -82,6 +83,7 @@ def dry_step(
         twin.activation_checkpointing_enable({"use_reentrant": False})
         recompute_from(twin, plan.phases[-1].first_block)
     meter = StepMeter(twin, fake, scored_tokens=batch_size * (block_size - 1))
+    _mark_prefix(twin, plan.phases[-1].first_block, meter.counter)
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
         memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
@@ -101,6 +103,13 @@ def without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
         for parameter in model.parameters():
             twins[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="cpu"))
     return copy.deepcopy(model, twins)  # which takes the twins for copies made already
+
+
+def _mark_prefix(model: nn.Module, first_block: int, counter: ProductCounter) -> None:
+    """Tell the counter when the blocks below number `first_block` compute."""
+    for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
+        block.register_forward_pre_hook(lambda *_: setattr(counter, "in_prefix", True))
+        block.register_forward_hook(lambda *_: setattr(counter, "in_prefix", False))
 
 
 class StepMeter(TorchDispatchMode):

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,37 @@ class PartialTrainer(Trainer):
             key_by_name(optimizer, self.model)
         return optimizer
 
+    def get_batch_samples(self, *args, **kwargs) -> Any:
+        self.timer.begin()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.timer.mark("data")
+        return batches
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        if self.flops_per_step is not None or self.args.torch_compile:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounterMode(display=False) as counter:  # matrix products of the first batch, once
+        self.timer.mark("callbacks")
+        with self._products_counted():
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
+        self.timer.mark("backward")
         return loss
+
+    def compute_loss(self, *args, **kwargs) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.timer.mark("forward")
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        self.timer.end()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _products_counted(self) -> Iterator[None]:
+        """Matrix products of the first batch, counted once."""
+        if self.flops_per_step is not None or self.args.torch_compile:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
