@@ -92,7 +92,24 @@ def make_parser() -> argparse.ArgumentParser:
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
     report.add_argument("run", metavar="RUN", help="folder of a finished run")
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench", help="seconds a step and memory of recipes on this machine, beside full", allow_abbrev=False
+    )
+    bench.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML files; then --key value for all of them")
+    bench.add_argument("--steps", type=int, default=11, help="steps of each, the first not counted (default: 11)")
+    bench.add_argument("--json", action="store_true", help="print JSON alone")
+    bench.add_argument(
+        "--output",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write JSON (.json) or a figure (.png); repeatable",
+    )
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -193,7 +210,16 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report}
+def _bench(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.bench.command import bench
+    from partialtune.model.loading import quiet_libraries
+
+    quiet_libraries()
+    recipes = [_recipe_path(recipe) for recipe in known.recipes]
+    print(bench(recipes, overrides, known.steps, known.output, as_json=known.json), flush=True)
+
+
+COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report, "bench": _bench}
 
 
 def _refuse(overrides: Sequence[str]) -> None:
