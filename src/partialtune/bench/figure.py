@@ -62,7 +62,7 @@ def _draw_memory(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     axes.barh(range(len(rows)), sizes, 0.62, color=LIGHT.muted)
     for at, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         axes.annotate(_ratio(row, "memory"), (size, at), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axes.set_xlim(0, max(sizes) * 1.32)
+    axes.set_xlim(0, max(sizes) * 1.45)
     axes.set_xlabel("peak memory (GiB)", color=LIGHT.ink, fontsize=9.5)
 
 

@@ -30,6 +30,7 @@ from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import PartialTrainer, training_arguments
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BATCHES = 2  # of different windows; after them an epoch begins anew
 
 
@@ -90,7 +91,7 @@ def result_of(trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) 
         "trainable_parameters": plan.trainable_parameters,
         "total_parameters": plan.total_parameters,
         "tokens_per_step": batch[0] * batch[1] * batch[2],
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": PRECISIONS[dtype],
         "device": device_name(args.device),
         "needed_flops": needed,
         "product_rate": rate,

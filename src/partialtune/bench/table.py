@@ -37,14 +37,16 @@ def bench_table(rows: Sequence[dict[str, Any]], steps: int) -> str:
     """One line a variant, and what the figures mean."""
     measured = next(row for row in rows if "error" not in row)
     table = columns([HEADINGS, *(_cells(row) for row in rows)])
+    on_host = measured["device"].startswith(("cpu", "mps"))
     precisions = " and ".join(dict.fromkeys(row["precision"] for row in rows if "error" not in row))
     return "\n".join(
         [
             *(line.rstrip() for line in table.splitlines()),
             "",
             f"{measured['device']}, {precisions}, median of {max(1, steps - 1)} steps on random weights and tokens.",
+            f"peak MB: {'of the whole process, libraries too' if on_host else 'of tensors on the GPU'}.",
             "utilisation: matrix products that the policy needs / seconds / rate of products measured here.",
-            "The last columns are shares of the time of all these steps.",
+            "data to callbacks: shares of the time of all these steps.",
         ]
     )
 

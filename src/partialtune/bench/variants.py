@@ -40,7 +40,7 @@ class Variant:
 
 
 def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
-    """The recipes in their order, each followed by full fine-tuning where no earlier one has the same.
+    """The recipes in their order, then full fine-tuning on each batch that they have, unless a recipe is just that.
 
     Args:
         paths: Recipe files.
@@ -49,22 +49,25 @@ def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Varian
     Raises:
         InputError: If a recipe is wrong, or its model is; all are looked at before the first is measured.
     """
-    variants: list[Variant] = []
-    numbers: dict[str, int] = {}  # of each full variant, by what it says
+    said = []
     for path in paths:
         recipe = read_recipe(path, overrides)
         plan_of(recipe)
-        values = {key: value for key, value in recipe.values.items() if key not in RUN_KEYS}
-        baseline = full_values(values)
-        key = json.dumps(baseline, sort_keys=True)
-        if recipe.freeze.method == "full" and key not in numbers:
-            numbers[key] = len(variants)
-        own = len(variants)
-        variants.append(Variant(path, numbers.get(key, own + 1), values))
-        if key not in numbers:
-            numbers[key] = own + 1
-            variants.append(Variant(FULL, own + 1, baseline))
-    return variants
+        said.append((path, {key: value for key, value in recipe.values.items() if key not in RUN_KEYS}))
+    entries = [*said, *((FULL, full_values(values)) for _, values in said)]
+    numbers: dict[str, int] = {}  # of the first entry that trains everything on a batch
+    for number, (_, values) in enumerate(entries):
+        if values.get("method") == "full":
+            numbers.setdefault(_key(full_values(values)), number)
+    kept = [number for number in range(len(entries)) if number < len(said) or number in numbers.values()]
+    return [
+        Variant(label, kept.index(numbers[_key(full_values(values))]), values)
+        for label, values in (entries[number] for number in kept)
+    ]
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def full_values(values: Mapping[str, Any]) -> dict[str, Any]:

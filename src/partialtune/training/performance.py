@@ -104,7 +104,7 @@ def _seconds_between(earlier: Any, later: Any) -> float:
 
 def peak_memory_mb() -> float:
     """Largest memory of this process so far, in units of 2^20 bytes: of the GPU where CUDA is used, else resident."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
