@@ -36,6 +36,8 @@ KEYS_AND_DEFAULTS = {
     "delta_steps": 10,
     "allow_failed_audit": False,
     "eval_texts": {},
+    "prefix_cache": "auto",
+    "fast_paths": ["loss", "gelu", "casts"],
 }
 
 

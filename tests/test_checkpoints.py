@@ -1,13 +1,20 @@
 """A checkpoint is whole or not there; the newest complete one is found; rotation spares the last good one."""
 
+import errno
+
+import pytest
+from safetensors import SafetensorError
+
+from partialtune.errors import DiskError
 from partialtune.training.checkpoints import (
     ASIDE,
     MARKER,
     checkpoints_in,
     clear_aside,
+    damage_of,
+    disk_errors,
     finish_checkpoint,
-    missing_files,
-    newest_complete_checkpoint,
+    newest_whole_checkpoint,
     rotate_checkpoints,
 )
 
@@ -28,35 +35,83 @@ def test_checkpoints_are_ordered_by_step_and_not_by_spelling(tmp_path):
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
 
 
-def test_the_newest_complete_checkpoint_passes_over_one_without_a_marker(tmp_path, caplog):
+def test_the_newest_whole_checkpoint_passes_over_one_without_a_marker(tmp_path, caplog):
     good = write_checkpoint(tmp_path, 10)
     write_checkpoint(tmp_path, 20, complete=False)
-    assert newest_complete_checkpoint(tmp_path) == good
-    assert "checkpoint-20 is incomplete" in caplog.text
+    assert newest_whole_checkpoint(tmp_path) == good
+    assert "checkpoint-20 is incomplete or damaged (complete.json is missing" in caplog.text
 
 
-def test_the_newest_complete_checkpoint_passes_over_one_with_a_shortened_file(tmp_path):
+def test_the_newest_whole_checkpoint_passes_over_one_with_a_shortened_file(tmp_path):
     good, damaged = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
     (damaged / "model.safetensors").write_bytes(b"half")
-    assert missing_files(damaged) == ["model.safetensors"]
-    assert newest_complete_checkpoint(tmp_path) == good
+    assert damage_of(damaged) == ["model.safetensors has 4 of 140 bytes"]
+    assert newest_whole_checkpoint(tmp_path) == good
+
+
+def test_one_changed_bit_in_a_file_of_the_right_size_is_found_and_the_checkpoint_passed_over(tmp_path, caplog):
+    good, damaged = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[7] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    assert damage_of(damaged) == ["model.safetensors has another content"]
+    assert damage_of(damaged, read=False) == []  # sizes alone do not show it
+    assert newest_whole_checkpoint(tmp_path) == good
+    assert "model.safetensors has another content" in caplog.text
+
+
+def test_a_lost_file_is_named(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 10)
+    (checkpoint / "trainer_state.json").unlink()
+    assert damage_of(checkpoint) == ["trainer_state.json is missing"]
 
 
 def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
-    assert newest_complete_checkpoint(tmp_path) is None
+    assert newest_whole_checkpoint(tmp_path) is None
 
 
-def test_a_damaged_marker_counts_as_missing(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"files": 3}', '{"files": {"a": 1}}', '{"bytes": {}}'])
+def test_a_damaged_marker_counts_as_missing(tmp_path, content):
     checkpoint = write_checkpoint(tmp_path, 10)
-    (checkpoint / MARKER).write_text("{")
-    assert missing_files(checkpoint) == [MARKER]
+    (checkpoint / MARKER).write_text(content)
+    assert damage_of(checkpoint) == [f"{MARKER} is missing or cannot be read"]
 
 
 def test_finishing_replaces_an_incomplete_folder_of_the_same_step(tmp_path):
     write_checkpoint(tmp_path, 10, complete=False)
     finished = write_checkpoint(tmp_path, 10)
-    assert missing_files(finished) == []
+    assert damage_of(finished) == []
     assert not (tmp_path / ASIDE).exists()
+
+
+def test_finishing_replaces_a_complete_one_of_a_run_that_has_gone_back(tmp_path):
+    write_checkpoint(tmp_path, 10)
+    again = write_checkpoint(tmp_path, 10)
+    assert damage_of(again) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+FULL = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_said_in_words_and_the_half_checkpoint_makes_room(tmp_path, error):
+    write_checkpoint(tmp_path, 10)
+    (tmp_path / ASIDE / "checkpoint-20").mkdir(parents=True)
+    words = r"checkpoint-20 could not be saved.*checkpoint-10 is complete.*--resume_from_checkpoint auto"
+    with pytest.raises(DiskError, match=words) as caught, disk_errors("checkpoint-20", tmp_path):
+        raise error
+    assert caught.value.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_another_error_while_saving_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), disk_errors("checkpoint-20", tmp_path):
+        raise RuntimeError("a bug")
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path):
@@ -78,4 +133,4 @@ def test_rotation_never_removes_the_only_complete_one_for_newer_incomplete_ones(
     for step in (2, 3):
         write_checkpoint(tmp_path, step, complete=False)
     rotate_checkpoints(tmp_path, keep=1, spare=None)
-    assert not missing_files(tmp_path / "checkpoint-1")
+    assert not damage_of(tmp_path / "checkpoint-1")

@@ -1,48 +1,48 @@
-"""Two processes on a CPU give the answer of one: same losses, weights, audit, and one set of files."""
+"""Several processes give the answer of one: same losses, weights, deltas, audit, and one set of files."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from cluster import WarmProcess, small_recipe, wait_for
 from conftest import REPOSITORY
+from partialtune.cli import main
+from partialtune.errors import EndedElsewhere, InputError
+from partialtune.launch import check_engine, peers_watched
+from test_download import Server
 
-CONFIG = REPOSITORY / "accelerate_config.yaml"
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 
 
-def launch(folder: Path, processes: int, batch: int) -> subprocess.CompletedProcess:
-    """Run a small recipe under accelerate; `folder` gets the run."""
+def recipe(folder: Path, name: str, batch: int, text: str) -> tuple[Path, Path]:
+    """The file of a small recipe, and the folder of its run."""
     values = {
         "model_name_or_path": "builtin:lilliput",
-        "text": str(folder.parent / "text.txt"),
+        "text": text,
         "block_size": 32,
         "trainable": ["blocks[-1]", "final_norm"],
-        "output_dir": str(folder),
+        "output_dir": str(folder / name),
         "max_steps": 4,
         "per_device_train_batch_size": batch,
         "learning_rate": 5e-5,
         "dataloader_drop_last": True,
         "save_steps": 2,
+        "delta_steps": 2,
         "prompts": ["It was"],
     }
-    (folder.parent / "text.txt").write_text(TEXT * 150)
-    recipe = folder.parent / f"recipe-{processes}.yaml"
-    recipe.write_text(yaml.safe_dump(values))
-    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), *several]
-    return subprocess.run(
-        [*command, "-m", "partialtune", "train", str(recipe)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file, folder / name
 
 
 def read(folder, name):
@@ -51,41 +51,188 @@ def read(folder, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One process with batch 4, two with batch 2 each."""
-    folder = tmp_path_factory.mktemp("distributed")
-    one, two = folder / "one", folder / "two"
-    for path, processes, batch in ((one, 1, 4), (two, 2, 2)):
-        run = launch(path, processes, batch)
-        assert run.returncode == 0, run.stderr
-    return one, two
+    """One process with batch 8, two with batch 4 each, of a text on a server; the folders, and what was asked of it."""
+    folder, server = tmp_path_factory.mktemp("distributed"), Server()
+    url = server.serve("/text.txt", (TEXT * 150).encode())
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name, batch in (("one", 8), ("two", 4)):
+            patch.setenv("PARTIALTUNE_CACHE", str(folder / f"cache of {name}"))
+            file, _ = recipe(folder, name, batch, url)
+            if name == "one":
+                assert main(["train", str(file)]) == 0
+            else:
+                config = REPOSITORY / "recipes" / "launch" / "cpu_two_processes.yaml"
+                command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+                words = [*command, "-m", "partialtune", "train", str(file)]
+                run = subprocess.run(words, capture_output=True, text=True, timeout=400)
+                assert run.returncode == 0, run.stderr
+            asked.append(len(server.requests) - sum(asked))
+    server.http.shutdown()
+    server.http.server_close()
+    return SimpleNamespace(folder=folder, both=(folder / "one", folder / "two"), asked=asked)
 
 
 @pytest.mark.slow
-def test_two_processes_really_ran(runs):
-    assert [yaml.safe_load((run / "recipe.yaml").read_text())["run"]["processes"] for run in runs] == [1, 2]
+def test_two_processes_really_ran_and_found_each_other(runs):
+    records = [yaml.safe_load((run / "recipe.yaml").read_text())["run"] for run in runs.both]
+    assert [(record["processes"], record["distributed"]) for record in records] == [(1, "NO"), (2, "MULTI_CPU")]
 
 
 @pytest.mark.slow
-def test_losses_weights_and_audit_agree(runs):
-    histories = [read(run, "trainer_state.json")["log_history"] for run in runs]
+def test_losses_weights_scores_and_audit_agree(runs):
+    histories = [read(run, "trainer_state.json")["log_history"] for run in runs.both]
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 4
-    one, two = (dict(AutoModelForCausalLM.from_pretrained(run).named_parameters()) for run in runs)
+    one, two = (dict(AutoModelForCausalLM.from_pretrained(run).named_parameters()) for run in runs.both)
     for name in one:
-        assert float((one[name] - two[name]).detach().abs().max()) <= 1e-5, name
-    audits = [read(run, "audit.json") for run in runs]
+        difference = (one[name] - two[name]).detach().abs()
+        if name.endswith("attn.c_attn.bias"):  # the keys' third: their gradient is zero, and AdamW scales its rounding
+            difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
+        assert float(difference.max()) <= 1e-5, name
+    audits = [read(run, "audit.json") for run in runs.both]
     assert audits[0]["passed"] is audits[1]["passed"] is True
-    assert audits[0]["trainable"]["l2_delta"] == pytest.approx(audits[1]["trainable"]["l2_delta"], rel=1e-3)
-    scores = [read(run, "evaluation.json")["validation"]["after"]["loss"] for run in runs]
+    assert audits[0]["frozen"] == audits[1]["frozen"]
+    scores = [read(run, "evaluation.json")["validation"]["after"]["loss"] for run in runs.both]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_nothing_is_written_twice(runs):
+def test_deltas_agree_line_by_line(runs):
+    one, two = ([json.loads(line) for line in (run / "weight_deltas.jsonl").open()] for run in runs.both)
+    assert [(line["step"], line["name"]) for line in one] == [(line["step"], line["name"]) for line in two]
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["l2_delta"] == pytest.approx(ours["l2_delta"], abs=1e-5), ours["name"]
+    assert max(line["l2_delta"] for line in one) > 1e-3
+
+
+@pytest.mark.slow
+def test_there_is_one_set_of_files(runs):
     names = [
-        sorted(str(path.relative_to(run)) for path in run.rglob("*") if "rng_state" not in path.name) for run in runs
+        sorted(str(path.relative_to(run)) for path in run.rglob("*") if "rng_state" not in path.name)
+        for run in runs.both
     ]
     assert names[0] == names[1]
-    lines = [(run / "weight_deltas.jsonl").read_text().count("\n") for run in runs]
-    assert lines[0] == lines[1]
+    random_states = [sorted(path.name for path in run.rglob("checkpoint-4/rng_state*")) for run in runs.both]
+    assert random_states == [["rng_state.pth"], ["rng_state_0.pth", "rng_state_1.pth"]]
+
+
+@pytest.mark.slow
+def test_the_text_was_fetched_once_and_lies_prepared_on_disk_for_the_others(runs):
+    assert runs.asked == [1, 1]
+    assert not list((runs.folder / "cache of one" / "prepared").glob("*/*"))  # one process keeps it in memory
+    prepared = runs.folder / "cache of two" / "prepared"
+    assert {path.parent.name for path in prepared.rglob("*.json")} == {"texts", "tokens", "windows"}
+
+
+# ---- when one of them fails -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    with WarmProcess(tmp_path_factory.mktemp("warm") / "log") as warm:
+        yield warm
+
+
+@pytest.mark.slow
+def test_a_text_that_one_process_cannot_read_ends_all_of_them_in_seconds_with_its_message_once(warm, tmp_path):
+    words = [*small_recipe(tmp_path), "--text", str(tmp_path / "missing.txt")]
+    started, before = time.monotonic(), len(warm.log.read_text()) if warm.log.exists() else 0
+    warm.start_all(words, 2)
+    assert warm.end_all() == [2, 2]
+    assert time.monotonic() - started < 60
+    said = warm.log.read_text()[before:]
+    assert said.count("partialtune: There is no file") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_within_a_minute_in_words_and_the_run_goes_on(warm, tmp_path, killed):
+    words = small_recipe(tmp_path, max_steps=3000, logging_steps=100, eval_strategy="no", save_steps=5)
+    run, before = tmp_path / "run", len(warm.log.read_text()) if warm.log.exists() else 0
+    processes = warm.start_all(words, 2)
+    wait_for((run / "checkpoint-5").is_dir, warm.parent)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["processes"] == 2
+    os.kill(processes[killed], signal.SIGKILL)
+    sent = time.monotonic()
+    codes = warm.end_all()
+    assert time.monotonic() - sent < 60
+    assert (codes[killed], codes[1 - killed]) == (-signal.SIGKILL, 1)
+    said = warm.log.read_text()[before:]
+    assert "Another process of this run ended" in said
+    assert "Traceback" not in said
+    if killed == 1:  # the main process writes the reason down
+        assert "Another process" in read(run, "exit.json")["reason"]
+
+
+def test_an_error_that_is_no_lost_process_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="a bug"), peers_watched():
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), peers_watched():
+        raise RuntimeError("Connection closed by peer")  # one process has no peers
+    assert EndedElsewhere("", 2).exit_code == 2
+
+
+# ---- engines that are refused ---------------------------------------------------------------------------------------
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ENGINES = {
+    "plain": ({}, SimpleNamespace(device=CPU, fsdp=None), None),
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, SimpleNamespace(device=GPU, fsdp=None), "DeepSpeed"),
+    "FSDP1 by the launcher": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+        SimpleNamespace(device=GPU, fsdp=None),
+        "FSDP version 1",
+    ),
+    "FSDP of no version": ({"ACCELERATE_USE_FSDP": "true"}, SimpleNamespace(device=GPU, fsdp=None), "FSDP version 1"),
+    "FSDP2 by the launcher": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        SimpleNamespace(device=GPU, fsdp=None),
+        None,
+    ),
+    "FSDP1 by the recipe": (
+        {},
+        SimpleNamespace(device=GPU, fsdp=True, fsdp_plugin_args={"fsdp_version": 1}),
+        "FSDP version 1",
+    ),
+    "FSDP2 on a CPU": (
+        {},
+        SimpleNamespace(device=CPU, fsdp=True, fsdp_plugin_args={"fsdp_version": 2}),
+        "FSDP needs GPUs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_that_hide_whole_parameters_are_refused(name, monkeypatch):
+    environment, args, refusal = ENGINES[name]
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if refusal is None:
+        check_engine(args)
+    else:
+        with pytest.raises(InputError, match=refusal):
+            check_engine(args)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, []),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, []),
+        ({}, ["--fsdp", "full_shard"]),
+    ],
+)
+def test_a_run_under_them_is_refused_before_anything_is_loaded(environment, words, tmp_path, monkeypatch, capfd):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("partialtune.train.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
+    file, run = recipe(tmp_path, "run", 4, "builtin:python-docs")
+    assert main(["train", str(file), *words]) == 2
+    assert not run.exists()
+    err = capfd.readouterr().err
+    assert "recipes/launch" in err or "FSDP" in err

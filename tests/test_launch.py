@@ -16,11 +16,11 @@ from partialtune.launch import check_precision, check_processes, one_device_a_pr
 CONFIG = REPOSITORY / "accelerate_config.yaml"
 
 
-def resolved(*flags):
-    """What accelerate makes of the configuration and these flags, without starting anything."""
+def resolved(*flags, config=CONFIG):
+    """What accelerate makes of a configuration and these flags, without starting anything."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    words = ["--config_file", str(CONFIG), *flags, "-m", "partialtune", "--help"]
+    words = ["--config_file", str(config), *flags, "-m", "partialtune", "--help"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     assert isinstance(args, argparse.Namespace)
     return args

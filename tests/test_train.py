@@ -2,12 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -302,52 +297,6 @@ def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_pat
     monkeypatch.setattr(PartialTrainer, "training_step", with_fault)
     assert main(["train", recipe, "--allow_failed_audit", "true"]) == 0
     assert read(tmp_path / "run", "audit.json")["frozen"]["changed"] == ["transformer.wpe.weight"]
-
-
-def start(recipe, *words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "partialtune", "train", recipe, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_in_a_message_a_checkpoint_and_its_code_and_the_run_goes_on_to_the_same_weights(
-    recipe, tmp_path, number, code
-):
-    run, words = tmp_path / "run", ["--max_steps", "400", "--logging_steps", "50", "--eval_strategy", "no"]
-    process = start(recipe, *words)
-    wait_for(lambda: (run / "checkpoint-10").is_dir(), process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in err
-    assert "--resume_from_checkpoint auto" in err.strip().splitlines()[-1]
-    assert read(run, "exit.json")["code"] == code
-
-    assert main(["train", recipe, *words]) == 2  # not without leave
-    # in processes like the first one: with another number of threads sums round otherwise
-    assert start(recipe, *words, "--resume_from_checkpoint", "auto").communicate(timeout=300) is not None
-    assert start(recipe, *words, "--output_dir", str(tmp_path / "whole")).communicate(timeout=300) is not None
-    assert read(run, "exit.json")["code"] == read(tmp_path / "whole", "exit.json")["code"] == 0
-    resumed, whole = final_weights(run), final_weights(tmp_path / "whole")
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    steps = [[line["step"] for line in lines_of(folder)] for folder in (run, tmp_path / "whole")]
-    stopped_at = {step for step in steps[0] if step % 10}  # a report of its own where the signal came
-    assert len(stopped_at) <= 1
-    assert [step for step in steps[0] if step not in stopped_at] == steps[1]
 
 
 def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp_path):

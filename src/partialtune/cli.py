@@ -1,6 +1,7 @@
 """The command line: words -> one command -> exit code. Heavy libraries are imported by the command that needs them."""
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -14,6 +15,7 @@ from partialtune.errors import ModelError, PartialtuneError
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EPILOG = """\
 exit codes: 0 done, 1 a bug, 2 bad input, 3 a frozen weight changed or a trainable one could not learn,
 4 training diverged, 5 the upload did not complete, 130 interrupted and 143 terminated, both after a checkpoint
@@ -47,11 +49,16 @@ def main(words: Sequence[str]) -> int:
         COMMANDS[known.command](known, overrides)
     except PartialtuneError as error:
         return _say(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _say("Interrupted. What was saved before is in the run's folder.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
         return 0
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        return _say(f"{error.strerror}{where}. Make room on the disk, or name another folder.", 2)
+    except KeyboardInterrupt:
+        return _say("Interrupted. What was saved before is in the run's folder.", 130)
     return 0
 
 
@@ -123,14 +130,18 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.launch import use_all_cores
+    from partialtune.launch import join_processes, peers_watched, use_all_cores
     from partialtune.model.loading import quiet_libraries
     from partialtune.recipe.reading import read_recipe
     from partialtune.train import train
+    from partialtune.training.stopping import ended_by_signals
 
     use_all_cores()
     quiet_libraries()
-    train(read_recipe(_recipe_path(known.recipe), overrides))
+    with ended_by_signals(), peers_watched():
+        recipe = read_recipe(_recipe_path(known.recipe), overrides)
+        join_processes(recipe.training)
+        train(recipe)
 
 
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -236,9 +247,10 @@ def _recipe_path(name: str) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    """The last thing that our process prints."""
+    """The last thing that our process prints; nothing where another process of the run says it."""
     sys.stdout.flush()
-    print(f"partialtune: {message}", file=sys.stderr, flush=True)
+    if message:
+        print(f"partialtune: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +43,7 @@ def prepare_data(
 ) -> RunData:
     """Read, split, tokenise and window the texts of a run.
 
-    Of several processes the first one does it first; the others find downloads and what lies on disk in the cache.
+    Of several processes on a machine one should do it first: the others find downloads and what it has put on disk.
 
     Args:
         arguments: The recipe's text settings.
@@ -56,23 +55,22 @@ def prepare_data(
     Raises:
         TextError: If a text cannot be read or is too short for one window.
     """
-    with PartialState().main_process_first():
-        sources = read_texts(arguments.text, arguments.text_cleaning, arguments.text_column, in_memory_bytes)
-        halves = [split_text(source.content, arguments.validation_share) for source in sources]
-        train_texts = [train for train, _ in halves]
-        held_out_texts = [held_out for _, held_out in halves if held_out]
+    sources = read_texts(arguments.text, arguments.text_cleaning, arguments.text_column, in_memory_bytes)
+    halves = [split_text(source.content, arguments.validation_share) for source in sources]
+    train_texts = [train for train, _ in halves]
+    held_out_texts = [held_out for _, held_out in halves if held_out]
 
-        train_ids = token_ids_of(train_texts, tokenizer)
-        train = _training_windows(train_ids, arguments, seed)
-        scored: dict[str, ScoredText] = {}
-        if held_out_texts:
-            held_out_ids = token_ids_of(held_out_texts, tokenizer)
-            scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
-        scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
-        for name, source in eval_texts.items():
-            read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
-            texts = [text.content for text in read]
-            scored[name] = _scored(texts, token_ids_of(texts, tokenizer), arguments.block_size)
+    train_ids = token_ids_of(train_texts, tokenizer)
+    train = _training_windows(train_ids, arguments, seed)
+    scored: dict[str, ScoredText] = {}
+    if held_out_texts:
+        held_out_ids = token_ids_of(held_out_texts, tokenizer)
+        scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
+    scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
+    for name, source in eval_texts.items():
+        read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
+        texts = [text.content for text in read]
+        scored[name] = _scored(texts, token_ids_of(texts, tokenizer), arguments.block_size)
     held_out = scored["validation"].windows if held_out_texts else None
     return RunData(sources=sources, train=train, held_out=held_out, scored=scored)
 

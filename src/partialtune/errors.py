@@ -25,6 +25,10 @@ class ModelError(InputError):
     """A model or tokenizer cannot be loaded, or does not fit the recipe."""
 
 
+class DiskError(InputError):
+    """A disk is full or cannot be written. What was saved before is safe."""
+
+
 class FreezeViolation(PartialtuneError):
     """A frozen parameter changed, or a trainable one could not learn."""
 
@@ -44,8 +48,16 @@ class UploadIncomplete(PartialtuneError):
 
 
 class Interrupted(PartialtuneError):
-    """A signal ended the run after a checkpoint: 130 for SIGINT, 143 for SIGTERM."""
+    """A signal ended the run: 130 for SIGINT, 143 for SIGTERM and SIGUSR1."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
+
+
+class EndedElsewhere(PartialtuneError):
+    """Another process of the run ended, and has said why or was killed; this one ends too."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

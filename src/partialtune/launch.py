@@ -1,9 +1,17 @@
-"""How the process was started: as many processes as the launcher meant, threads for all cores, one device each."""
+"""How the process was started, and what the processes of a run do together.
+
+As many processes as the launcher meant, threads for all cores, one device each, no engine that hides whole parameters.
+What is decided, or fails, on one process is decided, or fails, on all.
+"""
 
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from partialtune.errors import InputError, PartialtuneError
+from partialtune.errors import EndedElsewhere, InputError, PartialtuneError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +37,56 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def join_processes(said: Mapping[str, Any]) -> None:
+    """Let the processes that a launcher started find each other.
+
+    Without a word about CPUs accelerate looks for GPUs alone, and processes that torchrun started on a machine without
+    one would each run by themselves.
+
+    Args:
+        said: Fields of `TrainingArguments` that the recipe names.
+    """
+    on_cpu = said.get("use_cpu") or not torch.accelerator.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if on_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        PartialState(timeout=timedelta(seconds=said.get("ddp_timeout", 1800)))
+
+
+def check_engine(args: TrainingArguments) -> None:
+    """Stop where parameters would be partitioned so that snapshot, deltas and audit see only parts of them.
+
+    Args:
+        args: Of the run; what the launcher says is looked up in the environment.
+
+    Raises:
+        InputError: For DeepSpeed and FSDP1, and for FSDP without a GPU.
+    """
+    by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
+    if _said_by_launcher("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "The launcher says DeepSpeed: it partitions parameters, and snapshot, deltas and audit need whole ones. "
+            "Take recipes/launch/fsdp2.yaml where one GPU is too small, else recipes/launch/ddp.yaml."
+        )
+    if not (by_launcher or args.fsdp):
+        return
+    version = os.environ.get("FSDP_VERSION", "1") if by_launcher else args.fsdp_plugin_args["fsdp_version"]
+    if str(version) != "2":
+        raise InputError(
+            f"FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
+            f"Set fsdp_version: 2, as recipes/launch/fsdp2.yaml does."
+        )
+    if args.device.type == "cpu":
+        raise InputError(
+            "FSDP needs GPUs: on CPUs accelerate runs DDP in its place without a word. "
+            "Take recipes/launch/cpu_two_processes.yaml."
+        )
+
+
+def _said_by_launcher(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
 def check_processes(args: TrainingArguments) -> None:
     """Stop where the launcher started several processes and each would train alone.
 
@@ -39,7 +97,7 @@ def check_processes(args: TrainingArguments) -> None:
     if promised != args.world_size:
         raise InputError(
             f"The launcher started {promised} processes, but each runs alone (world size {args.world_size}). "
-            f"On CPUs set ACCELERATE_USE_CPU=true or use_cpu: true."
+            f"On CPUs set ACCELERATE_USE_CPU=true."
         )
 
 
@@ -96,8 +154,88 @@ def decided_by_main(decide: Callable[[], Decision]) -> Decision:
             outcome = [decide(), None]
         except PartialtuneError as error:
             outcome = [None, error]
-    if dist.is_available() and dist.is_initialized():
+    if _several():
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise outcome[1] if PartialState().is_main_process else EndedElsewhere("", outcome[1].exit_code)
     return outcome[0]
+
+
+def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
+    """Stop where this process does not see a file that the main process has written.
+
+    Args:
+        folder: The run's folder.
+        name: The file's.
+        patience_seconds: How long to wait for it.
+
+    Raises:
+        InputError: If it is not there after some time, which network file systems may take.
+    """
+    PartialState().wait_for_everyone()
+    end = time.monotonic() + patience_seconds
+    while not (folder / name).is_file():
+        if time.monotonic() > end:
+            raise InputError(
+                f"output_dir: {folder.absolute()} is not the same folder on every machine of this run. "
+                f"Name one on a file system that they share."
+            )
+        time.sleep(0.5)
+
+
+def first_on_each_node(make: Callable[[], Decision]) -> Decision:
+    """What `make` gives, on every process; the first one of each machine goes first, so that others find its files.
+
+    Raises:
+        PartialtuneError: What any process raised, on all of them; the main process says it.
+    """
+    state = PartialState()
+    if not _several():
+        return make()
+    made = _or_error(make) if state.is_local_main_process else None
+    _end_together(made)
+    if not state.is_local_main_process:
+        made = _or_error(make)
+    _end_together(made)
+    return made
+
+
+def _or_error(make: Callable[[], Decision]) -> Decision | PartialtuneError:
+    try:
+        return make()
+    except PartialtuneError as error:
+        return error
+
+
+def _end_together(made: Any) -> None:
+    """Raise on every process what one of them has to say, in its own words on the main process alone."""
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, made if isinstance(made, PartialtuneError) else None)
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise first if PartialState().is_main_process else EndedElsewhere("", first.exit_code)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+
+
+@contextmanager
+def peers_watched() -> Iterator[None]:
+    """Say in words that another process of the run is gone.
+
+    Raises:
+        EndedElsewhere: In the place of what torch.distributed raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (_several() and any(words in str(error) for words in LOST)):
+            raise
+        raise EndedElsewhere(
+            "Another process of this run ended: it was killed, or says why above. What was saved before is in the "
+            "run's folder; go on with: --resume_from_checkpoint auto"
+        ) from error

@@ -71,7 +71,8 @@ def _check_writable(folder: Path) -> None:
         nearest = nearest.parent
     if not nearest.is_dir():
         raise RecipeError(f"output_dir: {folder} lies under {nearest}, which is a file. Name a folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
         raise RecipeError(f"output_dir: {nearest} is not writable. Name a folder that is.")
 
 
@@ -103,8 +104,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RecipeError: If another run holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir: nothing can be written in {folder} ({error.strerror}). Name another folder."
+        ) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -123,6 +130,11 @@ def write_json(file: Path, content: Any) -> None:
 
 def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def begin_writing(folder: Path) -> None:
+    """Take away the exit code of an earlier process: from here on the run is not finished."""
+    (folder / EXIT_FILE).unlink(missing_ok=True)
 
 
 def write_exit(folder: Path, code: int, reason: str) -> None:

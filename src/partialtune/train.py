@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,42 +10,59 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.data import RunData, prepare_data
-from partialtune.errors import FreezeViolation, InputError
+from partialtune.errors import FreezeViolation, InputError, RecipeError
+from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
 from partialtune.hub.push import check_access, push_after_training
 from partialtune.launch import (
+    check_engine,
     check_precision,
     check_processes,
+    check_shared,
     decided_by_main,
+    first_on_each_node,
     main_process_only,
     one_device_a_process,
 )
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
-from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
+from partialtune.output_dir import (
+    RECIPE_FILE,
+    Standing,
+    begin_writing,
+    locked,
+    standing_of,
+    write_exit,
+    write_json,
+)
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
 from partialtune.pages.report import write_report
 from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.reading import Recipe, write_recipe
 from partialtune.scoring.evaluation import ScoredText, score_text
 from partialtune.scoring.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
 from partialtune.summary import closing_words
+from partialtune.text.sources import IN_MEMORY_BYTES
 from partialtune.training.activation_checkpointing import check_support
-from partialtune.training.checkpoints import newest_complete_checkpoint
+from partialtune.training.checkpoints import damage_of, disk_errors, newest_whole_checkpoint
 from partialtune.training.optimizer_state import check_checkpoint
+from partialtune.training.origin import check_origin, origin_of, read_origin, same_base, with_choices
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import (
     PartialTrainer,
     collate_windows,
+    evaluation_steps,
     run_length,
     steps_an_epoch,
     suit_length,
@@ -71,35 +89,40 @@ def train(recipe: Recipe) -> Path:
         logger.info("%s holds this run, finished: nothing to do.", folder)
         return folder
     check_precision(recipe.training)
-    args = training_arguments(recipe.training)
+    checkpoint, begun = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
+    args = training_arguments(with_choices(recipe.training, begun))
     check_processes(args)
     one_device_a_process(args)
-    base = recipe.model
+    check_engine(args)
+    base = same_base(recipe.model, begun)
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
     check_prompts(recipe.evaluation.prompts, tokenizer, config)
     if recipe.training.get("push_to_hub"):
         check_hub(recipe.training)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    data = prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, seed)
+    data = first_on_each_node(lambda: run_data(recipe, args, tokenizer))
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head, schedule=schedule)
-    checkpoint = checkpoint_to_go_on_from(folder, recipe.resume, plan)
+    prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, begun))
+    origin = decided_by_main(lambda: run_origin(recipe, args, model, data, plan, prefix))
+    if checkpoint is not None:
+        decided_by_main(lambda: check_same_run(checkpoint, plan, begun, origin))
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
     with ExitStack() as held, exit_recorded(folder):
-        decided_by_main(lambda: held.enter_context(locked(folder)))
-        begin_folder(folder, recipe, plan, run_record(args, model, data))
+        decided_by_main(lambda: take_folder(held, folder, recipe, standing))
+        begin_folder(folder, recipe, plan, run_record(args, model, data, prefix), checkpoint)
+        check_shared(folder, RECIPE_FILE)
         apply_plan(model, plan)
         before = look.at(model.to(args.device), "before")
 
         set_seed(args.seed)
-        trainer = make_trainer(recipe, plan, model, args, data)
+        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
         save_model(folder, trainer, tokenizer)
@@ -139,20 +162,100 @@ class Look:
         return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts))
 
 
-def checkpoint_to_go_on_from(folder: Path, resume: str | None, plan: FreezePlan) -> Path | None:
-    """The checkpoint that the recipe asks for, None for a start from the base.
+def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that the recipe asks for and what its run began with; None for a start from the base.
 
     Raises:
-        InputError: If it does not fit the plan.
+        InputError: If the one that it names is not whole.
     """
-    checkpoint = newest_complete_checkpoint(folder) if resume == "auto" else Path(resume) if resume else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, plan)
-    return checkpoint
+    checkpoint = newest_whole_checkpoint(folder) if resume == "auto" else Path(resume) if resume else None
+    if checkpoint is None:
+        return None, None
+    damage = damage_of(checkpoint) if resume != "auto" else []
+    if damage:
+        raise InputError(
+            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
+            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
+        )
+    return checkpoint, read_origin(checkpoint)
+
+
+def run_data(recipe: Recipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """The windows and scored texts of the run; in files that several processes share, so that they are made once."""
+    in_memory = IN_MEMORY_BYTES if args.world_size == 1 else 0
+    return prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, data_seed(args), in_memory)
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """What decides the windows that are drawn, and their order."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def run_origin(
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: RunData,
+    plan: FreezePlan,
+    prefix: Sequence[PrefixPhase],
+) -> dict[str, Any]:
+    """What the run begins with; each checkpoint keeps it."""
+    windows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    choices = {"bf16": args.bf16, "prefix_cache": [phase.to_json() for phase in prefix]}
+    return origin_of(
+        recipe.model, model, recipe.text, data.sources, data.train, plan, data_seed(args), windows_a_step, choices
+    )
+
+
+def check_same_run(checkpoint: Path, plan: FreezePlan, begun: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Stop where the checkpoint is one of another run."""
+    check_checkpoint(checkpoint, plan)
+    check_origin(checkpoint, begun, origin)
+
+
+def take_folder(held: ExitStack, folder: Path, recipe: Recipe, standing: Standing) -> None:
+    """Lock the folder for as long as `held` lasts, and make sure that it is still what it was.
+
+    Raises:
+        RecipeError: If another process is writing to it, or has written while this one loaded.
+    """
+    held.enter_context(locked(folder))
+    if standing_of(folder, recipe.values, recipe.resume) is not standing:
+        raise RecipeError(f"output_dir: another process has finished the run in {folder} meanwhile. Nothing was done.")
+
+
+def prefix_phases(
+    recipe: Recipe,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: RunData,
+    begun: Mapping[str, Any] | None,
+) -> list[PrefixPhase]:
+    """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now."""
+    if begun is not None and "prefix_cache" in begun["choices"]:
+        return [PrefixPhase(**phase) for phase in begun["choices"]["prefix_cache"]]
+    held_out = len(data.held_out or [])
+    windows = Windows(
+        training=len(data.train),
+        held_out=held_out,
+        a_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        steps=run_length(args, len(data.train)),
+        eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
+    )
+    obstacle = prefix_obstacle(recipe.text.window_sampling, args, model, plan, data.train)
+    size = recipe.text.block_size * model.config.get_text_config().hidden_size * (2 if args.bf16 or args.fp16 else 4)
+    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, psutil.virtual_memory().available, obstacle)
 
 
 def make_trainer(
-    recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments, data: RunData
+    recipe: Recipe,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: RunData,
+    prefix: Sequence[PrefixPhase],
+    origin: Mapping[str, Any],
 ) -> PartialTrainer:
     """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
     return PartialTrainer(
@@ -160,6 +263,9 @@ def make_trainer(
         delta_steps=recipe.freeze.delta_steps,
         stop_on_violation=not recipe.freeze.allow_failed_audit,
         decay_everything=recipe.freeze.weight_decay_on == "all",
+        fast_paths=recipe.speed.fast_paths,
+        prefix=prefix,
+        origin=origin,
         model=model,
         args=args,
         train_dataset=data.train,
@@ -193,12 +299,15 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
     return None
 
 
-def run_record(args: TrainingArguments, model: PreTrainedModel, data: RunData) -> dict[str, Any]:
+def run_record(
+    args: TrainingArguments, model: PreTrainedModel, data: RunData, prefix: Sequence[PrefixPhase]
+) -> dict[str, Any]:
     """What `recipe.yaml` keeps under `run`: how to make the run again, and from exactly what."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_VERSIONS}},
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "processes": args.world_size,
+        "distributed": PartialState().distributed_type.value,
         "device": str(args.device),
         "base_commit": getattr(model.config, "_commit_hash", None),
         "sources": [
@@ -212,15 +321,24 @@ def run_record(args: TrainingArguments, model: PreTrainedModel, data: RunData) -
             for source in data.sources
         ],
         "windows": {"training": len(data.train), "held_out": len(data.held_out or [])},
+        "prefix_cache": [phase.to_json() for phase in prefix],
     }
 
 
 @main_process_only
-def begin_folder(folder: Path, recipe: Recipe, plan: FreezePlan, record: Mapping[str, Any]) -> None:
-    """Write the recipe and say what will train."""
+def begin_folder(
+    folder: Path, recipe: Recipe, plan: FreezePlan, record: Mapping[str, Any], checkpoint: Path | None
+) -> None:
+    """Write the recipe, take over what another folder's run has reported so far, and say what will train."""
+    begin_writing(folder)
+    if checkpoint is not None and checkpoint.resolve().parent != folder.resolve():
+        history = checkpoint.parent / DELTAS_FILE
+        if history.is_file():
+            shutil.copyfile(history, folder / DELTAS_FILE)
     values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
     write_recipe(folder / RECIPE_FILE, values, record)
     print(plan_table(plan), flush=True)
+    logger.info(prefix_words([PrefixPhase(**phase) for phase in record["prefix_cache"]]))
 
 
 @main_process_only
@@ -231,9 +349,10 @@ def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> No
 
 def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
     """The adapted model and its tokenizer, loadable with `from_pretrained(folder)`."""
-    trainer.save_model(str(folder))
-    if trainer.args.should_save:
-        tokenizer.save_pretrained(folder)
+    with disk_errors("The model", folder):
+        trainer.save_model(str(folder))
+        if trainer.args.should_save:
+            tokenizer.save_pretrained(folder)
 
 
 @main_process_only
@@ -241,9 +360,10 @@ def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedMo
     """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
     args = trainer.args
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    rate = product_rate(args.device, compute_dtype(args))
-    used = utilisation(needed_products(empty, trainer.plan, *batch), trainer.timer.median(), rate)
-    write_json(folder / "performance.json", performance(args, trainer.timer, trainer.flops_per_step, used, block_size))
+    needed = needed_products(empty, trainer.plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
+    used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
+    content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast)
+    write_json(folder / "performance.json", content)
 
 
 @main_process_only

@@ -32,12 +32,18 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     let_learn(model, plan.trainable)
 
 
-def let_learn(model: nn.Module, names: Iterable[str]) -> None:
-    """Set `requires_grad` for these parameters and for no others, and note which modules stay in eval mode."""
+def let_learn(model: nn.Module, names: Iterable[str], also_in_eval: Iterable[str] = ()) -> None:
+    """Set `requires_grad` for these parameters and for no others, and note which modules stay in eval mode.
+
+    Args:
+        model: A model under a plan.
+        names: Of the parameters.
+        also_in_eval: Names of further modules that stay in eval mode, as those of a frozen prefix do.
+    """
     chosen = set(names)
     for name, parameter in named_weights(model):
         parameter.requires_grad_(name in chosen)
-    model._modules_kept_in_eval = tuple(modules_without_trainables(model))
+    model._modules_kept_in_eval = (*modules_without_trainables(model), *also_in_eval)
     model.train(model.training)
 
 

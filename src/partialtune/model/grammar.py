@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
+from partialtune.model.patterns import Pattern
 
 BLOCK_PARTS = ("attention", "mlp", "mixer", "norms", "biases")
 WORDS = ("embeddings", "embeddings.tokens", "embeddings.positions", *BLOCK_PARTS, "final_norm", "head", "all")
@@ -43,7 +44,7 @@ class Selector:
     word: str | None = None  # one of WORDS
     indices: tuple[int | slice, ...] | None = None  # of blocks
     part: str | None = None  # of those blocks, one of BLOCK_PARTS; None for all of a block
-    pattern: re.Pattern | None = None
+    pattern: Pattern | None = None
 
 
 def parse_selector(text: str) -> Selector:
@@ -84,17 +85,14 @@ def slice_as_written(chosen: slice) -> str:
     return ":".join("" if number is None else str(number) for number in numbers)
 
 
-def _parse_pattern(written: str, body: str) -> re.Pattern:
+def _parse_pattern(written: str, body: str) -> Pattern:
     if len(body) < 3 or not body.endswith("/"):
         raise RecipeError(rf"{written}: a regular expression stands between two slashes, like /.*\.ln_1\.weight/.")
-    try:
-        return re.compile(body[1:-1])
-    except re.error as error:
-        raise RecipeError(f"{written} cannot be read as a regular expression of Python's re: {error}.") from error
+    return Pattern(written, body[1:-1])
 
 
 def _parse_index(written: str, item: str) -> int | slice:
-    if not re.fullmatch(r"[+-]?[0-9]+|([+-]?[0-9]+)?(:([+-]?[0-9]+)?){1,2}", item):
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}|([+-]?[0-9]{1,9})?(:([+-]?[0-9]{1,9})?){1,2}", item):
         raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {HOW_BLOCKS_ARE_WRITTEN}")
     numbers = [int(number) if number else None for number in item.split(":")]
     if len(numbers) == 1:

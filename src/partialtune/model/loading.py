@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -65,7 +66,16 @@ def load_config(
     if dropout != "model":
         set_dropout(config, float(dropout))
     config.name_or_path = name  # what messages call it: not the folder of a bundled model
+    config._commit_hash = _commit_of(model_location(name), revision)  # transformers sets none any more
     return config
+
+
+def _commit_of(location: str, revision: str) -> str | None:
+    """The commit on the Hub that a revision resolved to when config.json was fetched, None for a folder."""
+    if Path(location).is_dir():
+        return None
+    file = try_to_load_from_cache(location, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def set_dropout(config: PretrainedConfig, share: float) -> None:
@@ -94,7 +104,7 @@ def load_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),
             config=config,
-            revision=revision,
+            revision=getattr(config, "_commit_hash", None) or revision,  # the same, though the branch moved just now
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
             use_safetensors=True,

@@ -163,7 +163,27 @@ class EvaluationArguments:
     )
 
 
-ARGUMENT_CLASSES = (ModelArguments, TextArguments, FreezeArguments, EvaluationArguments)
+@dataclass(frozen=True)
+class SpeedArguments:
+    """What is computed in less time and memory."""
+
+    prefix_cache: Literal["auto", "off", "memory"] = field(
+        default="auto",
+        metadata={
+            "help": "Keep what the frozen blocks below all that trains give for each window, and never compute it "
+            "twice: where it pays and fits (auto), always (memory), or never (off)."
+        },
+    )
+    fast_paths: list[Literal["loss", "gelu", "casts"]] = field(
+        default_factory=lambda: ["loss", "gelu", "casts"],
+        metadata={
+            "help": "loss: head and cross entropy without all logits; gelu: tanh GELU in one operation; casts: frozen "
+            "weights cast to bf16 once. [] is the plain path."
+        },
+    )
+
+
+ARGUMENT_CLASSES = (ModelArguments, TextArguments, FreezeArguments, EvaluationArguments, SpeedArguments)
 
 
 def argument_fields() -> dict[str, Field]:

@@ -141,6 +141,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (values.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
         message = "use_reentrant needs gradients at every block's input: backward would run through all frozen blocks"
         yield "activation_checkpointing_kwargs", f"{message}. Take it out."
+    if values.get("prefix_cache") == "memory":
+        yield from _wrong_beside_a_kept_prefix(values)
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
@@ -159,6 +161,16 @@ def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         problem = check_selector_syntax(selector)
         if problem:
             yield "trainable", f"entry {number}, {selector!r}: {problem}"
+
+
+def _wrong_beside_a_kept_prefix(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    advice = "Say prefix_cache: auto, or off"
+    if values.get("window_sampling") == "random":
+        yield "prefix_cache", f"memory needs window_sampling: chunked, whose windows come again every epoch. {advice}."
+    if values.get("neftune_noise_alpha") is not None:
+        yield "prefix_cache", f"memory does not go with neftune_noise_alpha: no pass would give the same. {advice}."
+    if values.get("fsdp"):
+        yield "prefix_cache", f"memory does not go with fsdp, which shards the frozen blocks. {advice}."
 
 
 def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from partialtune.recipe.arguments import (
     EvaluationArguments,
     FreezeArguments,
     ModelArguments,
+    SpeedArguments,
     TextArguments,
     argument_fields,
     default_of,
@@ -39,7 +40,7 @@ class Recipe:
 
     Attributes:
         path: The YAML file; None for a recipe made from values.
-        model, text, freeze, evaluation: Our own keys, by stage, with defaults.
+        model, text, freeze, evaluation, speed: Our own keys, by stage, with defaults.
         training: Keywords of `transformers.TrainingArguments` that were said. `bf16` may be "auto".
         resume: "auto", the folder of a checkpoint, or None.
         values: Everything that was said, converted, as one flat mapping.
@@ -50,6 +51,7 @@ class Recipe:
     text: TextArguments
     freeze: FreezeArguments
     evaluation: EvaluationArguments
+    speed: SpeedArguments
     training: dict[str, Any]
     resume: str | None
     values: dict[str, Any]
@@ -105,6 +107,7 @@ def _recipe(values: dict[str, Any], path: Path | None) -> Recipe:
         text=_arguments(TextArguments, values),
         freeze=freeze,
         evaluation=_arguments(EvaluationArguments, values),
+        speed=_arguments(SpeedArguments, values),
         training={key: value for key, value in values.items() if key not in ours},
         resume=values.get("resume_from_checkpoint"),
         values=values,

@@ -132,8 +132,9 @@ def _text(value: Any) -> str:
 
 
 def _no_as_word(value: Any, choices: tuple[Any, ...]) -> Any:
-    """YAML reads `eval_strategy: no` as False."""
-    return "no" if value is False and "no" in choices else value
+    """YAML reads `eval_strategy: no` and `prefix_cache: off` as False."""
+    words = [word for word in ("no", "off") if word in choices]
+    return words[0] if value is False and words else value
 
 
 def _as_list(value: Any) -> Any:

@@ -4,7 +4,6 @@ PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of
 shapes loads without a word, and each layer goes on with the moments of another one.
 """
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from partialtune.errors import InputError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.weights import named_weights
-from partialtune.training.checkpoints import missing_files
+from partialtune.training.checkpoints import damage_of, read_with_care
 
 
 def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -58,24 +58,36 @@ def _names_by_group(name_of: Mapping[int, str], optimizer: torch.optim.Optimizer
     return [[name_of[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
+def _checked_state(state: TrainerState) -> TrainerState:
+    """The state, if its fields that a resumed run builds on are of their types."""
+    whole = [state.global_step, state.max_steps, state.num_train_epochs, state.save_steps, state.logging_steps]
+    if not all(isinstance(number, int | float) and number >= 0 for number in whole):
+        raise ValueError(f"{TRAINER_STATE_NAME} holds no numbers of steps")
+    if not all(isinstance(entry, dict) for entry in state.log_history):
+        raise ValueError(f"{TRAINER_STATE_NAME} holds no history")
+    return state
+
+
 def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     """Stop where a run cannot go on from a checkpoint as if it had never stopped. Nothing is loaded.
 
     Raises:
-        InputError: If it is incomplete, or its optimizer held other parameters than the plan trains at its step.
+        InputError: If it is not whole, or its optimizer held other parameters than the plan trains at its step.
     """
-    missing = missing_files(checkpoint)
-    if missing:
+    damage = damage_of(checkpoint, read=False)  # whoever chose it has read it
+    if damage:
         raise InputError(
-            f"{checkpoint} is no complete checkpoint of partialtune: {', '.join(missing[:3])} is missing or cut short. "
-            f"`--resume_from_checkpoint auto` takes the newest complete one of output_dir."
+            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
+            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
         )
+    with read_with_care(checkpoint):
+        step = _checked_state(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))).global_step
     file = checkpoint / OPTIMIZER_NAME
     if not file.is_file():  # sharded: PyTorch keeps it in a folder of its own, by name
         return
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
-    held = {str(name) for group in groups for name in group["params"]}
+    with read_with_care(checkpoint):
+        groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        held = {str(name) for group in groups for name in group["params"]}
     trained = set(plan.phase_at(step - 1).trainable)
     if held != trained:
         both = {"not in the plan": sorted(held - trained), "not in the checkpoint": sorted(trained - held)}

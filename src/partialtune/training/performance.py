@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from partialtune.fast.paths import FastPaths
+
 PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
 
 
@@ -111,7 +113,12 @@ def peak_memory_mb() -> float:
 
 
 def performance(
-    args: TrainingArguments, timer: StepTimer, flops: int | None, utilisation: float | None, block_size: int
+    args: TrainingArguments,
+    timer: StepTimer,
+    flops: int | None,
+    utilisation: float | None,
+    block_size: int,
+    fast: FastPaths,
 ) -> dict[str, Any]:
     """The content of `performance.json`.
 
@@ -119,8 +126,9 @@ def performance(
         args: Of the run.
         timer: It timed the run's steps.
         flops: Of one optimizer step on one process.
-        utilisation: As `utilisation_of` finds it.
+        utilisation: As `cost.utilisation.utilisation` finds it.
         block_size: Tokens per window.
+        fast: The run's fast paths.
     """
     median = timer.median()
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
@@ -131,5 +139,6 @@ def performance(
         "flops_per_step": flops,
         "utilisation": utilisation,
         "time_shares": timer.shares(),
-        "prefix_cache": "off",
+        "prefix_cache": "memory" if fast.keeps_prefix else "off",
+        "fast_paths": fast.in_use,
     }

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from partialtune.fast.paths import FastPaths
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.proof.weights import named_weights
@@ -54,10 +55,12 @@ class PhaseCallback(TrainerCallback):
 
     Args:
         plan: The plan that was applied to the model.
+        fast: The run's fast paths, which are told of each phase.
     """
 
-    def __init__(self, plan: FreezePlan) -> None:
+    def __init__(self, plan: FreezePlan, fast: FastPaths) -> None:
         self.plan = plan
+        self.fast = fast
         self._held: list[Held] = []
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -75,12 +78,15 @@ class PhaseCallback(TrainerCallback):
             self._begin(self.plan.phase_at(state.global_step), args, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.fast.leave()
         keep_activations(model)
 
     def _begin(self, phase: Phase, args, model: nn.Module) -> None:
-        let_learn(model, phase.trainable)
+        self.fast.leave()
+        let_learn(model, phase.trainable, also_in_eval=self.fast.before_blocks if phase.first_block else ())
         if args.activation_checkpointing:
             recompute_from(model, phase.first_block)
+        self.fast.begin(phase.from_step)
         if len(self.plan.phases) > 1:
             logger.info("From step %d: %s", phase.from_step, phase_words(self.plan, phase))
 

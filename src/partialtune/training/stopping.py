@@ -1,7 +1,14 @@
-"""Ctrl-C and SIGTERM during training: a checkpoint, an orderly end, exit code 130 or 143."""
+"""Ctrl-C, SIGTERM and SIGUSR1: a checkpoint in mid-training, an orderly end anywhere else, exit code 130 or 143.
+
+Schedulers send SIGTERM before they kill (Kubernetes, a preempted SLURM job) or what they were told to, mostly SIGUSR1,
+some time before a limit. Both mean: save what there is, and go on later.
+"""
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +17,51 @@ from transformers import TrainerCallback, TrainingArguments
 
 from partialtune.errors import Interrupted
 
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+GO_ON = "Go on with: --resume_from_checkpoint auto"
+
+
+def exit_code_of(number: int) -> int:
+    """130 for Ctrl-C, 143 for either way of asking a process to end."""
+    return 130 if number == signal.SIGINT else 143
+
+
+class _Ended(BaseException):
+    """Ends the run where it is. No Exception: libraries would catch it and go on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped outside of the training steps. {GO_ON}")
+        self.exit_code = exit_code_of(number)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end what runs inside with a message and exit code 143.
+
+    Raises:
+        Interrupted: In the place of a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame) -> None:
+        raise _Ended(number)
+
+    before = {number: signal.signal(number, end) for number in PREEMPTIONS}
+    try:
+        yield
+    except _Ended as ended:
+        raise Interrupted(str(ended), ended.exit_code) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 class StopOnSignal(TrainerCallback):
-    """Turns Ctrl-C and SIGTERM into a checkpoint and an orderly end. A second Ctrl-C ends at once.
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a checkpoint and an orderly end. A second Ctrl-C ends at once.
 
-    Use as a context manager around `trainer.train()`; it raises Interrupted at the end of the block.
+    Use as a context manager around `trainer.train()`.
     """
 
     def __init__(self) -> None:
@@ -22,20 +69,31 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, *PREEMPTIONS)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # a launcher ends the other processes when the first one has: what is on its way out finishes its words
+            done = self.received is not None and number in PREEMPTIONS
+            signal.signal(number, signal.SIG_IGN if done else handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+            name = signal.Signals(number).name
+            print(f"\n{name}: saving a checkpoint after this step.", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step.", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._stop_if_asked(args, control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._stop_if_asked(args, control)  # which may have taken long: no further step
+
+    def _stop_if_asked(self, args: TrainingArguments, control) -> None:
         self.received = self._any_process(args, self.received)
         if self.received is not None:
             control.should_save = True
@@ -51,10 +109,12 @@ class StopOnSignal(TrainerCallback):
         return int(flag) or None
 
     def raise_if_stopped(self, folder: str) -> None:
-        """End the run with 130 or 143 where a signal stopped it."""
+        """End the run with 130 or 143 where a signal stopped it.
+
+        Raises:
+            Interrupted: In that case.
+        """
         if self.received is not None:
-            raise Interrupted(
-                f"{signal.Signals(self.received).name}: stopped after a checkpoint in {folder}. "
-                f"Go on with: --resume_from_checkpoint auto",
-                self.received,
-            )
+            name = signal.Signals(self.received).name
+            message = f"{name}: stopped after a checkpoint in {folder}. {GO_ON}"
+            raise Interrupted(message, exit_code_of(self.received))

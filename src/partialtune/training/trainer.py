@@ -2,23 +2,37 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.errors import RecipeError, TrainingDiverged
+from partialtune.fast.paths import FastPaths
+from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.plan import FreezePlan
+from partialtune.launch import decided_by_main
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.training.checkpoints import ASIDE, clear_aside, finish_checkpoint, rotate_checkpoints
+from partialtune.training.checkpoints import (
+    ASIDE,
+    clear_aside,
+    disk_errors,
+    finish_checkpoint,
+    read_with_care,
+    rotate_checkpoints,
+)
+from partialtune.training.divergence import BatchWatch
 from partialtune.training.optimizer_state import key_by_name
+from partialtune.training.origin import write_origin
 from partialtune.training.performance import StepTimer
 from partialtune.training.phases import PhaseCallback, split_by_phase
 from partialtune.training.precision import bf16_pays
@@ -40,7 +54,7 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     on_cpu = not torch.accelerator.is_available()
     settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
     if settings.get("bf16") == "auto":
-        settings["bf16"] = bf16_pays()
+        settings["bf16"] = decided_by_main(lambda: bf16_pays())  # processes may measure differently
     settings |= {
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would average non-finite losses away
@@ -85,8 +99,19 @@ def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
     return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
 
 
+def evaluation_steps(args: TrainingArguments, windows: int) -> int | None:
+    """Optimizer steps between two evaluations during training, None for none."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        return None
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return steps_an_epoch(args, windows)
+    return max(1, int(args.eval_steps if args.eval_steps >= 1 else args.eval_steps * run_length(args, windows)))
+
+
 def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T). The model shifts the labels by one.
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T), and their numbers `window`, int64 (B,), if they have.
+
+    The model shifts the labels by one.
 
     The first token of a window is context and no target. It says so itself, since Trainer divides the summed loss by
     the number of labels, and for GPT-2 counts the first ones too: its losses would come out (T - 1) / T too small.
@@ -94,7 +119,15 @@ def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
     labels = input_ids.clone()
     labels[:, 0] = -100
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    if "window" in rows[0]:
+        batch["window"] = torch.tensor([row["window"] for row in rows])
+    return batch
+
+
+def numbered(windows: Dataset, first: int) -> Dataset:
+    """Windows with a column `window` that counts from `first`."""
+    return windows.add_column("window", np.arange(first, first + len(windows)))
 
 
 class PartialTrainer(Trainer):
@@ -106,10 +139,14 @@ class PartialTrainer(Trainer):
         delta_steps: Steps between two reports of the weight deltas.
         stop_on_violation: Whether a violation of the freeze audit ends the run.
         decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
+        fast_paths: Of `loss`, `gelu`, `casts`.
+        prefix: What each phase does with its frozen prefix.
+        origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
         Others: As for `transformers.Trainer`.
 
     Attributes:
         audit, deltas, timer, stop: Its callbacks.
+        fast: Its fast paths.
         flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
             counted in the first; None before it and under torch.compile. Attention's own products are counted only
             where the backend shows them.
@@ -122,6 +159,9 @@ class PartialTrainer(Trainer):
         delta_steps: int,
         stop_on_violation: bool = True,
         decay_everything: bool = False,
+        fast_paths: Collection[str] = (),
+        prefix: Sequence[PrefixPhase] = (),
+        origin: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
@@ -129,11 +169,14 @@ class PartialTrainer(Trainer):
         self.timer, self.stop = StepTimer(), StopOnSignal()
         self.plan = plan
         self.decay_everything = decay_everything
+        self.origin = origin or {}
+        self.batch = BatchWatch(kwargs.get("train_dataset"))
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
         if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
             kwargs["args"].ddp_find_unused_parameters = True
-        callbacks = [PhaseCallback(plan), self.timer, self.deltas, self.audit, self.stop]
+        self.fast = self._fast_paths(fast_paths, prefix or [PrefixPhase(0, 0, 0, "off")], kwargs)
+        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop]
         self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
         super().__init__(callbacks=callbacks, **kwargs)
         if self.is_fsdp_enabled and len(plan.phases) > 1:
@@ -143,6 +186,35 @@ class PartialTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
         self.deltas.attach(self)
+
+    @staticmethod
+    def _fast_paths(enabled: Collection[str], prefix: Sequence[PrefixPhase], settings: dict[str, Any]) -> FastPaths:
+        """The fast paths; where a prefix is kept, the data sets in `settings` get the numbers of their windows."""
+        args, train, held_out = settings["args"], settings["train_dataset"], settings.get("eval_dataset")
+        evaluates = held_out is not None and args.eval_strategy != IntervalStrategy.NO
+        fast = FastPaths(
+            settings["model"],
+            enabled,
+            prefix,
+            [train, held_out] if evaluates else [train],
+            args.per_device_eval_batch_size,
+            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        )
+        if fast.keeps_prefix:
+            settings["train_dataset"] = numbered(train, 0)
+            settings["eval_dataset"] = numbered(held_out, len(train)) if evaluates else held_out
+        return fast
+
+    def train(self, *args, **kwargs):
+        with self.fast:
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        with self.fast.step(inputs.pop("window", None)):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.timer.mark("forward")
+        return loss
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.decay_everything:
@@ -167,12 +239,8 @@ class PartialTrainer(Trainer):
         self.timer.mark("callbacks")
         with self._products_counted():
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self.batch.add(inputs["input_ids"], loss)
         self.timer.mark("backward")
-        return loss
-
-    def compute_loss(self, *args, **kwargs) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
-        self.timer.mark("forward")
         return loss
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
@@ -189,6 +257,13 @@ class PartialTrainer(Trainer):
             yield
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of the gradients, all processes' by now; one that is not finite ends the run before it does harm."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step, and goes on
+        self.batch.end_step(self.state.global_step, norm, self._get_learning_rate(), stop=not scaled)
+        return norm
+
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
             self.control.should_training_stop = True
@@ -196,7 +271,7 @@ class PartialTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name in ("loss", "eval_loss", "grad_norm"):
+        for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainingDiverged(
                     f"Training diverged: {name} is {logs[name]} at step {self.state.global_step} "
@@ -214,6 +289,18 @@ class PartialTrainer(Trainer):
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with read_with_care(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with read_with_care(Path(checkpoint or ".")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with read_with_care(Path(checkpoint or ".")):
+            super()._load_rng_state(checkpoint)
+
     def _get_output_dir(self, trial) -> str:
         return self._saving_in or super()._get_output_dir(trial)
 
@@ -227,7 +314,8 @@ class PartialTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving_in = str(run / ASIDE)
         try:
-            super()._save_checkpoint(model, trial)
+            with disk_errors(name, run):
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving_in = None
         self.accelerator.wait_for_everyone()
@@ -235,7 +323,9 @@ class PartialTrainer(Trainer):
         self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
         if self.args.should_save:
             aside = run / ASIDE / name
-            self.state.save_to_json(str(aside / "trainer_state.json"))
-            finish_checkpoint(aside, run / name)
+            with disk_errors(name, run):
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+                write_origin(aside, self.origin)
+                finish_checkpoint(aside, run / name)
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,150 @@
+"""Cross entropy of a head without its logits: hidden states (N, D), head weight (V, D), targets (N,) -> nats.
+
+The logits (N, V) of GPT-2 and 16 windows of 256 tokens are 823 MB in fp32, and a plain loss holds three of that size:
+logits, their logarithms, and the gradient. Here a few hundred rows exist at a time. Their gradient is taken at once,
+while they are there, so that nothing is computed twice: three matrix products, as in the plain way.
+
+With s = softmax(h W^T + b), d nats / d logits = s - onehot(target)    (Bridle 1990, eq. 8)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 27}  # elements: 128 MiB in fp32 on a CPU, 512 MiB on a GPU
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What one pass over all rows gives.
+
+    Attributes:
+        nats: Cross entropy summed over all targets, a scalar in fp32, summed in fp64 where the device has it.
+        hidden_grad, weight_grad, bias_grad: Gradients of `nats`; None where they were not wanted. (N, D) in the dtype
+            of the hidden states, (V, D) and (V,) in fp32.
+    """
+
+    nats: torch.Tensor
+    hidden_grad: torch.Tensor | None
+    weight_grad: torch.Tensor | None
+    bias_grad: torch.Tensor | None
+
+
+def head_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    low_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over the rows of -log softmax(hidden @ weight.T + bias)[target], differentiable once.
+
+    head_cross_entropy(h, w, t) == F.cross_entropy(h @ w.T, t, reduction="sum")
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), as in `nn.Linear`.
+        targets: int64 (N,), each 0 to V - 1. Rows without a target are to be left out before.
+        bias: (V,) or None.
+        compute_dtype: The matrix products' dtype, that of `hidden` if None. Logits, softmax and all sums over rows are
+            fp32 (fp64 for fp64) in any case.
+        low_weight: `weight` in `compute_dtype`, where the caller holds it already.
+
+    Returns:
+        A scalar: nats, summed over the rows.
+    """
+    dtype = compute_dtype or hidden.dtype
+    low_weight = weight.detach().to(dtype) if low_weight is None else low_weight
+    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, low_weight)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Gradients are made in forward and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, targets, low_weight) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = _pass_over_rows(hidden, low_weight, bias, targets, ctx.needs_input_grad)
+        # not save_for_backward: a gradient that nobody else holds becomes weight.grad without a copy
+        ctx.gradients = [output.hidden_grad, output.weight_grad, output.bias_grad]
+        return output.nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("head_cross_entropy: backward a second time. It keeps its gradients for one backward.")
+        scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
+        return *scaled, None, None
+
+
+def _pass_over_rows(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    wanted: tuple[bool, ...],
+) -> HeadOutput:
+    """Loss and gradients, a chunk of rows at a time. `weight` has the dtype of the matrix products."""
+    wide = torch.promote_types(torch.float32, hidden.dtype)
+    low_hidden = hidden.to(weight.dtype)
+    chunk = rows_at_once(len(hidden), len(weight), hidden.device.type)
+    room = torch.empty(chunk, len(weight), dtype=wide, device=hidden.device)  # every chunk's logits lie here
+    nats = torch.zeros((), dtype=wide if hidden.device.type == "mps" else torch.float64, device=hidden.device)
+    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+    weight_grad = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if wanted[1] else None
+    bias_grad = torch.zeros(len(weight), dtype=wide, device=hidden.device) if bias is not None and wanted[2] else None
+    for at in range(0, len(hidden), chunk):
+        rows, goal = low_hidden[at : at + chunk], targets[at : at + chunk, None]
+        logits = _product(rows, weight.T, room[: len(rows)])  # (C, V)
+        if bias is not None:
+            logits += bias
+        nats += _softmax_in_place(logits, goal).sum(dtype=nats.dtype)
+        if not any(wanted[:3]):
+            continue
+        logits.scatter_add_(1, goal, logits.new_full(goal.shape, -1.0))  # softmax - onehot
+        gradient = logits.to(weight.dtype)  # the same memory where the products are wide already
+        if hidden_grad is not None:
+            _product(gradient, weight, hidden_grad[at : at + chunk])
+        if weight_grad is not None:
+            _add_product(weight_grad, gradient.T, rows)
+        if bias_grad is not None:
+            bias_grad += logits.sum(0)
+    return HeadOutput(nats.to(wide), hidden_grad, weight_grad, bias_grad)
+
+
+def rows_at_once(rows: int, vocabulary: int, device_type: str) -> int:
+    """Rows whose logits exist at one time; chunks are of equal size but the last."""
+    most = max(64, LOGITS_AT_ONCE.get(device_type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """left @ right into `out`, which may be wider than the factors."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cuda":  # not rounded to 16 bits in between
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(left @ right)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, where `total` may be wider than the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _softmax_in_place(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """Turn logits (C, V) into probabilities where they lie; returns the nats of the targets, (C, 1)."""
+    of_goal = logits.gather(1, goal)
+    largest = logits.amax(1, keepdim=True)
+    logits.sub_(largest).exp_()
+    total = logits.sum(1, keepdim=True)
+    logits.div_(total)
+    return total.log() + largest - of_goal

@@ -1,0 +1,127 @@
+"""A model's own forward pass with a loss that never holds all logits: a context for a step, and the check before it.
+
+The head hands its input through, and the model's `loss_function` gets hidden states where it expects logits. All else
+stays the model's: masks, router losses, what DDP and autocast do around it. A model that does more to its logits than
+to hand them on (caps, scales, a second head) is found out, and keeps its own loss.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from partialtune.fast.head_loss import head_cross_entropy
+from partialtune.scoring.evaluation import evaluating
+
+logger = logging.getLogger(__name__)
+
+AGREEMENT = 1e-4  # nats a token between the model's own loss and ours: caps and scales of logits differ by far more
+CHECKED_LOGITS = 1 << 24  # of the model's own loss in the check: 64 MiB in fp32
+IGNORED = -100  # a label that is no target
+
+
+class LogitsInUse(Exception):
+    """The model did something to its logits before it took the loss."""
+
+
+class LossWithoutLogits:
+    """The loss of a causal language model without its logits, while `active`.
+
+    Args:
+        model: The model itself, not its DDP wrapper; PEFT's wrapper is looked through.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._head = self._owner.get_output_embeddings()
+        self._passed_on: torch.Tensor | None = None
+        self._frozen_copy: torch.Tensor | None = None
+
+    def refusal(self, input_ids: torch.Tensor) -> str:
+        """Why this model needs its own loss, empty where it does not: both are taken on one batch and compared.
+
+        Args:
+            input_ids: int64 (B, T), on the model's device; as much of it is used as keeps the logits small.
+        """
+        if type(self._head) is not nn.Linear:
+            return f"its head is a {type(self._head).__name__}, no plain linear layer"
+        if self._owner.loss_function is not ForCausalLMLoss:
+            return "its loss is not the usual one of causal language models"
+        few = input_ids[:1, : max(2, CHECKED_LOGITS // self._head.out_features)]
+        with evaluating(self._owner), torch.autocast(few.device.type, enabled=False):
+            own = float(self._owner(input_ids=few, labels=few).loss)
+            try:
+                with self.active():
+                    ours = float(self._owner(input_ids=few, labels=few).loss)
+            except LogitsInUse:
+                return "it changes its logits after the head, by a cap or a scale"
+        if abs(own - ours) > AGREEMENT:
+            return f"on the first window its own loss is {own:.6f} and the loss without logits {ours:.6f}"
+        return ""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, a forward pass with labels gives the same loss, and hidden states in place of logits."""
+        head, owner = self._head, self._owner
+        patched = vars(head).get("forward")  # by casts of a frozen head
+        head.forward, owner.loss_function = self._pass_on, self._loss
+        try:
+            yield
+        finally:
+            del head.forward, owner._loss_function
+            if patched is not None:
+                head.forward = patched
+            self._passed_on = None
+
+    def forget_copies(self) -> None:
+        """Drop the 16-bit copy of a frozen head, as when it begins to train."""
+        self._frozen_copy = None
+
+    def _pass_on(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._passed_on = hidden
+        return hidden
+
+    @torch.compiler.disable
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """As `ForCausalLMLoss`: the mean over the targets, or their sum over `num_items_in_batch`. (B, T, D) hidden."""
+        if logits is not self._passed_on:
+            raise LogitsInUse
+        self._passed_on = None
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(logits.device)  # (B * T,)
+        places = (targets != ignore_index).nonzero().squeeze(1)
+        hidden = logits.reshape(-1, logits.shape[-1]).index_select(0, places)
+        weight, bias = self._head.weight, self._head.bias
+        dtype = _compute_dtype(hidden)
+        nats = head_cross_entropy(hidden, weight, targets[places], bias, dtype, self._low_weight(dtype))
+        count = len(places) if num_items_in_batch is None else num_items_in_batch
+        return nats / (count.to(nats.device) if torch.is_tensor(count) else count)
+
+    def _low_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """A frozen head in the compute dtype, cast once; None where it trains or needs no cast."""
+        weight = self._head.weight
+        if weight.requires_grad or weight.dtype == dtype:
+            return None
+        if self._frozen_copy is None or self._frozen_copy.dtype != dtype:
+            self._frozen_copy = weight.detach().to(dtype)
+        return self._frozen_copy
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

@@ -1,0 +1,165 @@
+"""`prefix_cache`: is there a frozen prefix, does keeping its states pay and fit -> what each phase does, and why."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from partialtune.errors import ModelError, RecipeError
+from partialtune.fast.prefix import prefix_disagreement
+from partialtune.freeze.plan import FreezePlan, Phase
+
+SHARE_OF_FREE_MEMORY = 0.5  # what the states may take at most under `auto`
+AGREEMENT = 1e-5  # distance at the head, relative, between a pass that starts from kept states and a whole one, in fp32
+WORTH_IT = 1.1  # times that a window has to be needed: below it the pass that fills the cache costs as much as it saves
+
+
+@dataclass(frozen=True)
+class PrefixPhase:
+    """What one phase of the plan does with its frozen prefix.
+
+    Attributes:
+        from_step: Its first step.
+        blocks: Blocks whose states are kept, 0 where they are computed at every step.
+        bytes: Size of the states.
+        reason: In words.
+    """
+
+    from_step: int
+    blocks: int
+    bytes: int
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How many windows there are, and how many a run looks at.
+
+    Attributes:
+        training, held_out: Windows of the two data sets.
+        a_step: Training windows of one optimizer step, on all processes.
+        steps: Optimizer steps of the run.
+        eval_steps: Steps between two evaluations on the held-out windows, None for no evaluation.
+    """
+
+    training: int
+    held_out: int
+    a_step: int
+    steps: int
+    eval_steps: int | None
+
+    @property
+    def kept(self) -> int:
+        """Windows whose states are kept: the training windows, and the held-out ones where the run evaluates."""
+        return self.training + (self.held_out if self.eval_steps else 0)
+
+    def needed(self, first_step: int, end: int) -> int:
+        """Windows that go through the model from step `first_step` to before `end`, evaluations included."""
+        evaluations = end // self.eval_steps - first_step // self.eval_steps if self.eval_steps else 0
+        return (end - first_step) * self.a_step + evaluations * self.held_out
+
+
+def choose_prefix(
+    wanted: str, plan: FreezePlan, windows: Windows, window_bytes: int, free_bytes: int, obstacle: str = ""
+) -> list[PrefixPhase]:
+    """What each phase does.
+
+    Args:
+        wanted: `auto`, `off` or `memory`.
+        plan: Its phases say how many blocks are frozen below all that trains.
+        windows: Of the run.
+        window_bytes: States of one window.
+        free_bytes: Memory that is free on this node.
+        obstacle: What forbids it in this run, in words; empty if nothing does.
+
+    Raises:
+        RecipeError: If `memory` is wanted and cannot be had.
+    """
+    if wanted == "off":
+        return [PrefixPhase(phase.from_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
+    ends = [phase.from_step for phase in plan.phases[1:]] + [windows.steps]
+    size = windows.kept * window_bytes
+    chosen = []
+    for phase, end in zip(plan.phases, ends, strict=True):
+        needed = windows.needed(phase.from_step, end)
+        why_not = obstacle or _nothing_frozen(phase) or _does_not_fit(size, free_bytes, wanted)
+        why_not = why_not or ("" if wanted == "memory" else _does_not_pay(needed, windows.kept))
+        reason = (
+            why_not or f"{needed:,} passes of windows through {phase.first_block} frozen blocks become {windows.kept:,}"
+        )
+        blocks = 0 if why_not else phase.first_block
+        chosen.append(PrefixPhase(phase.from_step, blocks, size if blocks else 0, reason))
+    if wanted == "memory" and not any(phase.blocks for phase in chosen):
+        raise RecipeError(f"prefix_cache: memory is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
+    return chosen
+
+
+def _nothing_frozen(phase: Phase) -> str:
+    return "" if phase.first_block else f"{phase.backward_from} trains, and no block before it is frozen"
+
+
+def _does_not_fit(size: int, free_bytes: int, wanted: str) -> str:
+    room = free_bytes if wanted == "memory" else int(SHARE_OF_FREE_MEMORY * free_bytes)
+    if size <= room:
+        return ""
+    return f"the states take {size / 2**20:,.0f} MB, and {room / 2**20:,.0f} MB of memory can be spared for them"
+
+
+def _does_not_pay(needed: int, kept: int) -> str:
+    if needed >= WORTH_IT * kept:
+        return ""
+    return f"the run needs {needed:,} passes of windows, and keeping their states takes {kept:,} beforehand"
+
+
+def prefix_obstacle(
+    sampling: str, args: TrainingArguments, model: PreTrainedModel, plan: FreezePlan, windows: Dataset
+) -> str:
+    """What forbids to keep a frozen prefix in this run, in words; empty if nothing does.
+
+    Args:
+        sampling: The recipe's `window_sampling`.
+        args: Of the run.
+        model: On any device, as it was loaded.
+        plan: Not applied yet.
+        windows: Training windows; the first one is tried.
+    """
+    if sampling == "random":
+        return "window_sampling is random"
+    if args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha adds noise to the embeddings"
+    if args.fsdp:
+        return "FSDP shards the frozen blocks"
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return "the loss has a term of every block's router (output_router_logits)"
+    blocks = max(phase.first_block for phase in plan.phases)
+    if blocks == 0:
+        return ""
+    row = torch.as_tensor(windows[0]["input_ids"], dtype=torch.long, device=model.device)
+    try:
+        apart = prefix_disagreement(model, blocks, row[None])
+    except ModelError as error:
+        return str(error)
+    return (
+        "" if apart <= AGREEMENT else f"later blocks use more than the states of the last frozen one ({apart:.1e} off)"
+    )
+
+
+def prefix_words(phases: Sequence[PrefixPhase]) -> str:
+    """What was chosen, a line a phase."""
+    lines = []
+    for phase in phases:
+        step = f"from step {phase.from_step}: " if len(phases) > 1 else ""
+        if phase.blocks:
+            lines.append(
+                f"Frozen prefix, {step}states behind {phase.blocks} blocks are kept, {phase.bytes / 2**20:,.0f} MB: "
+                f"{phase.reason}."
+            )
+        else:
+            lines.append(f"Frozen prefix, {step}not kept: {phase.reason}.")
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Frozen weights are cast to bf16 once, give what autocast gives, and stay in fp32 themselves."""
+
+import torch
+
+from conftest import tiny_gpt2
+from partialtune.fast.casts import CastOnce
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.proof.weights import digests
+from test_no_logits import IDS, build, labels
+
+
+def under_autocast(model):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(input_ids=IDS, labels=labels())
+    outputs.loss.backward()
+    return outputs.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def planned(model, *selectors):
+    apply_plan(model, plan_freeze(model, list(selectors)))
+    return model.eval()
+
+
+def test_logits_and_gradients_are_bit_for_bit_those_of_autocast():
+    for name in ("gpt2", "llama", "phi"):
+        model = planned(build(name), "blocks[0].norms", "biases") if name != "llama" else planned(build(name), "norms")
+        own, own_gradients = under_autocast(model)
+        casts = CastOnce(model)
+        casts.begin()
+        ours, gradients = under_autocast(model)
+        assert torch.equal(ours, own), name
+        assert all(torch.equal(gradients[n], g) for n, g in own_gradients.items()), name
+
+
+def test_copies_are_of_frozen_matrices_alone_and_made_once():
+    model = planned(tiny_gpt2(), "blocks[-1]")
+    casts = CastOnce(model)
+    casts.begin()
+    assert casts.bytes == 0
+    under_autocast(model)
+    blocks = model.transformer.h[:2].named_parameters()
+    matrices = sum(parameter.numel() for _, parameter in blocks if parameter.ndim == 2)
+    assert casts.bytes == 2 * (matrices + model.lm_head.weight.numel())
+    copies = dict(casts._copies)
+    under_autocast(model)
+    assert all(casts._copies[module] is copy for module, copy in copies.items())
+
+
+def test_without_autocast_the_fp32_weights_are_used_and_nothing_stays_behind():
+    model = planned(tiny_gpt2(), "blocks[-1]")
+    before, own = digests(model), model(input_ids=IDS).logits
+    casts = CastOnce(model)
+    casts.begin()
+    assert torch.equal(model(input_ids=IDS).logits, own)
+    under_autocast(model)
+    assert digests(model) == before
+    casts.end()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert casts.bytes == 0
+
+
+def test_what_begins_to_train_is_cast_anew_in_every_pass():
+    model = planned(tiny_gpt2(), "blocks[-1]")
+    casts = CastOnce(model)
+    casts.begin()
+    model.requires_grad_(True)
+    casts.begin()
+    _, gradients = under_autocast(model)
+    assert set(gradients) == {name for name, _ in model.named_parameters()}
+    assert casts.bytes == 0

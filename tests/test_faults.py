@@ -1,0 +1,300 @@
+"""Bad days: full disks, damaged files, losses that are not finite, other bases and texts, two runs on one folder.
+
+In each of them the run ends in words, and what was saved before is whole.
+"""
+
+import hashlib
+import json
+import re
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cluster import fingerprint, small_recipe
+from partialtune import train
+from partialtune.cli import main
+from partialtune.errors import RecipeError, TextError
+from partialtune.output_dir import Standing, locked
+from partialtune.recipe.reading import read_recipe
+from partialtune.text.download import fetch
+from partialtune.training import trainer
+from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
+from partialtune.training.trainer import PartialTrainer
+from test_download import cached_files, server  # noqa: F401  (a fixture)
+
+RESUME = ["--resume_from_checkpoint", "auto"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base, a text, a recipe, and a run of it that was left alone."""
+    folder = tmp_path_factory.mktemp("faults")
+    assert main(small_recipe(folder, max_steps=8, schedule=[{"from_step": 6, "trainable": ["embeddings"]}])) == 0
+    return folder
+
+
+@pytest.fixture
+def place(home, tmp_path):
+    """The same, with the run as it was at step 6: begun, and not finished."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    recipe = (tmp_path / "recipe.yaml").read_text().replace(str(home), str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    run = tmp_path / "run"
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(home), str(tmp_path)))
+    (run / "exit.json").unlink()
+    shutil.rmtree(run / "checkpoint-8")
+    return tmp_path
+
+
+def again(place, *words):
+    return main(["train", str(place / "recipe.yaml"), *words])
+
+
+def marks(folder: Path):
+    """Every file of a folder with the digest of its content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def steps(run):
+    return [int(path.name.rpartition("-")[2]) for path in checkpoints_in(run)]
+
+
+# ---- what a run may go on from --------------------------------------------------------------------------------------
+
+
+def other_base(place):
+    tiny = AutoModelForCausalLM.from_pretrained(place / "base")
+    with torch.no_grad():
+        tiny.transformer.h[1].mlp.c_fc.bias[3] += 1e-3
+    tiny.save_pretrained(place / "base")
+
+
+def other_text(place):
+    (place / "text.txt").write_text((place / "text.txt").read_text().replace("wisdom", "folly"))
+
+
+OTHERS = {
+    "base": (other_base, [], "base: 1 of 40 parameters, transformer.h.1.mlp.c_fc.bias first"),
+    "text": (other_text, [], "has another content than"),
+    "windows": (None, ["--block_size", "16"], "block_size: 32 then, 16 now"),
+    "share": (None, ["--validation_share", "0.2"], "validation_share: 0.1 then, 0.2 now"),
+    "batch": (None, ["--per_device_train_batch_size", "2"], "windows a step: 4 then, 2 now"),
+    "trainable": (None, ["--trainable", "blocks[0]", "final_norm"], "its optimizer holds"),
+    "phases": (
+        None,
+        ["--schedule", "[{from_step: 6, trainable: [embeddings.positions]}]"],
+        "trainable from step 6: 1 parameters then, not now, such as transformer.wte.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_and_what_differs_is_named(name, place, capfd):
+    change, words, said = OTHERS[name]
+    if change:
+        change(place)
+    new = ["--output_dir", str(place / "new"), "--resume_from_checkpoint", str(place / "run" / "checkpoint-4")]
+    assert again(place, *words, *new) == 2
+    assert said in capfd.readouterr().err
+    assert not (place / "new").exists()
+
+
+def test_a_base_that_changed_in_its_place_stops_the_run_that_goes_on_and_leaves_it_as_it_was(place, capfd):
+    other_base(place)
+    before = marks(place / "run")
+    assert again(place, *RESUME) == 2
+    assert "checkpoint-6 belongs to another run" in capfd.readouterr().err
+    assert marks(place / "run") == before
+
+
+def test_a_checkpoint_of_the_same_run_elsewhere_goes_on_with_its_history(home, place):
+    new = ["--output_dir", str(place / "new"), "--resume_from_checkpoint", str(place / "run" / "checkpoint-4")]
+    assert again(place, *new) == 0
+    assert fingerprint(place / "new") == fingerprint(home / "run")
+
+
+def test_what_auto_chose_is_kept_though_the_machine_would_choose_otherwise_now(place, monkeypatch):
+    for pays in (True, False):
+        monkeypatch.setattr(trainer, "bf16_pays", lambda pays=pays: pays)
+        words = ["--bf16", "auto", "--output_dir", str(place / "auto"), "--max_steps", "4" if pays else "6", *RESUME]
+        assert again(place, *words, "--schedule", "[]", "--lr_scheduler_type", "constant") == 0
+    assert "precision: bf16" in (place / "auto" / "recipe.yaml").read_text()
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth"])
+def test_a_damaged_file_makes_the_run_go_on_from_the_checkpoint_before_to_the_same_bits(name, home, place, caplog):
+    file = place / "run" / "checkpoint-6" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+    assert again(place, *RESUME) == 0
+    assert f"checkpoint-6 is incomplete or damaged ({name} has another content): skipped." in caplog.text
+    assert "Going on from" in caplog.text
+    assert fingerprint(place / "run") == fingerprint(home / "run")
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(place, capfd):
+    (place / "run" / "checkpoint-6" / "optimizer.pt").unlink()
+    assert again(place, "--resume_from_checkpoint", str(place / "run" / "checkpoint-6")) == 2
+    assert "optimizer.pt is missing" in capfd.readouterr().err
+
+
+# ---- the disk -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_up_to(size: int):
+    """As on a full disk: nothing can be written beyond `size` bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("full_for", ["model.safetensors", "optimizer.pt"])
+def test_a_disk_that_is_full_while_saving_ends_the_run_and_the_last_checkpoint_is_whole(
+    full_for, home, place, capfd, monkeypatch
+):
+    run = place / "run"
+    sizes = {name: (run / "checkpoint-6" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")}
+    if full_for == "optimizer.pt":  # the smaller one: writing it is what fails
+        save = torch.save
+        monkeypatch.setattr(torch, "save", lambda *args, **kwargs: _limited(save, *args, **kwargs))
+        code = again(place, *RESUME)
+        monkeypatch.undo()
+    else:
+        with files_up_to(sizes[full_for] // 2):
+            code = again(place, *RESUME)
+    assert code == 2
+    err = capfd.readouterr().err
+    assert "checkpoint-8 could not be saved" in err
+    assert "checkpoint-6 is complete" in err
+    assert "Traceback" not in err
+    assert damage_of(run / "checkpoint-6") == []
+    assert not (run / ASIDE).exists()
+    assert again(place, *RESUME) == 0
+    assert fingerprint(run) == fingerprint(home / "run")
+
+
+def _limited(save, *args, **kwargs):
+    with files_up_to(100):
+        return save(*args, **kwargs)
+
+
+def test_a_disk_that_is_full_while_downloading_leaves_nothing_in_the_cache(server, tmp_path):  # noqa: F811
+    url = server.serve("/book.txt", b"It was the best of times.\n" * 40_000)
+    with files_up_to(100_000), pytest.raises(TextError, match=r"cannot be used .*File too large"):
+        fetch(url, tmp_path)
+    assert cached_files(tmp_path) == []
+    assert fetch(url, tmp_path).size == 1_040_000
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system on which nobody can write")
+def test_a_folder_that_nobody_can_make_is_refused(place, capfd):
+    assert again(place, "--output_dir", "/proc/partialtune-run") == 2
+    assert "output_dir: nothing can be written in /proc/partialtune-run" in capfd.readouterr().err
+
+
+# ---- two runs on one folder -----------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_a_folder_is_refused_and_the_first_ones_files_stay(place, capfd):
+    before = marks(place / "run")
+    with locked(place / "run"):
+        assert again(place, *RESUME) == 2
+    assert "another run is writing" in capfd.readouterr().err
+    assert marks(place / "run") == before
+
+
+def test_a_run_that_another_process_finished_while_this_one_loaded_is_not_written_over(home, place, monkeypatch):
+    def finishing_meanwhile(*args):
+        (place / "run" / "exit.json").write_text('{"code": 0, "reason": "done"}')
+        return locked(*args)
+
+    monkeypatch.setattr(train, "locked", finishing_meanwhile)
+    before = marks(place / "run" / "checkpoint-6")
+    assert again(place, *RESUME) == 2
+    assert marks(place / "run" / "checkpoint-6") == before
+
+
+def test_a_run_that_goes_on_is_not_taken_for_finished_any_more(place, monkeypatch):
+    (place / "run" / "exit.json").write_text('{"code": 0, "reason": "done"}')
+    monkeypatch.setattr(train, "train_to_the_end", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    more = ["--max_steps", "12", *RESUME]
+    assert again(place, *more) == 130
+    assert json.loads((place / "run" / "exit.json").read_text())["code"] == 130
+    recipe = read_recipe(place / "recipe.yaml", more)
+    assert train.standing_of(place / "run", recipe.values, "auto") is Standing.BEGUN
+    with pytest.raises(RecipeError, match="--resume_from_checkpoint auto"):
+        train.standing_of(place / "run", recipe.values, None)
+
+
+# ---- what is not finite ---------------------------------------------------------------------------------------------
+
+
+def spoilt(how):
+    """`compute_loss` of which the sixth step's loss, or its gradient, is not finite."""
+    compute_loss = PartialTrainer.compute_loss
+
+    def spoil(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 5 and isinstance(loss, torch.Tensor):
+            if how == "gradients":
+                loss = loss * 1.0
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            else:
+                loss = loss * float("nan")
+        return loss
+
+    return spoil
+
+
+@pytest.mark.parametrize("how", ["loss", "gradients"])
+@pytest.mark.parametrize("clipping", ["1.0", "0"])
+def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_and_names_its_windows(
+    how, clipping, place, capfd, monkeypatch
+):
+    batches = []
+    collate = trainer.collate_windows
+    monkeypatch.setattr(train, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
+    monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
+    run = place / "new"
+    words = ["--output_dir", str(run), "--max_grad_norm", clipping, "--eval_strategy", "no", "--logging_steps", "50"]
+    assert again(place, *words) == 4
+    said = json.loads((run / "exit.json").read_text())
+    assert said["code"] == 4
+    assert said["reason"] in capfd.readouterr().err
+    assert f"the {how} of step 6 became non-finite" in said["reason"]
+    named = [int(number) for number in re.search(r"windows ([\d, ]+)\.", said["reason"])[1].split(",")]
+    data = train.run_data(read_recipe(place / "recipe.yaml"), _one_process(), _tokenizer(place))
+    windows = np.asarray(data.train["input_ids"][:])
+    assert {tuple(windows[number]) for number in named} == {tuple(row) for row in batches[5]["input_ids"].tolist()}
+    assert steps(run) == [2, 4]
+    assert all(
+        bool(torch.isfinite(value).all()) for value in load_file(run / "checkpoint-4/model.safetensors").values()
+    )
+
+
+def _one_process():
+    from types import SimpleNamespace
+
+    return SimpleNamespace(world_size=1, seed=42, data_seed=None)
+
+
+def _tokenizer(place):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place / "base")

@@ -1,0 +1,276 @@
+"""Training that starts from kept states of the frozen prefix is the training that computes them at every step."""
+
+import logging
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
+
+from conftest import some_windows, tiny_gpt2
+from partialtune.errors import RecipeError
+from partialtune.fast.prefix import PrefixCache, modules_before_blocks, prefix_disagreement
+from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import plan_freeze
+from partialtune.training.trainer import PartialTrainer, collate_windows
+from test_no_logits import IDS, build
+
+ALL_PATHS = ("loss", "gelu", "casts")
+
+
+def build_any(name):
+    torch.manual_seed(0)
+    small = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if name == "neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**small, intermediate_size=48, **ids)).eval()
+    if name == "mixtral":
+        model = build(name)
+        model.config.output_router_logits = False
+        return model
+    if name == "opt":  # its embeddings pass a projection before the first block, its states one behind the last
+        return OPTForCausalLM(OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=16, **ids)).eval()
+    return build(name)
+
+
+def kept_from_start(blocks):
+    return [PrefixPhase(0, blocks, 1, "asked for")]
+
+
+def run(
+    folder, model, trainable, prefix=(), fast_paths=ALL_PATHS, head="tied", schedule=(), checkpoint=None, **changes
+):
+    """A short run -> its Trainer: losses in its log, weights in its model."""
+    plan = plan_freeze(model, trainable, head=head, schedule=schedule)
+    apply_plan(model, plan)
+    settings = {
+        "max_steps": 8,
+        "learning_rate": 5e-5,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **changes,
+    }
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, remove_unused_columns=False, **settings)
+    trainer = PartialTrainer(
+        plan=plan,
+        delta_steps=100,
+        fast_paths=fast_paths,
+        prefix=prefix,
+        model=model,
+        args=args,
+        train_dataset=some_windows(20),
+        eval_dataset=some_windows(6, seed=1),
+        data_collator=collate_windows,
+    )
+    torch.manual_seed(7)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def losses(trainer):
+    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+
+
+def largest_difference(a, b):
+    return max((p - q).abs().max().item() for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+CASES = {
+    "gpt2, untied head": ("gpt2", ["final_norm", "head"], "untied", 3),
+    "gpt2, last block": ("gpt2", ["blocks[-1]", "final_norm"], "tied", 2),
+    "llama, last mlp": ("llama", ["blocks[-1].mlp"], "tied", 1),
+    "mixtral, final norm": ("mixtral", ["final_norm"], "tied", 2),
+    "neox, head": ("neox", ["head"], "untied", 3),
+    "opt, last block": ("opt", ["blocks[-1]"], "tied", 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_weights_are_those_of_computing_the_prefix_at_every_step(tmp_path, case):
+    name, trainable, head, blocks = CASES[case]
+    plain = run(tmp_path / "a", build_any(name), trainable, fast_paths=(), head=head)
+    kept = run(tmp_path / "b", build_any(name), trainable, kept_from_start(blocks), head=head)
+    assert kept.fast.keeps_prefix
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+    assert len(losses(kept)) == 8 + 3  # evaluated at 3, 6 and the end
+    assert largest_difference(kept, plain) < 1e-6
+
+
+def test_a_frozen_block_runs_once_a_window_and_never_in_a_step(tmp_path):
+    model, windows_seen = tiny_gpt2(), []
+    model.transformer.h[0].attn.register_forward_hook(lambda _, args, output: windows_seen.append(len(output[0])))
+    run(tmp_path, model, ["blocks[-1]"], kept_from_start(2), eval_strategy="no", max_steps=12, fast_paths=())
+    # the 20 windows, and one that tells the shape
+    assert sum(windows_seen) == 20 + 1
+    windows_seen.clear()
+    model = tiny_gpt2()
+    model.transformer.h[0].attn.register_forward_hook(lambda _, args, output: windows_seen.append(len(output[0])))
+    run(tmp_path, model, ["blocks[-1]"], eval_strategy="no", max_steps=12, fast_paths=())
+    assert sum(windows_seen) == 12 * 4
+
+
+def test_the_prefix_runs_in_eval_mode_its_embedding_dropout_too(tmp_path):
+    """GPT-2's usual dropout of 0.1 is on in what trains, and off below it, whether states are kept or not."""
+    modes = []
+    model = tiny_gpt2()
+    model.transformer.drop.register_forward_hook(lambda module, *_: modes.append(module.training))
+    run(tmp_path / "a", model, ["blocks[-1]"])
+    assert modes
+    assert not any(modes)
+    modes.clear()
+    model = tiny_gpt2()
+    model.transformer.drop.register_forward_hook(lambda module, *_: modes.append(module.training))
+    run(tmp_path / "b", model, ["blocks[0]"])  # nothing is frozen below it but the embeddings: no prefix
+    assert any(modes)
+
+
+def test_with_a_schedule_the_boundary_moves_down_and_the_states_are_made_again(tmp_path, caplog):
+    schedule = [{"from_step": 3, "trainable": ["blocks[-2]"]}, {"from_step": 6, "trainable": ["blocks[0]"]}]
+    prefix = [PrefixPhase(0, 2, 1, ""), PrefixPhase(3, 1, 1, ""), PrefixPhase(6, 0, 0, "")]
+    plain = run(tmp_path / "a", tiny_gpt2(), ["blocks[-1]"], fast_paths=(), schedule=schedule)
+    kept = run(tmp_path / "b", tiny_gpt2(), ["blocks[-1]"], prefix, schedule=schedule)
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+    assert largest_difference(kept, plain) < 1e-6
+    assert not any("forward" in vars(module) for module in kept.model.modules())
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_as_one_that_never_stopped(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 8}
+    whole = run(tmp_path / "a", tiny_gpt2(), ["blocks[-1]"], kept_from_start(2), **saving)
+    checkpoint = str(tmp_path / "a" / "checkpoint-5")
+    again = run(tmp_path / "b", tiny_gpt2(), ["blocks[-1]"], kept_from_start(2), checkpoint=checkpoint, **saving)
+    assert largest_difference(whole, again) == 0.0
+
+
+def test_activation_checkpointing_and_accumulation_go_with_kept_states(tmp_path):
+    changes = {"activation_checkpointing": True, "gradient_accumulation_steps": 2, "max_steps": 4}
+    changes["activation_checkpointing_kwargs"] = {"use_reentrant": False}
+    plain = run(tmp_path / "a", tiny_gpt2(), ["blocks[-2:]"], fast_paths=(), **changes)
+    kept = run(tmp_path / "b", tiny_gpt2(), ["blocks[-2:]"], kept_from_start(1), **changes)
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+    assert largest_difference(kept, plain) < 1e-6
+
+
+def test_in_bf16_states_are_kept_in_bf16_and_losses_stay_near(tmp_path):
+    plain = run(tmp_path / "a", tiny_gpt2(), ["blocks[-1]"], fast_paths=(), bf16=True)
+    kept = run(tmp_path / "b", tiny_gpt2(), ["blocks[-1]"], kept_from_start(2), bf16=True)
+    assert losses(kept) == pytest.approx(losses(plain), abs=2e-3)
+    assert all(parameter.dtype == torch.float32 for parameter in kept.model.parameters())
+    cache = PrefixCache(tiny_gpt2().eval(), 2, torch.bfloat16)
+    cache.fill([some_windows(5)], batch_size=2, autocast_dtype=torch.bfloat16)
+    assert cache.bytes == 5 * 16 * 32 * 2
+
+
+def test_kept_states_are_those_of_the_block():
+    model = tiny_gpt2().eval()
+    cache = PrefixCache(model, 2, torch.float32)
+    windows, more = some_windows(5), some_windows(3, seed=1)
+    cache.fill([windows, more], batch_size=2)
+    ids = torch.tensor([*windows["input_ids"], *more["input_ids"]])
+    states = [model(input_ids=row[None], output_hidden_states=True).hidden_states[2] for row in ids]
+    assert torch.allclose(cache.states, torch.cat(states), rtol=0, atol=1e-6)
+
+
+def test_what_comes_before_the_blocks_is_found_and_nothing_that_comes_after():
+    assert modules_before_blocks(tiny_gpt2(), IDS[:1]) == ["transformer.drop"]
+
+
+def test_a_model_whose_later_blocks_look_back_is_found_out():
+    model = tiny_gpt2().eval()
+    assert prefix_disagreement(model, 2, IDS[:1]) < 1e-6
+    shortcut = {}
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: shortcut.update(first=output))
+    model.transformer.h[2].register_forward_hook(lambda module, args, output: output + shortcut["first"])
+    assert prefix_disagreement(model, 2, IDS[:1]) > 1e-2
+
+
+def test_dropout_that_a_model_applies_by_itself_below_the_blocks_is_found_out():
+    class Noisy(torch.nn.Module):
+        def __init__(self, inner, owner):
+            super().__init__()
+            self.inner, self.owner = inner, [owner]
+
+        def forward(self, ids):
+            return torch.nn.functional.dropout(self.inner(ids), 0.5, training=self.owner[0].training)
+
+    model = tiny_gpt2().eval()
+    model.transformer.wte = Noisy(model.transformer.wte, model)
+    assert prefix_disagreement(model, 2, IDS[:1]) > 1e-2
+
+
+# --- whether to keep them ---
+
+MANY = Windows(training=100, held_out=10, a_step=16, steps=50, eval_steps=10)
+
+
+def plan_of(*trainable, schedule=()):
+    return plan_freeze(tiny_gpt2(), list(trainable), schedule=schedule)
+
+
+def test_auto_keeps_states_where_windows_come_again_and_fit():
+    (chosen,) = choose_prefix("auto", plan_of("blocks[-1]"), MANY, window_bytes=10, free_bytes=2200)
+    assert (chosen.blocks, chosen.bytes) == (2, 1100)
+    # 50 steps of 16, and 5 evaluations of 10
+    assert chosen.reason == "850 passes of windows through 2 frozen blocks become 110"
+    assert "states behind 2 blocks are kept" in prefix_words([chosen])
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changes", "words"),
+    [
+        ("embeddings", {}, "transformer.wte.weight trains, and no block before it is frozen"),
+        ("blocks[0]", {}, "transformer.h.0.ln_1.weight trains"),
+        ("blocks[-1]", {"free_bytes": 2190}, "MB of memory can be spared"),
+        ("blocks[-1]", {"windows": Windows(100, 10, 2, 50, None)}, "needs 100 passes of windows"),
+        ("blocks[-1]", {"obstacle": "window_sampling is random"}, "window_sampling is random"),
+    ],
+)
+def test_auto_declines_and_says_why(trainable, changes, words):
+    settings = {"windows": MANY, "window_bytes": 10, "free_bytes": 2200, **changes}
+    (chosen,) = choose_prefix("auto", plan_of(trainable), **settings)
+    assert chosen.blocks == 0
+    assert words in chosen.reason
+    assert f"not kept: {chosen.reason}" in prefix_words([chosen])
+
+
+def test_memory_is_an_error_where_it_cannot_be_had_and_is_taken_where_it_only_does_not_pay():
+    few = Windows(100, 10, 2, 50, None)
+    assert choose_prefix("memory", plan_of("blocks[-1]"), few, 10, 1000)[0].blocks == 2
+    with pytest.raises(RecipeError, match=r"memory is impossible here: transformer\.wte\.weight trains"):
+        choose_prefix("memory", plan_of("embeddings"), MANY, 10, 10**6)
+    with pytest.raises(RecipeError, match="MB of memory can be spared"):
+        choose_prefix("memory", plan_of("blocks[-1]"), MANY, 10, 1000)
+    assert choose_prefix("off", plan_of("blocks[-1]"), MANY, 10, 10**6)[0].blocks == 0
+
+
+def test_each_phase_is_decided_for_itself():
+    schedule = [{"from_step": 45, "trainable": ["blocks[-2]"]}]
+    first, second = choose_prefix("auto", plan_of("blocks[-1]", schedule=schedule), MANY, 10, 2200)
+    assert (first.blocks, second.blocks) == (2, 0)
+    assert "needs 90 passes" in second.reason  # 5 steps of 16, and the last evaluation
+
+
+def test_an_obstacle_is_named_before_training(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
+    model, plan = tiny_gpt2().eval(), plan_of("blocks[-1]")
+    assert "neftune" in prefix_obstacle("chunked", args, model, plan, some_windows())
+    args.neftune_noise_alpha = None
+    assert prefix_obstacle("chunked", args, model, plan, some_windows()) == ""
+    assert prefix_obstacle("random", args, model, plan, some_windows()) == "window_sampling is random"
+    routed = build("mixtral")
+    assert "router" in prefix_obstacle("chunked", args, routed, plan_freeze(routed, ["final_norm"]), some_windows())
+    model.transformer.h[2].register_forward_hook(lambda module, args, output: output + model.seen)
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: setattr(model, "seen", output))
+    assert "later blocks use more" in prefix_obstacle("chunked", args, model, plan, some_windows())
+
+
+def test_fast_paths_are_off_where_the_recipe_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = run(tmp_path, tiny_gpt2(), ["blocks[-1]"], fast_paths=(), max_steps=1)
+    assert trainer.fast.in_use == []
+    trainer = run(tmp_path / "b", tiny_gpt2(), ["blocks[-1]"], bf16=True, max_steps=1)
+    assert trainer.fast.in_use == ["gelu", "loss", "casts"]
