@@ -304,6 +304,7 @@ def write_run_folder(
             "peak_memory_mb": 8033.4,
             "flops_per_step": 2.35e12,
             "utilisation": None,
+            "time_shares": {"data": 0.001, "forward": 0.391, "backward": 0.57, "optimizer": 0.03, "callbacks": 0.008},
             "prefix_cache": "off",
         },
         "trainer_state.json": {"global_step": steps, "log_history": log_history(steps, held_out, losses or {})},

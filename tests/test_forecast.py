@@ -157,7 +157,8 @@ def compare_with_a_real_step(selectors, **settings):
 def real_step(model, plan, batch_size, block_size, bf16=False, optimizer="adamw_torch") -> Cost:
     model = copy.deepcopy(model)
     apply_plan(model, plan)
-    meter = StepMeter(model, FakeTensorMode(), scored_tokens=batch_size * (block_size - 1))
+    scored_tokens, first_block = batch_size * (block_size - 1), plan.phases[-1].first_block
+    meter = StepMeter(model, FakeTensorMode(), scored_tokens, first_block)
     ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     memory = take_step(model, ids, meter, bf16=bf16, optimizer=optimizer, accumulates=False)
     return Cost(meter.products(1), memory)

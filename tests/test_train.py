@@ -96,6 +96,8 @@ def test_the_run_folder_holds_what_the_contract_names(quickstart):
     performance = read(quickstart, "performance.json")
     assert performance["tokens_per_second"] == pytest.approx(8 * 256 / performance["median_step_seconds"])
     assert performance["flops_per_step"] > 6 * 8 * 256 * 300_000
+    assert 0 < performance["utilisation"] < 1.5  # of a rate that is measured for a fraction of a second
+    assert sum(performance["time_shares"].values()) == pytest.approx(1)
     history = read(quickstart, "trainer_state.json")["log_history"]
     assert len([entry for entry in history if "loss" in entry]) == 123
     assert len([entry for entry in history if "eval_loss" in entry]) >= 10

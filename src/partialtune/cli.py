@@ -116,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
     report.add_argument("run", metavar="RUN", help="folder of a finished run")
+    _add_bench(commands)
     return parser
 
 
@@ -140,6 +141,22 @@ def _add_compare(commands: Any) -> None:
         "--trial_steps", metavar="N", help="optimizer steps in which a learning rate is tried; as a run's if absent"
     )
     compare.add_argument("--json", action="store_true", help="print JSON alone")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench", help="seconds a step and memory of recipes on this machine, beside full", allow_abbrev=False
+    )
+    bench.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML files; then --key value for all of them")
+    bench.add_argument("--steps", type=int, default=11, help="steps of each, the first not counted (default: 11)")
+    bench.add_argument("--json", action="store_true", help="print JSON alone")
+    bench.add_argument(
+        "--output",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write JSON (.json) or a figure (.png); repeatable",
+    )
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -271,6 +288,15 @@ def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(write_report(folder))
 
 
+def _bench(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.bench.command import bench
+    from partialtune.model.loading import quiet_libraries
+
+    quiet_libraries()
+    recipes = [_recipe_path(recipe) for recipe in known.recipes]
+    print(bench(recipes, overrides, known.steps, known.output, as_json=known.json), flush=True)
+
+
 def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
     from pathlib import Path
@@ -319,6 +345,7 @@ COMMANDS = {
     "compare": _compare,
     "apply": _apply,
     "report": _report,
+    "bench": _bench,
 }
 
 

@@ -15,6 +15,7 @@ import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.data import RunData, prepare_data
 from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, InputError, RecipeError
@@ -38,7 +39,7 @@ from partialtune.launch import (
     main_process_only,
     one_device_a_process,
 )
-from partialtune.model.loading import check_fit, load_config, load_model, load_tokenizer
+from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
 from partialtune.output_dir import (
     RECIPE_FILE,
     Standing,
@@ -64,6 +65,7 @@ from partialtune.training.checkpoints import damage_of, disk_errors, newest_whol
 from partialtune.training.optimizer_state import check_checkpoint
 from partialtune.training.origin import check_origin, origin_of, read_origin, same_base, with_choices
 from partialtune.training.performance import performance
+from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import (
     PartialTrainer,
     collate_windows,
@@ -139,7 +141,8 @@ def train(recipe: Recipe) -> Path:
             model, plan, trainer.deltas.snapshot.copies, data.token_counts, tokenizer, PartialState().is_main_process
         )
         write_insight(folder, look, before, after, {**moved, "learning_curves": curves.to_json()})
-        write_results(folder, trainer, before, after, recipe.text.block_size)
+        write_performance(folder, trainer, empty_model(config, base.trust_remote_code), recipe.text.block_size)
+        write_results(folder, trainer, before, after)
         if violation is not None:
             raise violation
         if recipe.training.get("push_to_hub"):
@@ -397,16 +400,25 @@ def write_insight(folder: Path, look: Look, before: Sight, after: Sight, found: 
 
 
 @main_process_only
-def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight, block_size: int) -> None:
+def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) -> None:
+    """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
+    args = trainer.args
+    batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
+    needed = needed_products(empty, trainer.plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
+    used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
+    watched = trainer.deltas.seconds + trainer.audit.seconds
+    content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched)
+    write_json(folder / "performance.json", content)
+
+
+@main_process_only
+def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight) -> None:
     """Everything that is known only after training, and the pages made of it."""
     metrics = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
     write_json(folder / "train_results.json", metrics)
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
-    callback_seconds = trainer.deltas.seconds + trainer.audit.seconds
-    cost = performance(trainer.args, trainer.timer, trainer.flops_per_step, block_size, trainer.fast, callback_seconds)
-    write_json(folder / "performance.json", cost)
     draw_figures(folder)
     write_card(folder)
     write_report(folder)

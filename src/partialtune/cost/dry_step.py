@@ -19,6 +19,7 @@ from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.errors import ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.structure import read_structure
 from partialtune.training.activation_checkpointing import recompute_from
 
 
@@ -81,7 +82,8 @@ def dry_step(
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
         recompute_from(twin, plan.phases[-1].first_block)
-    meter = StepMeter(twin, fake, scored_tokens=batch_size * (block_size - 1))
+    scored_tokens = batch_size * (block_size - 1)
+    meter = StepMeter(twin, fake, scored_tokens, first_block=plan.phases[-1].first_block)
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
         memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
@@ -111,9 +113,10 @@ class StepMeter(TorchDispatchMode):
         fake: The mode of its fake tensors.
         scored_tokens: Tokens of a batch that are predicted; a tensor of so many rows, as wide as the vocabulary, is
             counted to the logits.
+        first_block: First block that backward passes; the blocks before it are the frozen prefix.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode, scored_tokens: int) -> None:
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, scored_tokens: int, first_block: int = 0) -> None:
         super().__init__()
         weights = [*model.parameters(), *model.buffers()]
         self.backward = False
@@ -122,6 +125,9 @@ class StepMeter(TorchDispatchMode):
         self.counter = ProductCounter(self.ledger, list(model.parameters()))
         self._fake, self._scored_tokens = fake, scored_tokens
         self._vocabulary = model.config.get_text_config().vocab_size
+        for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
+            block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
+            block.register_forward_hook(lambda *_: setattr(self.counter, "in_prefix", False))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # two in three of all, and nothing is computed

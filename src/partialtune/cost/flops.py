@@ -25,6 +25,8 @@ class Products:
         backward_weights: Backward, to the gradients of the weights that train.
         attention: Of activations with each other (queries with keys, the result with values; a state-space mixer's),
             forward and backward. Kept beside: no counter sees them where attention is one fused operation.
+        prefix: Those of `forward` in the blocks below the first trainable parameter: the same for a window in every
+            epoch, so that it is enough to compute them once.
     """
 
     forward: int = 0
@@ -32,6 +34,7 @@ class Products:
     backward_activations: int = 0
     backward_weights: int = 0
     attention: int = 0
+    prefix: int = 0
 
     @property
     def backward(self) -> int:
@@ -61,6 +64,7 @@ class ProductCounter:
         self._number = ledger.number
         self._weights = {self._number(weight) for weight in weights}
         self._factors: set[int] = set()  # activations that were multiplied by a weight
+        self.in_prefix = False  # whether what is computed lies in a block below all that trains
 
     def see(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any, backward: bool) -> None:
         """Take note of one operation.
@@ -77,7 +81,10 @@ class ProductCounter:
                 self._weights.update(self._number(leaf) for leaf in tensors_in(result))  # a cast, a copy, a view
             return
         flops = formula(*args, **kwargs, out_val=result)
-        self.counts[self._purpose(packet, operands, backward)] += flops
+        purpose = self._purpose(packet, operands, backward)
+        self.counts[purpose] += flops
+        if self.in_prefix and purpose == "forward":
+            self.counts["prefix"] += flops
         if operands & self._weights:
             self._factors |= operands - self._weights
 

@@ -76,6 +76,8 @@ def performance_rows(performance: Mapping[str, Any]) -> list[tuple[str, str]]:
         "peak_memory_mb": ("Peak memory", lambda value: f"{count(value)} MiB"),
         "flops_per_step": ("Arithmetic a step", arithmetic),
         "utilisation": ("Utilisation", percent),
+        "time_shares": ("Time by part", time_by_part),
+        "callback_share": ("Time of deltas and audit", percent),
         "prefix_cache": ("Frozen prefix cached", str),
     }
     rows = []
@@ -90,6 +92,11 @@ def arithmetic(flops: float) -> str:
     """2.35e12 -> 2.35 TFLOP."""
     unit, factor = ("TFLOP", 1e12) if flops >= 1e11 else ("GFLOP", 1e9)
     return f"{significant(flops / factor, 3)} {unit}"
+
+
+def time_by_part(shares: Mapping[str, float]) -> str:
+    """{"forward": 0.4, "backward": 0.6} -> forward 40%, backward 60%."""
+    return ", ".join(f"{part} {percent(share)}" for part, share in shares.items())
 
 
 def other_words(value: Any) -> str:

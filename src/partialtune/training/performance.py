@@ -1,9 +1,10 @@
-"""What training cost: seconds a step, tokens a second, peak memory, arithmetic -> the content of `performance.json`."""
+"""What training cost: seconds of each step and of its parts, peak memory, arithmetic -> `performance.json`."""
 
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,34 +12,101 @@ from transformers import TrainerCallback, TrainingArguments
 
 from partialtune.fast.paths import FastPaths
 
+PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
+
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, evaluation, reports and saves not counted."""
+    """Seconds of each optimizer step, by part.
+
+    The Trainer says when a step begins (`begin`), when a part of it is done (`mark`) and when all is (`end`);
+    what it does in between two steps, evaluation, logging and saves, belongs to none. On CUDA the moments are events
+    on the stream, so that nothing waits for them but the end of the step.
+
+    Attributes:
+        parts: Seconds of each step by part: `data` is waiting for its batches, `optimizer` has clipping with it.
+        seconds: Seconds of each step, callbacks not counted.
+    """
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._started = 0.0
+        self.parts: list[dict[str, float]] = []
+        self._moments: list[tuple[str, Any]] = []  # of the step that goes on: (part that ended, when)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = _now()
+    @property
+    def seconds(self) -> list[float]:
+        return [sum(parts.values()) - parts["callbacks"] for parts in self.parts]
+
+    @property
+    def running(self) -> bool:
+        """Whether a step goes on."""
+        return bool(self._moments)
+
+    def begin(self) -> None:
+        """A step begins: its batches are fetched next."""
+        self._moments = [("", _moment())]
+
+    def mark(self, part: str) -> None:
+        """What has gone on since the last mark was `part`. Outside a step, such as in evaluation, nothing happens."""
+        if self.running:
+            self._moments.append((part, _moment()))
+
+    def end(self) -> None:
+        """The step and its callbacks are over."""
+        if not self.running:
+            return
+        self.mark("callbacks")
+        parts = dict.fromkeys(PARTS, 0.0)
+        for (_, earlier), (part, later) in zip(self._moments, self._moments[1:], strict=False):
+            parts[part] += _seconds_between(earlier, later)
+        self.parts.append(parts)
+        self._moments = []
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
+        inner.register_step_pre_hook(lambda *_: self.mark("callbacks"))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.mark("optimizer")  # clipping
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(_now() - self._started)
+        self.mark("optimizer")
 
     def median(self) -> float | None:
-        """Median seconds a step; the first, which warms up, counts only where it is the only one."""
-        return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
+        """Median seconds a step, callbacks not counted. The first, which warms up, counts only where it is alone."""
+        return statistics.median(_warm(self.seconds)) if self.parts else None
+
+    def shares(self) -> dict[str, float] | None:
+        """Share of each part in the time of all steps but the first; None before the first."""
+        if not self.parts:
+            return None
+        sums = {part: sum(step[part] for step in _warm(self.parts)) for part in PARTS}
+        return {part: seconds / sum(sums.values()) for part, seconds in sums.items()}
 
 
-def _now() -> float:
+def _warm(steps: Sequence[Any]) -> Sequence[Any]:
+    return steps[1:] or steps
+
+
+def _moment() -> Any:
+    """Now: an event on CUDA's stream, else seconds."""
+    if torch.cuda.is_available():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
+def _seconds_between(earlier: Any, later: Any) -> float:
+    if isinstance(later, float):
+        return later - earlier
+    later.synchronize()
+    return earlier.elapsed_time(later) / 1e3
+
+
 def peak_memory_mb() -> float:
     """Largest memory of this process so far, in units of 2^20 bytes: of the GPU where CUDA is used, else resident."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
@@ -48,6 +116,7 @@ def performance(
     args: TrainingArguments,
     timer: StepTimer,
     flops: int | None,
+    utilisation: float | None,
     block_size: int,
     fast: FastPaths,
     callback_seconds: float,
@@ -58,6 +127,7 @@ def performance(
         args: Of the run.
         timer: It timed the run's steps.
         flops: Of one optimizer step on one process.
+        utilisation: As `cost.utilisation.utilisation` finds it.
         block_size: Tokens per window.
         fast: The run's fast paths.
         callback_seconds: Time that snapshot, deltas and audit took, in and around the steps.
@@ -69,7 +139,8 @@ def performance(
         "tokens_per_second": tokens / median if median else None,
         "peak_memory_mb": peak_memory_mb(),
         "flops_per_step": flops,
-        "utilisation": None,
+        "utilisation": utilisation,
+        "time_shares": timer.shares(),
         "prefix_cache": "memory" if fast.keeps_prefix else "off",
         "fast_paths": fast.in_use,
         "callback_share": callback_seconds / (callback_seconds + sum(timer.seconds)) if timer.seconds else None,

@@ -215,7 +215,9 @@ class PartialTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         with self.fast.step(inputs.pop("window", None)):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.timer.mark("forward")
+        return loss
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.decay_everything:
@@ -230,18 +232,33 @@ class PartialTrainer(Trainer):
             key_by_name(optimizer, self.model)
         return optimizer
 
+    def get_batch_samples(self, *args, **kwargs) -> Any:
+        self.timer.begin()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.timer.mark("data")
+        return batches
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = self._counted_step(model, inputs, num_items_in_batch)
+        self.timer.mark("callbacks")
+        with self._products_counted():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.batch.add(inputs["input_ids"], loss)
+        self.timer.mark("backward")
         return loss
 
-    def _counted_step(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        self.timer.end()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _products_counted(self) -> Iterator[None]:
+        """Matrix products of the first batch, counted once."""
         if self.flops_per_step is not None or self.args.torch_compile:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounterMode(display=False) as counter:  # matrix products of the first batch, once
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
-        return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm of the gradients, all processes' by now; one that is not finite ends the run before it does harm."""

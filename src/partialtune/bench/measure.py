@@ -1,0 +1,125 @@
+"""One variant, measured in a process of its own: a recipe's values on stdin -> a measurement as JSON on stdout.
+
+It trains as `train` does, with the same Trainer and callbacks, on random weights and random token ids: seconds and
+memory do not depend on either, and neither text nor weights have to be there. It writes to a temporary folder alone.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+
+from partialtune.bench.variants import plan_of, runnable
+from partialtune.cost.utilisation import needed_products, utilisation
+from partialtune.data import RunData
+from partialtune.errors import PartialtuneError
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import FreezePlan
+from partialtune.launch import one_device_a_process, use_all_cores
+from partialtune.model.loading import quiet_libraries
+from partialtune.recipe.reading import Recipe
+from partialtune.text.windows import chunked_windows
+from partialtune.train import make_trainer
+from partialtune.training.performance import performance
+from partialtune.training.precision import compute_dtype, product_rate
+from partialtune.training.trainer import PartialTrainer, training_arguments
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+BATCHES = 2  # of different windows; after them an epoch begins anew
+
+
+def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train for a few steps.
+
+    Args:
+        values: Of a `Variant`.
+        steps: Optimizer steps; the first warms up and is not counted.
+
+    Returns:
+        What `performance.json` holds, and beside it `trainable_parameters`, `total_parameters`, `tokens_per_step`,
+        `precision`, `device`, `needed_flops` and `product_rate` (multiplications and additions, a second).
+    """
+    with tempfile.TemporaryDirectory(prefix="partialtune-bench-") as folder:
+        recipe = runnable(values, steps, folder)
+        args = training_arguments(recipe.training)
+        one_device_a_process(args)
+        empty, plan = plan_of(recipe)
+        trainer = trained(recipe, plan, random_model(empty, recipe).to(args.device), args)
+        return result_of(trainer, empty, recipe.text.block_size)
+
+
+def random_model(empty: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """The model with random weights in fp32, in eval mode, as a pretrained one is loaded."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        empty.config, trust_remote_code=recipe.model.trust_remote_code, dtype=torch.float32
+    )
+    return model.eval()
+
+
+def random_windows(recipe: Recipe, args: TrainingArguments, vocabulary: int) -> Dataset:
+    """Windows of random token ids for `BATCHES` steps."""
+    size = recipe.text.block_size
+    count = BATCHES * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    ids = np.random.default_rng(0).integers(vocabulary, size=count * size, dtype=np.int32)
+    return chunked_windows([ids], size, stride=size)
+
+
+def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments) -> PartialTrainer:
+    """The Trainer of the recipe, after its steps."""
+    windows = random_windows(recipe, args, model.config.get_text_config().vocab_size)
+    apply_plan(model, plan)
+    trainer = make_trainer(recipe, plan, model, args, RunData(sources=[], train=windows, held_out=None, scored={}))
+    trainer.train()
+    return trainer
+
+
+def result_of(trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) -> dict[str, Any]:
+    """What was measured."""
+    args, plan, dtype = trainer.args, trainer.plan, compute_dtype(trainer.args)
+    batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
+    needed, rate = needed_products(empty, plan, *batch), product_rate(args.device, dtype)
+    used = utilisation(needed, trainer.timer.median(), rate)
+    return {
+        **performance(args, trainer.timer, trainer.flops_per_step, used, block_size),
+        "trainable_parameters": plan.trainable_parameters,
+        "total_parameters": plan.total_parameters,
+        "tokens_per_step": batch[0] * batch[1] * batch[2],
+        "precision": PRECISIONS[dtype],
+        "device": device_name(args.device),
+        "needed_flops": needed,
+        "product_rate": rate,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, in words: the GPU's name, or the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def main() -> int:
+    """Measure what stdin says. Our own decisions are not logged: the parent speaks."""
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    quiet_libraries()
+    use_all_cores()
+    asked = json.load(sys.stdin)
+    try:
+        answer = measure(asked["values"], asked["steps"])
+    except torch.OutOfMemoryError:
+        answer = {"error": "out of memory"}
+    except PartialtuneError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer, allow_nan=False), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

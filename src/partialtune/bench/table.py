@@ -1,0 +1,73 @@
+"""Measurements -> a table for the terminal, and JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from partialtune.freeze.table import columns
+from partialtune.training.performance import PARTS
+
+HEADINGS = ("", "trains", "s/step", "of full", "tokens/s", "peak MB", "of full", "utilisation", *PARTS)
+
+
+def with_ratios(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measurements with `of_full`: seconds a step and peak memory as shares of full fine-tuning's, null if unknown.
+
+    `full` gives way to it.
+    """
+    rows = []
+    for result in results:
+        full = results[result["full"]]
+        measured = "error" not in result and "error" not in full
+        of_full = {
+            "time": result["median_step_seconds"] / full["median_step_seconds"] if measured else None,
+            "memory": result["peak_memory_mb"] / full["peak_memory_mb"] if measured else None,
+        }
+        rows.append({**{key: value for key, value in result.items() if key != "full"}, "of_full": of_full})
+    return rows
+
+
+def bench_json(rows: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """`steps`, `torch`, and the measurements: seconds, MB of 2^20 bytes, shares."""
+    import torch
+
+    return {"steps": steps, "torch": torch.__version__, "results": list(rows)}
+
+
+def bench_table(rows: Sequence[dict[str, Any]], steps: int) -> str:
+    """One line a variant, and what the figures mean."""
+    measured = next(row for row in rows if "error" not in row)
+    table = columns([HEADINGS, *(_cells(row) for row in rows)])
+    on_host = measured["device"].startswith(("cpu", "mps"))
+    precisions = " and ".join(dict.fromkeys(row["precision"] for row in rows if "error" not in row))
+    return "\n".join(
+        [
+            *(line.rstrip() for line in table.splitlines()),
+            "",
+            f"{measured['device']}, {precisions}, median of {max(1, steps - 1)} steps on random weights and tokens.",
+            f"peak MB: {'of the whole process, libraries too' if on_host else 'of tensors on the GPU'}.",
+            "utilisation: matrix products that the policy needs / seconds / rate of products measured here.",
+            "data to callbacks: shares of the time of all these steps.",
+        ]
+    )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return (f"{row['label']}: {row['error']}", *[""] * (len(HEADINGS) - 1))
+    return (
+        row["label"],
+        _share(row["trainable_parameters"] / row["total_parameters"]),
+        f"{row['median_step_seconds']:.3g}",
+        _share(row["of_full"]["time"]),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['peak_memory_mb']:,.0f}",
+        _share(row["of_full"]["memory"]),
+        _share(row["utilisation"]),
+        *(_share(row["time_shares"][part]) for part in PARTS),
+    )
+
+
+def _share(share: float | None) -> str:
+    if share is None:
+        return "–"
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"

@@ -1,0 +1,112 @@
+"""What is to be measured: recipes -> variants, each a recipe for a few steps, with full fine-tuning beside each."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.schedules import STARTS
+from partialtune.model.loading import check_fit, empty_model, load_config
+from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
+
+# What says what trains: full fine-tuning leaves it out.
+POLICY_KEYS = ("method", "trainable", "schedule", "head", "lora_rank", "lora_alpha", "prefix_cache")
+# What would write, send, evaluate, or make the run longer or shorter: a measurement says it itself.
+RUN_KEYS = (
+    *("output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),
+    *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "report_to", "prompts", "eval_texts"),
+    *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "greater_is_better"),
+)
+FULL = "method: full"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to measure.
+
+    Attributes:
+        label: In the table: the recipe's name, or `method: full`.
+        full: Number of the variant that trains everything on the same batch; its own where it is that.
+        values: The recipe to measure, without what writes, sends and evaluates.
+    """
+
+    label: str
+    full: int
+    values: dict[str, Any]
+
+
+def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
+    """The recipes in their order, then full fine-tuning on each batch that they have, unless a recipe is just that.
+
+    Args:
+        paths: Recipe files.
+        overrides: `--key value` for all of them.
+
+    Raises:
+        InputError: If a recipe is wrong, or its model is; all are looked at before the first is measured.
+    """
+    said = []
+    for path in paths:
+        recipe = read_recipe(path, overrides)
+        plan_of(recipe)
+        said.append((path, {key: value for key, value in recipe.values.items() if key not in RUN_KEYS}))
+    entries = [*said, *((FULL, full_values(values)) for _, values in said)]
+    numbers: dict[str, int] = {}  # of the first entry that trains everything on a batch
+    for number, (_, values) in enumerate(entries):
+        if values.get("method") == "full":
+            numbers.setdefault(_key(full_values(values)), number)
+    kept = [number for number in range(len(entries)) if number < len(said) or number in numbers.values()]
+    return [
+        Variant(label, kept.index(numbers[_key(full_values(values))]), values)
+        for label, values in (entries[number] for number in kept)
+    ]
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+def full_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same recipe with everything training."""
+    return {**{key: value for key, value in values.items() if key not in POLICY_KEYS}, "method": "full"}
+
+
+def runnable(variant_values: Mapping[str, Any], steps: int, folder: str) -> Recipe:
+    """A variant as a recipe of so many steps that writes to `folder` alone."""
+    return recipe_from_values(
+        {
+            **variant_values,
+            "output_dir": folder,
+            "max_steps": steps,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+        }
+    )
+
+
+def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
+    """The model without weights, and what trains in it. Of a schedule it is the last phase, from the first step on.
+
+    Raises:
+        InputError: If the model cannot be had, is too short for the windows, or a selector is wrong.
+    """
+    base, freeze = recipe.model, recipe.freeze
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
+    model = empty_model(config, base.trust_remote_code)
+    entries = [
+        {"from_step": number, **{key: value for key, value in entry.items() if key not in STARTS}}
+        for number, entry in enumerate(freeze.schedule, start=bool(freeze.trainable))
+    ]
+    return model, last_phase(plan_freeze(model, freeze.trainable, head=freeze.head, schedule=entries))
+
+
+def last_phase(plan: FreezePlan) -> FreezePlan:
+    """The plan in which all that any phase trains does so from the first step on."""
+    parameters = tuple(replace(p, from_step=0) if p.trainable else p for p in plan.parameters)
+    return replace(plan, parameters=parameters, phases=(replace(plan.phases[-1], from_step=0),))
