@@ -265,6 +265,7 @@ def test_a_run_saved_as_a_delta_is_made_whole_to_the_file_of_the_other_run(runs,
 def test_a_run_saved_as_a_delta_has_scores_report_and_a_card_that_says_how_to_load_it(runs):
     scores = [json.loads((runs / name / "evaluation.json").read_text()) for name in ("full", "delta")]
     assert scores[0] == scores[1]
+    assert 0.0 < json.loads((runs / "delta" / "performance.json").read_text())["callback_share"] < 1.0
     assert (runs / "delta" / "report.html").is_file()
     card, other = ((runs / name / "README.md").read_text(encoding="utf-8") for name in ("delta", "full"))
     assert "partialtune.load(" in card

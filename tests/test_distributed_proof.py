@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
+import partialtune
 from conftest import some_windows, tiny_gpt2
+from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
@@ -26,6 +29,7 @@ from two_processes import on_two_processes
 SELECTORS = ["blocks[-1]", "final_norm"]
 FROZEN = "transformer.h.0.mlp.c_fc.weight"
 STEPS = 3
+SAVED = ("delta", "whole")
 
 
 def planned_model():
@@ -173,12 +177,19 @@ def train_sharded(folder, shard_fault):
         deltas, audit = train_by_hand(model, plan, folder, slice(2 * rank, 2 * rank + 2), shard_fault)
     except FreezeViolation as error:
         return {**facts, "violation": str(error)}
+    write_delta(folder / "delta", model, plan, audit.digests_before, audit.digests_after, Base(str(folder / "base")))
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        model.save_pretrained(folder / "whole", state_dict=gathered)
+    dist.barrier()
     return {**facts, **summary(deltas, audit)}
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_measured_whole(tmp_path):
+def test_sharded_weights_are_measured_and_saved_whole(tmp_path):
     reference = summary(*train_by_hand(*planned_model(), tmp_path / "one", slice(0, 4)))
+    planned_model()[0].save_pretrained(tmp_path / "two" / "base")
+    (tmp_path / "two" / "delta").mkdir()
     main, other = on_two_processes(train_sharded, tmp_path / "two", False)
     for process in (main, other):
         assert process["sharded"]
@@ -197,6 +208,10 @@ def test_sharded_weights_are_measured_whole(tmp_path):
         for name in ("one", "two")
     ]
     assert lines[0] == pytest.approx(lines[1], rel=1e-2, abs=1e-6)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "whole")
+    assert digests(saved) == main["after"] == digests(partialtune.load(tmp_path / "two" / "delta"))
+    architectures = [json.loads((tmp_path / "two" / n / "config.json").read_text())["architectures"] for n in SAVED]
+    assert architectures == [["GPT2LMHeadModel"]] * 2
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def write_delta(
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
     """What `save_pretrained` writes beside weights."""
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)
     if model.can_generate():

@@ -20,6 +20,7 @@ from partialtune.proof.weights import (
     bit_sums,
     buffer_digest,
     digests_of,
+    in_threads,
     is_sharded,
     named_weights,
     numbers,
@@ -95,7 +96,8 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
     named = list(named_weights(model))
     present = bit_sums((name, parameter) for name, parameter in named if name not in snapshot.trainable)
     learning = ((name, whole_on_main(parameter)) for name, parameter in named if name in snapshot.trainable)
-    changes = {name: change_sums(values, snapshot.copies[name]) for name, values in learning if values is not None}
+    on_main = ((name, values) for name, values in learning if values is not None)
+    changes = in_threads(lambda name, values: change_sums(values, snapshot.copies[name]), on_main)
     measured = dict(zip(changes, numbers(changes.values()), strict=True))
     for name, parameter in named:
         if name in measured:
