@@ -295,8 +295,17 @@ def test_rare_words_are_forgotten_and_learnt_again(tokenizer, monkeypatch):
     for _ in range(50):
         whole = " often" * 5 + "".join(f" word{rng.randrange(30)}" for _ in range(5))
         assert by_words.encode(whole).tolist() == tokenizer(whole)["input_ids"]
-        assert len(by_words._places) <= 6 + 6
-        assert " often" in by_words._places
+        assert len(by_words._known) <= 6 + 6
+        assert " often" in by_words._known
+
+
+def test_many_texts_share_what_is_known_of_the_tokenizer(tokenizer, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(words, "word_pattern", lambda tokenizer: looked_at.append(1) or word_pattern(tokenizer))
+    texts = [f"{WRAPPED} {number}" for number in range(30)]
+    ids = prepared.token_ids_of(texts, tokenizer)
+    assert [one.tolist() for one in ids] == tokenizer(texts)["input_ids"]
+    assert len(looked_at) == 1
 
 
 @pytest.mark.parametrize(
