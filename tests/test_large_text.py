@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -20,8 +21,7 @@ from partialtune.builtin import builtin_folder
 from partialtune.data import prepare_data
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
-from partialtune.text import prepared, streams, windows, words
-from partialtune.text import sources as text
+from partialtune.text import prepared, raw, sources, store, streams, windows, words
 from partialtune.text.cleaning import clean_gutenberg
 from partialtune.text.decoding import choose_encoding, decode_text, decoded_pieces
 from partialtune.text.sources import read_texts
@@ -49,7 +49,7 @@ BOOK = (
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and chunks and pieces so small that every text has many."""
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text, "CHUNK_BYTES", 10_001)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 10_001)
     monkeypatch.setattr(streams, "PIECE_CHARACTERS", 7_001)
     monkeypatch.setattr(windows, "PIECE_CHARACTERS", 5_003)
     return tmp_path / "cache" / "prepared"
@@ -168,10 +168,10 @@ def test_bytes_are_decoded_alike_whole_and_in_chunks(encoding, charset):
     words = "naïve “œuvres” " if encoding != "koi8-r" else "Привет, мир "
     whole = (words * 400).encode(encoding)
     damaged = whole[:3000] + b"\xff\xe2\x82" + whole[3000:]
-    for raw in (whole, damaged):
-        chunks = [raw[:1001], *cut(raw[1001:], random.Random(3), 5)]
+    for encoded in (whole, damaged):
+        chunks = [encoded[:1001], *cut(encoded[1001:], random.Random(3), 5)]
         chosen = choose_encoding(lambda chunks=chunks: iter(chunks), "x", charset)
-        expected = decode_text(raw, "x", charset)
+        expected = decode_text(encoded, "x", charset)
         assert (chosen.name, chosen.origin) == (expected.encoding, expected.encoding_from)
         assert "".join(decoded_pieces(iter(chunks), chosen.name)) == expected.text
 
@@ -205,7 +205,7 @@ def test_a_datasets_rows_are_streamed(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(text, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(raw, "ROWS_AT_ONCE", 7)
     (tmp_path / "rows").mkdir()
     rows = [json.dumps({"text": f"row {number} of it"}) for number in range(100)]
     (tmp_path / "rows" / "train.jsonl").write_text("\n".join(rows))
@@ -385,7 +385,7 @@ def test_a_second_run_makes_nothing_again(book, tokenizer, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("made again")
 
-    for module, name in ((text, "_prepare"), (prepared, "token_pieces"), (data, "chunked_windows")):
+    for module, name in ((sources, "_prepare"), (prepared, "token_pieces"), (data, "chunked_windows")):
         monkeypatch.setattr(module, name, refuse)
     second = prepare(book, tokenizer)
     assert second.sources == first.sources
@@ -466,6 +466,21 @@ def test_an_entry_whose_time_alone_changed_is_kept(cache):
     first = stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
     first.path.touch()
     assert stored("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
+
+
+def test_an_entry_that_no_run_used_for_a_month_goes_when_another_is_made(cache):
+    def entry(name):
+        return stored("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})
+
+    kept, dropped = entry("kept"), entry("dropped")
+    left_behind = dropped.path.with_name("killed.part")
+    left_behind.write_bytes(b"half")
+    for path in (*(one.path.with_suffix(".json") for one in (kept, dropped)), left_behind):
+        os.utime(path, times=(0, time.time() - (store.LIFETIME_DAYS + 1) * 86400))
+    assert entry("kept") == kept  # used: its month begins again
+    another = entry("another")
+    here = {file.name for file in (cache / "texts").iterdir() if file.suffix != ".lock"}
+    assert here == {one.path.with_suffix(suffix).name for one in (kept, another) for suffix in (".txt", ".json")}
 
 
 def test_a_build_that_fails_leaves_nothing(cache):
