@@ -18,7 +18,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
-from partialtune.hub.push import check_access, push_after_training
+from partialtune.hub.push import Target, check_access, push_after_training
 from partialtune.launch import (
     check_precision,
     check_processes,
@@ -27,6 +27,7 @@ from partialtune.launch import (
     one_device_a_process,
 )
 from partialtune.model.loading import check_fit, load_config, load_model, load_tokenizer
+from partialtune.model.statement import stated_by
 from partialtune.output_dir import RECIPE_FILE, Standing, locked, standing_of, write_exit, write_json
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
@@ -216,7 +217,8 @@ def run_record(args: TrainingArguments, model: PreTrainedModel, data: RunData) -
 def begin_folder(folder: Path, recipe: Recipe, plan: FreezePlan, record: Mapping[str, Any]) -> None:
     """Write the recipe and say what will train."""
     values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
-    write_recipe(folder / RECIPE_FILE, values, record)
+    stated = stated_by(recipe.model.model_name_or_path, record["base_commit"])
+    write_recipe(folder / RECIPE_FILE, values, {**record, **stated})
     print(plan_table(plan), flush=True)
 
 
@@ -253,18 +255,18 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
 @main_process_only
 def check_hub(said: Mapping[str, Any]) -> None:
     """Make sure of the access to the Hub before hours of training."""
-    check_access(said.get("hub_model_id") or "", said.get("hub_private_repo"), said.get("hub_revision"))
+    check_access(push_target(said))
 
 
 @main_process_only
 def push(folder: Path, said: Mapping[str, Any], allow_failed_audit: bool) -> None:
     """Upload the finished run and verify what arrived; everything is on disk by now."""
-    print(
-        push_after_training(
-            folder, said["hub_model_id"], said.get("hub_revision"), said.get("hub_private_repo"), allow_failed_audit
-        ),
-        flush=True,
-    )
+    print(push_after_training(folder, push_target(said), allow_failed_audit), flush=True)
+
+
+def push_target(said: Mapping[str, Any]) -> Target:
+    """Where the recipe wants the run to be pushed to."""
+    return Target(said.get("hub_model_id") or "", said.get("hub_revision"), said.get("hub_private_repo"))
 
 
 @contextmanager

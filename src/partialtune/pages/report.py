@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from partialtune.pages.figures import Figure, describe_figures, render_figure
 from partialtune.pages.run_files import RunFiles, read_run
+from partialtune.pages.templating import page_environment
 from partialtune.pages.wording import (
     audit_problems,
     count,
@@ -50,14 +50,9 @@ def write_report(run: str | os.PathLike) -> Path:
 
 def render_report(run: RunFiles) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("partialtune.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    environment = page_environment(
+        autoescape=True, visible=visible, percent=percent, count=count, significant=significant
     )
-    environment.filters |= {"visible": visible, "percent": percent, "count": count, "significant": significant}
     script = environment.get_template("report.js").render()
     return environment.get_template("report.html.j2").render(
         run=run,
