@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from conftest import tiny_gpt2
 from faulty_http import Fault
 from hub_server import Account, Blob, HubServer
+from partialtune.builtin import builtin_folder
 from partialtune.errors import InputError
 from partialtune.hub.files import check_finished, files_to_send
 from partialtune.pages.card import UNNAMED
@@ -93,7 +95,7 @@ class Desk:
     def run(self, code: str, *arguments: str, **changes: str) -> str:
         child = self.start(code, *arguments, **changes)
         try:
-            printed, _ = child.communicate(timeout=100)
+            printed, _ = child.communicate(timeout=300)
         finally:
             child.kill()
         self.output += printed
@@ -573,16 +575,26 @@ def test_a_pushed_model_loads_back_with_the_same_logits_to_the_bit(desk, run):
 
 
 @pytest.mark.slow
-def test_a_run_with_push_to_hub_checks_its_access_first_and_ends_on_the_hub(desk, tmp_path):
-    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 200)
-    words = ["train", "builtin:quickstart", "--text", str(tmp_path / "text.txt"), "--block_size", "32"]
-    words += ["--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "true"]
+def test_a_run_from_a_base_on_the_hub_ends_there_and_a_stranger_can_check_it(desk, tmp_path):
+    files = {path.name: path.read_bytes() for path in builtin_folder("builtin:lilliput").iterdir() if path.is_file()}
+    base = desk.hub.create("guild/lilliput")
+    commit = base.commit("main", {name: Blob(len(body), body) for name, body in files.items()}, "the base")
+    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 60)
+    words = ["train", "builtin:quickstart", "--model_name_or_path", "guild/lilliput"]
+    words += ["--text", str(tmp_path / "text.txt"), "--block_size", "32", "--max_steps", "1"]
+    words += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "me/trained"]
     code = "import sys; from partialtune.cli import main; print('exit', main(sys.argv[1:]))"
-    refused = desk.run(code, *words, "--hub_model_id", "me/trained", HF_TOKEN=BAD_TOKEN)
+    refused = desk.run(code, *words, HF_TOKEN=BAD_TOKEN)
     assert "exit 2" in refused
     assert not (tmp_path / "run").exists()
-    trained = desk.run(code, *words, "--hub_model_id", "me/trained")
+    trained = desk.run(code, *words)
     assert "exit 0" in trained
-    assert {"model.safetensors", "README.md", "audit.json"} <= set(desk.hub.files("me/trained", "main"))
+    assert {"model.safetensors", "audit.json"} <= set(desk.hub.files("me/trained"))
+    about = ModelCard(desk.hub.files("me/trained")["README.md"].decode()).data.to_dict()
+    assert (about["base_model"], about["base_model_revision"]) == ("guild/lilliput", commit)
+    assert (about["license"], about["language"]) == ("apache-2.0", "en")
     again = desk.run(code, "push", str(tmp_path / "run"), "--repo_id", "me/trained")
-    assert "exit 0" in again
+    assert "Nothing was sent" in again
+    stranger = desk.run(code, "verify", f"guild/lilliput@{commit}", "me/trained", HF_TOKEN=OTHER_TOKEN)
+    assert "exit 0" in stranger
+    assert "kept every bit" in stranger

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -363,6 +364,21 @@ def test_a_streamed_run_trains_and_scores_on_the_same_windows(book, tmp_path, to
     assert large.train.cache_files
     assert isinstance(small.train.data, table.InMemoryTable)
     assert not small.train.cache_files
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])
+def test_text_is_held_out_from_the_end_of_each_source(tmp_path, tokenizer, in_memory_bytes):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {number} " for number in range(900)))
+    arguments = TextArguments(text=[str(tmp_path / "*.txt")], block_size=64, validation_share=0.2)
+    run = prepare_data(arguments, {}, tokenizer, seed=0, in_memory_bytes=in_memory_bytes)
+    for rows_of, before, after in ((run.train, 0, 720), (run.held_out, 720, 900)):
+        texts = [tokenizer.decode(ids) for ids in rows_of["input_ids"]]
+        assert not [text for text in texts if "first" in text and "second" in text]
+        for name in ("first", "second"):
+            numbers = {int(number) for text in texts for number in re.findall(rf"{name} (\d{{3}})\b", text)}
+            assert numbers, f"nothing of {name}"
+            assert before - 5 <= min(numbers) <= max(numbers) <= after + 5
 
 
 def test_bits_per_byte_of_a_streamed_text_rest_on_all_its_bytes_and_tokens(book, tokenizer):

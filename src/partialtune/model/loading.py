@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -65,7 +66,17 @@ def load_config(
     if dropout != "model":
         set_dropout(config, float(dropout))
     config.name_or_path = name  # what messages call it: not the folder of a bundled model
+    config._commit_hash = hub_commit(name, revision)  # transformers 5.23 knows it while it loads, and keeps it no more
     return config
+
+
+def hub_commit(name: str, revision: str = "main") -> str | None:
+    """The commit that a Hub id's revision was resolved to when its config was loaded; None for a folder."""
+    location = model_location(name)
+    if Path(location).is_dir():
+        return None
+    file = try_to_load_from_cache(location, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def set_dropout(config: PretrainedConfig, share: float) -> None:
