@@ -241,11 +241,12 @@ def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
-    from partialtune.hub.push import push_run
+    from partialtune.hub.push import Target, push_run
 
     _refuse(overrides)
     private = None if known.private is None else known.private == "true"
-    print(push_run(Path(known.run), known.repo_id, known.revision, private, known.allow_failed_audit), flush=True)
+    target = Target(known.repo_id, known.revision, private)
+    print(push_run(Path(known.run), target, known.allow_failed_audit), flush=True)
 
 
 def _apply(known: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
-from partialtune.hub.push import check_access, push_after_training
+from partialtune.hub.push import Target, check_access, push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.insight.next_token_shift import WATCHED_WINDOWS, next_token_shift
 from partialtune.insight.run_insight import sampled_continuations, weight_insight
@@ -40,6 +40,7 @@ from partialtune.launch import (
     one_device_a_process,
 )
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.statement import stated_by
 from partialtune.output_dir import (
     RECIPE_FILE,
     Standing,
@@ -358,7 +359,8 @@ def begin_folder(
         if history.is_file():
             shutil.copyfile(history, folder / DELTAS_FILE)
     values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
-    write_recipe(folder / RECIPE_FILE, values, record)
+    stated = stated_by(recipe.model.model_name_or_path, record["base_commit"])
+    write_recipe(folder / RECIPE_FILE, values, {**record, **stated})
     print(plan_table(plan), flush=True)
     logger.info(prefix_words([PrefixPhase(**phase) for phase in record["prefix_cache"]]))
 
@@ -428,18 +430,18 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
 @main_process_only
 def check_hub(said: Mapping[str, Any]) -> None:
     """Make sure of the access to the Hub before hours of training."""
-    check_access(said.get("hub_model_id") or "", said.get("hub_private_repo"), said.get("hub_revision"))
+    check_access(push_target(said))
 
 
 @main_process_only
 def push(folder: Path, said: Mapping[str, Any], allow_failed_audit: bool) -> None:
     """Upload the finished run and verify what arrived; everything is on disk by now."""
-    print(
-        push_after_training(
-            folder, said["hub_model_id"], said.get("hub_revision"), said.get("hub_private_repo"), allow_failed_audit
-        ),
-        flush=True,
-    )
+    print(push_after_training(folder, push_target(said), allow_failed_audit), flush=True)
+
+
+def push_target(said: Mapping[str, Any]) -> Target:
+    """Where the recipe wants the run to be pushed to."""
+    return Target(said.get("hub_model_id") or "", said.get("hub_revision"), said.get("hub_private_repo"))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
-from partialtune.pages.html import Cell, data_uri, page_environment, style_and_script
+from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script
 from partialtune.pages.report import yaml_words
 from partialtune.pages.wording import Finding, change, count, counted, joined, percent, score, significant
 
@@ -28,7 +28,7 @@ def render_page(title: str, rows: Sequence[Row], notes: Sequence[str], figure: M
         notes: What a reader should know beside the figures.
         figure: The frontier as PNG, `light` and `dark`.
     """
-    environment = page_environment()
+    environment = html_environment()
     failed = [(row.name, run.seed, run.code, run.reason) for row in rows for run in row.failed]
     texts = further_texts(rows)
     return environment.get_template("comparison.html.j2").render(

@@ -5,10 +5,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from partialtune.pages.html_text import flowing, visible
+from partialtune.pages.templating import page_environment
 from partialtune.pages.wording import count, percent, significant
 
 
@@ -22,23 +23,11 @@ class Cell:
     bar: float | None = None
 
 
-def page_environment() -> Environment:
-    """The environment of the HTML templates: every value is escaped, an unknown name is an error."""
-    environment = Environment(
-        loader=PackageLoader("partialtune.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def html_environment() -> Environment:
+    """The environment of the HTML templates: every value is escaped."""
+    return page_environment(
+        autoescape=True, visible=visible, flowing=flowing, percent=percent, count=count, significant=significant
     )
-    environment.filters |= {
-        "visible": visible,
-        "flowing": flowing,
-        "percent": percent,
-        "count": count,
-        "significant": significant,
-    }
-    return environment
 
 
 def style_and_script(environment: Environment) -> dict[str, Any]:

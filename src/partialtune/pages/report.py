@@ -5,7 +5,7 @@ from pathlib import Path
 
 from partialtune.pages.curve_figure import learning_curves
 from partialtune.pages.figures import KINDS, Figure, describe_figures, render_figure
-from partialtune.pages.html import data_uri, page_environment, style_and_script
+from partialtune.pages.html import data_uri, html_environment, style_and_script
 from partialtune.pages.html_text import yaml_words
 from partialtune.pages.report_insight import (
     prompt_comparisons,
@@ -48,7 +48,7 @@ def write_report(run: str | os.PathLike) -> Path:
 
 def render_report(run: RunFiles) -> str:
     """The page as text."""
-    environment = page_environment()
+    environment = html_environment()
     return environment.get_template("report.html.j2").render(
         run=run,
         passed=run.audit["passed"],
