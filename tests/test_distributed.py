@@ -203,7 +203,6 @@ def test_an_error_that_is_no_lost_process_stays_what_it_is():
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ENGINES = {
     "plain": ({}, SimpleNamespace(device=CPU, fsdp=None), None),
-    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, SimpleNamespace(device=GPU, fsdp=None), "DeepSpeed"),
     "FSDP1 by the launcher": (
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
         SimpleNamespace(device=GPU, fsdp=None),

@@ -171,7 +171,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
-        from partialtune.launch import join_processes, peers_watched, use_all_cores
+        from partialtune.launch import check_launcher, join_processes, peers_watched, use_all_cores
         from partialtune.model.loading import quiet_libraries
         from partialtune.recipe.reading import read_recipe
         from partialtune.train import train
@@ -179,6 +179,7 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     use_all_cores()
     quiet_libraries()
+    check_launcher()
     with ended_by_signals(), peers_watched():
         recipe = read_recipe(_recipe_path(known.recipe), overrides)
         join_processes(recipe.training)

@@ -38,6 +38,7 @@ from partialtune.launch import (
     first_on_each_node,
     main_process_only,
     one_device_a_process,
+    peers_watched,
 )
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
 from partialtune.model.statement import stated_by
@@ -122,7 +123,7 @@ def train(recipe: Recipe) -> Path:
         decided_by_main(lambda: check_same_run(checkpoint, plan, begun, origin))
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
-    with ExitStack() as held, exit_recorded(folder):
+    with ExitStack() as held, exit_recorded(folder), peers_watched():
         decided_by_main(lambda: take_folder(held, folder, recipe, standing))
         begin_folder(folder, recipe, plan, run_record(args, model, data, prefix), checkpoint)
         check_shared(folder, RECIPE_FILE)
