@@ -151,6 +151,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_policy_and_keep_short_name
     rows = grouped([read_outcome(path) for path in paths])
     assert [(row.name, [run.seed for run in row.outcomes]) for row in rows] == [("full", [1, 3]), ("norms", [1, 3])]
     assert unique_names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
+    assert unique_names([Path("/a/norms-lr1e-05-seed0"), Path("/a/full-lr0.1-seed0")]) == ["norms", "full"]
+    assert unique_names([Path("/a/full-lr0.01-seed0"), Path("/a/full-lr0.1-seed0")]) == ["full-lr0.01", "full-lr0.1"]
 
 
 # --- figure and page

@@ -216,7 +216,7 @@ def annotate(
     axes: "Axes", point: Point, offset: tuple[float, float], alignment: tuple[str, str], theme: Theme
 ) -> "Annotation":
     """The label of a point; from further away with a thin line to it."""
-    far = max(map(abs, offset)) > DISTANCES[1]
+    far = max(map(abs, offset)) > DISTANCES[0]
     line = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if far else None
     return axes.annotate(
         joined([point.name], 24),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from partialtune.output_dir import EXIT_FILE, read_json
 from partialtune.pages.run_files import RunFiles, parsed, read_run
 from partialtune.recipe.reading import same_run
 from partialtune.recipe.rules import training_defaults
+
+SEED = re.compile(r"(?<=.)-seed\d+$")  # endings that a comparison gives to the folders of its runs
+RATE_AND_SEED = re.compile(r"(?<=.)-lr[\d.e+-]+-seed\d+$|(?<=.)-seed\d+$")
 
 
 @dataclass(frozen=True)
@@ -258,19 +262,15 @@ def same_policy(a: Outcome, b: Outcome) -> bool:
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """Folder names without `-seedN`; with as many folders above as it takes to tell them apart."""
+    """Folder names without `-lrRATE-seedN`; with the rate, or folders above, where that tells them apart."""
     names = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, names), default=1) + 1):
         shown = ["/".join(parts[-length:]) for parts in names]
-        plain = [_without_seed(name) for name in shown]
-        if len(set(plain)) == len(plain):
-            return plain
+        for ending in (RATE_AND_SEED, SEED):
+            plain = [ending.sub("", name) for name in shown]
+            if len(set(plain)) == len(plain):
+                return plain
     return shown
-
-
-def _without_seed(name: str) -> str:
-    stem, found, seed = name.rpartition("-seed")
-    return stem if found and stem and seed.isdigit() else name
 
 
 def _other(folder: Path) -> str:
