@@ -5,7 +5,8 @@ data. So backward stops where it will stop and every tensor lives as long as it 
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partialtune.cost.flops import ProductCounter, Products, tensors_in
 from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.errors import ModelError
+from partialtune.fast.gelu import fused_gelu
+from partialtune.fast.head_loss import rows_at_once
+from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.structure import read_structure
@@ -57,6 +61,7 @@ def dry_step(
     bf16: bool = False,
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
+    fast_paths: Collection[str] = (),
 ) -> Cost:
     """Take one optimizer step of `plan` without values, with the operations that PyTorch has for a CPU.
 
@@ -69,6 +74,7 @@ def dry_step(
         bf16: Whether products run in bf16 (autocast).
         optimizer: `optim` of the recipe, one of `OPTIMIZERS`.
         checkpointing: Whether blocks that backward passes are recomputed (`activation_checkpointing`).
+        fast_paths: Those of the recipe: `gelu` and `loss` hold fewer tensors.
 
     Returns:
         The products of the whole step, and its memory from the second step on.
@@ -76,17 +82,42 @@ def dry_step(
     Raises:
         ModelError: If the model decides by values what it computes.
     """
+    try:
+        return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
+    except LogitsInUse:  # found out as in training: this model keeps its own loss
+        paths = set(fast_paths) - {"loss"}
+        return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, paths)
+
+
+def _dry_step(
+    model: nn.Module,
+    plan: FreezePlan,
+    batch_size: int,
+    block_size: int,
+    accumulation: int,
+    bf16: bool,
+    optimizer: str,
+    checkpointing: bool,
+    fast_paths: Collection[str],
+) -> Cost:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     twin = without_values(model, fake)
     apply_plan(twin, plan)
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
         recompute_from(twin, plan.phases[-1].first_block)
+    loss = LossWithoutLogits(twin) if "loss" in fast_paths else None
+    without_logits = loss is not None and not loss.needs_logits()
     scored_tokens = batch_size * (block_size - 1)
-    meter = StepMeter(twin, fake, scored_tokens, first_block=plan.phases[-1].first_block)
+    logits_rows = rows_at_once(scored_tokens, twin.config.get_text_config().vocab_size, "cpu")
+    meter = StepMeter(
+        twin, fake, logits_rows if without_logits else scored_tokens, first_block=plan.phases[-1].first_block
+    )
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
-        memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
+        with fused_gelu(twin) if "gelu" in fast_paths else nullcontext():
+            with loss.active() if without_logits else nullcontext():
+                memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
     except RuntimeError as error:
         raise ModelError(
             f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
@@ -122,9 +153,9 @@ class StepMeter(TorchDispatchMode):
         self.backward = False
         self.ledger = MemoryLedger()
         self.ledger.assign(weights, "weights")
-        self.counter = ProductCounter(self.ledger, list(model.parameters()))
         self._fake, self._scored_tokens = fake, scored_tokens
         self._vocabulary = model.config.get_text_config().vocab_size
+        self.counter = ProductCounter(self.ledger, list(model.parameters()), self._vocabulary)
         for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
             block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
             block.register_forward_hook(lambda *_: setattr(self.counter, "in_prefix", False))
@@ -149,7 +180,8 @@ class StepMeter(TorchDispatchMode):
             return func(*args, **kwargs)  # positions and masks have values, and models decide by them
         if func._overloadpacket is torch.ops.aten._grouped_mm:
             return _empty_grouped_product(*args, **kwargs)
-        return self._fake.__torch_dispatch__(func, types, args, kwargs)
+        result = self._fake.__torch_dispatch__(func, types, args, kwargs)
+        return kwargs.get("out", result)  # the fake result of an `out=` is a tensor beside it
 
     def _is_logits(self, tensor: torch.Tensor) -> bool:
         wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary

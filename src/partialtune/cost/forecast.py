@@ -1,6 +1,7 @@
 """What a recipe will cost: model on the meta device + plan + batch -> arithmetic, memory, advice."""
 
 import textwrap
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ def forecast(
     bf16: bool = False,
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
+    fast_paths: Collection[str] = (),
 ) -> Forecast:
     """Find out what a step of `plan` costs, without weights.
 
@@ -100,13 +102,14 @@ def forecast(
         bf16: Whether products run in bf16.
         optimizer: `optim` of the recipe.
         checkpointing: `activation_checkpointing` of the recipe.
+        fast_paths: Of the recipe. Full fine-tuning is counted with the same.
 
     Raises:
         ModelError: If the model cannot take a step without its weights.
     """
 
     def costing(other: FreezePlan) -> Cost:
-        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing)
+        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
 
     everything = plan_freeze(model, ["all"])
     cost = costing(plan)
