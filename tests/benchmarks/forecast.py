@@ -25,6 +25,7 @@ POLICIES = (
     (["all"], "tied"),
 )
 STEPS = 2  # the optimizer's state is there from the second on
+FAST_PATHS = ("loss", "gelu", "casts")  # as a recipe has them that says nothing
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,16 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
         model = GPT2LMHeadModel(config)
         apply_plan(model, plan)
         PartialTrainer(
-            plan=plan, delta_steps=STEPS, model=model, args=args, train_dataset=windows, data_collator=collate_windows
+            plan=plan,
+            delta_steps=STEPS,
+            fast_paths=FAST_PATHS,
+            model=model,
+            args=args,
+            train_dataset=windows,
+            data_collator=collate_windows,
         ).train()
         measured = largest_mb() - before
-    predicted = forecast(empty, plan, shape.batch_size, shape.block_size, optimizer=args.optim)
+    predicted = forecast(empty, plan, shape.batch_size, shape.block_size, optimizer=args.optim, fast_paths=FAST_PATHS)
     return Growth(selectors, head, (predicted.cost.memory.peak + predicted.copies) / 2**20, measured)
 
 

@@ -6,7 +6,7 @@ data. So backward stops where it will stop and every tensor lives as long as it 
 
 import copy
 from collections.abc import Callable, Collection, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +115,12 @@ def _dry_step(
     )
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
-        with fused_gelu(twin) if "gelu" in fast_paths else nullcontext():
-            with loss.active() if without_logits else nullcontext():
-                memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
+        with ExitStack() as paths:
+            if "gelu" in fast_paths:
+                paths.enter_context(fused_gelu(twin))
+            if without_logits:
+                paths.enter_context(loss.active())
+            memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
     except RuntimeError as error:
         raise ModelError(
             f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
