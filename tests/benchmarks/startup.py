@@ -2,7 +2,7 @@
 
     python tests/benchmarks/startup.py [--repeats 3]
 
-GPT-2's 124M shape with random weights, 16 x 256 tokens, a text of 32 windows. Each figure is a median over whole commands;
+GPT-2's 124M shape with random weights, 16 x 256 tokens, a text of 32 windows. Figures are medians over whole commands;
 `train` is ended when its first step begins, which its progress bar shows. The scores before training are shown apart:
 they are the model's own time, here for 28 windows, in a run for up to 256 and the held-out text.
 """
