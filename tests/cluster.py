@@ -226,10 +226,11 @@ def kill(warm: WarmProcess, words: Sequence[str], run: Path, seconds: float, in_
     while not begun.exists() and time.monotonic() < end:
         time.sleep(0.002)
     started = time.monotonic()
-    while time.monotonic() < started + seconds or (in_save and not list((run / ".unfinished").glob("*/*"))):
-        assert time.monotonic() < end
-        time.sleep(0.0005)
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):  # it has ended
+        while time.monotonic() < started + seconds or (in_save and not list((run / ".unfinished").glob("*/*"))):
+            assert time.monotonic() < end
+            os.kill(process, 0)
+            time.sleep(0.0005)
         os.kill(process, signal.SIGKILL)
     passed = time.monotonic() - started
     if warm.end() >= 0:

@@ -100,6 +100,104 @@ def prompt_entries(prompts: list[str], odd_token: str) -> list[dict[str, Any]]:
     ]
 
 
+def insight(parameters: list[dict[str, Any]], prompts: list[str], odd_token: str, held_out: bool) -> dict[str, Any]:
+    """`insight.json` of a run: everything that trains has a rank, and the odd token is among those that moved."""
+    trained = [parameter for parameter in parameters if parameter["trainable"]]
+    words = [" ship", odd_token, " my", "\n", " Majesty", " the"]
+    matrices = [
+        {
+            **{key: parameter[key] for key in ("name", "block", "component", "shape")},
+            "matrices": 1,
+            "largest_possible": min(parameter["shape"]),
+            "effective_rank": min(parameter["shape"]) * (0.3 + 0.4 * unit(parameter["name"])),
+            "stable_rank": 1 + 9 * unit(parameter["name"] + " stable"),
+        }
+        for parameter in trained
+        if len(parameter["shape"]) == 2
+    ]
+    rows = [
+        {
+            "name": parameter["name"],
+            "component": parameter["component"],
+            "tokens": parameter["shape"][0],
+            "moved": parameter["shape"][0],
+            "occurring": 9000,
+            "moved_absent": parameter["shape"][0] - 9000,
+            "rank_correlation": 0.62,
+            "most": [
+                {"token": word, "id": 500 + at, "count": 3**at, "l2_delta": 1 / (at + 1), "relative_delta": 0.3 / 2**at}
+                for at, word in enumerate(words)
+            ],
+            "by_count": [
+                {"from": 2**at // 2, "to": 2**at - 1, "tokens": 5000 // (at + 1)}
+                | {"p10": 0.01, "median": 0.02 + at / 100, "p90": 0.2}
+                for at in range(12)
+            ],
+        }
+        for parameter in trained
+        if parameter["component"] in ("embeddings.tokens", "head")
+    ]  # fmt: skip
+    return {
+        "effective_ranks": {"matrices": matrices, "left_out": [], "seconds": 2.5},
+        "moved_tokens": {"matrices": rows, "seconds": 0.3},
+        "learning_curves": {"windows": {"training": 16, "python_docs": 16}, "seconds": 12.0},
+        "next_token_shift": next_token_shift(words) if held_out else None,
+        "sampled_continuations": {
+            "temperature": 1.0,
+            "top_p": 0.95,
+            "seed": 0,
+            "prompts": [
+                {"prompt": prompt, "before": f" and {odd_token} the", "after": f" of {odd_token} Blefuscu,\nwho"}
+                for prompt in prompts
+            ],
+        },
+    }
+
+
+def next_token_shift(words: list[str]) -> dict[str, Any]:
+    def places(low: float, high: float) -> list[dict[str, Any]]:
+        around = {"text_before": "I had the honour\nto be a ", "text_after": " unto his Majesty,"}
+        return [
+            {
+                "window": at,
+                "position": 7 * at + 1,
+                "before": low / (at + 1),
+                "after": high / (at + 1),
+                "token": word,
+                "id": at,
+            }
+            | around
+            for at, word in enumerate(words)
+        ]
+
+    def totals(sign: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "token": word,
+                "id": at,
+                "occurrences": 9 - at,
+                "bits": sign * 900 / (at + 1),
+                "before": 0.01,
+                "after": 0.05,
+            }
+            for at, word in enumerate(words)
+        ]
+
+    edges = [-12 + step / 2 for step in range(49)]
+    counts = [round(900 * math.exp(-(((edge - 0.5) / 2) ** 2))) for edge in edges[:-1]]
+    return {
+        "windows": 62,
+        "positions": sum(counts),
+        "rose_share": 0.58,
+        "mean_bits": 1.13,
+        "histogram": {"edges": edges, "counts": counts},
+        "rose": places(0.02, 0.9),
+        "fell": places(0.7, 0.1),
+        "gained": totals(1),
+        "lost": totals(-1),
+    }
+
+
 def log_history(steps: int, held_out: bool, losses: Mapping[int, float]) -> list[dict[str, Any]]:
     """Entries as Trainer writes them; `losses` replaces the loss of some steps."""
     entries = []
@@ -110,8 +208,14 @@ def log_history(steps: int, held_out: bool, losses: Mapping[int, float]) -> list
         entries.append(
             {"epoch": epoch, "grad_norm": 1.2, "learning_rate": 5e-5 * (1 - epoch), "loss": loss, "step": step}
         )
-        if held_out and step % max(1, steps // 10) == 0:
-            entries.append({"epoch": epoch, "eval_loss": fall + 0.05, "eval_runtime": 1.0, "step": step})
+        if step % max(1, steps // 10) == 0:
+            curves = {"training": fall * 0.35, "python_docs": 1.744 + 0.05 * epoch}
+            if held_out:
+                entries.append({"epoch": epoch, "eval_loss": fall + 0.05, "eval_runtime": 1.0, "step": step})
+                curves["validation"] = (fall + 0.05) * 0.35
+            entries.append(
+                {"epoch": epoch, **{f"bits_per_byte/{k}": value for k, value in curves.items()}, "step": step}
+            )
     return [*entries, {"epoch": 1.0, "step": steps, "total_flos": 1.0e15, "train_loss": 4.8, "train_runtime": 900.0}]
 
 
@@ -193,6 +297,7 @@ def write_run_folder(
             "python_docs": {"before": scores(3.9, 50000, 0.31, 0.4), "after": scores(4.01, 50000, 0.31, 0.391)},
             "prompts": prompt_entries(list(prompts), odd_token),
         },
+        "insight.json": insight(parameters, list(prompts), odd_token, held_out),
         "performance.json": {
             "median_step_seconds": 24.2,
             "tokens_per_second": 169.3,

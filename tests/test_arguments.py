@@ -34,6 +34,7 @@ KEYS_AND_DEFAULTS = {
     "method": "partial",
     "weight_decay_on": "matrices",
     "delta_steps": 10,
+    "checkpoint_format": "full",
     "allow_failed_audit": False,
     "eval_texts": {},
     "prefix_cache": "auto",

@@ -10,7 +10,9 @@ from conftest import some_windows, tiny_gpt2
 from partialtune.errors import FreezeViolation
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.proof.audit import KEPT_EVERY_BIT, NEVER_A_GRADIENT, FreezeAuditCallback
+from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
+from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.training.trainer import collate_windows
 
 
@@ -141,3 +143,57 @@ def test_a_violation_may_be_allowed_and_is_written_all_the_same(tmp_path, caplog
     audit = audited_training(tmp_path, tiny_gpt2(), ["final_norm"], fault, stop_on_violation=False)
     assert audit["passed"] is False
     assert "Freeze audit failed" in caplog.text
+
+
+def with_buffers():
+    """A model with statistics that its file keeps, whole numbers among them, and a table that it computes."""
+    model = tiny_gpt2()
+    norm = model.transformer.h[1].ln_2
+    norm.register_buffer("running_mean", torch.zeros(32))
+    norm.register_buffer("batches", torch.tensor(2**53, dtype=torch.int64))
+    norm.register_buffer("table", torch.ones(8), persistent=False)
+    return model
+
+
+def test_a_persistent_buffer_that_changed_is_a_violation_and_named(tmp_path):
+    fault = Fault(lambda m: m.transformer.h[1].ln_2.batches.add_(1))  # one that fp32 could not tell
+    with pytest.raises(FreezeViolation, match=r"1 persistent buffers changed: transformer\.h\.1\.ln_2\.batches"):
+        audited_training(tmp_path, with_buffers(), ["final_norm"], fault)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["passed"] is False
+    assert audit["buffers"] == {"persistent": 2, "changed": ["transformer.h.1.ln_2.batches"]}
+    assert audit["frozen"]["changed"] == []
+
+
+def test_a_changed_buffer_is_found_at_the_next_save(tmp_path):
+    fault = Fault(lambda m: m.transformer.h[1].ln_2.running_mean.add_(1), step=1)
+    with pytest.raises(FreezeViolation, match=r"step 2: .*running_mean"):
+        audited_training(tmp_path, with_buffers(), ["final_norm"], fault, save_strategy="steps", save_steps=2)
+
+
+def test_a_table_that_the_model_computes_for_itself_may_change(tmp_path):
+    fault = Fault(lambda m: m.transformer.h[1].ln_2.table.add_(1))
+    audit = audited_training(tmp_path, with_buffers(), ["final_norm"], fault)
+    assert audit["passed"] is True
+    assert audit["buffers"] == {"persistent": 2, "changed": []}
+
+
+def test_digests_are_made_at_the_start_at_saves_and_at_the_end_only(tmp_path, monkeypatch):
+    from partialtune.proof import weights
+
+    made, digest = [], weights._digest_of_whole
+    monkeypatch.setattr(weights, "_digest_of_whole", lambda values: made.append(1) or digest(values))
+    plan = plan_freeze(tiny_gpt2(), ["final_norm"])
+    deltas = WeightDeltaCallback(plan, delta_steps=1, output_dir=tmp_path)
+    audited_training(tmp_path, tiny_gpt2(), ["final_norm"], deltas, save_strategy="steps", save_steps=2)
+    tensors, frozen = len(plan.parameters), len(plan.frozen)
+    assert len(made) == tensors + 2 * frozen + tensors  # start (one for both callbacks), saves at 2 and 4, end
+
+
+def test_the_callbacks_count_their_seconds(tmp_path):
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    audit = FreezeAuditCallback(plan)
+    assert audit.seconds == 0.0
+    audited_training(tmp_path, model, ["final_norm"], audit)
+    assert 0.0 < audit.seconds < 60.0

@@ -131,6 +131,11 @@ CASES = {
         with_file("theirs/thesis.txt", b"years of work"),
         ["holds no run of partialtune"],
     ),
+    "another run's folder": (
+        {},
+        with_file("run/recipe.yaml", b"model_name_or_path: builtin:lilliput\nmax_steps: 9\nlearning_rate: 0.1\n"),
+        ["holds a run of another recipe", "learning_rate", "--output_dir"],
+    ),
     "a file in its place": ({"output_dir": "{tmp}/book.txt"}, None, ["is a file"]),
     "a file on the way": ({"output_dir": "{tmp}/book.txt/run"}, None, ["is a file"]),
 }

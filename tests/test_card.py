@@ -6,7 +6,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from partialtune.pages.card import cell_code, code, plain, write_card
+from partialtune.pages.card import cell_code, code, name_repository, plain, write_card
 from run_folder import write_run_folder
 
 ATTACK = "<script>alert(1)</script> | `a` *b* [c](http://d) _e_ $f$ \\ \n---\n# g"
@@ -31,6 +31,7 @@ def test_the_metadata_are_those_that_the_hub_knows(card):
     data = card.data
     assert data.base_model == "openai-community/gpt2"
     assert data.to_dict()["base_model_relation"] == "finetune"
+    assert data.to_dict()["base_model_revision"] == "607a30d783dfa663caf39e06633721c8d4cfcd7e"
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert {"partialtune", "partial-fine-tuning", "layer-freezing"} <= set(data.tags)
     assert "license" not in data.to_dict()
@@ -73,9 +74,52 @@ def test_only_a_hub_repository_is_named_as_base_model(tmp_path, model, commit, b
 
 
 def test_language_and_licence_are_taken_from_the_record_where_it_has_them(tmp_path):
-    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, record={"language": "en", "license": "mit"})
-    data = ModelCard.load(write_card(run)).data
-    assert (data.language, data.license) == ("en", "mit")
+    stated = {"language": ["en", "de"], "license": "other", "license_name": "gulliver", "license_link": "LICENSE"}
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, record=stated)
+    data = ModelCard.load(write_card(run)).data.to_dict()
+    assert {key: data[key] for key in stated} == stated
+
+
+def test_an_adapter_is_called_one(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, recipe={"method": "lora"})
+    assert ModelCard.load(write_card(run)).data.to_dict()["base_model_relation"] == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [
+        ({}, "NAMESPACE/NAME"),
+        ({"hub_model_id": "me/gulliver"}, "me/gulliver"),
+        ({"hub_model_id": "me/gulliver", "hub_revision": "v2"}, "me/gulliver@v2"),
+    ],
+)
+def test_the_card_gives_the_command_that_checks_the_repository(tmp_path, recipe, target):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, recipe=recipe)
+    text = ModelCard.load(write_card(run)).text
+    base = "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    assert f"\npartialtune verify {base} {target}\n" in text
+    assert ('from_pretrained(repository, revision="v2")' in text) is ("hub_revision" in recipe)
+
+
+def test_a_base_that_nobody_else_has_gives_no_command_to_fetch_it(tmp_path):
+    run = write_run_folder(
+        tmp_path / "run",
+        blocks=1,
+        width=8,
+        steps=1,
+        recipe={"model_name_or_path": "models/mine"},
+        record={"base_commit": None},
+    )
+    assert "partialtune verify" not in ModelCard.load(write_card(run)).text
+
+
+def test_a_card_without_a_repository_is_given_its_name_and_keeps_the_rest(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1)
+    card = write_card(run)
+    card.write_text(card.read_text(encoding="utf-8") + "Written by hand.\n", encoding="utf-8")
+    before = card.read_text(encoding="utf-8")
+    name_repository(run, "me/gulliver")
+    assert card.read_text(encoding="utf-8") == before.replace("NAMESPACE/NAME", "me/gulliver") != before
 
 
 def test_the_card_says_what_trained_and_what_it_brought(card):
@@ -90,7 +134,7 @@ def test_the_card_says_what_trained_and_what_it_brought(card):
 
 
 def test_a_card_names_no_command_but_those_that_exist(card):
-    assert set(re.findall(r"partialtune (?!\d)(\w+)", card.text)) <= {"train", "plan"}
+    assert set(re.findall(r"partialtune (?!\d)(\w+)", card.text)) <= {"train", "plan", "verify"}
 
 
 def test_tables_are_tables_and_have_as_many_cells_as_headers(card):

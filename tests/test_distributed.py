@@ -109,6 +109,27 @@ def test_deltas_agree_line_by_line(runs):
 
 
 @pytest.mark.slow
+def test_insight_agrees(runs):
+    one, two = (read(run, "insight.json") for run in runs.both)
+    assert one["sampled_continuations"] == two["sampled_continuations"]
+    assert one["next_token_shift"]["positions"] == two["next_token_shift"]["positions"] > 0
+    assert one["next_token_shift"]["mean_bits"] == pytest.approx(two["next_token_shift"]["mean_bits"], abs=1e-4)
+    ranks = [{e["name"]: e["effective_rank"] for e in insight["effective_ranks"]["matrices"]} for insight in (one, two)]
+    assert len(ranks[0]) == 4
+    assert ranks[0] == pytest.approx(ranks[1], rel=0.05)
+    curves = [
+        [
+            entry["bits_per_byte/training"]
+            for entry in read(run, "trainer_state.json")["log_history"]
+            if "bits_per_byte/training" in entry
+        ]
+        for run in runs.both
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert len(curves[0]) == 5
+
+
+@pytest.mark.slow
 def test_there_is_one_set_of_files(runs):
     names = [
         sorted(str(path.relative_to(run)) for path in run.rglob("*") if "rng_state" not in path.name)
@@ -182,7 +203,6 @@ def test_an_error_that_is_no_lost_process_stays_what_it_is():
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ENGINES = {
     "plain": ({}, SimpleNamespace(device=CPU, fsdp=None), None),
-    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, SimpleNamespace(device=GPU, fsdp=None), "DeepSpeed"),
     "FSDP1 by the launcher": (
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
         SimpleNamespace(device=GPU, fsdp=None),

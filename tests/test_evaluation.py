@@ -21,7 +21,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from partialtune.errors import TextError
-from partialtune.scoring.evaluation import METRIC_FILE, ScoredText, score_text, scored_text
+from partialtune.scoring.evaluation import (
+    METRIC_FILE,
+    ScoredText,
+    score_text,
+    score_tokens,
+    scored_text,
+    spaced_indices,
+)
 from partialtune.scoring.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
 
 VOCABULARY = 128
@@ -216,6 +223,20 @@ def test_scored_text_counts_all_tokens_and_bytes_and_spaces_a_limit_evenly():
     assert len(scored_text(["a"], ids, block_size=10, limit=256).windows) == 100
 
 
+@pytest.mark.parametrize("watched", [0, 3, 99])
+def test_the_scores_of_single_tokens_are_kept_for_evenly_spaced_windows(watched):
+    model, scored = tiny_gpt2(), random_text(7)
+    figures, nats = score_tokens(model, scored, batch_size=2, description="test", watched=watched)
+    assert figures == score_text(model, scored, batch_size=2, description="test")
+    chosen = {0: [], 3: [0, 3, 6], 99: list(range(7))}[watched]
+    assert spaced_indices(7, watched).tolist() == chosen
+    ids = torch.tensor(scored.windows["input_ids"])[chosen].view(-1, BLOCK_SIZE)
+    assert len(nats) == len(chosen)
+    for window, line in zip(ids, nats, strict=True):
+        expected = -model(window[None]).logits[0, :-1].double().log_softmax(-1)[range(BLOCK_SIZE - 1), window[1:]]
+        assert torch.allclose(torch.from_numpy(line).double(), expected, atol=1e-5)
+
+
 def test_metric_module_loads_without_network_and_writes_nothing_into_the_working_folder(tmp_path, monkeypatch):
     import evaluate
 
@@ -249,8 +270,9 @@ def score_as_one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     scores = {count: score_text(tiny_gpt2(), random_text(count), batch_size=2, description="test") for count in COUNTS}
+    _, nats = score_tokens(tiny_gpt2(), random_text(5), batch_size=2, description="test", watched=3)
     with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump({"light": light, "scores": scores}, file)
+        json.dump({"light": light, "scores": scores, "nats": nats.tolist()}, file)
     gc.collect()  # gloo may abort at exit if anything of it is still referred to
     dist.destroy_process_group()
 
@@ -272,6 +294,13 @@ def test_two_processes_report_what_one_reports(two_processes, count):
     assert alone["tokens"] == count * (BLOCK_SIZE - 1)
     for process in two_processes:
         assert process["scores"][str(count)] == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_every_process_gets_the_scores_of_all_watched_windows(two_processes):
+    _, alone = score_tokens(tiny_gpt2(), random_text(5), batch_size=2, description="test", watched=3)
+    for process in two_processes:
+        assert np.array(process["nats"]) == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -310,6 +339,22 @@ def test_continuation_is_greedy_whatever_the_models_generation_settings_say(capf
     assert len(plain.continuation) == 12
     assert model.generation_config.to_dict() == settings
     assert capfd.readouterr() == ("", "")  # no warnings
+
+
+def test_the_sampled_continuation_is_the_same_each_time_and_draws_nothing_from_the_trainings_random_numbers(capfd):
+    model, tokenizer = tiny_gpt2(scale=4.0), ascii_tokenizer()
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first, second = (probe_prompts(model, tokenizer, ["ab", "ab"], new_tokens=20) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [probe.sample for probe in first] == [probe.sample for probe in second]
+    assert first[0].sample == first[1].sample  # one seed for every prompt
+    assert first[0].sample != first[0].continuation
+    assert len(first[0].sample) == 20
+    model.generation_config.update(temperature=0.01, top_k=1, repetition_penalty=9.0)
+    (probe,) = probe_prompts(model, tokenizer, ["ab"], new_tokens=20)
+    assert probe.sample == first[0].sample
+    assert capfd.readouterr() == ("", "")
 
 
 def test_continuation_ends_where_the_models_context_ends():

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -12,22 +13,20 @@ import pytest
 from PIL import Image
 
 from partialtune.errors import InputError
-from partialtune.pages.figures import (
-    by_component,
-    delta_series,
-    describe_figures,
-    draw_figures,
-    held_out_losses,
-    render_figure,
-    running_mean,
-    spread,
-)
-from partialtune.pages.heatmap import heatmap_cells, lay_out
+from partialtune.pages.curve_figure import learning_curves
+from partialtune.pages.delta_lines import by_component, delta_series
+from partialtune.pages.end_labels import spread
+from partialtune.pages.figures import KINDS, describe_figures, draw_figures, render_figure
+from partialtune.pages.heatmap_layout import heatmap_cells, lay_out
+from partialtune.pages.heatmap_series import MOST_PANELS, chosen_steps, fitted
+from partialtune.pages.loss_figure import held_out_losses, running_mean
+from partialtune.pages.rank_figure import ranks_by_kind
 from partialtune.pages.run_files import read_deltas, read_run
 from partialtune.pages.themes import WIDTH
 from run_folder import write_run_folder
 
-NAMES = ["loss.png", "deltas_heatmap.png", "deltas_over_steps.png"]
+ALWAYS = ["loss.png", "deltas_heatmap.png", "deltas_over_steps.png"]
+NOTEBOOK = [name for name in KINDS if name != "effective_ranks.png"]  # no block trains: nothing to show block by block
 
 
 def last_two(parameter):
@@ -43,10 +42,14 @@ def notebook(tmp_path_factory):
     return read_run(write_run_folder(tmp_path_factory.mktemp("runs") / "gulliver"))
 
 
-def test_three_figures_of_1600_pixels_are_drawn_into_the_run_s_folder(tmp_path):
+def alts(run):
+    return {figure.path.name: figure.alt for figure in describe_figures(run)}
+
+
+def test_figures_of_1600_pixels_are_drawn_into_the_run_s_folder(tmp_path):
     run = write_run_folder(tmp_path / "run")
     paths = draw_figures(run)
-    assert paths == [run / "figures" / name for name in NAMES]
+    assert paths == [run / "figures" / name for name in NOTEBOOK]
     for path in paths:
         with Image.open(path) as image:
             assert image.width == 1600
@@ -73,7 +76,7 @@ def test_drawing_leaves_the_caller_s_plot_settings_and_figures_alone(tmp_path):
 )
 def test_unusual_runs_are_drawn_too(tmp_path, settings):
     run = write_run_folder(tmp_path / "run", **{"blocks": 2, "width": 8, "steps": 20, **settings})
-    assert [path.name for path in draw_figures(run)] == NAMES
+    assert [path.name for path in draw_figures(run) if path.name in ALWAYS] == ALWAYS
 
 
 def test_a_run_without_log_and_deltas_says_so_in_its_figures(tmp_path):
@@ -81,9 +84,10 @@ def test_a_run_without_log_and_deltas_says_so_in_its_figures(tmp_path):
     (run / "trainer_state.json").write_text('{"log_history": []}')
     (run / "weight_deltas.jsonl").write_text("")
     draw_figures(run)
-    loss, _, deltas = (figure.alt for figure in describe_figures(read_run(run)))
-    assert "no loss was logged" in loss
-    assert "no deltas were reported" in deltas
+    (run / "insight.json").unlink()
+    assert list(alts(read_run(run))) == ALWAYS
+    assert "no loss was logged" in alts(read_run(run))["loss.png"]
+    assert "no deltas were reported" in alts(read_run(run))["deltas_over_steps.png"]
 
 
 def test_parts_that_a_model_lacks_have_no_cell(tmp_path):
@@ -125,9 +129,8 @@ def test_a_frozen_part_that_changed_is_not_drawn_as_zero(tmp_path):
     states = {cell.group.label: cell.state for cell in heatmap_cells(run)}
     assert states["block 3 attention"] == "changed"
     assert states["block 4 attention"] == "frozen"
-    _, heatmap, deltas = (figure.alt for figure in describe_figures(run))
-    assert "frozen, but changed in 1 block" in heatmap
-    assert "the frozen part changed" in deltas
+    assert "frozen, but changed in 1 block" in alts(run)["deltas_heatmap.png"]
+    assert "the frozen part changed" in alts(run)["deltas_over_steps.png"]
 
 
 @pytest.mark.parametrize("blocks", [1, 12, 96, 200])
@@ -157,7 +160,7 @@ def test_lines_start_at_zero_and_the_frozen_part_stays_there(notebook):
     assert all(
         earlier < later for line in series for earlier, later in zip(line.values[:-1], line.values[1:], strict=True)
     )
-    assert "the frozen part stays at exactly 0" in describe_figures(notebook)[2].alt
+    assert "the frozen part stays at exactly 0" in alts(notebook)["deltas_over_steps.png"]
 
 
 def test_many_groups_become_one_line_a_component(tmp_path):
@@ -171,14 +174,69 @@ def test_many_groups_become_one_line_a_component(tmp_path):
 
 
 def test_alt_texts_say_what_the_figures_show(notebook):
-    loss, heatmap, deltas = (figure.alt for figure in describe_figures(notebook))
-    assert "held-out loss 5.385 at step 0 and 4.600 at step 123" in loss
-    assert "frozen, exactly 0 in 12 blocks" in heatmap
-    assert "embeddings.tokens" in deltas
+    said = alts(notebook)
+    assert "held-out loss 5.385 at step 0 and 4.600 at step 123" in said["loss.png"]
+    assert "frozen, exactly 0 in 12 blocks" in said["deltas_heatmap.png"]
+    assert "embeddings.tokens" in said["deltas_over_steps.png"]
+    assert "python_docs 1.749 → 1.793 (+2.5%) on 16 windows" in said["learning_curves.png"]
+    assert "at 8 steps" in said["deltas_over_time.png"]
+    assert "median 2.0% for tokens that occur 0 times" in said["moved_tokens.png"]
+    assert "58.0% became likelier, by +1.13 bits" in said["next_token_shift.png"]
+    assert all(len(figure.reading) > 60 for figure in describe_figures(notebook))
+
+
+def test_small_multiples_show_evenly_spaced_reports_from_the_first_to_the_last():
+    assert chosen_steps([10, 20]) == [10, 20]
+    steps = chosen_steps(range(10, 1010, 10))
+    assert (len(steps), steps[0], steps[-1]) == (MOST_PANELS, 10, 1000)
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    assert max(gaps) - min(gaps) <= 10
+
+
+@pytest.mark.parametrize("blocks", [0, 4, 96])
+def test_the_cells_of_a_panel_fill_its_frame(tmp_path, blocks):
+    run = read_run(write_run_folder(tmp_path / "run", blocks=blocks, width=8, steps=20))
+    boxes, _, _ = lay_out(heatmap_cells(run))
+    frame = replace(boxes[0], left=3.0, top=2.0, width=1.7, height=0.9)
+    inside = fitted(boxes, frame)
+    assert min(box.left for box in inside) == pytest.approx(3.0)
+    assert max(box.left + box.width for box in inside) == pytest.approx(4.7)
+    assert min(box.top for box in inside) == pytest.approx(2.0)
+    assert max(box.top + box.height for box in inside) == pytest.approx(2.9)
+
+
+def test_panels_hold_the_deltas_of_their_own_step(notebook):
+    early, late = ({c.group.label: c.relative for c in heatmap_cells(notebook, step)} for step in (10, 123))
+    assert 0 < early["final_norm"] < late["final_norm"]
+    assert late["final_norm"] == {c.group.label: c.relative for c in heatmap_cells(notebook)}["final_norm"]
+
+
+def test_a_curve_of_the_held_out_text_begins_with_its_score_before_training(notebook):
+    curves = {curve.name: curve for curve in learning_curves(notebook)}
+    assert list(curves) == ["validation", "training", "python_docs"]
+    assert (curves["validation"].steps[0], curves["validation"].values[0]) == (0, pytest.approx(1.8879, abs=1e-4))
+    assert curves["validation"].learnt
+    assert not curves["python_docs"].learnt
+    assert (curves["validation"].sampled, curves["training"].sampled) == (None, 16)
+
+
+def test_ranks_of_one_kind_of_matrix_are_a_line_over_the_blocks(tmp_path):
+    run = read_run(write_run_folder(tmp_path / "run", blocks=11, width=8, steps=5, trains=lambda p: True))
+    kinds = ranks_by_kind(run)
+    assert list(kinds) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert all(list(blocks) == list(range(11)) for blocks in kinds.values())
+    draw_figures(run.folder)
+    assert "attn.c_attn" in alts(run)["effective_ranks.png"]
+
+
+def test_a_run_from_before_there_was_insight_has_its_other_figures(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=2, width=8, steps=20)
+    (run / "insight.json").unlink()
+    assert {"moved_tokens.png", "next_token_shift.png"}.isdisjoint(path.name for path in draw_figures(run))
 
 
 def test_the_dark_figure_has_a_dark_ground(notebook):
-    for figure in describe_figures(notebook)[:2]:
+    for figure in describe_figures(notebook):
         for dark, most in ((True, lambda level: level < 60), (False, lambda level: level > 240)):
             with Image.open(io.BytesIO(render_figure(notebook, figure, dark))) as image:
                 assert most(image.convert("L").getpixel((1, 1)))

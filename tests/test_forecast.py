@@ -344,12 +344,12 @@ def test_the_plans_table_shows_small_shares_frozen_blocks_and_the_phases_of_a_sc
     norms = plan_table(plan_freeze(model, ["blocks[0].norms"]))
     assert "(0.077%): blocks[0].norms" in norms
     assert "runs through 4 of 4 blocks, 3 of them frozen" in norms
-    assert "from step" not in norms
+    assert "blocks that backward passes" not in norms
     schedule = [{"from_step": 40, "trainable": ["blocks[1:3]"]}]
     rows = [line.split() for line in plan_table(plan_freeze(model, ["blocks[-1]"], schedule=schedule)).splitlines()]
     block = 12 * 64**2 + 13 * 64
-    assert ["0", f"{block:,}", "1"] in rows
-    assert ["40", f"{3 * block:,}", "3"] in rows
+    assert ["step", "0", f"{block:,}", "1"] in rows
+    assert ["step", "40", f"{3 * block:,}", "3"] in rows
 
 
 @pytest.mark.slow

@@ -15,12 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from conftest import tiny_gpt2
 from faulty_http import Fault
 from hub_server import Account, Blob, HubServer
+from partialtune.builtin import builtin_folder
 from partialtune.errors import InputError
 from partialtune.hub.files import check_finished, files_to_send
+from partialtune.pages.card import UNNAMED
 from run_folder import write_run_folder
 
 TOKEN, READ_TOKEN, OTHER_TOKEN, BAD_TOKEN = (
@@ -43,6 +46,7 @@ NEVER_SENT = {
 }
 CHILD = """
 import json, logging, os, sys
+from pathlib import Path
 from partialtune.hub import push as hub
 from partialtune.errors import PartialtuneError
 
@@ -52,8 +56,10 @@ for call in json.loads(sys.argv[1]):
     function = getattr(hub, call.pop("function", "push_run"))
     seconds = call.pop("answer_seconds", 20)
     patience = hub.Patience(4, first_wait_seconds=0.05, longest_wait_seconds=5, answer_seconds=seconds)
+    target = hub.Target(*(call.pop(name, None) for name in ("repo_id", "revision", "private")))
+    run = [Path(call.pop("run"))] if "run" in call else []
     try:
-        report = function(**call, patience=patience)
+        report = function(*run, target, **call, patience=patience)
         outcome = {"error": None, **(vars(report) if report else {})}
     except PartialtuneError as error:
         outcome = {"error": type(error).__name__, "code": error.exit_code, "message": str(error)}
@@ -70,6 +76,7 @@ class Desk:
     def environment(self, **changes: str) -> dict[str, str]:
         return {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "HOME": str(self.home),
             "HF_HOME": str(self.home / "hf"),
             "HF_ENDPOINT": self.hub.endpoint,
@@ -88,7 +95,7 @@ class Desk:
     def run(self, code: str, *arguments: str, **changes: str) -> str:
         child = self.start(code, *arguments, **changes)
         try:
-            printed, _ = child.communicate(timeout=100)
+            printed, _ = child.communicate(timeout=300)
         finally:
             child.kill()
         self.output += printed
@@ -236,6 +243,16 @@ LASTING_FAULTS = {
     "stalled server at every commit": Fault("POST", "/commit/", "stall", times=TRIES),
     "no answer from whoami": Fault("GET", "whoami", "drop", times=TRIES),
 }
+XET_FAULTS = {  # of the route by which the client asks for the way to Xet's storage
+    "a Hub that knows no Xet": Fault("GET", "xet-write-token", "status", status=404, times=99),
+    "500 from Xet": Fault("GET", "xet-write-token", "status", times=99),
+    "stalled Xet": Fault("GET", "xet-write-token", "stall", times=99),
+}
+XET = {  # the client as it is without a setting, but for its patience
+    "HF_HUB_DISABLE_XET": "0",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+}
 
 
 @dataclass(frozen=True)
@@ -249,13 +266,13 @@ class Suffered:
     left: int
 
 
-def push_twice(finished_run: Path, folder: Path, fault: Fault) -> Suffered:
+def push_twice(finished_run: Path, folder: Path, fault: Fault, **changes: str) -> Suffered:
     run = Path(shutil.copytree(finished_run, folder / finished_run.name))
     before = digest_of(run)
     with desk_in(folder) as desk:
         desk.hub.faults = [replace(fault)]
         call = {"run": str(run), "repo_id": "me/gulliver", "private": True}
-        outcomes = desk.call({**call, "answer_seconds": 2 if fault.kind in ("stall", "late") else 20}, call)
+        outcomes = desk.call({**call, "answer_seconds": 2 if fault.kind in ("stall", "late") else 20}, call, **changes)
         if fault.kind == "late":
             desk.hub.over.wait(2)  # by then it has landed, or was refused
     return Suffered(desk, run, digest_of(run) == before, outcomes, desk.hub.faults[0].times)
@@ -265,9 +282,11 @@ def push_twice(finished_run: Path, folder: Path, fault: Fault) -> Suffered:
 def suffered(finished_run, tmp_path_factory):
     """Name of a fault -> future of what came of it. Each has its own Hub and child; several run at once."""
     with ThreadPoolExecutor(max_workers=6) as pool:
+        cases = [(PASSING_FAULTS, {}), (LASTING_FAULTS, {}), (XET_FAULTS, XET)]
         yield {
-            name: pool.submit(push_twice, finished_run, tmp_path_factory.mktemp("fault"), fault)
-            for name, fault in {**PASSING_FAULTS, **LASTING_FAULTS}.items()
+            name: pool.submit(push_twice, finished_run, tmp_path_factory.mktemp("fault"), fault, **changes)
+            for faults, changes in cases
+            for name, fault in faults.items()
         }
 
 
@@ -298,6 +317,20 @@ def test_a_fault_that_lasts_ends_with_the_run_safe_and_the_command_that_goes_on(
     assert len(seen.desk.hub.messages("me/gulliver")) == 2
     sent = [request.path for request in seen.desk.hub.seen if request.method == "PUT"]
     assert len(sent) == len(set(sent)), "what had arrived was sent again"
+    assert seen.unchanged
+
+
+@pytest.mark.parametrize("fault", XET_FAULTS)
+def test_where_xet_fails_the_next_try_goes_over_plain_http(suffered, fault):
+    pytest.importorskip("hf_xet")
+    seen = suffered[fault].result()
+    first, second = seen.outcomes
+    assert first["error"] is None, first
+    assert second["sent"] == []
+    assert seen.left < XET_FAULTS[fault].times, "Xet was not tried"
+    assert seen.desk.output.count("The transfer over Xet failed, the next one is plain HTTP") == 1
+    assert on_hub(seen.desk) == on_disk(seen.run)
+    assert len(seen.desk.hub.messages("me/gulliver")) == 2
     assert seen.unchanged
 
 
@@ -442,6 +475,29 @@ def test_a_failed_audit_is_published_only_when_that_is_allowed(desk, run):
     assert json.loads(desk.hub.files("me/gulliver")["audit.json"])["passed"] is False
 
 
+FULL_DISK = """
+import resource, sys
+from partialtune.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))  # bytes that a file may have
+print("exit", main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_keeps_the_run_whole_and_the_next_push_names_its_repository(desk, run):
+    card = run / "README.md"
+    card.write_text(f"---\nlibrary_name: transformers\n---\nfrom_pretrained({UNNAMED!r})\n", encoding="utf-8")
+    before = digest_of(run)
+    words = ("push", str(run), "--repo_id", "me/gulliver")
+    printed = desk.run(FULL_DISK, "10", *words)
+    assert "exit 5" in printed
+    assert "File too large" in printed
+    assert digest_of(run) == before
+    assert "exit 0" in desk.run(FULL_DISK, "100000", *words)
+    assert card.read_text(encoding="utf-8").splitlines()[-1] == "from_pretrained('me/gulliver')"
+    assert on_hub(desk) == on_disk(run)
+
+
 def without_digests(run):
     plan = json.loads((run / "freeze_plan.json").read_text())
     for parameter in plan["parameters"]:
@@ -519,16 +575,26 @@ def test_a_pushed_model_loads_back_with_the_same_logits_to_the_bit(desk, run):
 
 
 @pytest.mark.slow
-def test_a_run_with_push_to_hub_checks_its_access_first_and_ends_on_the_hub(desk, tmp_path):
-    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 200)
-    words = ["train", "builtin:quickstart", "--text", str(tmp_path / "text.txt"), "--block_size", "32"]
-    words += ["--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "true"]
+def test_a_run_from_a_base_on_the_hub_ends_there_and_a_stranger_can_check_it(desk, tmp_path):
+    files = {path.name: path.read_bytes() for path in builtin_folder("builtin:lilliput").iterdir() if path.is_file()}
+    base = desk.hub.create("guild/lilliput")
+    commit = base.commit("main", {name: Blob(len(body), body) for name, body in files.items()}, "the base")
+    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 60)
+    words = ["train", "builtin:quickstart", "--model_name_or_path", "guild/lilliput"]
+    words += ["--text", str(tmp_path / "text.txt"), "--block_size", "32", "--max_steps", "1"]
+    words += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "me/trained"]
     code = "import sys; from partialtune.cli import main; print('exit', main(sys.argv[1:]))"
-    refused = desk.run(code, *words, "--hub_model_id", "me/trained", HF_TOKEN=BAD_TOKEN)
+    refused = desk.run(code, *words, HF_TOKEN=BAD_TOKEN)
     assert "exit 2" in refused
     assert not (tmp_path / "run").exists()
-    trained = desk.run(code, *words, "--hub_model_id", "me/trained")
+    trained = desk.run(code, *words)
     assert "exit 0" in trained
-    assert {"model.safetensors", "README.md", "audit.json"} <= set(desk.hub.files("me/trained", "main"))
+    assert {"model.safetensors", "audit.json"} <= set(desk.hub.files("me/trained"))
+    about = ModelCard(desk.hub.files("me/trained")["README.md"].decode()).data.to_dict()
+    assert (about["base_model"], about["base_model_revision"]) == ("guild/lilliput", commit)
+    assert (about["license"], about["language"]) == ("apache-2.0", "en")
     again = desk.run(code, "push", str(tmp_path / "run"), "--repo_id", "me/trained")
-    assert "exit 0" in again
+    assert "Nothing was sent" in again
+    stranger = desk.run(code, "verify", f"guild/lilliput@{commit}", "me/trained", HF_TOKEN=OTHER_TOKEN)
+    assert "exit 0" in stranger
+    assert "kept every bit" in stranger

@@ -88,6 +88,10 @@ def test_a_signal_ends_in_a_checkpoint_a_message_and_its_code_and_the_run_goes_o
     assert warm.run(words) == 0, warm.log.read_text()
     ended, whole = fingerprint(run), fingerprint(home / "whole")
     assert (ended["weights"], ended["losses"]) == (whole["weights"], whole["losses"])
+    insights = [json.loads((folder / "insight.json").read_text()) for folder in (run, home / "whole")]
+    for insight in insights:  # nothing but the time that it took differs: "before" is the base in both
+        assert [insight[part].pop("seconds") for part in ("effective_ranks", "moved_tokens", "learning_curves")]
+    assert insights[0] == insights[1]
 
 
 def test_a_signal_before_the_first_step_ends_with_143_and_the_reason_in_exit_json(home, warm, tmp_path):

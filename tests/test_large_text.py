@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -20,8 +22,7 @@ from partialtune.builtin import builtin_folder
 from partialtune.data import prepare_data
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
-from partialtune.text import prepared, streams, windows, words
-from partialtune.text import sources as text
+from partialtune.text import prepared, raw, sources, store, streams, windows, words
 from partialtune.text.cleaning import clean_gutenberg
 from partialtune.text.decoding import choose_encoding, decode_text, decoded_pieces
 from partialtune.text.sources import read_texts
@@ -49,7 +50,7 @@ BOOK = (
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and chunks and pieces so small that every text has many."""
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text, "CHUNK_BYTES", 10_001)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 10_001)
     monkeypatch.setattr(streams, "PIECE_CHARACTERS", 7_001)
     monkeypatch.setattr(windows, "PIECE_CHARACTERS", 5_003)
     return tmp_path / "cache" / "prepared"
@@ -168,10 +169,10 @@ def test_bytes_are_decoded_alike_whole_and_in_chunks(encoding, charset):
     words = "naïve “œuvres” " if encoding != "koi8-r" else "Привет, мир "
     whole = (words * 400).encode(encoding)
     damaged = whole[:3000] + b"\xff\xe2\x82" + whole[3000:]
-    for raw in (whole, damaged):
-        chunks = [raw[:1001], *cut(raw[1001:], random.Random(3), 5)]
+    for encoded in (whole, damaged):
+        chunks = [encoded[:1001], *cut(encoded[1001:], random.Random(3), 5)]
         chosen = choose_encoding(lambda chunks=chunks: iter(chunks), "x", charset)
-        expected = decode_text(raw, "x", charset)
+        expected = decode_text(encoded, "x", charset)
         assert (chosen.name, chosen.origin) == (expected.encoding, expected.encoding_from)
         assert "".join(decoded_pieces(iter(chunks), chosen.name)) == expected.text
 
@@ -205,7 +206,7 @@ def test_a_datasets_rows_are_streamed(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(text, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(raw, "ROWS_AT_ONCE", 7)
     (tmp_path / "rows").mkdir()
     rows = [json.dumps({"text": f"row {number} of it"}) for number in range(100)]
     (tmp_path / "rows" / "train.jsonl").write_text("\n".join(rows))
@@ -295,8 +296,17 @@ def test_rare_words_are_forgotten_and_learnt_again(tokenizer, monkeypatch):
     for _ in range(50):
         whole = " often" * 5 + "".join(f" word{rng.randrange(30)}" for _ in range(5))
         assert by_words.encode(whole).tolist() == tokenizer(whole)["input_ids"]
-        assert len(by_words._places) <= 6 + 6
-        assert " often" in by_words._places
+        assert len(by_words._known) <= 6 + 6
+        assert " often" in by_words._known
+
+
+def test_many_texts_share_what_is_known_of_the_tokenizer(tokenizer, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(words, "word_pattern", lambda tokenizer: looked_at.append(1) or word_pattern(tokenizer))
+    texts = [f"{WRAPPED} {number}" for number in range(30)]
+    ids = prepared.token_ids_of(texts, tokenizer)
+    assert [one.tolist() for one in ids] == tokenizer(texts)["input_ids"]
+    assert len(looked_at) == 1
 
 
 @pytest.mark.parametrize(
@@ -356,6 +366,21 @@ def test_a_streamed_run_trains_and_scores_on_the_same_windows(book, tmp_path, to
     assert not small.train.cache_files
 
 
+@pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])
+def test_text_is_held_out_from_the_end_of_each_source(tmp_path, tokenizer, in_memory_bytes):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {number} " for number in range(900)))
+    arguments = TextArguments(text=[str(tmp_path / "*.txt")], block_size=64, validation_share=0.2)
+    run = prepare_data(arguments, {}, tokenizer, seed=0, in_memory_bytes=in_memory_bytes)
+    for rows_of, before, after in ((run.train, 0, 720), (run.held_out, 720, 900)):
+        texts = [tokenizer.decode(ids) for ids in rows_of["input_ids"]]
+        assert not [text for text in texts if "first" in text and "second" in text]
+        for name in ("first", "second"):
+            numbers = {int(number) for text in texts for number in re.findall(rf"{name} (\d{{3}})\b", text)}
+            assert numbers, f"nothing of {name}"
+            assert before - 5 <= min(numbers) <= max(numbers) <= after + 5
+
+
 def test_bits_per_byte_of_a_streamed_text_rest_on_all_its_bytes_and_tokens(book, tokenizer):
     large = prepare_data(TextArguments(text=[book], block_size=32), {}, tokenizer, 0, in_memory_bytes=0)
     cleaned = clean_gutenberg(BOOK).text
@@ -376,7 +401,7 @@ def test_a_second_run_makes_nothing_again(book, tokenizer, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("made again")
 
-    for module, name in ((text, "_prepare"), (prepared, "token_pieces"), (data, "chunked_windows")):
+    for module, name in ((sources, "_prepare"), (prepared, "token_pieces"), (data, "chunked_windows")):
         monkeypatch.setattr(module, name, refuse)
     second = prepare(book, tokenizer)
     assert second.sources == first.sources
@@ -457,6 +482,21 @@ def test_an_entry_whose_time_alone_changed_is_kept(cache):
     first = stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
     first.path.touch()
     assert stored("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
+
+
+def test_an_entry_that_no_run_used_for_a_month_goes_when_another_is_made(cache):
+    def entry(name):
+        return stored("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})
+
+    kept, dropped = entry("kept"), entry("dropped")
+    left_behind = dropped.path.with_name("killed.part")
+    left_behind.write_bytes(b"half")
+    for path in (*(one.path.with_suffix(".json") for one in (kept, dropped)), left_behind):
+        os.utime(path, times=(0, time.time() - (store.LIFETIME_DAYS + 1) * 86400))
+    assert entry("kept") == kept  # used: its month begins again
+    another = entry("another")
+    here = {file.name for file in (cache / "texts").iterdir() if file.suffix != ".lock"}
+    assert here == {one.path.with_suffix(suffix).name for one in (kept, another) for suffix in (".txt", ".json")}
 
 
 def test_a_build_that_fails_leaves_nothing(cache):

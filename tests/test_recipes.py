@@ -8,6 +8,7 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import REPOSITORY
+from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.loading import empty_model, load_config
 from partialtune.recipe.reading import read_recipe
@@ -31,9 +32,8 @@ def test_a_recipe_is_valid_and_its_header_tells_the_truth(path):
     header = header[: header.index("model_name_or_path")].replace("\n#", "")
     command = f"-m partialtune train {path.relative_to(REPOSITORY)}"
     assert command in header, "a recipe opens with its command"
-    freeze = recipe.freeze
     model = model_of(recipe.model.model_name_or_path)
-    plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
+    plan = plan_of_recipe(model, recipe.freeze, recipe.freeze.schedule)
     trainable, total, percent = COUNTS.search(header).groups()
     assert int(trainable.replace(",", "")) == plan.trainable_parameters
     assert int(total.replace(",", "")) == plan.total_parameters

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from chromium import Page, needs_chromium
-from partialtune.pages.report import visible, write_report
+from partialtune.pages.figures import describe_figures
+from partialtune.pages.html_text import flowing, visible
+from partialtune.pages.report import write_report
 from partialtune.pages.run_files import read_run
 from partialtune.pages.wording import count, percent, score, significant, verdict
 from run_folder import write_run_folder
@@ -77,7 +79,7 @@ def test_the_verdict_stands_on_top_in_words(passed, failed):
     good, bad = text_of(passed), text_of(failed)
     assert "Audit passed" in good
     assert "Audit failed" not in good
-    assert good.index("Audit passed") < good.index("<h2>Recipe</h2>") < good.index("<h2>Evaluation</h2>")
+    assert good.index("Audit passed") < good.index("<h2>Recipe</h2>") < good.index("<h2>What it learnt")
     assert "L2 change exactly 0" in good
     assert "85,054,464 frozen parameters in 144 tensors kept every bit" in good
     assert "1.888 → 1.613" in good
@@ -91,7 +93,8 @@ def test_what_comes_from_texts_and_tokens_is_shown_and_not_run(passed):
     page = text_of(passed)
     assert ATTACK not in page
     assert Outline(page).scripts == 1
-    assert page.count("&lt;script&gt;") >= 4  # token, prompt, its continuations, file name
+    # next token, prompt, its continuations; moved token; its places and sums on held-out text; file name
+    assert page.count("&lt;script&gt;") >= 20
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(passed, failed):
@@ -101,7 +104,9 @@ def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(passed, fai
         assert len(outline.ids) == len(set(outline.ids))
         assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
         assert all(address.startswith("data:") for address in outline.addresses)
-        assert len(outline.addresses) == 7  # three figures, light and dark, and an empty icon
+        figures = describe_figures(read_run(page.parent))
+        assert len(outline.addresses) == 2 * len(figures) + 1  # light and dark, and an empty icon
+        assert outline.alts == [figure.alt for figure in figures]
         assert all(alt and len(alt) > 40 for alt in outline.alts)
 
 
@@ -134,11 +139,44 @@ def test_scores_that_are_not_finite_are_shown_as_a_dash(tmp_path, without_images
 
 def test_a_run_without_evaluation_and_performance_has_a_page_without_these_sections(tmp_path, without_images):
     run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=2)
-    for name in ("evaluation.json", "performance.json", "weight_deltas.jsonl", "trainer_state.json"):
-        (run / name).unlink()
+    for name in ("evaluation", "performance", "weight_deltas", "trainer_state", "insight"):
+        (run / f"{name}.json{'l' if name == 'weight_deltas' else ''}").unlink()
     outline = Outline(text_of(write_report(run)))
-    assert not {"evaluation", "prompts", "performance"} & set(outline.ids)
-    assert {"recipe", "figures", "trained", "parameters", "provenance"} <= set(outline.ids)
+    assert not {"prompts", "performance", "ranks", "tokens", "shift"} & set(outline.ids)
+    assert {"recipe", "learning", "movement", "parameters", "provenance"} <= set(outline.ids)
+
+
+def test_insight_is_told_in_words_figures_and_tables(passed):
+    page = text_of(passed)
+    assert "exp of the entropy of its singular values" in page
+    assert "Computed in 2.5 s" in page
+    assert "Of 50,257 tokens 9,000 occur in the training text" in page
+    assert "movement grows with how often they do (rank correlation +0.62)" in page
+    assert "58.0% became likelier" in page
+    assert re.search(r'to be a </span><mark><span class="space">␣</span>ship</mark> unto his Majesty', page)
+    assert "the second is drawn at random (temperature 1, top-p 0.95, seed 0; the same before and after)" in page
+    assert "Learning curves: training text on 16 windows, evenly spaced; python_docs on 16 windows" in page
+    assert "unto" in page
+
+
+def test_the_verdict_tells_what_other_texts_lost(passed):
+    *_, forgotten = verdict(read_run(passed.parent))
+    assert (forgotten.title, forgotten.value) == ("Bits per byte, python_docs", "1.744 → 1.793")
+    assert forgotten.detail == "+2.8%; so much was forgotten."
+
+
+def test_what_a_run_has_no_insight_into_is_said(tmp_path, without_images):
+    blocks = {"trains": lambda p: p["block"] == 0 and p["name"].endswith("bias"), "selectors": ("blocks[0].biases",)}
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=2, held_out=False, **blocks)
+    page = text_of(write_report(run))
+    assert "No matrix trained, and what is no matrix has no rank." in page
+    assert "no matrix with a row for each token trained" in page
+    assert "No text was held out, so there is none to look at" in page
+    insight = json.loads((run / "insight.json").read_text())
+    insight["effective_ranks"] |= {"matrices": [], "left_out": ["a.weight"]}
+    insight["next_token_shift"] = {"windows": 4, "positions": 0}
+    (run / "insight.json").write_text(json.dumps(insight))
+    write_report(run)
 
 
 def test_a_token_with_half_a_surrogate_pair_does_not_stop_the_page(tmp_path, without_images):
@@ -151,6 +189,8 @@ def test_white_space_and_control_characters_of_a_token_are_visible():
     assert visible("<b>\n") == '&lt;b&gt;<span class="space">↵</span>'
     assert visible("\x07") == '<span class="space">\\x07</span>'
     assert "empty" in visible("")
+    assert flowing("a <b\nc\t") == 'a &lt;b<span class="space">↵</span> c<span class="space">⇥</span>'
+    assert flowing("") == ""
 
 
 def test_numbers_are_written_for_people():
@@ -171,7 +211,7 @@ def test_a_trainable_part_that_was_not_in_the_optimizer_is_a_bad_finding(tmp_pat
     audit["passed"] = False
     audit["trainable"]["not_in_optimizer"] = ["transformer.wpe.weight"]
     (run / "audit.json").write_text(json.dumps(audit))
-    frozen, trainable, _ = verdict(read_run(run))
+    frozen, trainable, *_ = verdict(read_run(run))
     assert (frozen.level, trainable.level) == ("good", "bad")
     assert "was not in the optimizer" in text_of(write_report(run))
 
@@ -197,6 +237,18 @@ def test_the_page_opens_without_complaint_request_or_sideways_scrolling(passed, 
         assert shown == ("rgb(13, 17, 23)" if dark else "rgb(246, 247, 249)")
         attack = page.value("[...document.querySelectorAll('.tokens code')].map(code => code.textContent)")
         assert any("<script>" in token for token in attack)
+        assert "<script>" in page.value("document.querySelector('#tokens').textContent")
+        assert "<script>" in page.value("document.querySelector('#shift').textContent")
+        assert page.value(NOT_READ) == []
+
+
+# Elements that stand out of the page on either side, where nobody scrolls.
+NOT_READ = """
+[...document.querySelectorAll("mark, .odds, figcaption, h2, h3, h4, .finding *")].filter(element => {
+  const box = element.getBoundingClientRect();
+  return box.right > document.documentElement.clientWidth + 1 || box.left < -1;
+}).map(element => element.outerHTML)
+"""
 
 
 @needs_chromium
@@ -219,6 +271,13 @@ def test_tables_sort_by_mouse_and_by_keyboard_and_say_so(passed):
         page.press(" ", 32, text=" ")
         assert page.value(ROWS.format(0, "textContent")) == names[::-1]
         assert page.value(sorted_by) == ["descending", *[None] * 9]
+
+        occurrences = "[...document.querySelectorAll('#tokens tbody tr')].map(row => row.cells[2].dataset.sort)"
+        page.value("document.querySelectorAll('#tokens th button')[2].focus()")
+        page.press("Enter", 13, text="\r")
+        assert page.value(occurrences) == ["1", "3", "9", "27", "81", "243"]
+        page.press("Enter", 13, text="\r")
+        assert page.value(occurrences) == ["243", "81", "27", "9", "3", "1"]
 
         page.value("document.querySelectorAll('#parameters th button')[2].click()")
         blocks = page.value(ROWS.format(2, "dataset.sort"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -21,11 +22,15 @@ from transformers import (
 )
 
 from conftest import some_windows, tiny_gpt2
+from partialtune.cli import main
 from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.schedules import in_steps
-from partialtune.proof.audit import NEVER_A_GRADIENT
+from partialtune.freeze.table import plan_table
+from partialtune.proof.audit_result import NEVER_A_GRADIENT
+from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.optimizer_state import check_checkpoint
@@ -135,6 +140,49 @@ def test_epochs_become_the_nearest_steps_and_the_other_keys_stay():
         {"from_step": 4, "trainable": ["head"], "learning_rate": 1e-5},
         {"from_step": 9, "trainable": ["mlp"]},
     ]
+
+
+EPOCHS = [
+    {"from_epoch": 1, "trainable": ["blocks[1]"], "learning_rate": 1e-4},
+    {"from_epoch": 2.5, "trainable": ["embeddings"]},
+    {"from_step": 900, "trainable": ["mlp"]},
+]
+
+
+def test_before_the_text_is_read_phases_begin_at_their_epochs():
+    plan = plan_before_text(tiny_gpt2(), FreezeArguments(trainable=["blocks[-1]"], schedule=EPOCHS))
+    assert [(phase.from_step, phase.from_epoch) for phase in plan.phases] == [
+        *((0, None), (None, 1), (None, 2.5), (900, None))
+    ]
+    in_steps_of_7 = plan_freeze(tiny_gpt2(), ["blocks[-1]"], schedule=in_steps(EPOCHS, 7, 1000))
+    assert [phase.trainable for phase in plan.phases] == [phase.trainable for phase in in_steps_of_7.phases]
+    assert [row.split()[:2] for row in plan_table(plan).splitlines() if row.startswith(("epoch", "step"))] == [
+        *(["step", "0"], ["epoch", "1"], ["epoch", "2.5"], ["step", "900"])
+    ]
+    assert plan.to_json({}, {})["phases"][2] == {
+        "from_step": None,
+        "from_epoch": 2.5,
+        "backward_from": "transformer.wte.weight",
+        "trainable": list(plan.phases[2].trainable),
+    }
+
+
+def test_a_schedule_of_epochs_may_begin_at_the_start_and_its_mistakes_name_the_epoch():
+    plan = plan_before_text(tiny_gpt2(), FreezeArguments(schedule=[{"from_epoch": 0, "trainable": ["mlp"]}, EPOCHS[1]]))
+    assert [phase.from_epoch for phase in plan.phases] == [0, 2.5]
+    wrong = [EPOCHS[0], {"from_epoch": 2, "trainable": ["blocks[1].mlp"]}]
+    with pytest.raises(RecipeError, match=r"from epoch 2: \[blocks\[1\].mlp\] adds nothing.* since epoch 1"):
+        plan_before_text(tiny_gpt2(), FreezeArguments(trainable=["head"], schedule=wrong))
+
+
+def test_plan_shows_a_schedule_of_epochs_without_reading_the_text(tmp_path, capsys):
+    values = {**BASE, "model_name_or_path": "builtin:lilliput", "text": "/nowhere/text.txt", "block_size": 32}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**values, "trainable": ["final_norm"], "schedule": EPOCHS[:1]}))
+    assert main(["plan", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "epoch 1 " in shown
+    assert "the last of 2 phases, from epoch 1 on" in shown
 
 
 def test_a_phase_that_begins_when_the_run_has_ended_is_an_error():

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.structure import read_structure
+from partialtune.proof.weights import named_weights
 
 SMALL = {
     "vocab_size": 99,
@@ -415,13 +416,15 @@ def test_names_of_a_compiled_model_are_those_of_the_model():
 
 
 def test_lora_adapters_belong_to_the_module_that_they_adapt():
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapters = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     model = peft.get_peft_model(AutoModelForCausalLM.from_config(copy.deepcopy(tiny_config("gpt2"))), adapters)
     structure = read_structure(model)
-    assert [info.name for info in structure.parameters] == [name for name, _ in model.named_parameters()]
+    assert [info.name for info in structure.parameters] == [name for name, _ in named_weights(model)]
     assert structure.blocks_path == "base_model.model.transformer.h"
-    adapter = structure.by_name["base_model.model.transformer.h.2.attn.c_attn.lora_A.default.weight"]
+    assert set(read_structure(tiny("gpt2")).by_name) <= set(structure.by_name), "the base keeps its names"
+    adapter = structure.by_name["transformer.h.2.attn.c_attn.lora_A.weight"]
     assert (adapter.component, adapter.block) == ("attention", 2)
     assert set(numbers(structure)) == {"embeddings.tokens", *ARCHITECTURES["gpt2"][1]}
 

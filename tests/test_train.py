@@ -81,13 +81,17 @@ def test_the_run_folder_holds_what_the_contract_names(quickstart):
             "audit.json",
             "weight_deltas.jsonl",
             "evaluation.json",
+            "insight.json",
             "performance.json",
         ),
         *("trainer_state.json", "train_results.json", "model.safetensors", "config.json", "tokenizer.json"),
         *("figures", "report.html", "README.md", "exit.json"),
     } <= names
     assert "training_args.bin" not in names
-    assert {path.name for path in (quickstart / "figures").iterdir()} >= {"loss.png"}
+    assert {path.name for path in (quickstart / "figures").iterdir()} == {
+        *("loss.png", "learning_curves.png", "deltas_heatmap.png", "deltas_over_time.png", "deltas_over_steps.png"),
+        *("moved_tokens.png", "next_token_shift.png"),
+    }
     assert read(quickstart, "exit.json")["code"] == 0
     performance = read(quickstart, "performance.json")
     assert performance["tokens_per_second"] == pytest.approx(8 * 256 / performance["median_step_seconds"])
@@ -116,6 +120,43 @@ def test_the_evaluation_follows_the_contract(quickstart):
         assert prompt["kl"] > 0
         assert len(prompt["before"]) == len(prompt["after"]) == 10
         assert prompt["continuation_before"] != prompt["continuation_after"]
+
+
+@pytest.mark.slow
+def test_insight_agrees_with_the_scores_and_the_deltas(quickstart):
+    insight, scores = read(quickstart, "insight.json"), read(quickstart, "evaluation.json")["validation"]
+    shift = insight["next_token_shift"]
+    assert shift["positions"] == 64 * 255
+    fall = (scores["before"]["loss"] - scores["after"]["loss"]) / math.log(2)
+    assert shift["mean_bits"] == pytest.approx(fall, rel=0.03)  # 64 of the held-out windows
+    assert shift["rose_share"] > 0.6
+    (embedding,) = insight["moved_tokens"]["matrices"]
+    assert embedding["tokens"] == 4096
+    moved = {line["name"]: line for line in lines_of(quickstart) if line["step"] == 123}
+    largest = max(token["l2_delta"] for token in embedding["most"])
+    assert largest < moved["transformer.wte.weight"]["l2_delta"] < largest * 4096**0.5
+    ranks = insight["effective_ranks"]["matrices"]
+    assert [entry["name"] for entry in ranks] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert all(1 < entry["stable_rank"] <= entry["effective_rank"] <= 192 for entry in ranks)
+    (before, after) = (insight["sampled_continuations"]["prompts"][0][side] for side in ("before", "after"))
+    assert before != after
+    curve = [
+        entry for entry in read(quickstart, "trainer_state.json")["log_history"] if "bits_per_byte/training" in entry
+    ]
+    assert curve[0]["step"] == 0
+    assert curve[-1]["step"] == 123
+    assert curve[-1]["bits_per_byte/validation"] == pytest.approx(scores["after"]["bits_per_byte"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_report_makes_figures_and_page_again_from_the_files_of_the_run(quickstart, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(quickstart, copy, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-*", "*.html", "*.png"))
+    assert main(["report", str(copy)]) == 0
+    assert capsys.readouterr().out.strip() == str(copy / "report.html")
+    pages = [(folder / "report.html").read_text(encoding="utf-8") for folder in (quickstart, copy)]
+    assert pages[0] == pages[1]
+    assert {path.name for path in (copy / "figures").iterdir()} == {p.name for p in (quickstart / "figures").iterdir()}
 
 
 @pytest.mark.slow
@@ -193,6 +234,9 @@ def test_an_untied_head_is_trained_saved_and_reloaded(recipe, tmp_path):
     reloaded = final_weights(tmp_path / "run")
     assert not torch.equal(reloaded["lm_head.weight"], reloaded["transformer.wte.weight"])
     assert read(tmp_path / "run", "audit.json")["trainable"]["unmoved"] == []
+    insight = read(tmp_path / "run", "insight.json")
+    assert [entry["component"] for entry in insight["moved_tokens"]["matrices"]] == ["head"]
+    assert [entry["name"] for entry in insight["effective_ranks"]["matrices"]] == ["lm_head.weight"]
 
 
 def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe, tmp_path, base, capsys):
@@ -221,6 +265,9 @@ def test_nothing_held_out_gives_no_validation_and_no_evaluation_during_training(
     assert "validation" not in read(tmp_path / "run", "evaluation.json")
     history = read(tmp_path / "run", "trainer_state.json")["log_history"]
     assert not any("eval_loss" in entry for entry in history)
+    assert [entry["step"] for entry in history if "bits_per_byte/training" in entry] == list(range(9))
+    assert read(tmp_path / "run", "insight.json")["next_token_shift"] is None
+    assert "No text was held out" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_further_texts_are_scored_before_and_after(recipe, tmp_path):
@@ -229,6 +276,9 @@ def test_further_texts_are_scored_before_and_after(recipe, tmp_path):
     scores = read(tmp_path / "run", "evaluation.json")["other"]
     assert scores["before"]["bytes"] == 4300
     assert scores["before"]["loss"] != scores["after"]["loss"]
+    history = read(tmp_path / "run", "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in history if "bits_per_byte/other" in entry] == list(range(9))
+    assert read(tmp_path / "run", "insight.json")["learning_curves"]["windows"]["other"] <= 16
 
 
 def test_full_fine_tuning_is_a_method(recipe, tmp_path):

@@ -1,6 +1,7 @@
 """verify finds every changed bit between two checkpoints, whatever their files look like, and judges by the claim."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from transformers import (
 )
 
 from conftest import tiny_gpt2
+from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
+from partialtune.model.loading import load_config, load_model
 from partialtune.proof import weight_files
 from partialtune.proof.table import comparison_table
 from partialtune.proof.verify import verify
@@ -231,7 +234,7 @@ def test_experts_that_lie_apart_in_the_file_are_compared_as_the_fused_parameters
     assert not comparison.passed
 
 
-def test_a_buffer_that_changed_is_noted(tmp_path):
+def test_a_buffer_that_changed_breaks_every_claim_and_is_noted_where_there_is_none(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     heads = {
@@ -255,9 +258,12 @@ def test_a_buffer_that_changed_is_noted(tmp_path):
     model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")[0] += 1
     model.save_pretrained(tmp_path / "adapted")
     comparison = compare(tmp_path / "base", tmp_path / "adapted", ["attention"])
-    assert comparison.passed
-    assert "1 buffer changed" in " ".join(comparison.notes)
-    assert "e_score_correction_bias" in " ".join(comparison.notes)
+    assert comparison.changed_buffers == ("model.layers.1.mlp.gate.e_score_correction_bias",)
+    with pytest.raises(FreezeViolation, match=r"1 buffer changed, which nothing trains: .*e_score_correction_bias"):
+        comparison.raise_if_violated()
+    unclaimed = compare(tmp_path / "base", tmp_path / "adapted")
+    assert unclaimed.passed is None
+    assert "1 buffer changed" in " ".join(unclaimed.notes)
 
 
 def test_a_config_that_computes_otherwise_is_noted(base, adapt):
@@ -498,6 +504,92 @@ def test_hub_ids_are_compared_at_their_revisions_plan_included(base, run, adapt,
         "ADAPTED: There is no folder me/tiny-adapted, and the Hub does not give me/tiny-adapted at revision v2",
     )
     refused("someone/absent", "me/tiny-adapted", "BASE: There is no folder someone/absent")
+
+
+# Delta checkpoints
+
+
+@pytest.fixture
+def delta(tmp_path):
+    """Make a delta checkpoint of the base, trained by a function of the model, with the plan that says so."""
+
+    def make(base, change=train_last_mlp, selectors=("blocks[-1].mlp",), name="delta", head="tied"):
+        model = load_model(str(base), load_config(str(base)))
+        plan = plan_freeze(model, selectors, head=head)
+        apply_plan(model, plan)
+        before = digests(model)
+        with torch.no_grad():
+            change(model)
+        (tmp_path / name).mkdir()
+        write_delta(tmp_path / name, model, plan, before, digests(model), Base(str(base)))
+        (tmp_path / name / "freeze_plan.json").write_text(json.dumps(plan.to_json(before, digests(model))))
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("hub_names", [False, True])
+def test_a_delta_is_compared_with_its_base_tensor_by_tensor(base, adapt, delta, monkeypatch, hub_names):
+    if hub_names:
+        rename_to_hub(base)
+    adapted = delta(base)
+    monkeypatch.setattr(weight_files, "load_model", refuse_to_load)
+    comparison, whole = compare(base, adapted), compare(base, adapt(train_last_mlp))
+    assert comparison.passed
+    assert [parameter.l2_delta for parameter in comparison.parameters] == [p.l2_delta for p in whole.parameters]
+    assert "freeze_plan.json" in comparison.claim
+    assert not compare(base, adapted, ["final_norm"]).passed
+
+
+def test_a_delta_with_an_untied_head_is_compared_as_the_model_that_it_makes(base, delta):
+    def train_head(model):
+        model.lm_head.weight.mul_(1.5)
+
+    adapted = delta(base, train_head, ["head"], head="untied")
+    comparison = compare(base, adapted)
+    assert comparison.passed
+    assert moved(comparison) == ["lm_head.weight"]
+    assert moved(compare(adapted, base)) == ["lm_head.weight"]
+
+
+def test_a_delta_of_fused_experts_is_compared_as_the_parameters_that_they_are(tmp_path, delta):
+    tiny_mixtral().save_pretrained(tmp_path / "base")
+    name = "model.layers.1.mlp.experts.down_proj"
+    adapted = delta(tmp_path / "base", lambda model: model.get_parameter(name).mul_(2), [f"/{re.escape(name)}/"])
+    comparison = compare(tmp_path / "base", adapted)
+    assert comparison.passed
+    assert moved(comparison) == [name]
+
+
+def test_a_delta_may_stand_on_either_side_or_on_both(base, adapt, delta):
+    adapted = delta(base)
+    assert moved(compare(adapted, adapted)) == []
+    assert len(moved(compare(adapted, base))) == 4
+    assert moved(compare(adapted, adapt(train_last_mlp))) == []
+
+
+def test_a_bit_that_changed_in_a_delta_after_the_run_is_found_and_named(base, delta):
+    adapted = delta(base)
+    tensors = load_file(adapted / "delta.safetensors")
+    flip_a_bit(tensors[MLP])
+    save_file(tensors, adapted / "delta.safetensors", metadata={"format": "pt"})
+    comparison = compare(base, adapted)
+    assert comparison.not_the_result == (MLP,)
+    assert not comparison.passed
+
+
+def test_a_bit_that_changed_in_the_base_of_a_delta_is_found_and_named(base, delta):
+    adapted = delta(base)
+    change_weight(base, FIRST_NORM)
+    refused(base, adapted, rf"ADAPTED: .* is another model: 1 of 40 parameters differ \({FIRST_NORM}\)")
+
+
+def test_a_delta_whose_base_is_elsewhere_takes_the_one_that_is_named(tmp_path, base, delta):
+    adapted = delta(base)
+    base.rename(tmp_path / "moved")
+    assert compare(tmp_path / "moved", adapted).passed
+    tiny_gpt2(1).save_pretrained(tmp_path / "other")
+    refused(tmp_path / "other", adapted, "ADAPTED: .* is a delta of .*base, which cannot be had: .*there is no folder")
 
 
 # For the terminal

@@ -6,8 +6,9 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from partialtune import __version__
 from partialtune.errors import ModelError, PartialtuneError
@@ -95,12 +96,51 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", metavar="BRANCH", help="branch, main by default")
     push.add_argument("--private", choices=("true", "false"), help="visibility; the namespace's default where absent")
     push.add_argument("--allow_failed_audit", action="store_true", help="publish although the freeze audit failed")
+    apply = commands.add_parser(
+        "apply", help="make the whole model of a delta checkpoint and its base", allow_abbrev=False
+    )
+    apply.add_argument("delta", metavar="DELTA", help="folder or Hub id of a run with checkpoint_format: delta")
+    apply.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
+    apply.add_argument("--base", metavar="BASE", help="the base, if it is no longer where the delta says")
+    rank = commands.add_parser(
+        "rank", help="order blocks and parts by gradient norm beside weight norm, on the text", allow_abbrev=False
+    )
+    _add_recipe(rank)
+    rank.add_argument("--write", metavar="FILE", help="write a recipe that trains the first blocks; figure beside it")
+    rank.add_argument("--figure", metavar="FILE", help="draw the ranking as PNG")
+    rank.add_argument("--batches", type=int, default=4, metavar="N", help="batches of the text to look at (default 4)")
+    rank.add_argument("--top", type=int, metavar="N", help="blocks to choose (default: a quarter of them)")
+    rank.add_argument("--json", action="store_true", help="print JSON alone")
+    _add_compare(commands)
     report = commands.add_parser(
         "report", help="make figures, card and page of a finished run again", allow_abbrev=False
     )
     report.add_argument("run", metavar="RUN", help="folder of a finished run")
     _add_bench(commands)
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="run several recipes, or read finished runs, on the same text", allow_abbrev=False
+    )
+    compare.add_argument(
+        "compared", nargs="+", metavar="RECIPE_OR_RUN", help="recipes to run, then --key value for all; or runs to read"
+    )
+    compare.add_argument(
+        "--output_dir", default="outputs/comparison", help="folder of the comparison (default: %(default)s)"
+    )
+    compare.add_argument("--seeds", nargs="+", metavar="N", help="each recipe runs once with each; its own if absent")
+    compare.add_argument(
+        "--learning_rates",
+        nargs="+",
+        metavar="RATE",
+        help="each recipe gets the one that does best on the end of its training text; its own rate if absent",
+    )
+    compare.add_argument(
+        "--trial_steps", metavar="N", help="optimizer steps in which a learning rate is tried; as a run's if absent"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON alone")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -130,14 +170,16 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.launch import join_processes, peers_watched, use_all_cores
-    from partialtune.model.loading import quiet_libraries
-    from partialtune.recipe.reading import read_recipe
-    from partialtune.train import train
-    from partialtune.training.stopping import ended_by_signals
+    with _importing():
+        from partialtune.launch import check_launcher, join_processes, peers_watched, use_all_cores
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.recipe.reading import read_recipe
+        from partialtune.train import train
+        from partialtune.training.stopping import ended_by_signals
 
     use_all_cores()
     quiet_libraries()
+    check_launcher()
     with ended_by_signals(), peers_watched():
         recipe = read_recipe(_recipe_path(known.recipe), overrides)
         join_processes(recipe.training)
@@ -147,19 +189,19 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     import json
 
-    from partialtune.cost.forecast import forecast, forecast_table
-    from partialtune.freeze.plan import plan_freeze
-    from partialtune.freeze.table import plan_table
-    from partialtune.model.loading import empty_model, load_config, quiet_libraries
-    from partialtune.recipe.reading import read_recipe
+    with _importing():
+        from partialtune.cost.forecast import forecast, forecast_table
+        from partialtune.freeze.methods import plan_before_text
+        from partialtune.freeze.table import plan_table
+        from partialtune.model.loading import empty_model, load_config, quiet_libraries
+        from partialtune.recipe.reading import read_recipe
 
     quiet_libraries()
     recipe = read_recipe(_recipe_path(known.recipe), overrides)
     base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     model = empty_model(config, base.trust_remote_code)
-    freeze = recipe.freeze
-    plan = plan_freeze(model, freeze.trainable, head=freeze.head, schedule=freeze.schedule)
+    plan = plan_before_text(model, recipe.freeze)
     said = recipe.training
     try:
         cost = forecast(
@@ -200,11 +242,38 @@ def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pathlib import Path
 
-    from partialtune.hub.push import push_run
+    from partialtune.hub.push import Target, push_run
 
     _refuse(overrides)
     private = None if known.private is None else known.private == "true"
-    print(push_run(Path(known.run), known.repo_id, known.revision, private, known.allow_failed_audit), flush=True)
+    target = Target(known.repo_id, known.revision, private)
+    print(push_run(Path(known.run), target, known.allow_failed_audit), flush=True)
+
+
+def _apply(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.delta.rebuild import apply_delta
+    from partialtune.model.loading import quiet_libraries
+
+    _refuse(overrides)
+    quiet_libraries()
+    print(apply_delta(known.delta, known.out, known.base), flush=True)
+
+
+def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.compare.compare import COMPARISON_FILE, compare_recipes, compare_runs, raise_if_failed
+    from partialtune.compare.options import are_runs, read_choices
+    from partialtune.compare.table import comparison_lines
+    from partialtune.model.loading import quiet_libraries
+
+    quiet_libraries()
+    choices = read_choices(known, overrides)
+    reads = are_runs(known.compared, choices)
+    rows = compare_runs(known.compared, choices.output_dir) if reads else compare_recipes(known.compared, choices)
+    if known.json:
+        print((choices.output_dir / COMPARISON_FILE).read_text(encoding="utf-8"), end="", flush=True)
+    else:
+        print(comparison_lines(rows), f"\nEverything is in {choices.output_dir}", sep="\n", flush=True)
+    raise_if_failed(rows)
 
 
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -230,7 +299,67 @@ def _bench(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(bench(recipes, overrides, known.steps, known.output, as_json=known.json), flush=True)
 
 
-COMMANDS = {"train": _train, "plan": _plan, "verify": _verify, "push": _push, "report": _report, "bench": _bench}
+def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    import json
+    from pathlib import Path
+
+    with _importing():
+        from partialtune.launch import use_all_cores
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.rank.command import check_new, rank_recipe
+        from partialtune.rank.figure import draw_ranking
+        from partialtune.rank.ranking import ranking_table, recipe_of
+        from partialtune.recipe.reading import read_recipe, write_recipe
+
+    _at_least_one(batches=known.batches, top=known.top)
+    use_all_cores()
+    quiet_libraries()
+    recipe = read_recipe(_recipe_path(known.recipe), overrides)
+    written = Path(known.write) if known.write else None
+    figure = Path(known.figure) if known.figure else written.with_suffix(".png") if written else None
+    for file in filter(None, (written, figure)):
+        check_new(file)
+    ranking = rank_recipe(recipe, known.batches, known.top)
+    if written:
+        record = {"ranked": known.recipe, "windows": ranking.windows}
+        write_recipe(written, recipe_of(recipe.values, ranking), {"rank": record})
+    if figure:
+        draw_ranking(ranking, figure)
+    print(json.dumps(ranking.to_json(), indent=2, allow_nan=False) if known.json else ranking_table(ranking))
+    if not known.json and (written or figure):
+        print("\n".join(["", *(f"Written: {file}" for file in (written, figure) if file)]))
+
+
+def _at_least_one(**numbers: int | None) -> None:
+    from partialtune.errors import InputError
+
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"--{name} is {number}; allowed: a whole number, 1 or more.")
+
+
+COMMANDS = {
+    "train": _train,
+    "plan": _plan,
+    "rank": _rank,
+    "verify": _verify,
+    "push": _push,
+    "compare": _compare,
+    "apply": _apply,
+    "report": _report,
+    "bench": _bench,
+}
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports make a million objects that stay. Looking through these for garbage, again and again, takes a second."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _refuse(overrides: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
 from partialtune.text.prepared import token_ids_of, utf8_bytes, windows_of
@@ -26,12 +27,14 @@ class RunData:
         train: Training windows, `input_ids` (block_size,).
         held_out: Held-out windows, None where nothing is held out.
         scored: Texts that are scored before and after: `validation`, `training`, and those of `eval_texts`.
+        token_counts: How often each token occurs in the training text, int64, shape (largest id + 1,).
     """
 
     sources: list[SourceText]
     train: Dataset
     held_out: Dataset | None
     scored: dict[str, ScoredText]
+    token_counts: np.ndarray
 
 
 def prepare_data(
@@ -72,7 +75,7 @@ def prepare_data(
         texts = [text.content for text in read]
         scored[name] = _scored(texts, token_ids_of(texts, tokenizer), arguments.block_size)
     held_out = scored["validation"].windows if held_out_texts else None
-    return RunData(sources=sources, train=train, held_out=held_out, scored=scored)
+    return RunData(sources, train, held_out, scored, token_counts(train_ids))
 
 
 def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments, seed: int) -> Dataset:

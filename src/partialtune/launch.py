@@ -53,21 +53,29 @@ def join_processes(said: Mapping[str, Any]) -> None:
         PartialState(timeout=timedelta(seconds=said.get("ddp_timeout", 1800)))
 
 
-def check_engine(args: TrainingArguments) -> None:
-    """Stop where parameters would be partitioned so that snapshot, deltas and audit see only parts of them.
-
-    Args:
-        args: Of the run; what the launcher says is looked up in the environment.
+def check_launcher() -> None:
+    """Stop where the launcher says DeepSpeed; asked before anything else, since it need not even be installed.
 
     Raises:
-        InputError: For DeepSpeed and FSDP1, and for FSDP without a GPU.
+        InputError: In that case.
     """
-    by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
     if _said_by_launcher("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
             "The launcher says DeepSpeed: it partitions parameters, and snapshot, deltas and audit need whole ones. "
             "Take recipes/launch/fsdp2.yaml where one GPU is too small, else recipes/launch/ddp.yaml."
         )
+
+
+def check_engine(args: TrainingArguments) -> None:
+    """Stop where parameters would be flattened so that snapshot, deltas and audit cannot tell them apart.
+
+    Args:
+        args: Of the run; what the launcher says is looked up in the environment.
+
+    Raises:
+        InputError: For FSDP1, and for FSDP without a GPU.
+    """
+    by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
     if not (by_launcher or args.fsdp):
         return
     version = os.environ.get("FSDP_VERSION", "1") if by_launcher else args.fsdp_plugin_args["fsdp_version"]

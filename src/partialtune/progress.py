@@ -9,7 +9,7 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 20  # where stderr is a file or a pipe, each refresh is a line of its own
 
 
-def progress_bar(total: int | None, description: str, unit: str, **settings: Any) -> tqdm:
+def progress_bar(total: int | None, description: str | None, unit: str, **settings: Any) -> tqdm:
     """A bar that the first process of a run draws.
 
     Args:

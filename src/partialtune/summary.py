@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from partialtune.proof.audit import Audit
+from partialtune.proof.audit_result import Audit
 
 
 def closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -19,7 +19,8 @@ def closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, 
 
 
 def _weight_lines(audit: Audit) -> list[str]:
-    frozen = "changed: " + ", ".join(audit.changed) if audit.changed else "0.0, every bit kept"
+    changed = [*audit.changed, *audit.changed_buffers]
+    frozen = "changed: " + ", ".join(changed) if changed else "0.0, every bit kept"
     moved = "unknown" if audit.trainable_l2_delta is None else f"{audit.trainable_l2_delta:.6g}"
     return [
         "Change of the weights, L2 norm",

@@ -10,19 +10,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.data import RunData, prepare_data
+from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, InputError, RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
-from partialtune.hub.push import check_access, push_after_training
+from partialtune.hub.push import Target, check_access, push_after_training
+from partialtune.insight.learning_curves import LearningCurves
+from partialtune.insight.next_token_shift import WATCHED_WINDOWS, next_token_shift
+from partialtune.insight.run_insight import sampled_continuations, weight_insight
 from partialtune.launch import (
     check_engine,
     check_precision,
@@ -32,8 +38,10 @@ from partialtune.launch import (
     first_on_each_node,
     main_process_only,
     one_device_a_process,
+    peers_watched,
 )
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.statement import stated_by
 from partialtune.output_dir import (
     RECIPE_FILE,
     Standing,
@@ -48,8 +56,9 @@ from partialtune.pages.figures import draw_figures
 from partialtune.pages.report import write_report
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import DELTAS_FILE
+from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe, write_recipe
-from partialtune.scoring.evaluation import ScoredText, score_text
+from partialtune.scoring.evaluation import ScoredText, score_tokens, spaced_indices
 from partialtune.scoring.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
 from partialtune.summary import closing_words
 from partialtune.text.sources import IN_MEMORY_BYTES
@@ -107,14 +116,14 @@ def train(recipe: Recipe) -> Path:
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
-    plan = plan_freeze(model, recipe.freeze.trainable, head=recipe.freeze.head, schedule=schedule)
+    plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
     prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, begun))
     origin = decided_by_main(lambda: run_origin(recipe, args, model, data, plan, prefix))
     if checkpoint is not None:
         decided_by_main(lambda: check_same_run(checkpoint, plan, begun, origin))
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
-    with ExitStack() as held, exit_recorded(folder):
+    with ExitStack() as held, exit_recorded(folder), peers_watched():
         decided_by_main(lambda: take_folder(held, folder, recipe, standing))
         begin_folder(folder, recipe, plan, run_record(args, model, data, prefix), checkpoint)
         check_shared(folder, RECIPE_FILE)
@@ -123,12 +132,17 @@ def train(recipe: Recipe) -> Path:
 
         set_seed(args.seed)
         trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)
+        curves = LearningCurves(data.scored, args.per_device_eval_batch_size).attach(trainer)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
-        save_model(folder, trainer, tokenizer)
+        save_model(folder, trainer, tokenizer, recipe)
         write_plan(folder, plan, trainer.audit)
 
         after = look.at(model, "after")
+        moved = weight_insight(
+            model, plan, trainer.deltas.snapshot.copies, data.token_counts, tokenizer, PartialState().is_main_process
+        )
+        write_insight(folder, look, before, after, {**moved, "learning_curves": curves.to_json()})
         write_performance(folder, trainer, empty_model(config, base.trust_remote_code), recipe.text.block_size)
         write_results(folder, trainer, before, after)
         if violation is not None:
@@ -140,10 +154,11 @@ def train(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a model made of the texts and prompts at one moment."""
+    """What a model made of the texts and prompts at one moment; `nats` of single held-out tokens, None without such."""
 
     scores: dict[str, dict[str, Any]]
     prompts: list[PromptProbe]
+    nats: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -156,10 +171,19 @@ class Look:
     batch_size: int
 
     def at(self, model: PreTrainedModel, moment: str) -> Sight:
-        scores = {
-            name: score_text(model, text, self.batch_size, f"{name}, {moment}") for name, text in self.texts.items()
-        }
-        return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts))
+        scores, nats = {}, {}
+        for name, text in self.texts.items():
+            watched = WATCHED_WINDOWS if name == "validation" else 0
+            scores[name], nats[name] = score_tokens(model, text, self.batch_size, f"{name}, {moment}", watched)
+        return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts), nats.get("validation"))
+
+    def shift(self, before: Sight, after: Sight) -> dict[str, Any] | None:
+        """What happened to the held-out tokens between two looks; None where nothing is held out."""
+        if before.nats is None or after.nats is None:
+            return None
+        windows = self.texts["validation"].windows.with_format("numpy")
+        watched = windows[spaced_indices(len(windows), WATCHED_WINDOWS)]["input_ids"]
+        return next_token_shift(watched, before.nats, after.nats, self.tokenizer)
 
 
 def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
@@ -336,7 +360,8 @@ def begin_folder(
         if history.is_file():
             shutil.copyfile(history, folder / DELTAS_FILE)
     values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
-    write_recipe(folder / RECIPE_FILE, values, record)
+    stated = stated_by(recipe.model.model_name_or_path, record["base_commit"])
+    write_recipe(folder / RECIPE_FILE, values, {**record, **stated})
     print(plan_table(plan), flush=True)
     logger.info(prefix_words([PrefixPhase(**phase) for phase in record["prefix_cache"]]))
 
@@ -347,12 +372,34 @@ def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> No
     write_json(folder / "freeze_plan.json", plan.to_json(audit.digests_before, audit.digests_after))
 
 
-def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The adapted model and its tokenizer, loadable with `from_pretrained(folder)`."""
+def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`."""
     with disk_errors("The model", folder):
-        trainer.save_model(str(folder))
+        if recipe.freeze.checkpoint_format == "full":
+            trainer.save_model(str(folder))
+        elif trainer.audit.result.changed_buffers:
+            logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
+            trainer.save_model(str(folder))
+        else:
+            save_delta(folder, trainer, recipe.model)
         if trainer.args.should_save:
             tokenizer.save_pretrained(folder)
+
+
+def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> None:
+    """Only what was trained, with the digests of base and result."""
+    model, audit = trainer.model, trainer.audit
+    origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
+    with trainer.config_as_loaded():
+        write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
+
+
+@main_process_only
+def write_insight(folder: Path, look: Look, before: Sight, after: Sight, found: Mapping[str, Any]) -> None:
+    """`insight.json`: what moved and what shifted, beyond the scores."""
+    shift = {"next_token_shift": look.shift(before, after)}
+    samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
+    write_json(folder / "insight.json", {**found, **shift, **samples})
 
 
 @main_process_only
@@ -362,7 +409,8 @@ def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedMo
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
     needed = needed_products(empty, trainer.plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
     used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
-    content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast)
+    watched = trainer.deltas.seconds + trainer.audit.seconds
+    content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched)
     write_json(folder / "performance.json", content)
 
 
@@ -383,18 +431,18 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: S
 @main_process_only
 def check_hub(said: Mapping[str, Any]) -> None:
     """Make sure of the access to the Hub before hours of training."""
-    check_access(said.get("hub_model_id") or "", said.get("hub_private_repo"), said.get("hub_revision"))
+    check_access(push_target(said))
 
 
 @main_process_only
 def push(folder: Path, said: Mapping[str, Any], allow_failed_audit: bool) -> None:
     """Upload the finished run and verify what arrived; everything is on disk by now."""
-    print(
-        push_after_training(
-            folder, said["hub_model_id"], said.get("hub_revision"), said.get("hub_private_repo"), allow_failed_audit
-        ),
-        flush=True,
-    )
+    print(push_after_training(folder, push_target(said), allow_failed_audit), flush=True)
+
+
+def push_target(said: Mapping[str, Any]) -> Target:
+    """Where the recipe wants the run to be pushed to."""
+    return Target(said.get("hub_model_id") or "", said.get("hub_revision"), said.get("hub_private_repo"))
 
 
 @contextmanager

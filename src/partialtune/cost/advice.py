@@ -12,6 +12,7 @@ from torch import nn
 
 from partialtune.cost.dry_step import Cost
 from partialtune.errors import RecipeError
+from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.table import blocks_passed, frozen_blocks
 from partialtune.training.performance import peak_memory_mb
@@ -54,8 +55,8 @@ def advise(
 def _schedule(plan: FreezePlan) -> str | None:
     if len(plan.phases) == 1:
         return None
-    last = plan.phases[-1].from_step
-    return f"The figures are those of the last of {len(plan.phases)} phases, from step {last} on: it costs most."
+    last = plan.phases[-1].start
+    return f"The figures are those of the last of {len(plan.phases)} phases, from {last} on: it costs most."
 
 
 def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
@@ -80,7 +81,7 @@ def _where_backward_stops(
         return None
     for cause, selectors, head in _alternatives(plan):
         try:
-            other = plan_freeze(model, selectors, head=head)
+            other = _planned(model, plan, selectors, head)
         except RecipeError:  # what is left selects nothing, or contradicts itself
             continue
         then = costing(other)
@@ -94,6 +95,13 @@ def _where_backward_stops(
                 f"arithmetic and need {_mb(then.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
             )
     return None
+
+
+def _planned(model: nn.Module, plan: FreezePlan, selectors: Sequence[str], head: str) -> FreezePlan:
+    """Another plan by the method of this one."""
+    if plan.adapter is not None:
+        return plan_lora(model, selectors, plan.adapter.rank, plan.adapter.alpha)
+    return plan_freeze(model, selectors, head=head)
 
 
 def _in_a_recipe(plan: FreezePlan, other: FreezePlan) -> str:

@@ -1,4 +1,4 @@
-"""A freeze plan carried out on a model: the only place that unties a head, sets `requires_grad` and keeps eval mode."""
+"""A freeze plan carried out: the only place that unties a head, adds adapters, sets `requires_grad` or eval mode."""
 
 from collections.abc import Iterable, Iterator
 from types import MethodType
@@ -6,12 +6,13 @@ from types import MethodType
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.weights import named_weights
 
 
 def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
-    """Untie the head where the plan says so and set `requires_grad` for all that any phase trains.
+    """Untie the head or add adapters where the plan says so; set `requires_grad` for all that any phase trains.
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent.
@@ -21,7 +22,9 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     """
     if plan.head == "untied":
         untie_head(model)
-    parameters = dict(model.named_parameters())
+    if plan.adapter is not None:
+        add_adapters(model, plan.adapter)
+    parameters = dict(named_weights(model))
     if set(parameters) != {planned.name for planned in plan.parameters}:
         strangers = sorted(set(parameters) ^ {planned.name for planned in plan.parameters})
         raise RecipeError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,6 +10,9 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.schedules import read_schedule
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, read_structure
+
+if TYPE_CHECKING:
+    from partialtune.freeze.lora import Adapter
 
 HEAD_CHOICES = ("tied", "untied")
 
@@ -49,16 +52,23 @@ class Phase:
     """A part of the run in which the same parameters learn.
 
     Attributes:
-        from_step: Its first step; steps count from 0.
+        from_step: Its first step; steps count from 0. None where `from_epoch` says it, before the text is read.
         trainable: Names of all that learns from then on, in the order of `named_parameters()`.
         backward_from: First of them in forward order: backward stops there.
         first_block: First block that backward passes, the number of blocks where it passes none.
+        from_epoch: The epoch at which it begins, in a plan made before the text is read.
     """
 
-    from_step: int
+    from_step: int | None
     trainable: tuple[str, ...]
     backward_from: str
     first_block: int
+    from_epoch: float | None = None
+
+    @property
+    def start(self) -> str:
+        """`step 40`, or `epoch 1.5`."""
+        return f"step {self.from_step}" if self.from_epoch is None else f"epoch {self.from_epoch:g}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0.
+        adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
     """
 
     model_name: str
@@ -82,6 +93,7 @@ class FreezePlan:
     parameters: tuple[PlannedParameter, ...]
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
+    adapter: "Adapter | None" = None
 
     @property
     def total_parameters(self) -> int:
@@ -134,7 +146,12 @@ class FreezePlan:
             "selectors": list(self.selectors),
             "ties": [list(pair) for pair in self.ties],
             "phases": [
-                {"from_step": phase.from_step, "backward_from": phase.backward_from, "trainable": list(phase.trainable)}
+                {
+                    "from_step": phase.from_step,
+                    **({} if phase.from_epoch is None else {"from_epoch": phase.from_epoch}),
+                    "backward_from": phase.backward_from,
+                    "trainable": list(phase.trainable),
+                }
                 for phase in self.phases
             ],
             "parameters": [

@@ -126,3 +126,13 @@ def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps:
             f"Begin earlier, train longer (max_steps, num_train_epochs), or take it out."
         )
     return resolved
+
+
+def in_places(schedule: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same schedule with each entry's place, 0, 1, ..., for its step: before the text is read, epochs have none."""
+    key = next(key for key in STARTS if key in schedule[0])
+    first = 0 if schedule[0][key] == 0 else 1
+    return [
+        {"from_step": place, **{key: entry[key] for key in entry if key not in STARTS}}
+        for place, entry in enumerate(schedule, start=first)
+    ]

@@ -64,10 +64,10 @@ def _places(plan: FreezePlan):
 
 def _phase_rows(plan: FreezePlan) -> str:
     sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
-    rows = [("from step", "trainable", "blocks that backward passes")]
+    rows = [("from", "trainable", "blocks that backward passes")]
     for phase in plan.phases:
         trainable = sum(sizes[name] for name in phase.trainable)
-        rows.append((str(phase.from_step), f"{trainable:,}", str(plan.block_count - phase.first_block)))
+        rows.append((phase.start, f"{trainable:,}", str(plan.block_count - phase.first_block)))
     return columns(rows)
 
 

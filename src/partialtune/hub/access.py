@@ -1,4 +1,4 @@
-"""May this run be pushed? A repository's name -> nothing, or an error that says what to do. Asked before training."""
+"""May a run be pushed there? A target -> nothing, or an error that says what to do. Asked before any training."""
 
 import logging
 import re
@@ -6,28 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 
 from partialtune.errors import InputError
 from partialtune.hub.client import HUB_ERRORS, HubUnreachable, Patience, ask, hub_api, in_words, may_pass, time_limits
+from partialtune.hub.target import DEFAULT_BRANCH, Target
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BRANCH = "main"
 REFUSED = frozenset({401, 402, 403, 404})
 
 
-def check_access(
-    repo_id: str, private: bool | None = None, revision: str | None = None, patience: Patience | None = None
-) -> None:
-    """Make sure that a push to `repo_id` will be let in. A missing repository or branch is created.
+def check_access(target: Target, patience: Patience | None = None) -> None:
+    """Make sure that a push will be let in. A missing repository or branch is created.
 
     Args:
-        repo_id: Full name, NAMESPACE/NAME.
-        private: Whether the repository has to be private (True), is made public where it is new (False), or follows
-            the namespace's default (None).
-        revision: Branch to push to, default `main`.
+        target: The repository and branch.
         patience: Tries and time-outs.
 
     Raises:
@@ -35,38 +29,19 @@ def check_access(
         InputError: If the name, the token, its rights, the repository's visibility or the branch is no good.
     """
     patience = patience or Patience()
-    check_name(repo_id, revision)
+    target.check_names()
     _check_token()
-    api = hub_api()
+    api, repo_id = hub_api(), target.repo_id
     with time_limits(patience.answer_seconds):
         user = _user_of_token(api, patience)
         try:
-            ask(lambda: api.create_repo(repo_id, private=private, exist_ok=True), patience)
+            ask(lambda: api.create_repo(repo_id, private=target.private, exist_ok=True), patience)
             ask(lambda: api.auth_check(repo_id, write=True), patience)  # create_repo lets read-only tokens pass
-            _check_visibility(api, repo_id, private, patience)
-            _provide_branch(api, repo_id, revision or DEFAULT_BRANCH, patience)
+            _check_visibility(api, target, patience)
+            _provide_branch(api, target, patience)
         except HUB_ERRORS as error:
             raise _refusal(error, repo_id, user) from error
     logger.info("%s can be pushed to by %s.", repo_id, user.get("name"))
-
-
-def check_name(repo_id: str, revision: str | None) -> None:
-    """Check the form of a repository's name and of a branch's, without asking anybody.
-
-    Raises:
-        InputError: If one of them cannot be pushed to.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"{repo_id!r} is no repository's name: {error}") from error
-    if "/" not in repo_id:
-        raise InputError(
-            f"{repo_id!r} names no namespace. Give the full name, NAMESPACE/{repo_id}, where the namespace is your "
-            f"user name or an organisation of yours."
-        )
-    if revision is not None and (re.fullmatch(r"[0-9a-f]{40}", revision) or not revision.strip("/")):
-        raise InputError(f"revision {revision!r} cannot be pushed to. Give the name of a branch, such as main.")
 
 
 def _check_token() -> None:
@@ -99,20 +74,21 @@ def _user_of_token(api: HfApi, patience: Patience) -> Mapping[str, Any]:
         raise _unreachable(error) from error
 
 
-def _check_visibility(api: HfApi, repo_id: str, private: bool | None, patience: Patience) -> None:
-    if private is None:
+def _check_visibility(api: HfApi, target: Target, patience: Patience) -> None:
+    if target.private is None:
         return
-    is_private = ask(lambda: api.model_info(repo_id), patience).private
-    if private and not is_private:
+    is_private = ask(lambda: api.model_info(target.repo_id), patience).private
+    if target.private and not is_private:
         raise InputError(
-            f"{repo_id} exists and is public, and this run is to be private. Make the repository private at "
-            f"{constants.ENDPOINT}/{repo_id}/settings, or give another name."
+            f"{target.repo_id} exists and is public, and this run is to be private. Make the repository private at "
+            f"{constants.ENDPOINT}/{target.repo_id}/settings, or give another name."
         )
-    if is_private and not private:
-        logger.warning("%s exists and is private; it stays so.", repo_id)
+    if is_private and not target.private:
+        logger.warning("%s exists and is private; it stays so.", target.repo_id)
 
 
-def _provide_branch(api: HfApi, repo_id: str, branch: str, patience: Patience) -> None:
+def _provide_branch(api: HfApi, target: Target, patience: Patience) -> None:
+    repo_id, branch = target.repo_id, target.branch
     if branch == DEFAULT_BRANCH:
         return
     if branch.startswith("refs/"):  # a pull request's: it is there or it is not

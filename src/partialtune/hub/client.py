@@ -6,12 +6,14 @@ end. Here every call has a time-out and a few tries. A token never gets into a m
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from typing import TypeVar
 
 import httpx2
@@ -43,9 +45,13 @@ class NotThereYet(Exception):
     """What was sent does not show on the Hub, or not as it was sent."""
 
 
+class PlainHttpNext(Exception):
+    """Xet, the client's usual way to the Hub's storage, broke; the next try goes another way."""
+
+
 # Everything that a call of the client may end with: an answer that says no, no connection, a file that cannot be read
 # (all OSError or HTTPError), a failed transfer (RuntimeError), an answer that is no JSON or metadata that is not valid.
-HUB_ERRORS = (httpx2.HTTPError, OSError, RuntimeError, ValueError, NotThereYet)
+HUB_ERRORS = (httpx2.HTTPError, OSError, RuntimeError, ValueError, NotThereYet, PlainHttpNext)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def may_pass(error: Exception) -> bool:
         return error.response.status_code in PASSING_STATUSES or error.response.status_code >= 500
     if isinstance(error, OfflineModeIsEnabled | httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
         return False
-    return isinstance(error, httpx2.TransportError | ConnectionError | json.JSONDecodeError | NotThereYet)
+    passing = (httpx2.TransportError, ConnectionError, json.JSONDecodeError, NotThereYet, PlainHttpNext)
+    return isinstance(error, passing)
 
 
 def in_words(error: Exception) -> str:
@@ -127,6 +134,29 @@ def time_limits(seconds: float) -> Iterator[None]:
         yield
     finally:
         set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+@contextmanager
+def storage_protocol(seconds: float) -> Iterator[None]:
+    """Until its end `without_xet` holds, and Xet, which knows no `time_limits`, gives up after so much silence."""
+    chosen = constants.HF_HUB_DISABLE_XET
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{seconds:.0f}s")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = chosen
+
+
+def without_xet(error: Exception) -> Exception:
+    """What to raise for a failed transfer: PlainHttpNext, once Xet is switched off, if it was Xet that failed.
+
+    The client asks no server whether it knows Xet, and no answer makes it fall back; `hf_xet` has tried several times
+    by now. Its failures are Python's own errors, never those of HTTP.
+    """
+    if constants.HF_HUB_DISABLE_XET or isinstance(error, json.JSONDecodeError) or find_spec("hf_xet") is None:
+        return error
+    constants.HF_HUB_DISABLE_XET = True
+    return PlainHttpNext(f"The transfer over Xet failed, the next one is plain HTTP: {in_words(error)}")
 
 
 @contextmanager

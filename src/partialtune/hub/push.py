@@ -6,7 +6,6 @@ all or nothing, the branch holds either what it held before or the whole run, ho
 """
 
 import logging
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from partialtune.errors import InputError, UploadIncomplete
-from partialtune.hub.access import DEFAULT_BRANCH, check_access
+from partialtune.hub.access import check_access
 from partialtune.hub.client import (
     HUB_ERRORS,
     HubUnreachable,
@@ -24,11 +23,15 @@ from partialtune.hub.client import (
     hub_api,
     in_words,
     progress_bars,
+    storage_protocol,
     time_limits,
+    without_xet,
 )
 from partialtune.hub.files import Gap, LocalFile, check_finished, files_to_send, gap_between
+from partialtune.hub.target import DEFAULT_BRANCH, Target
+from partialtune.pages.card import name_repository
 
-__all__ = ["Patience", "PushReport", "check_access", "push_after_training", "push_run"]
+__all__ = ["Patience", "PushReport", "Target", "check_access", "push_after_training", "push_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +63,13 @@ class PushReport:
 
 
 def push_run(
-    run: Path,
-    repo_id: str,
-    revision: str | None = None,
-    private: bool | None = None,
-    allow_failed_audit: bool = False,
-    patience: Patience | None = None,
+    run: Path, target: Target, allow_failed_audit: bool = False, patience: Patience | None = None
 ) -> PushReport:
     """Upload a finished run and verify what arrived. Running it again sends only what is missing.
 
     Args:
         run: Folder of a finished run.
-        repo_id: NAMESPACE/NAME, created where it is missing.
-        revision: Branch, default `main`, created where it is missing.
-        private: As for `check_access`.
+        target: The repository and branch.
         allow_failed_audit: Push a run whose freeze audit failed.
         patience: Tries and time-outs.
 
@@ -81,44 +77,39 @@ def push_run(
         InputError: If the folder holds no run that may be published, or the Hub refuses the token. Nothing was sent.
         UploadIncomplete: If the upload did not come to its end; the message gives the command that resumes it.
     """
-    run, patience = Path(run), patience or Patience()
+    patience = patience or Patience()
     check_finished(run, allow_failed_audit)
-    again = _push_command(run, repo_id, revision, private, allow_failed_audit)
+    again = target.command(run, allow_failed_audit)
     try:
-        check_access(repo_id, private, revision, patience)
+        check_access(target, patience)
     except HubUnreachable as error:
-        raise UploadIncomplete(_what_is_safe(run, repo_id, str(error), again)) from error
-    upload = _Upload(hub_api(), run, repo_id, revision or DEFAULT_BRANCH)
+        raise UploadIncomplete(_what_is_safe(run, target, str(error), again)) from error
+    upload = _Upload(hub_api(), run, target)
     try:
-        with time_limits(patience.answer_seconds), progress_bars():
+        with time_limits(patience.answer_seconds), progress_bars(), storage_protocol(patience.answer_seconds):
+            name_repository(run, target.repo_id)
             commit = ask(upload.bring_across, patience)
             ask(lambda: upload.verify(commit), patience)
     except HUB_ERRORS as error:
-        raise UploadIncomplete(_what_is_safe(run, repo_id, in_words(error), again)) from error
+        raise UploadIncomplete(_what_is_safe(run, target, in_words(error), again)) from error
     return upload.report(commit)
 
 
 def push_after_training(
-    run: Path,
-    repo_id: str,
-    revision: str | None = None,
-    private: bool | None = None,
-    allow_failed_audit: bool = False,
-    patience: Patience | None = None,
+    run: Path, target: Target, allow_failed_audit: bool = False, patience: Patience | None = None
 ) -> PushReport:
-    """Push at the end of a run: access that was lost since `check_access` is no bad input any more.
+    """`push_run` at the end of a run: access that was lost since `check_access` is no bad input any more.
 
     Raises:
         InputError: If the folder holds no run that may be published.
         UploadIncomplete: If the upload did not come to its end, for whatever reason.
     """
-    run = Path(run)
     check_finished(run, allow_failed_audit)
     try:
-        return push_run(run, repo_id, revision, private, allow_failed_audit, patience)
+        return push_run(run, target, allow_failed_audit, patience)
     except InputError as error:
-        again = _push_command(run, repo_id, revision, private, allow_failed_audit)
-        raise UploadIncomplete(_what_is_safe(run, repo_id, str(error), again)) from error
+        again = target.command(run, allow_failed_audit)
+        raise UploadIncomplete(_what_is_safe(run, target, str(error), again)) from error
 
 
 @dataclass
@@ -127,15 +118,14 @@ class _Upload:
 
     api: HfApi
     run: Path
-    repo_id: str
-    branch: str
+    target: Target
     sent: set[str] = field(default_factory=set)
     removed: set[str] = field(default_factory=set)
     refused_parent: str | None = None
 
     def bring_across(self) -> str:
         """Make the branch hold the run. Returns the commit that does; makes one only where something differs."""
-        head = self.api.model_info(self.repo_id, revision=self.branch).sha
+        head = self.api.model_info(self.target.repo_id, revision=self.target.branch).sha
         local = files_to_send(self.run)
         gap = self._gap(local, head)
         return self._send(local, gap, head) if gap else head
@@ -155,10 +145,10 @@ class _Upload:
 
     def report(self, commit: str) -> PushReport:
         files = files_to_send(self.run)
-        page = f"{constants.ENDPOINT}/{self.repo_id}"
+        page = f"{constants.ENDPOINT}/{self.target.repo_id}"
         return PushReport(
             commit=commit,
-            url=page if self.branch == DEFAULT_BRANCH else f"{page}/tree/{self.branch}",
+            url=page if self.target.branch == DEFAULT_BRANCH else f"{page}/tree/{self.target.branch}",
             files=len(files),
             bytes=sum(file.size for file in files.values()),
             sent=tuple(sorted(self.sent)),
@@ -166,48 +156,39 @@ class _Upload:
         )
 
     def _gap(self, local: dict[str, LocalFile], commit: str) -> Gap:
-        return gap_between(local, self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit))
+        return gap_between(local, self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit))
 
     def _send(self, local: dict[str, LocalFile], gap: Gap, head: str) -> str:
         """One commit on top of `head`, so that a commit whose answer was lost is never made twice."""
         size = sum(local[name].size for name in gap.missing)
-        logger.info("Sending %d files, %.1f MB, to %s.", len(gap.missing), size / 1e6, self.repo_id)
+        logger.info("Sending %d files, %.1f MB, to %s.", len(gap.missing), size / 1e6, self.target.repo_id)
         if gap.stale:
             logger.info("Taking away weights of another model: %s.", ", ".join(gap.stale))
         self.sent.update(gap.missing)
         self.removed.update(gap.stale)
         try:
             return self.api.create_commit(
-                self.repo_id,
+                self.target.repo_id,
                 [
                     *(CommitOperationAdd(name, local[name].path) for name in gap.missing),
                     *(CommitOperationDelete(name) for name in gap.stale),
                 ],
                 commit_message=f"Add a run of partialtune ({len(gap.missing)} files)",
-                revision=self.branch,
+                revision=self.target.branch,
                 parent_commit=None if head == self.refused_parent else head,
             ).oid
         except HfHubHTTPError as error:
-            if (
-                error.response.status_code == 412
-            ):  # somebody else's commit; some fine-grained tokens get it for the very head
+            if error.response.status_code == 412:  # for somebody else's commit; with some tokens for the very head
                 self.refused_parent = head
             raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise without_xet(error) from error
 
 
-def _push_command(run: Path, repo_id: str, revision: str | None, private: bool | None, allow_failed_audit: bool) -> str:
-    """The command that goes on with a push."""
-    words = ["partialtune", "push", str(run), "--repo_id", repo_id]
-    words += ["--revision", revision] if revision else []
-    words += ["--private", str(private).lower()] if private is not None else []
-    words += ["--allow_failed_audit"] if allow_failed_audit else []
-    return shlex.join(words)
-
-
-def _what_is_safe(run: Path, repo_id: str, reason: str, again: str) -> str:
+def _what_is_safe(run: Path, target: Target, reason: str, again: str) -> str:
     """What failed, what is safe where, and the command that goes on."""
     return (
-        f"The upload to {repo_id} did not complete. {reason}\n"
+        f"The upload to {target.repo_id} did not complete. {reason}\n"
         f"The run is safe and whole in {run}. A push is one commit, so unless one is named above the Hub holds either "
         f"what it held before or the whole run, never a part. This sends what is missing and verifies it:\n"
         f"  {again}"

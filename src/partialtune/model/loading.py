@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
+from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -66,12 +67,13 @@ def load_config(
     if dropout != "model":
         set_dropout(config, float(dropout))
     config.name_or_path = name  # what messages call it: not the folder of a bundled model
-    config._commit_hash = _commit_of(model_location(name), revision)  # transformers sets none any more
+    config._commit_hash = hub_commit(name, revision)  # transformers 5.23 knows it while it loads, and keeps it no more
     return config
 
 
-def _commit_of(location: str, revision: str) -> str | None:
-    """The commit on the Hub that a revision resolved to when config.json was fetched, None for a folder."""
+def hub_commit(name: str, revision: str = "main") -> str | None:
+    """The commit that a Hub id's revision was resolved to when its config was loaded; None for a folder."""
+    location = model_location(name)
     if Path(location).is_dir():
         return None
     file = try_to_load_from_cache(location, "config.json", revision=revision)
@@ -100,6 +102,8 @@ def load_model(
     Raises:
         ModelError: If it cannot be loaded whole from safetensors files.
     """
+    if is_delta(Path(model_location(name))):
+        raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
     with _loading(name, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),

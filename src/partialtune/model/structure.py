@@ -5,7 +5,7 @@ Only the module tree is read: the model is not run, not changed, and may lie on 
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.layout import Layout, Place
+from partialtune.proof.weights import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
 
     Args:
         model: What `AutoModelForCausalLM` gives, also on the meta device, with PEFT adapters, or wrapped by
-            `torch.compile` (whose prefix `_orig_mod.` the names here do not have).
+            `torch.compile`. The names here are without what these put into them, see `weights.plain_name`.
         head: "tied" describes the model as it is. "untied" describes it as it will be when the head has a tensor of
             its own; the two are equal where the model does not tie.
 
@@ -89,7 +90,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
 
     tensors: dict[tuple[int, bool], tuple[nn.Parameter, list[Place]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        place = layout.place(name)
+        place = replace(layout.place(name), name=plain_name(name))
         key = (id(parameter), head == "untied" and place.component == "head")  # True: will be a tensor of its own
         tensors.setdefault(key, (parameter, []))[1].append(place)
     _refuse_shared_memory(model)

@@ -8,10 +8,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from partialtune.delta import is_delta
+from partialtune.model.statement import STATED
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.run_files import RunFiles, read_run
+from partialtune.pages.templating import page_environment
 from partialtune.pages.wording import (
     audit_problems,
     count,
@@ -23,6 +25,7 @@ from partialtune.pages.wording import (
     verdict,
 )
 
+UNNAMED = "NAMESPACE/NAME"  # stands for the repository of a run that was not pushed anywhere yet
 TAGS = ["partialtune", "partial-fine-tuning", "layer-freezing"]
 # What could be inline Markdown, HTML, a table's bar, a formula or a link; underscores and colons inside words are text.
 SYNTAX = re.compile(r"[&<>|`*\[\]\\~$#@]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=[wW]{3})\.")
@@ -31,7 +34,7 @@ SYNTAX = re.compile(r"[&<>|`*\[\]\\~$#@]|(?<![^\W_])_|_(?![^\W_])|:(?=\S)|(?<=[w
 def write_card(run: str | os.PathLike) -> Path:
     """Write `README.md`, a model card, into the folder of a finished run.
 
-    Language and licence are said only where the run recorded them: `language` and `license` under `run` in
+    Language and licence are those of the base, where it says what it is: the run recorded them under `run` in
     `recipe.yaml`.
 
     Args:
@@ -46,33 +49,45 @@ def write_card(run: str | os.PathLike) -> Path:
     return card
 
 
+def name_repository(run: Path, repo_id: str) -> None:
+    """Put the repository's name into a card that was written before one was known. The rest of the card stays."""
+    card = run / "README.md"
+    text = card.read_text(encoding="utf-8")
+    if UNNAMED in text:
+        aside = card.with_name(".README.md.part")  # on a full disk the card stays as it is
+        try:
+            aside.write_text(text.replace(UNNAMED, repo_id), encoding="utf-8")
+            aside.replace(card)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
 def render_card(run: RunFiles) -> str:
     """The card as text: YAML between dashes, then Markdown."""
-    environment = Environment(
-        loader=PackageLoader("partialtune.pages"),
-        autoescape=False,  # Markdown: every value goes through one of the three filters below
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"plain": plain, "code": code, "cell": cell_code}
-    environment.filters |= {"count": count, "significant": significant, "percent": percent}
-    return environment.get_template("card.md.j2").render(
-        metadata=metadata(run).to_yaml(),
-        run=run,
-        name=model_name(run),
-        base=base_model(run),
-        repository=run.recipe.get("hub_model_id"),
-        share=trained_share(run),
-        findings=verdict(run),
-        problems=audit_problems(run),
-        texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],
-        prompts=run.evaluation.get("prompts", []),
-        figures=describe_figures(run),
-        sources=run.record.get("sources", []),
-        versions=run.record.get("versions", {}),
-        frozen_values=sum(parameter["numel"] for parameter in run.frozen),
+    escapes = {"plain": plain, "code": code, "cell": cell_code}  # Markdown: every value goes through one of these
+    numbers = {"count": count, "significant": significant, "percent": percent}
+    return (
+        page_environment(autoescape=False, **escapes, **numbers)
+        .get_template("card.md.j2")
+        .render(
+            metadata=metadata(run).to_yaml(),
+            run=run,
+            name=model_name(run),
+            base=base_model(run),
+            repository=repository(run),
+            revision=run.recipe.get("hub_revision"),
+            verifiable_base=verifiable_base(run),
+            share=trained_share(run),
+            is_delta=is_delta(run.folder),
+            findings=verdict(run),
+            problems=audit_problems(run),
+            texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],
+            prompts=run.evaluation.get("prompts", []),
+            figures=describe_figures(run),
+            sources=run.record.get("sources", []),
+            versions=run.record.get("versions", {}),
+            frozen_values=sum(parameter["numel"] for parameter in run.frozen),
+        )
     )
 
 
@@ -107,16 +122,17 @@ def metadata(run: RunFiles) -> ModelCardData:
     """The card's YAML. A base model that is no Hub repository, an unknown language or licence are left out."""
     base = base_model(run)
     results = evaluation_results(run)
+    relation = "adapter" if run.adapts else "finetune"
+    about_base = {"base_model_relation": relation, "base_model_revision": run.record.get("base_commit")} if base else {}
     return ModelCardData(
-        language=run.record.get("language"),
-        license=run.record.get("license"),
-        library_name="transformers",
+        **{key: run.record.get(key) for key in STATED},
+        library_name="peft" if run.adapts else "partialtune" if is_delta(run.folder) else "transformers",
         pipeline_tag="text-generation",
         base_model=base,
         tags=[*TAGS],
         model_name=model_name(run) if results else None,
         eval_results=results or None,
-        **({"base_model_relation": "finetune"} if base else {}),
+        **about_base,
     )
 
 
@@ -130,6 +146,19 @@ def base_model(run: RunFiles) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def verifiable_base(run: RunFiles) -> str | None:
+    """The base as `partialtune verify` takes it, where others can get at it."""
+    name = str(run.recipe.get("model_name_or_path", ""))
+    if name.startswith("builtin:"):
+        return name
+    return f"{name}@{run.record['base_commit']}" if base_model(run) else None
+
+
+def repository(run: RunFiles) -> str:
+    """Where the run is pushed to, as far as is known."""
+    return str(run.recipe.get("hub_model_id") or UNNAMED)
 
 
 def model_name(run: RunFiles) -> str:

@@ -89,7 +89,7 @@ class RunFiles:
         folder: The run's folder.
         recipe: `recipe.yaml` without its key `run`.
         record: The mapping under `run`: versions, precision, base_commit, sources.
-        plan, audit, evaluation, performance: The JSON files of these names, `plan` is `freeze_plan.json`.
+        plan, audit, evaluation, performance, insight: The JSON files of these names, `plan` is `freeze_plan.json`.
         log: `log_history` of `trainer_state.json`; losses in it may be non-finite.
         deltas: `weight_deltas.jsonl`.
     """
@@ -103,6 +103,7 @@ class RunFiles:
     performance: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     deltas: DeltaHistory
+    insight: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -112,6 +113,11 @@ class RunFiles:
     def selectors(self) -> list[str]:
         """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning."""
         return as_list(self.recipe.get("trainable")) or ["all"]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether LoRA adapters trained, so that the folder holds these and not a whole model."""
+        return self.recipe.get("method") == "lora"
 
     @property
     def texts(self) -> dict[str, Mapping[str, Any]]:
@@ -187,6 +193,7 @@ def read_run(folder: str | os.PathLike) -> RunFiles:
         performance=parsed(folder / "performance.json", json.loads),
         log=parsed(folder / "trainer_state.json", json.loads).get("log_history", []),
         deltas=parsed(folder / "weight_deltas.jsonl", read_deltas) or DeltaHistory((), {}, {}, {}),
+        insight=parsed(folder / "insight.json", json.loads),
     )
 
 

@@ -141,7 +141,7 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
-    return [frozen_finding(run), trainable_finding(run), *held_out_finding(run)]
+    return [frozen_finding(run), trainable_finding(run), *held_out_finding(run), *forgetting_finding(run)]
 
 
 def frozen_finding(run: RunFiles) -> Finding:
@@ -150,6 +150,10 @@ def frozen_finding(run: RunFiles) -> Finding:
     if not frozen:
         return Finding("plain", "Frozen part", "none", "Nothing was frozen: every parameter trained.")
     size = f"{count(sum(p['numel'] for p in frozen))} frozen parameters in {count(len(frozen))} tensors"
+    if changed_buffers(run) and not audit["changed"]:
+        value = f"{counted(len(changed_buffers(run)), 'buffer')} changed"
+        detail = f"{size} kept every bit, but these buffers, which nothing trains, changed: "
+        return Finding("bad", "Frozen part", value, f"{detail}{joined(changed_buffers(run), 160)}.")
     if audit["changed"]:
         value = f"{counted(len(audit['changed']), 'tensor')} changed"
         moved = (
@@ -170,9 +174,15 @@ def trainable_finding(run: RunFiles) -> Finding:
     if run.deltas.steps:
         relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
         detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
-    failed = audit["not_in_optimizer"] or not (run.audit["passed"] or run.audit["frozen"]["changed"])
+    explained = run.audit["frozen"]["changed"] or changed_buffers(run)
+    failed = audit["not_in_optimizer"] or not (run.audit["passed"] or explained)
     level = "bad" if failed else "warning" if audit["unmoved"] or audit["below_precision"] else "good"
     return Finding(level, "Trained part", f"L2 change {significant(audit['l2_delta'])}", f"{detail}.")
+
+
+def changed_buffers(run: RunFiles) -> list[str]:
+    """Names of persistent buffers that changed; runs from before they were audited name none."""
+    return run.audit.get("buffers", {}).get("changed", [])
 
 
 def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
@@ -180,6 +190,7 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
     frozen, trainable = run.audit["frozen"], run.audit["trainable"]
     return [
         *((name, "is frozen, but changed") for name in frozen["changed"]),
+        *((name, "is a buffer, which nothing trains, but changed") for name in changed_buffers(run)),
         *((name, "is trainable, but was not in the optimizer") for name in trainable["not_in_optimizer"]),
         *((entry["name"], f"is trainable, but did not move: {entry['reason']}") for entry in trainable["unmoved"]),
         *((name, "is trainable, but its updates are below its precision") for name in trainable["below_precision"]),
@@ -200,3 +211,22 @@ def held_out_finding(run: RunFiles) -> list[Finding]:
             level = "good" if fell and name == "validation" else "plain"
             return [Finding(level, f"Bits per byte, {text_label(name)}", value, detail)]
     return []
+
+
+def forgetting_finding(run: RunFiles) -> list[Finding]:
+    """Bits per byte of the recipe's `eval_texts`: the one that lost most, and how many others there are."""
+    pairs = {
+        name: (entry["before"]["bits_per_byte"], entry["after"]["bits_per_byte"])
+        for name, entry in run.texts.items()
+        if name not in ("validation", "training")
+    }
+    known = {name: pair for name, pair in pairs.items() if None not in pair and pair[0]}
+    if not known:
+        return []
+    worst = max(known, key=lambda name: known[name][1] / known[name][0])
+    before, after = known[worst]
+    value = " → ".join(score("bits_per_byte", bits) for bits in (before, after))
+    fate = "so much was forgotten" if after > before else "nothing was forgotten"
+    others = f", and it fared worst of {len(known)} such texts" if len(known) > 1 else ""
+    detail = f"{score_change('bits_per_byte', before, after)}; {fate}{others}."
+    return [Finding("plain", f"Bits per byte, {joined([worst], 30)}", value, detail)]

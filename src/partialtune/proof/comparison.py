@@ -51,6 +51,7 @@ class Comparison:
         adapted: The second.
         parameters: Every parameter once, in the order of `named_parameters()`.
         claim: What says which of them may move; None where nothing does.
+        changed_buffers: Persistent buffers that both hold and that differ; no claim lets a buffer change.
         not_the_base: Parameters of the base that are not what the run says it started from.
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
         notes: What else a reader should know.
@@ -60,6 +61,7 @@ class Comparison:
     adapted: str
     parameters: tuple[ComparedParameter, ...]
     claim: str | None = None
+    changed_buffers: tuple[str, ...] = ()
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -86,6 +88,9 @@ class Comparison:
         if self.changed_though_frozen:
             changed = [f"{p.name} ({p.changed_values:,} of {p.numel:,} values)" for p in self.changed_though_frozen]
             sentences.append(f"{counted(len(changed), 'frozen parameter')} changed: {joined(changed, 240)}.")
+        if self.claim is not None and self.changed_buffers:
+            names = joined(self.changed_buffers, 160)
+            sentences.append(f"{counted(len(self.changed_buffers), 'buffer')} changed, which nothing trains: {names}.")
         for checkpoint, names, moment, remedy in (
             (
                 self.base,
@@ -124,6 +129,7 @@ class Comparison:
             "moved": [parameter.name for parameter in self.moved],
             "changed_though_frozen": [parameter.name for parameter in self.changed_though_frozen],
             "unmoved": [parameter.name for parameter in self.unmoved],
+            "changed_buffers": list(self.changed_buffers),
             "not_the_base": list(self.not_the_base),
             "not_the_result": list(self.not_the_result),
             "violations": self.violations,

@@ -3,14 +3,15 @@
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
 from partialtune.freeze.plan import FreezePlan
-from partialtune.proof.snapshots import ParameterDelta, Snapshot, measure_deltas, take_snapshot
+from partialtune.proof.distances import ParameterDelta
+from partialtune.proof.snapshots import Snapshot, measure_deltas, take_snapshot
+from partialtune.proof.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,20 @@ class WeightDeltaCallback(TrainerCallback):
         self.delta_steps = delta_steps
         self.output_dir = output_dir
         self.snapshot: Snapshot | None = None
-        self.seconds = 0.0
+        self._watch = Stopwatch()
         self._reported_at = -1
         self._log: Callable[[dict[str, float]], None] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._watch.seconds
 
     def attach(self, trainer: Trainer) -> None:
         """Send the values through `trainer.log`, so that trackers get them too."""
         self._log = trainer.log
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        self._take_snapshot(model)  # the only hook before a checkpoint is loaded: deltas count from the base
+        self._take_snapshot(args, model)  # the only hook before a checkpoint is loaded: deltas count from the base
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.snapshot is None:
@@ -60,13 +65,14 @@ class WeightDeltaCallback(TrainerCallback):
                     "deltas count from that step. Pass it in callbacks=[...] to count from the base.",
                     state.global_step,
                 )
-            self._take_snapshot(model)
+            self._take_snapshot(args, model)
         if state.is_world_process_zero:
             self._keep_lines_up_to(state.global_step, self._file(args))
         self._reported_at = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.delta_steps == 0:
+        last = state.global_step == state.max_steps  # by on_train_end trackers have closed their files
+        if last or state.global_step % self.delta_steps == 0:
             self._report(args, state, control, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
@@ -76,10 +82,9 @@ class WeightDeltaCallback(TrainerCallback):
     def _file(self, args) -> Path:
         return Path(self.output_dir or args.output_dir) / DELTAS_FILE
 
-    def _take_snapshot(self, model) -> None:
-        started = time.perf_counter()
-        self.snapshot = take_snapshot(model, self.plan)
-        self.seconds += time.perf_counter() - started
+    def _take_snapshot(self, args, model) -> None:
+        with self._watch:
+            self.snapshot = take_snapshot(model, self.plan, self._file(args).parent)
 
     @staticmethod
     def _keep_lines_up_to(step: int, file: Path) -> None:
@@ -90,14 +95,13 @@ class WeightDeltaCallback(TrainerCallback):
         file.write_text("".join(kept), encoding="utf-8")
 
     def _report(self, args, state, control, model) -> None:
-        started = time.perf_counter()
-        deltas = {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
-        self._reported_at = state.global_step
-        if state.is_world_process_zero:
-            with self._file(args).open("a", encoding="utf-8") as file:
-                file.writelines(self._lines(state.global_step, deltas))
-        values = self.group_deltas(deltas)
-        self.seconds += time.perf_counter() - started
+        with self._watch:
+            deltas = {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
+            self._reported_at = state.global_step
+            if state.is_world_process_zero:
+                with self._file(args).open("a", encoding="utf-8") as file:
+                    file.writelines(self._lines(state.global_step, deltas))
+            values = self.group_deltas(deltas)
         if self._log is not None:
             wanted = control.should_log
             self._log(values)

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from partialtune.pages.wording import counted, joined
 from partialtune.proof.comparison import Comparison
 from partialtune.proof.weight_files import Weights
@@ -31,7 +29,7 @@ def comparison_notes(comparison: Comparison, before: Weights, after: Weights, ro
         )
     return [
         *notes,
-        *_about_buffers(before, after),
+        *_about_buffers(comparison),
         *_about_unused(before),
         *_about_unused(after),
         *_about_configs(before, after),
@@ -45,10 +43,9 @@ def _about_heads(tied: Weights, untied: Weights) -> Iterator[str]:
             yield f"{alias} has a tensor of its own in {untied.name}; compared with {name}, which it is in {tied.name}."
 
 
-def _about_buffers(before: Weights, after: Weights) -> Iterator[str]:
-    common = sorted(before.buffers & after.buffers)
-    changed = [name for name in common if not torch.equal(before.read(name), after.read(name))]
-    if changed:
+def _about_buffers(comparison: Comparison) -> Iterator[str]:
+    changed = comparison.changed_buffers
+    if changed and comparison.claim is None:
         yield f"{counted(len(changed), 'buffer')} changed, which no selector speaks of: {joined(changed, 160)}."
 
 

@@ -1,34 +1,34 @@
-"""A model's weights before training: digests of every parameter, copies of those that train."""
+"""A model's weights before training: digests of every parameter and buffer, copies of what trains.
 
-import math
-from collections.abc import Iterator
+Of several processes the main one holds the copies and what it saw counts for all of them: a run starts from one set of
+weights, which the others may receive only later, as FSDP does it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from partialtune.freeze.plan import FreezePlan
-from partialtune.proof.weights import bit_sum, chunks_of, digest, named_weights, whole
+from partialtune.proof.copies import room_for_copies
+from partialtune.proof.distances import ParameterDelta, change_sums, delta_from_sums, l2_norm, unknown
+from partialtune.proof.processes import from_main, is_main
+from partialtune.proof.weights import (
+    bit_sums,
+    buffer_digest,
+    digests_of,
+    in_threads,
+    is_sharded,
+    named_weights,
+    numbers,
+    persistent_buffers,
+    whole,
+)
 
 _TAKEN: "WeakKeyDictionary[nn.Module, Snapshot]" = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class ParameterDelta:
-    """How far one parameter moved since its snapshot.
-
-    Attributes:
-        l2_delta: ||after - before||, exactly 0.0 where every bit is the same. None where it is unknown: for a frozen
-            parameter that changed (only its digest was kept) and where a value is not finite.
-        relative_delta: ||after - before|| / ||before||, None where the norm before is 0 or l2_delta is None.
-        max_abs_delta: Largest change of one value, None as l2_delta.
-    """
-
-    name: str
-    l2_delta: float | None
-    relative_delta: float | None
-    max_abs_delta: float | None
 
 
 @dataclass(frozen=True)
@@ -37,78 +37,89 @@ class Snapshot:
 
     Attributes:
         digests: sha256 by parameter name.
-        bit_sums: Quick checksum of each frozen parameter, see `weights.bit_sum`.
-        copies: A real copy of each trainable parameter, on the CPU in its own dtype. Never a view: on a CPU
-            `parameter.data` is the live tensor, and a difference to itself is always 0.
-        norms: L2 norm of each trainable parameter.
+        bit_sums: Quick checksum of each parameter, see `weights.bit_sum`.
+        buffers: sha256 by name of each persistent buffer, see `weights.buffer_digest`.
+        trainable: Names of what trains.
+        copies: A real copy of each trainable parameter, on the CPU in its own dtype, in memory or in a file; empty on
+            other processes than the main one.
+        norms: L2 norm of each copy.
     """
 
-    digests: dict[str, str]
-    bit_sums: dict[str, int]
-    copies: dict[str, torch.Tensor]
-    norms: dict[str, float]
-
-    def still_holds(self, model: nn.Module) -> bool:
-        """Whether the trainable parameters of `model` are what they were."""
-        present = dict(named_weights(model))
-        return self.copies.keys() <= present.keys() and all(
-            torch.equal(whole(present[name]).cpu(), copy) for name, copy in self.copies.items()
-        )
+    digests: Mapping[str, str]
+    bit_sums: Mapping[str, int]
+    buffers: Mapping[str, str]
+    trainable: frozenset[str]
+    copies: Mapping[str, torch.Tensor]
+    norms: Mapping[str, float]
 
 
-def take_snapshot(model: nn.Module, plan: FreezePlan) -> Snapshot:
-    """The snapshot of `model` as it is now. Callbacks of one run that ask at the same point share one."""
-    known = _TAKEN.get(model)
-    trainable = set(plan.trainable)
-    if known is not None and known.copies.keys() == trainable and known.still_holds(model):
+def take_snapshot(model: nn.Module, plan: FreezePlan, folder: Path | None = None) -> Snapshot:
+    """The snapshot of `model` as it is now. Callbacks of one run that ask at the same point share one.
+
+    Args:
+        model: The plan is applied to it. All processes of a run have to call this together.
+        plan: Says what trains.
+        folder: On the disk that takes the copies where they are large, see `copies`. None for memory.
+    """
+    trainable = frozenset(plan.trainable)
+    sums = from_main(bit_sums((name, p) for name, p in named_weights(model) if is_main() or is_sharded(p)))
+    buffers, known = from_main(buffer_digests(model)), _TAKEN.get(model)
+    if known is not None and (known.trainable, known.bit_sums, known.buffers) == (trainable, sums, buffers):
         return known
-    digests, bit_sums, copies, norms = {}, {}, {}, {}
-    for name, parameter in named_weights(model):
-        digests[name] = digest(parameter)
-        if name in trainable:
-            copies[name] = whole(parameter).to("cpu", copy=True)
-            norms[name] = l2_norm(copies[name])
-        else:
-            bit_sums[name] = bit_sum(parameter)
-    _TAKEN[model] = Snapshot(digests, bit_sums, copies, norms)
+    copies = _copies(model, trainable, folder)
+    _TAKEN[model] = Snapshot(
+        digests=from_main(digests_on_main(named_weights(model))),
+        bit_sums=sums,
+        buffers=buffers,
+        trainable=trainable,
+        copies=copies,
+        norms={name: l2_norm(copies[name]) for name in copies},
+    )
     return _TAKEN[model]
+
+
+def _copies(model: nn.Module, trainable: frozenset[str], folder: Path | None) -> Mapping[str, torch.Tensor]:
+    learning = [(name, parameter) for name, parameter in named_weights(model) if name in trainable]
+    copies = room_for_copies(sum(p.numel() * p.element_size() for _, p in learning) if is_main() else 0, folder)
+    for name, parameter in learning:
+        values = whole_on_main(parameter)
+        if values is not None:
+            copies[name] = values
+    return copies
 
 
 def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDelta]:
     """How far each parameter of `model` is from the snapshot, in the order of `named_parameters()`.
 
-    Sums run in fp64 over values that are exact in fp64, on the CPU (MPS has no float64).
+    All processes of a run have to call this together. What trains is measured on the main one and unknown on others.
     """
-    for name, parameter in named_weights(model):
-        if name in snapshot.copies:
-            yield delta_between(name, whole(parameter), snapshot.copies[name], snapshot.norms[name])
-        elif bit_sum(parameter) == snapshot.bit_sums[name]:
+    named = list(named_weights(model))
+    present = bit_sums((name, parameter) for name, parameter in named if name not in snapshot.trainable)
+    learning = ((name, whole_on_main(parameter)) for name, parameter in named if name in snapshot.trainable)
+    on_main = ((name, values) for name, values in learning if values is not None)
+    changes = in_threads(lambda name, values: change_sums(values, snapshot.copies[name]), on_main)
+    measured = dict(zip(changes, numbers(changes.values()), strict=True))
+    for name, parameter in named:
+        if name in measured:
+            yield delta_from_sums(name, *measured[name], snapshot.norms[name])
+        elif name in present and present[name] == snapshot.bit_sums[name]:
             yield ParameterDelta(name, 0.0, 0.0 if parameter.numel() else None, 0.0)
         else:
-            yield ParameterDelta(name, None, None, None)
+            yield unknown(name)
 
 
-def l2_norm(values: torch.Tensor) -> float:
-    """||values||, summed in fp64 on the CPU."""
-    wide_pieces = (piece.cpu().double() for piece in chunks_of(values))
-    return sum(float(torch.dot(piece, piece)) for piece in wide_pieces) ** 0.5
+def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:
+    """All values of a parameter on the main process, None on others, which only take part where it is gathered."""
+    values = whole(parameter) if is_main() or is_sharded(parameter) else None
+    return values if is_main() else None
 
 
-def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_before: float) -> ParameterDelta:
-    """How far a parameter is from what it was.
+def digests_on_main(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """sha256 by name on the main process, nothing on others, which only take part where a tensor is gathered."""
+    gathered = ((name, whole_on_main(tensor)) for name, tensor in named)
+    return digests_of((name, values) for name, values in gathered if values is not None)
 
-    Args:
-        name: For the result.
-        now: Its values.
-        before: Its values before, of the same shape; the dtypes may differ.
-        norm_before: `l2_norm(before)`.
-    """
-    square_sum, largest = 0.0, 0.0
-    for now_piece, before_piece in zip(chunks_of(now), chunks_of(before), strict=True):
-        change = now_piece.cpu().double() - before_piece.double()
-        square_sum += float(torch.dot(change, change))
-        largest = max(largest, float(change.abs().max()))
-    l2_delta = square_sum**0.5
-    if not math.isfinite(l2_delta):
-        return ParameterDelta(name, None, None, None)
-    return ParameterDelta(name, l2_delta, l2_delta / norm_before if norm_before else None, largest)
+
+def buffer_digests(model: nn.Module) -> dict[str, str]:
+    """sha256 of each persistent buffer by name on the main process, nothing on others."""
+    return {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)} if is_main() else {}

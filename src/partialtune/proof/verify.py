@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.pages.wording import counted, joined
@@ -17,8 +18,9 @@ from partialtune.progress import progress_bar
 from partialtune.proof.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.proof.claims import Claim, claim_of_plan, claim_of_selectors
 from partialtune.proof.comparison import ComparedParameter, Comparison
+from partialtune.proof.delta_weights import open_delta
+from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
 from partialtune.proof.notes import comparison_notes
-from partialtune.proof.snapshots import ParameterDelta, delta_between, l2_norm
 from partialtune.proof.weight_files import Weights, open_weights
 from partialtune.proof.weights import chunks_of, digest
 
@@ -29,7 +31,8 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
     """Compare two checkpoints of one model, parameter by parameter.
 
     Args:
-        base: Folder, `builtin:lilliput`, or Hub id, which may end in `@REVISION`.
+        base: Folder, `builtin:lilliput`, or Hub id, which may end in `@REVISION`. It may be a delta checkpoint, which
+            stands for the model that it makes of its own base.
         adapted: Likewise. Where it unties the head, the head is compared with the base's token embedding.
         trainable: Selectors of what may move; an empty list lets nothing move. Without it the adapted folder's freeze
             plan says what may; where there is no plan either, there is no claim and so no verdict.
@@ -41,7 +44,8 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    before, after = _open(base, "BASE"), _open(adapted, "ADAPTED")
+    before = _open(base, "BASE")
+    after = _open(adapted, "ADAPTED", before)
     structure = _common_structure(before, after)
     claim = _claim(structure, after, trainable)
     has_digests = claim is not None and bool(claim.before or claim.after)
@@ -59,6 +63,7 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         adapted=after.name,
         parameters=tuple(parameters),
         claim=None if claim is None else claim.text,
+        changed_buffers=_changed_buffers(before, after),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=() if claim is None else _other_than(claim.after, digests_after),
     )
@@ -73,9 +78,10 @@ def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
     )
 
 
-def _open(name: str, role: str) -> Weights:
+def _open(name: str, role: str, at_hand: Weights | None = None) -> Weights:
     try:
-        return open_weights(*checkpoint_folder(name))
+        folder, label = checkpoint_folder(name)
+        return open_delta(folder, label, at_hand) if is_delta(folder) else open_weights(folder, label)
     except ModelError as error:
         raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
 
@@ -140,6 +146,11 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
         max_abs_delta=delta.max_abs_delta,
         allowed=allowed,
     )
+
+
+def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
+    common = sorted(before.buffers & after.buffers)
+    return tuple(name for name in common if not torch.equal(before.read(name).double(), after.read(name).double()))
 
 
 def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:

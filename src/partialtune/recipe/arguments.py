@@ -129,9 +129,19 @@ class FreezeArguments:
     head: Literal["tied", "untied"] = field(
         default="tied", metadata={"help": "What to do where the model ties its head to the token embedding."}
     )
-    method: Literal["partial", "full"] = field(
+    method: Literal["partial", "full", "lora"] = field(
         default="partial",
-        metadata={"help": "partial trains what `trainable` selects; full trains everything, as a baseline."},
+        metadata={
+            "help": "partial trains what `trainable` selects. As baselines, full trains everything, and lora trains "
+            "adapters (through peft) beside the matrices that `trainable` selects in the blocks."
+        },
+    )
+    lora_rank: int = field(
+        default=8, metadata={"help": "Rank of an adapter's product, for method lora.", "bound": at_least(1)}
+    )
+    lora_alpha: int = field(
+        default=16,
+        metadata={"help": "Scale of an adapter's product, times lora_rank; for method lora.", "bound": at_least(1)},
     )
     weight_decay_on: Literal["matrices", "all"] = field(
         default="matrices",
@@ -139,6 +149,13 @@ class FreezeArguments:
     )
     delta_steps: int = field(
         default=10, metadata={"help": "Optimizer steps between reports of the weight deltas.", "bound": at_least(1)}
+    )
+    checkpoint_format: Literal["full", "delta"] = field(
+        default="full",
+        metadata={
+            "help": "The final model as a whole, or as delta.safetensors: only what was trained, with digests of the "
+            "base. `partialtune apply` and partialtune.load make it whole again, bit for bit."
+        },
     )
     allow_failed_audit: bool = field(
         default=False,

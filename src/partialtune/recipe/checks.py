@@ -117,7 +117,7 @@ def _missing(said: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[t
     for key in REQUIRED:
         if key not in said and key != "trainable":
             yield key, f"missing. {REQUIRED[key]}."
-    partial = "method" not in said or values.get("method") == "partial"
+    partial = "method" not in said or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in said and values.get("schedule") != []
     if partial and not scheduled and ("trainable" not in said or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
@@ -143,9 +143,13 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "activation_checkpointing_kwargs", f"{message}. Take it out."
     if values.get("prefix_cache") == "memory":
         yield from _wrong_beside_a_kept_prefix(values)
+    if values.get("checkpoint_format") == "delta" and values.get("trust_remote_code"):
+        message = "delta: a model whose code comes with it is not made whole again without that code"
+        yield "checkpoint_format", f"{message}. Leave it out."
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
+    yield from _wrong_about_lora(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
 
@@ -181,6 +185,22 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with a schedule: until their phase parameters have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
+
+
+def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("method") != "lora":
+        for key in ("lora_rank", "lora_alpha"):
+            if key in values:
+                yield key, f"is for method: lora, and method is {values.get('method', 'partial')}. Take it out."
+        return
+    from partialtune.freeze.lora import HOW_TO_INSTALL, is_peft_installed
+
+    if not is_peft_installed():
+        yield "method", HOW_TO_INSTALL
+    if values.get("schedule"):
+        yield "schedule", "method lora trains its adapters from the first step. Leave it out, or take method: partial."
+    if values.get("head") == "untied":
+        yield "head", "an adapter stands beside its base as it is, tied. Leave it out, or take method: partial."
 
 
 def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
     scored = scored_text([text], [token_ids], block_size=256)
     before = score_text(model, scored, batch_size=16, description="validation before")
+    before, nats = score_tokens(model, scored, batch_size=16, description="validation before", watched=64)
 
 The same windows are scored before and after training. Nothing is drawn at random and no mode is left changed, so
 scoring does not alter the training that follows.
@@ -11,6 +12,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from partialtune.text.windows import chunked_windows
 
 METRIC_FILE = Path(__file__).parent / "metrics" / "causal_lm" / "causal_lm.py"
 LOGITS_AT_ONCE = 1 << 24  # widened to fp32 at a time: 64 MiB, whatever the batch, the window and the vocabulary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,19 @@ def evenly_spaced(windows: Dataset, limit: int | None) -> Dataset:
     """At most `limit` windows, from the first to the last at equal distances; all of them with None."""
     if limit is None or len(windows) <= limit:
         return windows
-    return windows.select(np.linspace(0, len(windows) - 1, num=limit).round().astype(int))
+    return windows.select(spaced_indices(len(windows), limit))
+
+
+def spaced_indices(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of the numbers below `count`, from the first to the last at equal distances."""
+    return np.linspace(0, count - 1, num=min(limit, count)).round().astype(int)
 
 
 def score_text(
     model: torch.nn.Module,
     scored: ScoredText,
     batch_size: int,
-    description: str,
+    description: str | None,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, float | int | None]:
     """Score every token of every window but the first one, which is context.
@@ -82,13 +91,34 @@ def score_text(
         model: A causal LM; it is scored in eval mode and gets every module's mode back.
         scored: What to score.
         batch_size: Windows per forward pass; the figures do not depend on it.
-        description: Label of the progress bar.
+        description: Label of the progress bar; None shows none.
         autocast_dtype: Forward pass under autocast to this dtype; None computes in the model's own. Losses are taken
             from fp32 logits and summed in fp64 in either case.
 
     Returns:
         `loss` (nats a token), `perplexity`, `bits_per_byte`, `next_token_accuracy`, `top5_accuracy` (shares), `tokens`
         (scored), `bytes` and `text_tokens` (of the whole text). What is not finite is None.
+    """
+    return score_tokens(model, scored, batch_size, description, watched=0, autocast_dtype=autocast_dtype)[0]
+
+
+def score_tokens(
+    model: torch.nn.Module,
+    scored: ScoredText,
+    batch_size: int,
+    description: str | None,
+    watched: int,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[dict[str, float | int | None], np.ndarray]:
+    """As `score_text`, and what single tokens scored, at no further cost.
+
+    Args:
+        watched: Windows of which every token's score is kept: so many, evenly spaced (`spaced_indices`).
+        Others: As for `score_text`.
+
+    Returns:
+        The figures, and nats = -ln p(token | those before it in its window) of the watched windows, fp32, shape
+        (watched, block_size - 1): column t is the window's token t + 1.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     count = len(scored.windows)
@@ -98,15 +128,21 @@ def score_text(
     padded = mine + [0] * (-(-count // processes) - len(mine))
     device = next(model.parameters()).device
     windows = scored.windows.with_format("numpy")
+    wanted = spaced_indices(count, watched).tolist()
+    kept, keep = {}, set(wanted)
 
     rows: list[list[float]] = []
-    bar = progress_bar(count, description, "windows")
+    bar = progress_bar(count, description, "windows", **({} if description else {"disable": True}))
     with bar, evaluating(model), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         for at in range(0, len(padded), batch_size):
             batch = padded[at : at + batch_size]
-            rows += _score_batch(model, torch.from_numpy(windows[batch]["input_ids"]).to(device))
+            nats, hits = _score_batch(model, torch.from_numpy(windows[batch]["input_ids"]).to(device))
+            rows += _rows(nats, hits)
+            kept |= {index: line.numpy().copy() for index, line in zip(batch, nats, strict=True) if index in keep}
             bar.update(min(len(batch) * processes, count - bar.n))
-    return _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
+    figures = _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
+    kept = dict(_gathered(list(kept.items())))
+    return figures, np.array([kept[index] for index in wanted], dtype=np.float32)
 
 
 @contextlib.contextmanager
@@ -129,8 +165,8 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> list[list[float]]:
-    """One row a window: nats, scored tokens, correct, correct among the first five. input_ids: (B, T)."""
+def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of each scored token, fp32 (B, T - 1), and which of the five first guesses is it, bool (B, T - 1, 5)."""
     # the mask of ones says that a window which happens to hold the pad token is not padded
     logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits  # (B, T, V)
     positions = max(1, LOGITS_AT_ONCE // logits.shape[-1])
@@ -142,18 +178,21 @@ def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> list[list[f
             nats.append(F.cross_entropy(scores, targets, reduction="none"))
             ranks.append(scores.topk(min(5, scores.shape[-1])).indices == targets[:, None])
     shape = (len(input_ids), input_ids.shape[1] - 1)
-    window_nats = torch.cat(nats).cpu().double().view(shape).sum(1)  # fp64 on the CPU: MPS has none
-    hits = torch.cat(ranks).cpu().view(*shape, -1)  # (B, T - 1, 5)
-    tokens = torch.full((shape[0],), shape[1])
-    columns = (window_nats, tokens, hits[..., 0].sum(1), hits.any(-1).sum(1))
+    return torch.cat(nats).cpu().view(shape), torch.cat(ranks).cpu().view(*shape, -1)
+
+
+def _rows(nats: torch.Tensor, hits: torch.Tensor) -> list[list[float]]:
+    """One row a window: nats, scored tokens, correct, correct among the first five. nats: (B, T - 1)."""
+    tokens = torch.full((len(nats),), nats.shape[1])
+    columns = (nats.double().sum(1), tokens, hits[..., 0].sum(1), hits.any(-1).sum(1))  # fp64 on the CPU: MPS has none
     return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def _gathered(rows: list[list[float]]) -> list[list[float]]:
+def _gathered(rows: list[T]) -> list[T]:
     """The rows of all processes."""
     if not _distributed():
         return rows
-    shares: list[list[list[float]]] = [[] for _ in range(dist.get_world_size())]
+    shares: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, rows)
     return [row for share in shares for row in share]
 

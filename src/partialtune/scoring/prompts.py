@@ -1,4 +1,4 @@
-"""What a model makes of prompts, before and after training: next tokens, their probabilities, greedy continuations.
+"""What a model makes of prompts, before and after training: next tokens, their probabilities, continuations.
 
 before = probe_prompts(model, tokenizer, ["My father had"])       # then train
 after = probe_prompts(model, tokenizer, ["My father had"])
@@ -6,9 +6,10 @@ comparison = compare_prompts(before, after)                       # plain values
 print(format_prompts(comparison))                                 # side by side, for the terminal
 """
 
+import contextlib
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -21,6 +22,7 @@ from partialtune.text.windows import tokenize_text
 
 SHOWN_TOKENS = 5  # rows of a prompt's table in the terminal; evaluation.json holds all that were kept
 COLUMN_WIDTH = 48  # two of them and a gap: about 100 columns
+SAMPLING = {"temperature": 1.0, "top_p": 0.95, "seed": 0}  # the model's own distribution but for its longest tail
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class PromptProbe:
         log_probabilities: ln p(next token | prompt) for the whole vocabulary, fp64 on the CPU, shape (V,).
         top: The most probable next tokens, `{token, id, probability}`, most probable first.
         continuation: Greedy continuation, the prompt not included.
+        sample: Sampled continuation, the prompt not included.
     """
 
     prompt: str
     log_probabilities: torch.Tensor
     top: list[dict]
     continuation: str
+    sample: str = ""
 
 
 def probe_prompts(
@@ -50,12 +54,15 @@ def probe_prompts(
 ) -> list[PromptProbe]:
     """Look at what the model says next after each prompt. The model gets every module's mode back.
 
+    One continuation takes the most probable token each time, one is drawn as `SAMPLING` says: with the same seed for
+    every prompt and model, and without touching the random numbers of the training that follows.
+
     Args:
         model: A causal LM.
         tokenizer: Its tokenizer.
         prompts: Texts to continue. An empty one starts from the tokenizer's BOS.
         top_k: Next tokens to keep by name; the distribution is kept whole in any case.
-        new_tokens: Tokens of the greedy continuation, fewer where the model's context or an end-of-text comes first.
+        new_tokens: Tokens of a continuation, fewer where the model's context or an end-of-text comes first.
         autocast_dtype: Forward passes under autocast to this dtype; None computes in the model's own.
 
     Raises:
@@ -122,13 +129,14 @@ def _probe(
         log_probabilities=log_probabilities,
         top=[
             {
-                "token": _decode_after(ids, [token_id], tokenizer),
+                "token": decode_after(ids, [token_id], tokenizer),
                 "id": token_id,
                 "probability": _finite(math.exp(value)),
             }
             for value, token_id in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ],
-        continuation=_decode_after(ids, _continue_greedily(model, tokenizer, input_ids, new_tokens), tokenizer),
+        continuation=decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy=True), tokenizer),
+        sample=decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy=False), tokenizer),
     )
 
 
@@ -149,34 +157,47 @@ def _context_length(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _continue_greedily(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, new_tokens: int
+def _continue(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, new_tokens: int, greedy: bool
 ) -> list[int]:
-    """Ids of the greedy continuation of input_ids (1, T)."""
+    """Ids of the continuation of input_ids (1, T)."""
     context_length = _context_length(model.config)
     if context_length is not None:
         new_tokens = min(new_tokens, context_length - input_ids.shape[1])
     if new_tokens < 1:
         return []
     # The model's own generation settings (penalties, forced or forbidden tokens) would fill every gap in ours, and the
-    # continuation would no longer be what the weights find most probable.
+    # continuation would no longer be what the weights find probable.
     own = model.generation_config
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    greedy = GenerationConfig(
-        do_sample=False,
+    chosen = {"temperature": SAMPLING["temperature"], "top_p": SAMPLING["top_p"], "top_k": 0}
+    settings = GenerationConfig(
+        do_sample=not greedy,
         max_new_tokens=new_tokens,
         eos_token_id=own.eos_token_id,
         pad_token_id=next(token_id for token_id in pads if token_id is not None),
+        **({} if greedy else chosen),
     )
-    model.generation_config = greedy
+    model.generation_config = settings
     try:
-        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=greedy)
+        with _seeded(input_ids.device, SAMPLING["seed"]):
+            mask = torch.ones_like(input_ids)
+            output = model.generate(input_ids, attention_mask=mask, generation_config=settings)
     finally:
         model.generation_config = own
     return output[0, input_ids.shape[1] :].tolist()
 
 
-def _decode_after(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from `seed`; afterwards they go on as if none had been drawn."""
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+def decode_after(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of `ids` as it follows the prompt: a decoder that strips a leading space would lose a word's start."""
     prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
     whole = tokenizer.decode(prompt_ids + ids, clean_up_tokenization_spaces=False)

@@ -5,9 +5,9 @@ Texts in memory stay in memory: for them the functions here do what `windows` do
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tokenizers
@@ -19,16 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from partialtune.text.store import stored
 from partialtune.text.streams import StoredText
 from partialtune.text.windows import token_pieces, tokenize_text
+from partialtune.text.words import WordTokens
 
 
 def token_ids_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """The token ids of each text, shape (n,), int32; memory-mapped from one file if any of the texts lies on disk."""
     if all(isinstance(text, str) for text in texts):
-        return [tokenize_text(text, tokenizer) for text in texts]
+        words = WordTokens(tokenizer)  # what one text taught serves the next
+        return [tokenize_text(text, tokenizer, words) for text in texts]
 
     def build(path: Path) -> dict[str, Any]:
+        words = WordTokens(tokenizer)
         with path.open("wb") as file:
-            return {"lengths": [_write_tokens(text, tokenizer, file) for text in texts]}
+            return {"lengths": [_write_tokens(token_pieces(text, tokenizer, words), file) for text in texts]}
 
     made_of = {"texts": [_identity(text) for text in texts], "tokenizer": tokenizer_fingerprint(tokenizer)}
     entry = stored("tokens", ".bin", made_of, build)
@@ -74,10 +77,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([said, versions]).encode()).hexdigest()
 
 
-def _write_tokens(text: str | StoredText, tokenizer: PreTrainedTokenizerBase, file) -> int:
+def _write_tokens(pieces: Iterable[np.ndarray], file: BinaryIO) -> int:
     """Write a text's ids, four bytes each, and count them."""
     count = 0
-    for ids in token_pieces(text, tokenizer):
+    for ids in pieces:
         file.write(ids.astype("<i4").tobytes())
         count += len(ids)
     return count

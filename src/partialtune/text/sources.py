@@ -4,11 +4,8 @@ A source is an http(s) address, a path, a glob, `builtin:python-docs` or `hf:DAT
 by piece: small texts are put together in memory, what exceeds IN_MEMORY_BYTES goes to a file in the cache.
 """
 
-import difflib
-import glob
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,9 @@ from typing import Any
 from partialtune.errors import TextError
 from partialtune.text import cleaning as cleaning_code
 from partialtune.text import decoding, streams, unwrapping
-from partialtune.text.decoding import Chunks, Damage, Encoding, choose_encoding, decoded_pieces
+from partialtune.text.decoding import Damage, Encoding, choose_encoding, decoded_pieces
+from partialtune.text.names import expand_all
+from partialtune.text.raw import RawText, raw_text
 from partialtune.text.store import stored
 from partialtune.text.streams import Pieces, StoredText, clean_gutenberg_pieces, looks_like_gutenberg, write_pieces
 
@@ -25,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 CLEANINGS = ("auto", "gutenberg", "none")
 IN_MEMORY_BYTES = 16 << 20  # of all texts that are read together; 64 MiB in memory would take half a GB on the way
-CHUNK_BYTES = 4 << 20  # read at once
-ROWS_AT_ONCE = 1000  # of a dataset
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 
 
 @dataclass(frozen=True)
@@ -96,120 +92,16 @@ def read_texts(
     """
     if cleaning not in CLEANINGS:
         raise TextError(f"text_cleaning is {cleaning!r}: choose one of {', '.join(CLEANINGS)}.")
-    names = _expand_all(sources)
+    names = expand_all(sources)
     texts: list[SourceText] = []
     for name in names:
-        text = _read_source(_raw_text(name, text_column), cleaning, in_memory_bytes)
+        text = _read_source(raw_text(name, text_column), cleaning, in_memory_bytes)
         in_memory_bytes -= text.raw_bytes if isinstance(text.content, str) else 0
         texts.append(text)
     return texts
 
 
-def _expand_all(sources: Sequence[str]) -> list[str]:
-    """The sources with globs expanded; every problem in one error. A file that comes up twice is read once."""
-    names: list[str] = []
-    problems: list[str] = []
-    for source in sources:
-        try:
-            expanded = _expand(source)
-        except TextError as error:
-            problems.append(str(error))
-            continue
-        repeated = [name for name in expanded if name in names]
-        if repeated:
-            logger.warning("Named more than once, read once: %s", ", ".join(repeated))
-        names += [name for name in dict.fromkeys(expanded) if name not in names]
-    if problems:
-        raise TextError("\n".join(problems))
-    if not names:
-        raise TextError("No text is named: give at least one address, path, glob, builtin:python-docs or hf:DATASET.")
-    return names
-
-
-def _expand(source: str) -> list[str]:
-    """The files that a source stands for, or the source itself where it is no path."""
-    if source.startswith(("builtin:", "hf:")):
-        return [source]
-    if address := _ADDRESS.match(source):
-        if address[0].lower() in ("http://", "https://"):
-            return [source]
-        raise TextError(f"{source}: texts are fetched over http and https only. Download it and give the file's path.")
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [str(path)]
-    if path.is_dir():
-        count = sum(1 for _ in path.glob("*.txt"))
-        raise TextError(f"{source} is a folder. Name its files with a glob, such as {path}/*.txt ({count} files).")
-    if path.exists():
-        raise TextError(f"{source} is no regular file (a device or a pipe): save the text to a file and give its path.")
-    if glob.has_magic(source):
-        files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        if files:
-            return files
-        raise TextError(
-            f"{source} matches no file in {Path.cwd()}." if not path.is_absolute() else f"{source} matches no file."
-        )
-    raise TextError(_explain_missing(source, path))
-
-
-def _explain_missing(source: str, path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"There is no file {source}: the folder {path.parent.absolute()} does not exist."
-    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
-    hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
-    return f"There is no file {source} in {path.parent.absolute()}.{hint}"
-
-
-@dataclass(frozen=True)
-class _RawText:
-    """The bytes of a source, the charset of its HTTP header, or its encoding where that is known."""
-
-    name: str
-    chunks: Chunks
-    charset: str | None = None
-    encoding: Encoding | None = None
-
-
-def _raw_text(name: str, text_column: str) -> _RawText:
-    """Fetch or find a source; nothing of a file is read yet."""
-    if name.startswith("builtin:"):
-        data = _builtin_text(name).encode()
-        return _RawText(name, lambda: iter((data,)), encoding=Encoding("utf-8", "built in"))
-    if name.startswith("hf:"):
-        return _RawText(name, _dataset_chunks(name, text_column), encoding=Encoding("utf-8", "dataset"))
-    charset = None
-    path = Path(name)
-    if _ADDRESS.match(name):
-        from partialtune.text.download import fetch  # requests is not needed for files
-
-        download = fetch(name)
-        name, path, charset = download.url, download.path, download.charset
-    return _RawText(name, _file_chunks(path, name), charset)
-
-
-def _file_chunks(path: Path, name: str) -> Chunks:
-    """A small file is read once, a large one chunk by chunk whenever its bytes are asked for."""
-    try:
-        if path.stat().st_size <= CHUNK_BYTES:
-            data = path.read_bytes()
-            return lambda: iter((data,))
-        with path.open("rb"):
-            pass  # it can be opened
-    except OSError as error:
-        raise TextError(f"{name} cannot be read: {error.strerror}.") from error
-
-    def chunks() -> Iterator[bytes]:
-        try:
-            with path.open("rb") as file:
-                while data := file.read(CHUNK_BYTES):
-                    yield data
-        except OSError as error:
-            raise TextError(f"{name} cannot be read: {error.strerror}.") from error
-
-    return chunks
-
-
-def _read_source(raw: _RawText, cleaning: str, in_memory_bytes: int) -> SourceText:
+def _read_source(raw: RawText, cleaning: str, in_memory_bytes: int) -> SourceText:
     """Decode and clean one text, into memory or into the cache, and log what was decided."""
     digest, size = hashlib.sha256(), 0
     for chunk in raw.chunks():
@@ -228,7 +120,7 @@ def _read_source(raw: _RawText, cleaning: str, in_memory_bytes: int) -> SourceTe
     return source
 
 
-def _store_text(raw: _RawText, cleaning: str, sha256: str) -> tuple[StoredText, dict[str, Any]]:
+def _store_text(raw: RawText, cleaning: str, sha256: str) -> tuple[StoredText, dict[str, Any]]:
     """The text in the cache: by its bytes, how they are read, and the code that does it."""
 
     def build(path: Path) -> dict[str, Any]:
@@ -252,7 +144,7 @@ class _Prepared:
     facts: dict[str, Any]
 
 
-def _prepare(raw: _RawText, cleaning: str) -> _Prepared:
+def _prepare(raw: RawText, cleaning: str) -> _Prepared:
     """Decide how a text is read and cleaned; its pieces do it."""
     encoding = raw.encoding or choose_encoding(raw.chunks, raw.name, raw.charset)
     damage = Damage()
@@ -306,55 +198,3 @@ def _log_decisions(source: SourceText, cleaning: str) -> None:
         done,
         f"{len(source.content):,}",
     )
-
-
-def _builtin_text(name: str) -> str:
-    """The reference text that comes with Python itself, its topics in alphabetical order."""
-    if name != "builtin:python-docs":
-        raise TextError(f"There is no text {name}: the one that is built in is builtin:python-docs.")
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise TextError("This Python comes without pydoc_data, so there is no builtin:python-docs here.") from error
-    return "\n\n\n".join(topics[topic].strip("\n") for topic in sorted(topics)) + "\n"
-
-
-def _dataset_chunks(name: str, text_column: str) -> Chunks:
-    """The rows of a dataset's text column, one after another, each ended by a line end, in UTF-8."""
-    import datasets
-
-    path, config, split = [*name.removeprefix("hf:").split(":", 2), "", ""][:3]
-    if not path:
-        raise TextError(f"{name} names no dataset: write hf:DATASET[:CONFIG[:SPLIT]].")
-    try:
-        loaded = datasets.load_dataset(path, config or None, split=split or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
-        raise TextError(f"{name} cannot be loaded: {reason}") from error
-    rows = _choose_split(loaded, name)
-    if text_column not in rows.column_names:
-        raise TextError(
-            f"{name} has no column {text_column!r}. Set text_column to one of {', '.join(rows.column_names)}."
-        )
-
-    def chunks() -> Iterator[bytes]:
-        for batch in rows.select_columns([text_column]).iter(ROWS_AT_ONCE):
-            values = (value for value in batch[text_column] if isinstance(value, str))
-            text = "".join(value if value.endswith("\n") else f"{value}\n" for value in values)
-            if text:
-                yield text.encode()
-
-    if not any(chunk.strip() for chunk in chunks()):
-        raise TextError(f"{name}: column {text_column!r} holds no text in {len(rows):,} rows.")
-    return chunks
-
-
-def _choose_split(loaded, name: str):
-    """The split that was asked for, else `train`, else the only one."""
-    if not hasattr(loaded, "keys"):
-        return loaded
-    if "train" in loaded:
-        return loaded["train"]
-    if len(loaded) == 1:
-        return next(iter(loaded.values()))
-    raise TextError(f"{name} has the splits {', '.join(loaded)}: name one, as in hf:DATASET:CONFIG:SPLIT.")

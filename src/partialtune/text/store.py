@@ -3,7 +3,8 @@
     entry = stored("tokens", ".bin", {"text": digest, "tokenizer": fingerprint}, build)     # build(path) -> facts
 
 A file appears by a rename after it was written and synced, its JSON record after it, so that a run that dies leaves
-nothing that a later one would trust. A lock keeps two processes from making the same file at once.
+nothing that a later one would trust. A lock keeps two processes from making the same file at once. What no run has
+used for LIFETIME_DAYS is removed when something new is made; the folder may be deleted at any other time, too.
 """
 
 import fcntl
@@ -11,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from partialtune.text.download import cache_folder
 
 logger = logging.getLogger(__name__)
 
+LIFETIME_DAYS = 30  # after its last use
 LAYOUT = 1  # of the stored files; raised when it changes, so that no older file is taken for a newer one
 
 
@@ -55,6 +58,7 @@ def stored(kind: str, suffix: str, made_of: Mapping[str, Any], build: Callable[[
         with _lock(path.with_suffix(".lock")):
             if entry := _read(path):
                 return entry
+            _remove_unused(path.parents[1])
             return _build(path, build)
 
 
@@ -70,7 +74,20 @@ def _read(path: Path) -> Stored | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):  # a record that cannot be read vouches for nothing
         return None
+    with suppress(OSError):  # a shared cache may be read-only
+        os.utime(path.with_suffix(".json"))  # a record's time is that of its last use
     return entry
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove entries whose record is old, and what a run that died left behind."""
+    oldest = time.time() - LIFETIME_DAYS * 24 * 3600
+    for path in [*folder.glob("*/*.json"), *folder.glob("*/*.part")]:
+        with suppress(FileNotFoundError):  # another process was here, too
+            if path.stat().st_mtime < oldest:
+                for file in path.parent.glob(f"{path.stem}.*"):
+                    if file.suffix != ".lock":
+                        file.unlink(missing_ok=True)
 
 
 def _build(path: Path, build: Callable[[Path], dict[str, Any]]) -> Stored:

@@ -75,7 +75,7 @@ def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
     return text.part(0, cut), text.part(cut, len(text))
 
 
-def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, words: WordTokens | None = None) -> np.ndarray:
     """Token ids of a whole text, as if it had been tokenised in one go.
 
     Special tokens appear only where the tokenizer itself puts them in front of a text (a BOS); one that it would put at
@@ -86,17 +86,21 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     Args:
         text: One source, decoded and cleaned.
         tokenizer: The model's tokenizer. Its `model_max_length` does not apply, windows are cut later.
+        words: What the tokenizer's words are, where several texts share it; it grows.
 
     Returns:
         Token ids, int32, shape (n,).
     """
-    return np.concatenate(list(token_pieces(text, tokenizer)))
+    return np.concatenate(list(token_pieces(text, tokenizer, words)))
 
 
-def token_pieces(text: str | StoredText, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def token_pieces(
+    text: str | StoredText, tokenizer: PreTrainedTokenizerBase, words: WordTokens | None = None
+) -> Iterator[np.ndarray]:
     """The token ids of `tokenize_text`, in order, about a million characters at a time."""
     yield np.asarray(_leading_special_ids(tokenizer), dtype=np.int32)
-    words = WordTokens(tokenizer)
+    if words is None:
+        words = WordTokens(tokenizer)
     pieces = (text,) if isinstance(text, str) else text.pieces()
     with progress_bar(len(text), "tokenising", "characters", unit_scale=True, delay=1) as bar:
         for piece in _cut_at_seams(pieces, tokenizer):

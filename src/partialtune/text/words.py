@@ -7,12 +7,14 @@ on nothing but the word with the white space before it.
 
 import json
 import re
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-MOST_WORDS = 1 << 18  # remembered, about 50 MB; then the half that was used most is kept
+MOST_WORDS = 1 << 17  # learnt, about 25 MB; then those that were not met since the last time are forgotten
+WORDS_AT_ONCE = 1000  # given to the tokenizer as one sequence; it takes several sequences in parallel
 _AFTER_ANYTHING = re.compile(r"\s*\S+|\s+")
 _AFTER_LETTERS = re.compile(r"\s*\S.*?(?:(?<=[^\W_])(?=\s)|\Z)|\s+", re.S)
 _LLAMA_3 = (
@@ -34,46 +36,35 @@ class WordTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._pattern = word_pattern(tokenizer)
-        self._places: dict[str, int] = {}  # word -> its place in the arrays
-        self._starts = self._lengths = self._uses = np.empty(0, dtype=np.int64)  # (words,)
-        self._ids = np.empty(0, dtype=np.int32)  # of all words, one after another
+        self._known: dict[str, bytes] = {}  # word -> its ids, int32
+        self._older: dict[str, bytes] = {}
 
     def encode(self, text: str) -> np.ndarray | None:
         """Token ids of a text without special tokens around it, int32; None where words are no way to tokenise it."""
         if self._pattern is None or _SPACE_FOR_PYTHON_ONLY.search(text):
             return None
-        if len(self._places) > MOST_WORDS:
-            self._forget_rare_words()
         words = self._pattern.findall(text)
-        self._learn([word for word in set(words) if word not in self._places])
-        places = np.fromiter(map(self._places.__getitem__, words), dtype=np.int64, count=len(words))
-        self._uses += np.bincount(places, minlength=len(self._uses))
-        lengths = self._lengths[places]
-        ends = np.cumsum(lengths)
-        shifts = np.repeat(self._starts[places] - (ends - lengths), lengths)  # from the text's tokens to the table's
-        return self._ids[shifts + np.arange(len(shifts))]
+        self._learn(set(words))
+        return np.frombuffer(b"".join(map(self._known.__getitem__, words)), dtype=np.int32)
 
-    def _forget_rare_words(self) -> None:
-        """Keep the words that were used most, and count from now on."""
-        kept = np.zeros(len(self._uses), dtype=bool)
-        kept[np.argsort(self._uses)[len(self._uses) - MOST_WORDS // 2 :]] = True
-        words = [word for word, is_kept in zip(self._places, kept.tolist(), strict=True) if is_kept]
-        self._ids = self._ids[np.repeat(kept, self._lengths)]
-        self._lengths = self._lengths[kept]
-        self._starts = np.cumsum(self._lengths) - self._lengths
-        self._uses = np.zeros(len(words), dtype=np.int64)
-        self._places = dict(zip(words, range(len(words)), strict=True))
+    def _learn(self, words: set[str]) -> None:
+        """Make sure that all of these words are known."""
+        if len(self._known) > MOST_WORDS:
+            self._older, self._known = self._known, {}
+        new = words.difference(self._known)
+        met_before = new.intersection(self._older)
+        self._known.update((word, self._older[word]) for word in met_before)
+        self._known.update(self._encoded(list(new - met_before)))
 
-    def _learn(self, words: list[str]) -> None:
-        if not words:
-            return
-        encoded = [one.ids for one in self._backend.encode_batch_fast(words, add_special_tokens=False)]
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(words))
-        starts = len(self._ids) + np.cumsum(lengths) - lengths
-        self._places.update(zip(words, range(len(self._lengths), len(self._lengths) + len(words)), strict=True))
-        self._ids = np.append(self._ids, np.fromiter(chain.from_iterable(encoded), dtype=np.int32))
-        self._starts, self._lengths = np.append(self._starts, starts), np.append(self._lengths, lengths)
-        self._uses = np.append(self._uses, np.zeros(len(words), dtype=np.int64))
+    def _encoded(self, words: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Each word with its ids."""
+        groups = [words[at : at + WORDS_AT_ONCE] for at in range(0, len(words), WORDS_AT_ONCE)]
+        encodings = self._backend.encode_batch(groups, is_pretokenized=True, add_special_tokens=False)
+        for group, encoding in zip(groups, encodings, strict=True):
+            ids = np.asarray(encoding.ids, dtype=np.int32).tobytes()
+            ends = 4 * np.searchsorted(encoding.word_ids, np.arange(len(group)), side="right")
+            for word, (start, end) in zip(group, pairwise([0, *ends.tolist()]), strict=True):
+                yield word, ids[start:end]
 
 
 def word_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

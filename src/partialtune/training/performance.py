@@ -119,6 +119,7 @@ def performance(
     utilisation: float | None,
     block_size: int,
     fast: FastPaths,
+    callback_seconds: float,
 ) -> dict[str, Any]:
     """The content of `performance.json`.
 
@@ -129,6 +130,7 @@ def performance(
         utilisation: As `cost.utilisation.utilisation` finds it.
         block_size: Tokens per window.
         fast: The run's fast paths.
+        callback_seconds: Time that snapshot, deltas and audit took, in and around the steps.
     """
     median = timer.median()
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
@@ -141,4 +143,5 @@ def performance(
         "time_shares": timer.shares(),
         "prefix_cache": "memory" if fast.keeps_prefix else "off",
         "fast_paths": fast.in_use,
+        "callback_share": callback_seconds / (callback_seconds + sum(timer.seconds)) if timer.seconds else None,
     }

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
+from partialtune.freeze.lora import load_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import decided_by_main
 from partialtune.proof.audit import FreezeAuditCallback
@@ -281,17 +284,35 @@ class PartialTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save with the model's own `use_cache`, which Trainer switches off for training, and without the pickle."""
-        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
-        config.use_cache = self._use_cache
-        super()._save(output_dir, state_dict)
-        config.use_cache = in_training
+        """Save as the model was loaded, and without the pickle."""
+        with self.config_as_loaded():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    @contextmanager
+    def config_as_loaded(self) -> Iterator[None]:
+        """Give the model its own `use_cache`, which Trainer switches off for training."""
+        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
+        config.use_cache = self._use_cache
+        try:
+            yield
+        finally:
+            config.use_cache = in_training
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
         with read_with_care(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.plan.adapter is None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
+
+    def _load_best_model(self) -> None:
+        if self.plan.adapter is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):

@@ -1,0 +1,223 @@
+"""Jobs -> runs, each in a process of its own, one after the other: its peak memory is its own, its time undisturbed.
+
+A run that is finished is not repeated, one that was begun goes on, one that failed stays failed.
+"""
+
+import fcntl
+import json
+import logging
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from partialtune.compare.policies import Job
+from partialtune.compare.rates import Search, Trial
+from partialtune.errors import (
+    FreezeViolation,
+    InputError,
+    Interrupted,
+    PartialtuneError,
+    RecipeError,
+    TrainingDiverged,
+)
+from partialtune.output_dir import EXIT_FILE, LOCK_FILE, Standing, read_json, standing_of
+from partialtune.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+FAILURES = (FreezeViolation.exit_code, TrainingDiverged.exit_code)  # the same recipe would fail in the same way again
+SECONDS_BETWEEN_LOOKS = 1.0
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+class RunQueue:
+    """Carries out jobs one after the other under one bar that tells when all will be done.
+
+    Use as a context manager.
+
+    Args:
+        total: Optimizer steps of all jobs together.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._bar: tqdm = progress_bar(total, "comparing", "steps", bar_format=BAR, smoothing=0)
+        self._held = ExitStack()
+
+    def __enter__(self) -> "RunQueue":
+        self._held.enter_context(logging_redirect_tqdm())  # a line about a run stands above the bar, not in it
+        self._held.enter_context(self._bar)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
+
+    def run(self, job: Job) -> int:
+        """Run a job to its end, unless it has ended before.
+
+        Returns:
+            The exit code of the run: 0, 3, 4, or another where it crashed.
+
+        Raises:
+            InputError: If the run refuses its recipe, or the folder holds another run.
+            Interrupted: If a signal came; the run was told and has stopped.
+        """
+        done = ended_with(job)
+        steps = steps_of(job.values)
+        if done is not None:
+            self._leave_out(steps)
+            return done
+        return self._child(job.title, job.command, job.log, steps, lambda: steps_done(job.folder))
+
+    def search(self, search: Search) -> list[Trial]:
+        """Try the learning rates of a policy, those left out that were tried before.
+
+        Raises:
+            As `run`; PartialtuneError if the process crashed.
+        """
+        missing, steps = search.missing(), steps_of(search.values)
+        self._leave_out(steps * (len(search.rates) - len(missing)))
+        if missing:
+            code = self._child(
+                search.title,
+                search.command(missing),
+                search.log,
+                steps * len(missing),
+                lambda: steps * (len(missing) - len(search.missing())),
+            )
+            if code:
+                raise PartialtuneError(f"{search.title}: exit code {code}. {last_words(search.log)}")
+        return search.trials()
+
+    def _leave_out(self, steps: int) -> None:
+        """What was there before says nothing about the time that the rest takes."""
+        self._bar.total -= steps
+        self._bar.refresh()
+
+    def _child(self, title: str, command: Sequence[str], log: Path, steps: int, done: Callable[[], int]) -> int:
+        at_start = self._bar.n
+        self._bar.set_postfix_str(title, refresh=False)
+        code = run_child(command, log, lambda: self._show(at_start + min(steps, done())))
+        self._show(at_start + steps)
+        if code == InputError.exit_code:
+            raise InputError(f"{title}: {last_words(log)}")
+        return code
+
+    def _show(self, steps: int) -> None:
+        self._bar.update(steps - self._bar.n)
+
+
+def steps_of(values: dict[str, Any]) -> int:
+    """Optimizer steps of a run, 1 where its recipe counts epochs."""
+    return max(1, int(values.get("max_steps", 1)))
+
+
+def ended_with(job: Job) -> int | None:
+    """The exit code of a run that has ended for good, None for one that is still to run.
+
+    A run that another process is writing at this moment is waited for: it outlived a comparison that was killed.
+
+    Raises:
+        RecipeError: If the folder holds anything else.
+    """
+    wait_for_lock(job.folder, job.title)
+    try:
+        standing = standing_of(job.folder, job.values, resume="auto")
+    except RecipeError as error:
+        raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
+    if standing is Standing.FINISHED:
+        return 0
+    code = exit_code_of(job.folder)
+    return code if standing is Standing.BEGUN and code in FAILURES else None
+
+
+def wait_for_lock(folder: Path, title: str) -> None:
+    """Return when no process holds the lock of a run's folder."""
+    if not (folder / LOCK_FILE).is_file():
+        return
+    with (folder / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def exit_code_of(folder: Path) -> int | None:
+    """The code in a run's `exit.json`, None where there is none."""
+    try:
+        return int(read_json(folder / EXIT_FILE)["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> int:
+    """Run a command in a process of its own and return its exit code, 128 + N where signal N killed it.
+
+    Args:
+        command: The program and its arguments.
+        log: File to which everything goes that the process prints.
+        look: Called about every second while it runs.
+
+    Raises:
+        Interrupted: If SIGINT or SIGTERM came; the process was told once for each and has ended.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on exactly once
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        with passed_on(child) as received:
+            code = None
+            while code is None:
+                try:
+                    code = child.wait(SECONDS_BETWEEN_LOOKS)
+                except subprocess.TimeoutExpired:
+                    look()
+    if received:
+        raise Interrupted(
+            f"{signal.Signals(received[0]).name}: the comparison has stopped. The same command goes on with it.",
+            received[0],
+        )
+    return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def passed_on(child: subprocess.Popen) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to a child; gives the list of those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        received.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def steps_done(folder: Path) -> int:
+    """The step of a run's newest delta report: how far it is."""
+    try:
+        with (folder / "weight_deltas.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            lines = file.read().splitlines()[1:-1]  # the first and the last may be torn
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def last_words(log: Path) -> str:
+    """The message with which a process ended: what it printed last, from `partialtune:` on."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    _, found, message = text.rpartition("partialtune: ")
+    return message if found else (text.splitlines() or ["it said nothing"])[-1]

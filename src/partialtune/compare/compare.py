@@ -1,0 +1,249 @@
+"""The whole comparison, one stage a line: recipes -> learning rates -> runs -> table, figure, page.
+
+- `comparison.html`, `comparison.csv`, `comparison.json`, `frontier.png`: what came out.
+- `runs/POLICY-lrRATE-seedSEED/`: the runs, each as `train` leaves it.
+- `rates/POLICY.json`, `rates/text/`: how the learning rates were chosen.
+- `logs/`: what each process printed.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from partialtune.compare.children import RunQueue, last_words, steps_of
+from partialtune.compare.frontier import render_frontier
+from partialtune.compare.ground import check_recipes, check_runs, check_seeds, differing_lengths
+from partialtune.compare.options import Choices
+from partialtune.compare.page import render_page, subtitle
+from partialtune.compare.policies import Job, Policy, read_policies
+from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate, write_training_text
+from partialtune.compare.results import Outcome, Row, failed_early, grouped, read_outcome
+from partialtune.compare.table import comparison_csv, comparison_json
+from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.plan import FreezePlan
+from partialtune.model.loading import empty_model, load_config
+from partialtune.output_dir import LOCK_FILE, locked, write_json
+from partialtune.recipe.rules import training_defaults
+
+logger = logging.getLogger(__name__)
+
+COMPARISON_FILE = "comparison.json"
+
+
+def compare_recipes(recipes: Sequence[str], choices: Choices) -> list[Row]:
+    """Run recipes and compare them. What has been run before, in the same folder, is not run again.
+
+    Args:
+        recipes: YAML files.
+        choices: Seeds, learning rates, folder.
+
+    Raises:
+        InputError: If a recipe is wrong, or they do not stand on the same ground; nothing is written then.
+        Interrupted: If a signal came. The same command goes on.
+    """
+    folder = choices.output_dir
+    policies = read_policies(recipes, choices.words)
+    check_recipes(policies)
+    plans = plan_policies(policies)
+    check_folder(folder)
+    seeds = choices.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
+    with locked(folder):
+        begin_folder(folder)
+        searches = rate_searches(policies, choices, seeds[0])
+        with RunQueue(total_steps(policies, seeds, searches)) as queue:
+            trials = {search.policy.name: queue.search(search) for search in searches}
+            rows = run_policies(queue, policies, plans, seeds, choices, trials)
+        write_comparison(folder, rows, notes_on(rows))
+    return rows
+
+
+def compare_runs(folders: Sequence[str], output_dir: Path) -> list[Row]:
+    """Read finished runs and compare them.
+
+    Args:
+        folders: The `output_dir` of each.
+        output_dir: Folder of the comparison.
+
+    Raises:
+        InputError: If one has not ended, or they do not stand on the same ground; nothing is written then.
+    """
+    outcomes = [read_outcome(name) for name in folders]
+    check_runs(outcomes)
+    rows = grouped(outcomes)
+    check_seeds({row.name: [outcome.seed for outcome in row.outcomes] for row in rows})
+    check_folder(output_dir)
+    with locked(output_dir):
+        write_comparison(output_dir, rows, notes_on(rows))
+    return rows
+
+
+def plan_policies(policies: Sequence[Policy]) -> dict[str, FreezePlan]:
+    """Plan each policy on the model without weights: what would stop its run stops the comparison before the first.
+
+    Raises:
+        ModelError: If the model cannot be had.
+        RecipeError: If a selector matches nothing.
+    """
+    base = policies[0].recipe.model
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    model = empty_model(config, base.trust_remote_code)
+    plans = {}
+    for policy in policies:
+        try:
+            plans[policy.name] = plan_of_recipe(model, policy.recipe.freeze)
+        except InputError as error:
+            raise type(error)(f"{policy.path}: {error}") from error
+    return plans
+
+
+def check_folder(folder: Path) -> None:
+    """Stop where the folder holds anything but a comparison.
+
+    Raises:
+        InputError: If it does.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file. Name a folder.")
+    inside = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
+    if inside and COMPARISON_FILE not in inside:
+        raise InputError(
+            f"output_dir: {folder} is not empty and holds no comparison. Name another folder: --output_dir {folder}-2. "
+            f"Nothing was touched."
+        )
+
+
+def begin_folder(folder: Path) -> None:
+    """Mark the folder as a comparison's, before the first run."""
+    if not (folder / COMPARISON_FILE).is_file():
+        write_json(folder / COMPARISON_FILE, {"policies": [], "notes": ["This comparison has not ended yet."]})
+
+
+def rate_searches(policies: Sequence[Policy], choices: Choices, seed: int) -> list[Search]:
+    """What finds the learning rate of each policy; empty where there is nothing to choose."""
+    if len(choices.learning_rates) < 2:
+        return []
+    folder = choices.output_dir / "rates"
+    text = write_training_text(policies[0].recipe.text, folder / "text")
+    return [
+        Search(
+            policy,
+            sorted(choices.learning_rates),
+            text,
+            seed,
+            choices.trial_steps,
+            folder / f"{policy.name}.json",
+            choices.output_dir / "logs" / f"rates-{policy.name}.log",
+        )
+        for policy in policies
+    ]
+
+
+def run_job(policy: Policy, seed: int, rate: float | None, folder: Path) -> Job:
+    """One run that is compared."""
+    name = f"{policy.name}{'' if rate is None else f'-lr{rate:g}'}-seed{seed}"
+    changes: dict[str, Any] = {
+        "output_dir": str(folder / "runs" / name),
+        "seed": seed,
+        "push_to_hub": False,
+        "resume_from_checkpoint": "auto",
+        **({} if rate is None else {"learning_rate": rate}),
+    }
+    return Job(policy, f"{policy.name}, seed {seed}", folder / "runs" / name, changes, folder / "logs" / f"{name}.log")
+
+
+def total_steps(policies: Sequence[Policy], seeds: Sequence[int], searches: Sequence[Search]) -> int:
+    """Optimizer steps of all runs and trials."""
+    runs = sum(steps_of(policy.recipe.values) for policy in policies) * len(seeds)
+    return runs + sum(steps_of(search.values) * len(search.rates) for search in searches)
+
+
+def run_policies(
+    queue: RunQueue,
+    policies: Sequence[Policy],
+    plans: Mapping[str, FreezePlan],
+    seeds: Sequence[int],
+    choices: Choices,
+    trials: Mapping[str, Sequence[Trial]],
+) -> list[Row]:
+    """Run every policy with every seed, seed by seed, so that a comparison that is cut short has whole seeds."""
+    outcomes: dict[str, list[Outcome]] = {policy.name: [] for policy in policies}
+    for seed in seeds:
+        for policy in policies:
+            tried = trials.get(policy.name)
+            rate = best_rate(tried) if tried else next(iter(choices.learning_rates), None)
+            job = run_job(policy, seed, rate, choices.output_dir)
+            outcomes[policy.name].append(outcome_of(job, queue.run(job), plans[policy.name]))
+    return [Row(policy.name, outcomes[policy.name], trials.get(policy.name, ())) for policy in policies]
+
+
+def outcome_of(job: Job, code: int, plan: FreezePlan) -> Outcome:
+    """What a run left, and a line about it."""
+    reason = last_words(job.log) if code else ""
+    if code and not (job.folder / "freeze_plan.json").is_file():  # it ended before it had begun to train
+        outcome = failed_early(job.folder, job.values, plan.total_parameters, plan.trainable_parameters, code, reason)
+    else:
+        outcome = read_outcome(job.folder, code, reason)
+    if outcome.measures is None:
+        logger.warning("%s failed with exit code %d: %s", job.title, outcome.code, outcome.reason)
+    elif outcome.measures.after is not None:
+        logger.info("%s: %.4f bits per byte", job.title, outcome.measures.after)
+    return outcome
+
+
+def notes_on(rows: Sequence[Row]) -> list[str]:
+    """What a reader should know beside the figures."""
+    notes = []
+    for row in rows:
+        end = at_the_end_of_the_list(row.learning_rate, row.trials)
+        if end:
+            notes.append(
+                f"{row.name}: {row.learning_rate:g} is the {end} learning rate of the list; one beyond may do better."
+            )
+    different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
+    if different:
+        notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")
+    if not any(row.trials for row in rows) and len({row.learning_rate for row in rows}) == 1 and len(rows) > 1:
+        notes.append(
+            f"All policies ran with the learning rate {rows[0].learning_rate:g}; --learning_rates A B C chooses one "
+            f"for each."
+        )
+    return notes
+
+
+def write_comparison(folder: Path, rows: Sequence[Row], notes: Sequence[str]) -> None:
+    """Write page, figure, CSV and JSON; each file is there as a whole or not at all."""
+    for note in notes:
+        logger.warning("%s", note)
+    figure = {name: render_frontier(rows, subtitle(rows), dark=name == "dark") for name in ("light", "dark")}
+    page = render_page(folder.resolve().name, rows, notes, figure)
+    for name, content in {
+        "frontier.png": figure["light"],
+        "comparison.html": page.encode("utf-8", errors="replace"),
+        "comparison.csv": comparison_csv(rows).encode("utf-8", errors="replace"),
+    }.items():
+        aside = folder / f".{name}.part"
+        aside.write_bytes(content)
+        os.replace(aside, folder / name)
+    write_json(folder / COMPARISON_FILE, comparison_json(rows, notes))
+
+
+def raise_if_failed(rows: Sequence[Row]) -> None:
+    """End with the code of the gravest failure, after everything is written: 3 before 4 before 1.
+
+    Raises:
+        FreezeViolation: If a run failed its audit.
+        TrainingDiverged: Else, if one diverged.
+        PartialtuneError: Else, if one failed in another way.
+    """
+    failed = [(row, run) for row in rows for run in row.failed]
+    if not failed:
+        return
+    kinds = {kind.exit_code: kind for kind in (FreezeViolation, TrainingDiverged)}
+    codes = [run.code for _, run in failed]
+    kind = next((kinds[code] for code in kinds if code in codes), PartialtuneError)
+    said = [f"  {row.name}, seed {run.seed}: exit code {run.code}. {run.reason}" for row, run in failed]
+    runs = sum(len(row.outcomes) for row in rows)
+    raise kind("\n".join([f"{len(failed)} of {runs} runs failed; the others are compared.", *said]))

@@ -1,0 +1,117 @@
+"""The common ground of a comparison: base, text, windows and seeds are the same, or the comparison stops and says why.
+
+Recipes are compared by what they say, finished runs by what they recorded: digests of texts and of the base's weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from partialtune.compare.policies import Policy
+from partialtune.compare.results import Outcome
+from partialtune.errors import InputError
+from partialtune.recipe.reading import same_run
+
+# What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
+NAMED = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
+GROUND = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share", "eval_texts")
+SEEDS = ("seed", "data_seed")
+# What may differ, since that may be what is compared, but is said beside the table.
+LENGTH = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("bf16", "fp16"),
+)
+
+
+def check_recipes(policies: Sequence[Policy]) -> None:
+    """Stop unless all recipes stand on the same ground, and hold text out.
+
+    Raises:
+        InputError: Names what differs, recipe by recipe.
+    """
+    first = policies[0]
+    for policy in policies:
+        if policy.recipe.text.validation_share == 0:
+            raise InputError(f"{policy.path}: validation_share is 0. A comparison is by held-out text; hold some out.")
+    different = []
+    for other in policies[1:]:
+        keys = differing(first.recipe.values, other.recipe.values)
+        for key in [key for key in keys if key in (*NAMED, *GROUND, *SEEDS)]:
+            mine, theirs = (policy.recipe.values.get(key, "the default") for policy in (first, other))
+            different.append(f"  {key}: {mine} in {first.path}, {theirs} in {other.path}")
+    if different:
+        raise InputError(
+            "\n".join(
+                [
+                    "These recipes cannot be compared: base, text, windows and seeds must be the same.",
+                    *different,
+                    "Make them equal in the recipes, or for all with --KEY VALUE.",
+                ]
+            )
+        )
+
+
+def check_runs(outcomes: Sequence[Outcome]) -> None:
+    """Stop unless all runs had the same base, text, tokenizer and windows.
+
+    Raises:
+        InputError: Names what differs, run by run.
+    """
+    first = outcomes[0]
+    different = []
+    for other in outcomes[1:]:
+        keys = [key for key in differing(first.values, other.values) if key in GROUND and key != "eval_texts"]
+        what = [*keys, *unequal_facts(first, other)]
+        if what:
+            different.append(f"  {first.folder} and {other.folder} differ in {', '.join(what)}")
+    if different:
+        message = "These runs cannot be compared: base, text, tokenizer and windows must be the same."
+        raise InputError(
+            "\n".join([message, *different, "Compare runs of one text and base, or run the recipes again."])
+        )
+
+
+def check_seeds(seeds: Mapping[str, Sequence[int]]) -> None:
+    """Stop unless every policy ran with the same seeds.
+
+    Args:
+        seeds: Policy -> seeds of its runs.
+
+    Raises:
+        InputError: Names the seeds of each policy.
+    """
+    if len({tuple(sorted(own)) for own in seeds.values()}) > 1:
+        said = [f"  {name}: {', '.join(map(str, sorted(own)))}" for name, own in seeds.items()]
+        raise InputError("\n".join(["These runs cannot be compared: they differ in their seeds.", *said]))
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Keys in which two recipes are not the same run, a larger max_steps among them."""
+    return list(dict.fromkeys([*same_run(a, b), *same_run(b, a)]))
+
+
+def unequal_facts(a: Outcome, b: Outcome) -> list[str]:
+    """What two runs recorded differently, in words."""
+    return [
+        *(["the text (sha256)"] if a.facts["sources"] != b.facts["sources"] else []),
+        *(["the number of windows"] if a.facts["windows"] != b.facts["windows"] else []),
+        *(["the base's weights"] if unequal_base(a.digests, b.digests) else []),
+        *[f"the scored text {name} or its tokens" for name in unequal_texts(a.texts, b.texts)],
+    ]
+
+
+def unequal_base(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Whether a parameter that both models have, or no parameter at all, began with the same bits."""
+    both = [name for name in a.keys() & b.keys() if a[name] and b[name]]
+    return not both or any(a[name] != b[name] for name in both)
+
+
+def unequal_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Texts whose bytes or tokens differ; a run that failed scored none."""
+    return [name for name in {**a, **b} if a and b and a.get(name) != b.get(name)]
+
+
+def differing_lengths(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of length and precision in which the runs differ."""
+    found = {key for a, b in pairwise(values) for key in differing(a, b)}
+    return [key for key in LENGTH if key in found]

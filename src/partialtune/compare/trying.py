@@ -1,0 +1,86 @@
+"""The process that tries learning rates: `python -m partialtune.compare.trying FILE RATE,RATE RECIPE [--key value]`.
+
+Each rate trains the recipe once and is scored on what the recipe holds out. A trial is kept in FILE as soon as it has
+ended; no weights and no pages are written.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PretrainedConfig, set_seed
+
+from partialtune.compare.rates import Trial, keep_trial
+from partialtune.data import RunData, prepare_data
+from partialtune.errors import FreezeViolation, PartialtuneError, TrainingDiverged
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.schedules import in_steps
+from partialtune.launch import one_device_a_process, use_all_cores
+from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.recipe.reading import Recipe, read_recipe
+from partialtune.scoring.evaluation import score_text
+from partialtune.train import make_trainer
+from partialtune.training.trainer import run_length, steps_an_epoch, suit_length, training_arguments
+
+
+def main(words: Sequence[str]) -> int:
+    """Try learning rates and return an exit code.
+
+    Args:
+        words: File of the trials, rates with commas, and a recipe as `train` takes it.
+    """
+    file, rates, path, *overrides = words
+    use_all_cores()
+    quiet_libraries()
+    try:
+        try_rates(Path(file), [float(rate) for rate in rates.split(",")], read_recipe(path, overrides))
+    except PartialtuneError as error:
+        print(f"partialtune: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def try_rates(file: Path, rates: Sequence[float], recipe: Recipe) -> None:
+    """Try each rate with the same text, windows and seed."""
+    base = recipe.model
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    args = training_arguments(recipe.training)
+    data = prepare_data(
+        recipe.text, recipe.evaluation.eval_texts, tokenizer, args.seed if args.data_seed is None else args.data_seed
+    )
+    for rate in rates:
+        keep_trial(file, recipe.values, try_rate(rate, recipe, config, data))
+
+
+def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunData) -> Trial:
+    """Train once. A rate at which training diverges is a finding, not an error."""
+    base = recipe.model
+    with tempfile.TemporaryDirectory() as folder:
+        changed = {"learning_rate": rate, "output_dir": folder, "report_to": "none"}
+        args = training_arguments({**recipe.training, **changed, "eval_strategy": "no", "save_strategy": "no"})
+        one_device_a_process(args)
+        suit_length(args, {**recipe.training, "eval_strategy": "no"}, len(data.train), held_out=False)
+        model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+        steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
+        plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
+        apply_plan(model, plan)
+        model.to(args.device)
+        set_seed(args.seed)
+        trainer = make_trainer(recipe, plan, model, args, data)
+        length = recipe.training.get("max_steps")
+        try:
+            trainer.train()
+        except TrainingDiverged:
+            return Trial(rate, None, "diverged", length)
+        except FreezeViolation:
+            return Trial(rate, None, "failed its audit", length)
+    score = score_text(model, data.scored["validation"], args.per_device_eval_batch_size, f"learning rate {rate:g}")
+    bits = score["bits_per_byte"]
+    return Trial(rate, bits, "not finite" if bits is None else "", length)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

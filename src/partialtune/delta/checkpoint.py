@@ -1,0 +1,192 @@
+"""A trained model <-> `delta.safetensors` and `delta.json`: the values that moved, and what they belong to.
+
+`delta.safetensors` holds trained parameters whole, in fp32, under the names of `named_parameters()`; it holds results,
+not differences, so that no rounding stands between a delta and its model. `delta.json` names the base and holds
+sha256 digests of all its parameters and of the result's: another base is refused, and the result is checked.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from partialtune import __version__
+from partialtune.delta import DELTA_FILE, VALUES_FILE, is_delta
+from partialtune.errors import ModelError
+from partialtune.freeze.plan import FreezePlan
+from partialtune.output_dir import read_json, write_json
+from partialtune.proof.processes import is_main
+from partialtune.proof.snapshots import whole_on_main
+from partialtune.proof.weights import named_weights
+
+FORMAT = 1  # of both files; a reader refuses a later one
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a delta belongs to.
+
+    Attributes:
+        model_name_or_path: Hub id, folder or `builtin:` name.
+        revision: Of the Hub, as the recipe says it.
+        commit: That it resolved to; None where the base does not come from the Hub.
+    """
+
+    model_name_or_path: str
+    revision: str = "main"
+    commit: str | None = None
+
+    @property
+    def location(self) -> str:
+        """For `checkpoint_folder`: `ID@COMMIT` for a model of the Hub."""
+        return f"{self.model_name_or_path}@{self.commit}" if self.commit else self.model_name_or_path
+
+    def __str__(self) -> str:
+        return self.model_name_or_path + (f" (commit {self.commit})" if self.commit else "")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta checkpoint, its values left in their file.
+
+    Attributes:
+        folder: Where it lies.
+        name: What messages call it.
+        base: What it belongs to.
+        head: `untied` where the head has a matrix of its own that the base's does not have.
+        before: sha256 of each parameter of the base by name, an untied head included.
+        after: The same of the result.
+        stored: Names of the parameters in `delta.safetensors`.
+    """
+
+    folder: Path
+    name: str
+    base: Base
+    head: str
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    stored: frozenset[str]
+
+    def read(self, parameter: str) -> torch.Tensor:
+        """The values of a stored parameter, fp32."""
+        with safe_open(self.folder / VALUES_FILE, framework="pt", backend="pread") as file:
+            return file.get_tensor(parameter)
+
+
+def write_delta(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: FreezePlan,
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    base: Base,
+) -> None:
+    """Write a trained model as a delta, its configuration beside it. All processes of a run call this together.
+
+    Args:
+        folder: Where to.
+        model: Trained. Sharded parameters are gathered.
+        plan: What was trained.
+        before: sha256 of every parameter at the start, as the audit has it.
+        after: At the end. A frozen parameter that changed is stored too, so that the result is this very model.
+        base: The model that was loaded.
+    """
+    wanted = {p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]}
+    gathered = ((name, whole_on_main(parameter)) for name, parameter in named_weights(model) if name in wanted)
+    values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in gathered if tensor is not None}
+    if not is_main():
+        return
+    aside = folder / f".{VALUES_FILE}.part"
+    save_file(values, aside, metadata={"format": "pt"})
+    os.replace(aside, folder / VALUES_FILE)
+    _write_config(folder, model)
+    write_json(folder / DELTA_FILE, _description(plan, before, after, base))  # last: with it the delta is whole
+
+
+def _write_config(folder: Path, model: PreTrainedModel) -> None:
+    """What `save_pretrained` writes beside weights."""
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
+    model.config.dtype = "float32"
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "partialtune_version": __version__,
+        "base": asdict(base),
+        "head": plan.head,
+        "selectors": list(plan.selectors),
+        "ties": [list(pair) for pair in plan.ties],
+        "trainable_parameters": plan.trainable_parameters,
+        "total_parameters": plan.total_parameters,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "shape": list(parameter.shape),
+                "trainable": parameter.trainable,
+                "sha256_before": before[parameter.name],
+                "sha256_after": after[parameter.name],
+            }
+            for parameter in plan.parameters
+        ],
+    }
+
+
+def read_delta(folder: Path, name: str) -> Delta:
+    """Open the delta checkpoint in a folder.
+
+    Args:
+        folder: Holds `delta.json`, `delta.safetensors` and `config.json`.
+        name: What messages call it.
+
+    Raises:
+        ModelError: If it holds none, or one that is damaged or of a later format.
+    """
+    if not is_delta(folder):
+        raise ModelError(
+            f"{name} holds no {DELTA_FILE}, so it is no delta checkpoint. "
+            f"A whole model loads with AutoModelForCausalLM.from_pretrained."
+        )
+    try:
+        content = read_json(folder / DELTA_FILE)
+        if content["format"] > FORMAT:
+            raise ModelError(
+                f"{name} is a delta of format {content['format']}, written by partialtune "
+                f"{content['partialtune_version']}; this is {__version__}, which reads format {FORMAT}. Update it."
+            )
+        with safe_open(folder / VALUES_FILE, framework="pt", backend="pread") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        delta = Delta(
+            folder=folder,
+            name=name,
+            base=Base(**content["base"]),
+            head=content["head"],
+            before={entry["name"]: entry["sha256_before"] for entry in content["parameters"]},
+            after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
+            stored=frozenset(shapes),
+        )
+        declared = {entry["name"]: entry["shape"] for entry in content["parameters"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
+    _check_whole(delta, shapes, declared)
+    return delta
+
+
+def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mapping[str, list[int]]) -> None:
+    """Every parameter that changed is stored, and nothing else than parameters in their shapes."""
+    wrong = [name for name, shape in shapes.items() if declared.get(name) != shape]
+    wrong += [name for name in declared if delta.before[name] != delta.after[name] and name not in delta.stored]
+    if wrong:
+        raise ModelError(
+            f"{delta.name}: {VALUES_FILE} and {DELTA_FILE} do not belong together, they differ in {wrong[0]}. "
+            f"Fetch both again."
+        )

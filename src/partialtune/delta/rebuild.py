@@ -1,0 +1,131 @@
+"""Delta + base -> the whole model, bit for bit, in memory or as a folder that `from_pretrained` loads."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from partialtune.delta.checkpoint import Delta, read_delta
+from partialtune.errors import InputError, ModelError
+from partialtune.freeze.apply import untie_head
+from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.pages.wording import joined
+from partialtune.proof.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
+from partialtune.proof.weights import digests, digests_of
+
+logger = logging.getLogger(__name__)
+
+
+def load(delta: str | os.PathLike, base: str | None = None) -> PreTrainedModel:
+    """The model that a delta checkpoint stands for, in fp32, in eval mode, every digest checked.
+
+    partialtune.load("outputs/gpt2-norms") -> GPT2LMHeadModel
+
+    Args:
+        delta: Folder or Hub id (also ID@REVISION) of a run with `checkpoint_format: delta`.
+        base: Where the base lies, if no longer where the delta says: folder, Hub id (also ID@REVISION) or
+            `builtin:lilliput`.
+
+    Raises:
+        ModelError: If either cannot be read, or the base is not the one that was trained.
+    """
+    folder, name = checkpoint_folder(os.fspath(delta))
+    return _rebuild(read_delta(folder, name), base)
+
+
+def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | None = None) -> Path:
+    """Write the model that a delta stands for as a folder of its own: weights, configuration, tokenizer, freeze plan.
+
+    Args:
+        delta: As for `load`.
+        out: A folder that is absent or empty. It appears whole or not at all.
+        base: As for `load`.
+
+    Raises:
+        InputError: If `out` holds something.
+        ModelError: As for `load`; nothing is written.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is no empty folder. Name another one for the rebuilt model.")
+    folder, name = checkpoint_folder(os.fspath(delta), TOKENIZER_FILES)
+    model = _rebuild(read_delta(folder, name), base)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+        whole = Path(aside) / "model"
+        model.save_pretrained(whole)
+        if (folder / "tokenizer_config.json").is_file():
+            load_tokenizer(str(folder)).save_pretrained(whole)
+        if (folder / PLAN_FILE).is_file():
+            shutil.copyfile(folder / PLAN_FILE, whole / PLAN_FILE)
+        os.replace(whole, out)
+    return out
+
+
+def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
+    place = base or delta.base.location
+    try:
+        location, base_name = checkpoint_folder(place)
+        model = load_model(str(location), _base_config(delta))
+    except ModelError as error:
+        raise ModelError(
+            f"{delta.name} is a delta of {delta.base}, which cannot be had from {place}: {error} "
+            f"Say where it lies with --base."
+        ) from error
+    if delta.head == "untied":
+        untie_head(model)
+    check_base(delta, base_name, digests(model))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in delta.stored:
+            parameters[name].copy_(delta.read(name))
+    check_result(delta, ((name, parameters[name]) for name in delta.stored))
+    model.config.name_or_path = delta.name
+    return model
+
+
+def _base_config(delta: Delta) -> PretrainedConfig:
+    """The result's configuration, tied as the base is: its file has no tensor for a head that was untied."""
+    config = load_config(str(delta.folder))
+    if delta.head == "untied":
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    return config
+
+
+def check_base(delta: Delta, name: str, found: dict[str, str]) -> None:
+    """Refuse a base other than the delta's.
+
+    Args:
+        delta: Says what the base's digests are.
+        name: What messages call the base at hand.
+        found: Its digests, an untied head included.
+
+    Raises:
+        ModelError: If a digest differs.
+    """
+    different = [name for name in delta.before.keys() | found.keys() if delta.before.get(name) != found.get(name)]
+    if different:
+        raise ModelError(
+            f"{delta.name} is a delta of {delta.base}, and {name} is another model: "
+            f"{len(different):,} of {len(delta.before):,} parameters differ ({joined(sorted(different), 160)}). "
+            f"Name the model that was trained with --base."
+        )
+
+
+def check_result(delta: Delta, stored: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Make sure that what the delta stores is what the run ended with.
+
+    Raises:
+        ModelError: If a digest differs.
+    """
+    damaged = [name for name, sha256 in digests_of(stored).items() if sha256 != delta.after[name]]
+    if damaged:
+        raise ModelError(
+            f"{delta.name}: the delta is damaged, {joined(sorted(damaged), 160)} is not what the run ended with. "
+            f"Fetch it again."
+        )

@@ -1,0 +1,173 @@
+"""LoRA, as a baseline: model + selectors -> a freeze plan of small adapters beside frozen matrices, and the adapters.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) leaves a matrix W as it is and adds (alpha / rank) B A to what
+it does, with A (rank, inputs) and B (outputs, rank). B begins at 0, so that an adapted model begins as its base.
+
+Names in the plan are the base's own for its weights, whose digests are then those of the base, and for adapters
+`transformer.h.0.attn.c_attn.lora_A.weight`: as in `adapter_model.safetensors`, less `base_model.model.`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from partialtune.errors import ModelError, RecipeError
+from partialtune.freeze.plan import FreezePlan, Phase, PlannedParameter
+from partialtune.model.grammar import parse_selector
+from partialtune.model.loading import model_location
+from partialtune.model.selectors import resolve_selectors
+from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure
+
+ADAPTER = "default"  # peft's name for the only one
+HOW_TO_INSTALL = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA adapters of a plan.
+
+    Attributes:
+        rank: Rows of A, columns of B.
+        alpha: What B A is multiplied with, times the rank.
+        modules: Paths of the matrices that get one.
+        seed: Of the start values of A.
+    """
+
+    rank: int
+    alpha: int
+    modules: tuple[str, ...]
+    seed: int
+
+
+def is_peft_installed() -> bool:
+    """Whether adapters can be made here."""
+    return find_spec("peft") is not None
+
+
+def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: int = 16, seed: int = 0) -> FreezePlan:
+    """Decide which matrices of `model` get adapters. The model is not touched and may lie on the meta device.
+
+    plan_lora(gpt2, ["attention"]).trainable -> ["transformer.h.0.attn.c_attn.lora_A.weight", ...]
+
+    Args:
+        model: A causal language model.
+        trainable: Selectors, as for `plan_freeze`: every matrix in a block that they choose gets an adapter. What they
+            choose beside these (norms, biases) stays frozen.
+        rank, alpha, seed: As in `Adapter`.
+
+    Raises:
+        RecipeError: If a selector chooses no matrix in a block.
+    """
+    selectors = [trainable] if isinstance(trainable, str) else list(trainable)
+    structure = read_structure(model)
+    chosen = {
+        module: selector
+        for name, selector in resolve_selectors(structure, selectors).items()
+        if (module := _adaptable(model, structure.by_name[name])) is not None
+    }
+    _check_every_selector_adapts(model, structure, selectors)
+    if not chosen:
+        raise RecipeError(f"trainable [{', '.join(selectors)}]: no matrix is left to adapt.")
+    parameters = tuple(_with_adapters(model, structure, chosen, rank))
+    learning = [parameter for parameter in parameters if parameter.trainable]
+    first = min(learning, key=lambda parameter: parameter.block)
+    return FreezePlan(
+        model_name=structure.model_name,
+        selectors=tuple(selectors),
+        head="tied",
+        block_count=structure.block_count,
+        parameters=parameters,
+        ties=tuple(tuple(pair) for pair in structure.ties),
+        phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first.block),),
+        adapter=Adapter(rank, alpha, tuple(chosen), seed),
+    )
+
+
+def _adaptable(model: nn.Module, info: ParameterInfo) -> str | None:
+    """The path of the module whose matrix this parameter is, if it stands in a block and is one that LoRA adapts."""
+    path, _, kind = info.name.rpartition(".")
+    fits = info.block is not None and kind == "weight" and isinstance(model.get_submodule(path), nn.Linear | Conv1D)
+    return path if fits else None
+
+
+def _check_every_selector_adapts(model: nn.Module, structure: ModelStructure, selectors: Sequence[str]) -> None:
+    useless = [
+        text
+        for text in selectors
+        if not parse_selector(text).removes
+        and not any(_adaptable(model, structure.by_name[name]) for name in resolve_selectors(structure, [text]))
+    ]
+    if useless:
+        raise RecipeError(
+            f"trainable, {', '.join(useless)}: method lora adapts matrices of linear layers in the blocks, and this "
+            f"chooses none. Take attention, mlp or blocks[...], or method: partial."
+        )
+
+
+def _with_adapters(
+    model: nn.Module, structure: ModelStructure, chosen: dict[str, str], rank: int
+) -> Iterator[PlannedParameter]:
+    """Every parameter as it is, and after those of an adapted module the adapter's two matrices."""
+    infos = structure.parameters
+    for info, following in zip(infos, [*infos[1:], None], strict=True):
+        yield PlannedParameter(info.name, info.shape, info.numel, info.block, info.component)
+        path = info.name.rpartition(".")[0]
+        if path in chosen and (following is None or following.name.rpartition(".")[0] != path):
+            inputs, outputs = _width(model.get_submodule(path))
+            for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+                yield PlannedParameter(
+                    name=f"{path}.{name}.weight",
+                    shape=shape,
+                    numel=shape[0] * shape[1],
+                    block=info.block,
+                    component=info.component,
+                    selector=chosen[path],
+                    from_step=0,
+                )
+
+
+def _width(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer; GPT-2's Conv1D holds its matrix the other way round."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
+def add_adapters(model: nn.Module, adapter: Adapter) -> None:
+    """Put the adapters of a plan into the model, in place.
+
+    Raises:
+        ModelError: If peft is not installed.
+    """
+    if not is_peft_installed():
+        raise ModelError(f"Method {HOW_TO_INSTALL}")
+    from peft import LoraConfig
+
+    swapped = any(isinstance(model.get_submodule(path), Conv1D) for path in adapter.modules)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=list(adapter.modules),
+        fan_in_fan_out=swapped,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(adapter.seed)
+        model.add_adapter(config, ADAPTER)
+    name = getattr(model.config, "name_or_path", "")
+    config.base_model_name_or_path = model_location(name) if name.startswith("builtin:") else name
+    config.revision = getattr(model.config, "_commit_hash", None)
+
+
+def load_adapters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the values of an `adapter_model.safetensors` into the adapters of a model."""
+    from peft import set_peft_model_state_dict
+
+    plain = {name.removeprefix("base_model.model."): values for name, values in tensors.items()}
+    unexpected = set_peft_model_state_dict(model, plain, ADAPTER).unexpected_keys
+    if unexpected:
+        raise ModelError(f"The checkpoint's adapters are of another model: {unexpected[0]} has no place in this one.")

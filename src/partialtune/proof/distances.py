@@ -1,0 +1,78 @@
+"""Distances between two states of a tensor, summed in fp64: on its own device where that has fp64, else on the CPU."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from partialtune.proof.weights import chunks_of, piece_size
+
+HAVE_FP64 = ("cpu", "cuda")  # MPS has none
+
+
+@dataclass(frozen=True)
+class ParameterDelta:
+    """How far one parameter moved since its snapshot.
+
+    Attributes:
+        l2_delta: ||after - before||, exactly 0.0 where every bit is the same. None where it is unknown: for a frozen
+            parameter that changed (only its digest was kept) and where a value is not finite.
+        relative_delta: ||after - before|| / ||before||, None where the norm before is 0 or l2_delta is None.
+        max_abs_delta: Largest change of one value, None as l2_delta.
+    """
+
+    name: str
+    l2_delta: float | None
+    relative_delta: float | None
+    max_abs_delta: float | None
+
+
+def unknown(name: str) -> ParameterDelta:
+    """The delta of a parameter that cannot be measured."""
+    return ParameterDelta(name, None, None, None)
+
+
+def l2_norm(values: torch.Tensor) -> float:
+    """||values||, summed in fp64."""
+    return float(change_sums(values, None)[0]) ** 0.5
+
+
+def change_sums(now: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """Sum of the squares and largest magnitude of `now - before`, shape (2,), fp64, on the device that summed.
+
+    Args:
+        now: Any shape and floating-point dtype; its values are exact in fp64.
+        before: The same shape, on any device; None for 0.
+    """
+    device = now.device if now.device.type in HAVE_FP64 else torch.device("cpu")
+    square_sum, largest = torch.zeros(2, dtype=torch.float64, device=device)
+    size = piece_size(device)
+    earlier = [None] * -(-now.numel() // size) if before is None else chunks_of(before, size)
+    for piece, piece_before in zip(chunks_of(now, size), earlier, strict=True):
+        change = piece.to(device, torch.float64)
+        if piece_before is not None:
+            change = change - piece_before.to(device)
+        square_sum = square_sum + torch.dot(change, change)
+        low, high = torch.aminmax(change)
+        largest = torch.maximum(largest, torch.maximum(high, -low))
+    return torch.stack([square_sum, largest])
+
+
+def delta_from_sums(name: str, square_sum: float, largest: float, norm_before: float) -> ParameterDelta:
+    """The delta of a parameter from its `change_sums` and its norm before."""
+    l2_delta = square_sum**0.5
+    if not math.isfinite(l2_delta):
+        return unknown(name)
+    return ParameterDelta(name, l2_delta, l2_delta / norm_before if norm_before else None, largest)
+
+
+def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_before: float) -> ParameterDelta:
+    """How far a parameter is from what it was.
+
+    Args:
+        name: For the result.
+        now: Its values.
+        before: Its values before, of the same shape; the dtypes may differ.
+        norm_before: `l2_norm(before)`.
+    """
+    return delta_from_sums(name, *change_sums(now, before).tolist(), norm_before)

@@ -1,0 +1,1 @@
+"""Which blocks and parts to train: ranked by how large their gradients are beside their weights."""

@@ -1,0 +1,159 @@
+"""A probe -> blocks and parts in order, the table of them, the selectors to paste, and a new recipe.
+
+The order is that of the relative gradient norm, ||gradient|| / ||weights||, of which surgical fine-tuning finds that it
+tells which layers to tune: Lee et al. 2022, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts",
+https://arxiv.org/abs/2210.11466, section 4 (Auto-RGN).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from partialtune.cost.advice import as_yaml
+from partialtune.freeze.plan import PlannedParameter
+from partialtune.freeze.table import columns
+from partialtune.model.grammar import BLOCK_PARTS, WORDS
+from partialtune.rank.probe import Probe
+
+USUAL_SHARE = 4  # of its blocks one in so many is proposed, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A block, or a part of the model.
+
+    Attributes:
+        selector: What chooses it.
+        parameters: Number of values.
+        gradient_norm, weight_norm: Of all its values taken together.
+        ratio: gradient_norm / weight_norm; None where every weight is 0.
+        block: Its block, None outside the blocks.
+        component: Its component, None for a whole block.
+    """
+
+    selector: str
+    parameters: int
+    gradient_norm: float
+    weight_norm: float
+    ratio: float | None
+    block: int | None
+    component: str | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Blocks and parts, each list with the largest ratio first.
+
+    Attributes:
+        model_name: For messages.
+        windows, loss: As in the probe.
+        blocks: Every block.
+        parts: Every part of every block that a selector names, and what is outside the blocks.
+        chosen: Indices of the blocks to train, ascending.
+    """
+
+    model_name: str
+    windows: int
+    loss: float
+    blocks: tuple[Ranked, ...]
+    parts: tuple[Ranked, ...]
+    chosen: tuple[int, ...]
+
+    @property
+    def selectors(self) -> list[str]:
+        """What to paste into a recipe: the chosen blocks, and the final norm where the model has one."""
+        has_final_norm = any(part.component == "final_norm" for part in self.parts)
+        return [f"blocks[{','.join(map(str, self.chosen))}]", *(["final_norm"] if has_final_norm else [])]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for `json.dumps(..., allow_nan=False)`."""
+        return {**asdict(self), "trainable": self.selectors}
+
+
+def rank(probe: Probe, top: int | None = None) -> Ranking:
+    """Order blocks and parts.
+
+    Args:
+        probe: Of the model on the recipe's text.
+        top: How many blocks to choose; where it is not said, a quarter of them, at least one.
+    """
+    plan = probe.plan
+    count = min(top or max(1, round(plan.block_count / USUAL_SHARE)), plan.block_count)
+    blocks = _ordered(probe, lambda p: None if p.block is None else (p.block, None))
+    return Ranking(
+        model_name=plan.model_name,
+        windows=probe.windows,
+        loss=probe.loss,
+        blocks=blocks,
+        parts=_ordered(probe, _part_of),
+        chosen=tuple(sorted(entry.block for entry in blocks[:count])),
+    )
+
+
+def _part_of(parameter: PlannedParameter) -> tuple[int | None, str] | None:
+    names = WORDS if parameter.block is None else BLOCK_PARTS
+    return (parameter.block, parameter.component) if parameter.component in names else None
+
+
+def _ordered(
+    probe: Probe, place_of: Callable[[PlannedParameter], tuple[int | None, str | None] | None]
+) -> tuple[Ranked, ...]:
+    members: dict[tuple[int | None, str | None], list[PlannedParameter]] = {}
+    for parameter in probe.plan.parameters:
+        place = place_of(parameter)
+        if place is not None:
+            members.setdefault(place, []).append(parameter)
+    entries = [_ranked(probe, *place, parameters) for place, parameters in members.items()]
+    return tuple(sorted(entries, key=lambda entry: -1 if entry.ratio is None else entry.ratio, reverse=True))
+
+
+def _ranked(probe: Probe, block: int | None, component: str | None, parameters: Sequence[PlannedParameter]) -> Ranked:
+    gradient = math.hypot(*(probe.gradient_norms[parameter.name] for parameter in parameters))
+    weights = math.hypot(*(probe.weight_norms[parameter.name] for parameter in parameters))
+    whole = f"blocks[{block}]"
+    return Ranked(
+        selector=component if block is None else whole if component is None else f"{whole}.{component}",
+        parameters=sum(parameter.numel for parameter in parameters),
+        gradient_norm=gradient,
+        weight_norm=weights,
+        ratio=gradient / weights if weights else None,
+        block=block,
+        component=component,
+    )
+
+
+def ranking_table(ranking: Ranking, most_parts: int = 12) -> str:
+    """Blocks, then the parts that come first, then what to paste."""
+    head = f"{ranking.model_name}: gradient over {ranking.windows} windows (loss {ranking.loss:.4f}), without a step"
+    shown = ranking.parts[:most_parts]
+    more = [f"... and {len(ranking.parts) - most_parts} more (--json lists them)"] if ranking.parts[most_parts:] else []
+    paste = [f"To train the first {len(ranking.chosen)}:", f"  trainable: {as_yaml(ranking.selectors)}"]
+    return "\n".join([head, "", _rows("block", ranking.blocks), "", _rows("part", shown), *more, "", *paste])
+
+
+def _rows(kind: str, entries: Sequence[Ranked]) -> str:
+    header = (kind, "parameters", "||gradient||", "||weights||", "ratio")
+    rows = [
+        (
+            entry.selector,
+            f"{entry.parameters:,}",
+            f"{entry.gradient_norm:.4g}",
+            f"{entry.weight_norm:.4g}",
+            "-" if entry.ratio is None else f"{entry.ratio:.3e}",
+        )
+        for entry in entries
+    ]
+    return columns([header, *rows])
+
+
+def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
+    """A recipe that trains the chosen blocks, and is otherwise the one that was ranked.
+
+    Args:
+        values: Of that recipe, flat.
+        ranking: Its ranking.
+    """
+    left_out = ("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint")
+    kept = {key: value for key, value in values.items() if key not in left_out}
+    return {**kept, "trainable": ranking.selectors, "output_dir": f"{values['output_dir'].rstrip('/')}-ranked"}
