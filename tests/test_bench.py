@@ -147,8 +147,9 @@ GRADUAL = [{"from_epoch": 0, "trainable": ["final_norm"]}, {"from_epoch": 2, "tr
         {},
         {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "max_steps": 500, "warmup_steps": 0.1},
         {"trainable": [], "schedule": GRADUAL},
+        {"method": "lora", "trainable": ["attention"], "prefix_cache": None},
     ],
-    ids=["plain", "accumulated", "schedule"],
+    ids=["plain", "accumulated", "schedule", "lora"],
 )
 def test_a_measurement_needs_neither_text_nor_weights_and_leaves_nothing(recipe, tmp_path, monkeypatch, changes):
     monkeypatch.setattr("partialtune.model.loading.AutoModelForCausalLM.from_pretrained", None)
@@ -160,7 +161,8 @@ def test_a_measurement_needs_neither_text_nor_weights_and_leaves_nothing(recipe,
     tokens = 2 * 16 * changes.get("gradient_accumulation_steps", 1)
     assert result["tokens_per_step"] == tokens
     assert result["tokens_per_second"] == pytest.approx(tokens / result["median_step_seconds"])
-    assert result["trainable_parameters"] == 444_864 + 384
+    counts = {"lora": 4 * (8 * (192 + 576) + 8 * (192 + 192))}
+    assert result["trainable_parameters"] == counts.get(changes.get("method"), 444_864 + 384)
     assert sum(result["time_shares"].values()) == pytest.approx(1)
     expected = result["needed_flops"] / result["median_step_seconds"] / result["product_rate"]
     assert result["utilisation"] == pytest.approx(expected)

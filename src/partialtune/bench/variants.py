@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.plan import FreezePlan, plan_freeze
-from partialtune.freeze.schedules import STARTS
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.schedules import in_places
 from partialtune.model.loading import check_fit, empty_model, load_config
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
 
@@ -116,11 +117,8 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
     model = empty_model(config, base.trust_remote_code)
-    entries = [
-        {"from_step": number, **{key: value for key, value in entry.items() if key not in STARTS}}
-        for number, entry in enumerate(freeze.schedule, start=bool(freeze.trainable))
-    ]
-    return model, last_phase(plan_freeze(model, freeze.trainable, head=freeze.head, schedule=entries))
+    schedule = in_places(freeze.schedule) if freeze.schedule else ()
+    return model, last_phase(plan_of_recipe(model, freeze, schedule))
 
 
 def last_phase(plan: FreezePlan) -> FreezePlan:
