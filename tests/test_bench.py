@@ -31,6 +31,7 @@ def recipe(tmp_path):
             "block_size": 16,
             "per_device_train_batch_size": 2,
             "trainable": ["blocks[-1]", "final_norm"],
+            "prefix_cache": "off",
             "output_dir": str(tmp_path / "run"),
             **changes,
         }
@@ -74,6 +75,26 @@ def test_a_recipe_that_trains_everything_is_the_one_beside_the_others(recipe):
     variants = read_variants(paths, [])
     assert [variant.label for variant in variants] == paths
     assert [variant.full for variant in variants] == [1, 1]
+
+
+def test_where_the_run_would_decide_whether_its_prefix_is_kept_both_are_measured(recipe):
+    path = recipe("a.yaml", prefix_cache="auto")
+    variants = read_variants([path, recipe("embeddings.yaml", trainable=["embeddings"], prefix_cache=None)], [])
+    assert [variant.label for variant in variants[:2]] == [path, f"{path}, prefix kept"]
+    assert [variant.values["prefix_cache"] for variant in variants[:2]] == ["off", "memory"]
+    assert len(variants) == 4  # the embeddings have no block below them
+    assert {variant.full for variant in variants} == {3}
+    random = read_variants([recipe("b.yaml", prefix_cache="auto", window_sampling="random")], [])
+    assert len(random) == 2
+
+
+def test_with_the_prefix_kept_its_products_are_neither_done_nor_counted_as_needed(recipe):
+    own, kept, _ = read_variants([recipe(prefix_cache="auto")], [])
+    whole, above = measure(own.values, steps=3), measure(kept.values, steps=3)
+    assert (whole["prefix_cache"], above["prefix_cache"]) == ("off", "memory")
+    prefix = 3 * 2 * (2 * 16) * 12 * 192**2  # blocks x products x tokens x matrices of a block
+    assert whole["needed_flops"] - above["needed_flops"] == prefix
+    assert whole["flops_per_step"] - above["flops_per_step"] == prefix
 
 
 def test_what_only_says_where_and_how_long_makes_no_other_full_fine_tuning(recipe):
@@ -126,8 +147,9 @@ GRADUAL = [{"from_epoch": 0, "trainable": ["final_norm"]}, {"from_epoch": 2, "tr
         {},
         {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "max_steps": 500, "warmup_steps": 0.1},
         {"trainable": [], "schedule": GRADUAL},
+        {"method": "lora", "trainable": ["attention"], "prefix_cache": None},
     ],
-    ids=["plain", "accumulated", "schedule"],
+    ids=["plain", "accumulated", "schedule", "lora"],
 )
 def test_a_measurement_needs_neither_text_nor_weights_and_leaves_nothing(recipe, tmp_path, monkeypatch, changes):
     monkeypatch.setattr("partialtune.model.loading.AutoModelForCausalLM.from_pretrained", None)
@@ -139,7 +161,8 @@ def test_a_measurement_needs_neither_text_nor_weights_and_leaves_nothing(recipe,
     tokens = 2 * 16 * changes.get("gradient_accumulation_steps", 1)
     assert result["tokens_per_step"] == tokens
     assert result["tokens_per_second"] == pytest.approx(tokens / result["median_step_seconds"])
-    assert result["trainable_parameters"] == 444_864 + 384
+    counts = {"lora": 4 * (8 * (192 + 576) + 8 * (192 + 192))}
+    assert result["trainable_parameters"] == counts.get(changes.get("method"), 444_864 + 384)
     assert sum(result["time_shares"].values()) == pytest.approx(1)
     expected = result["needed_flops"] / result["median_step_seconds"] / result["product_rate"]
     assert result["utilisation"] == pytest.approx(expected)

@@ -227,21 +227,18 @@ def make(shape: Shape, folder: Path) -> dict[str, float]:
     (folder / "text.txt").write_text(text[: spans[wanted + shape.block_size // 2][0]])
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    return {job.name: needed_products(config, shape, job) for job in JOBS}
+    return {job.name: needed(config, shape, job) for job in JOBS}
 
 
-def needed_products(config: Any, shape: Shape, job: Job) -> float:
+def needed(config: Any, shape: Shape, job: Job) -> float:
     """Multiplications and additions of a step's matrix products with weights, less those of a cached prefix."""
-    from partialtune.cost.dry_step import dry_step
+    from partialtune.cost.utilisation import needed_products
     from partialtune.freeze.plan import plan_freeze
     from partialtune.model.loading import empty_model
 
     model = empty_model(config)
     plan = plan_freeze(model, job.recipe.get("trainable", ["all"]), head=job.recipe.get("head", "tied"))
-    total = dry_step(model, plan, shape.batch_size, shape.block_size).products.total
-    below = [p for p in plan.parameters if p.block is not None and p.block < plan.phases[0].first_block]
-    matrices = sum(parameter.numel for parameter in below if len(parameter.shape) == 2)
-    return total - 2 * shape.batch_size * shape.block_size * matrices * job.cached
+    return needed_products(model, plan, shape.batch_size, shape.block_size, prefix_cached=job.cached)
 
 
 def rate(*_: Any) -> dict[str, float]:
@@ -339,7 +336,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=4, help="of each process; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="rounds")
-    parser.add_argument("--uncached", action="store_true", help="leave prefix_cache to its default")
+    parser.add_argument("--uncached", action="store_true", help="leave prefix_cache to its default, auto")
     parser.add_argument("--output", type=Path, help="write measurements and table as JSON")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where model, text and runs go, default: a temporary folder")

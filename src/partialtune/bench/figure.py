@@ -74,7 +74,7 @@ def seconds_by_part(row: dict[str, Any]) -> dict[str, float]:
 
 def _shown(label: str) -> str:
     """The last folder and the file's name without its ending."""
-    return "/".join(label.split("/")[-2:]).removesuffix(".yaml").removesuffix(".yml")
+    return "/".join(label.split("/")[-2:]).replace(".yaml", "").replace(".yml", "")
 
 
 def _ratio(row: dict[str, Any], what: str) -> str:

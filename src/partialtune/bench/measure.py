@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from partialtune.bench.variants import plan_of, runnable
@@ -25,7 +24,7 @@ from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.loading import quiet_libraries
 from partialtune.recipe.reading import Recipe
 from partialtune.text.windows import chunked_windows
-from partialtune.train import make_trainer
+from partialtune.train import make_trainer, prefix_phases
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import PartialTrainer, training_arguments
@@ -63,19 +62,21 @@ def random_model(empty: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     return model.eval()
 
 
-def random_windows(recipe: Recipe, args: TrainingArguments, vocabulary: int) -> Dataset:
-    """Windows of random token ids for `BATCHES` steps."""
+def random_data(recipe: Recipe, args: TrainingArguments, vocabulary: int) -> RunData:
+    """Windows of random token ids for `BATCHES` steps; no text is held out or scored."""
     size = recipe.text.block_size
     count = BATCHES * args.per_device_train_batch_size * args.gradient_accumulation_steps
     ids = np.random.default_rng(0).integers(vocabulary, size=count * size, dtype=np.int32)
-    return chunked_windows([ids], size, stride=size)
+    windows = chunked_windows([ids], size, stride=size)
+    return RunData(sources=[], train=windows, held_out=None, scored={}, token_counts=np.bincount(ids))
 
 
 def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments) -> PartialTrainer:
     """The Trainer of the recipe, after its steps."""
-    windows = random_windows(recipe, args, model.config.get_text_config().vocab_size)
+    data = random_data(recipe, args, model.config.get_text_config().vocab_size)
+    prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
     apply_plan(model, plan)
-    trainer = make_trainer(recipe, plan, model, args, RunData(sources=[], train=windows, held_out=None, scored={}))
+    trainer = make_trainer(recipe, plan, model, args, data, prefix, origin={})  # nothing goes on from here
     trainer.train()
     return trainer
 
@@ -84,10 +85,12 @@ def result_of(trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) 
     """What was measured."""
     args, plan, dtype = trainer.args, trainer.plan, compute_dtype(trainer.args)
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    needed, rate = needed_products(empty, plan, *batch), product_rate(args.device, dtype)
+    needed = needed_products(empty, plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
+    rate = product_rate(args.device, dtype)
     used = utilisation(needed, trainer.timer.median(), rate)
+    watched = trainer.deltas.seconds + trainer.audit.seconds
     return {
-        **performance(args, trainer.timer, trainer.flops_per_step, used, block_size),
+        **performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched),
         "trainable_parameters": plan.trainable_parameters,
         "total_parameters": plan.total_parameters,
         "tokens_per_step": batch[0] * batch[1] * batch[2],

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from partialtune.freeze.plan import FreezePlan, plan_freeze
-from partialtune.freeze.schedules import STARTS
+from partialtune.errors import RecipeError
+from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.schedules import in_places
 from partialtune.model.loading import check_fit, empty_model, load_config
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
 
@@ -22,6 +24,7 @@ RUN_KEYS = (
     *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "greater_is_better"),
 )
 FULL = "method: full"
+KEPT = ", prefix kept"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Variant:
 def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Variant]:
     """The recipes in their order, then full fine-tuning on each batch that they have, unless a recipe is just that.
 
+    A recipe that leaves it to the run whether its frozen prefix is kept is measured both ways.
+
     Args:
         paths: Recipe files.
         overrides: `--key value` for all of them.
@@ -49,11 +54,7 @@ def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Varian
     Raises:
         InputError: If a recipe is wrong, or its model is; all are looked at before the first is measured.
     """
-    said = []
-    for path in paths:
-        recipe = read_recipe(path, overrides)
-        plan_of(recipe)
-        said.append((path, {key: value for key, value in recipe.values.items() if key not in RUN_KEYS}))
+    said = [entry for path in paths for entry in own_variants(path, read_recipe(path, overrides))]
     entries = [*said, *((FULL, full_values(values)) for _, values in said)]
     numbers: dict[str, int] = {}  # of the first entry that trains everything on a batch
     for number, (_, values) in enumerate(entries):
@@ -64,6 +65,23 @@ def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Varian
         Variant(label, kept.index(numbers[_key(full_values(values))]), values)
         for label, values in (entries[number] for number in kept)
     ]
+
+
+def own_variants(label: str, recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
+    """(label, values) of a recipe: itself, and where its frozen prefix may be kept, itself with that.
+
+    How long a run is, and so whether `prefix_cache: auto` keeps it, is known only with the text.
+    """
+    _, plan = plan_of(recipe)
+    values = {key: value for key, value in recipe.values.items() if key not in RUN_KEYS}
+    if recipe.speed.prefix_cache != "auto" or not plan.phases[0].first_block:
+        return [(label, values)]
+    kept = {**values, "prefix_cache": "memory"}
+    try:
+        runnable(kept, steps=2, folder=recipe.training["output_dir"])
+    except RecipeError:  # it has random windows, for one
+        return [(label, values)]
+    return [(label, {**values, "prefix_cache": "off"}), (f"{label}{KEPT}", kept)]
 
 
 def _key(values: Mapping[str, Any]) -> str:
@@ -99,11 +117,8 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
     model = empty_model(config, base.trust_remote_code)
-    entries = [
-        {"from_step": number, **{key: value for key, value in entry.items() if key not in STARTS}}
-        for number, entry in enumerate(freeze.schedule, start=bool(freeze.trainable))
-    ]
-    return model, last_phase(plan_freeze(model, freeze.trainable, head=freeze.head, schedule=entries))
+    schedule = in_places(freeze.schedule) if freeze.schedule else ()
+    return model, last_phase(plan_of_recipe(model, freeze, schedule))
 
 
 def last_phase(plan: FreezePlan) -> FreezePlan:
