@@ -81,7 +81,7 @@ def dry_step(
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
         recompute_from(twin, plan.phases[-1].first_block)
-    meter = StepMeter(twin, fake, scored_tokens=batch_size * (block_size - 1))
+    meter = StepMeter(twin, fake, rows_of_logits(batch_size, block_size))
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
         memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
@@ -109,18 +109,17 @@ class StepMeter(TorchDispatchMode):
     Args:
         model: What takes the step. Its tensors may be fake ones or have values.
         fake: The mode of its fake tensors.
-        scored_tokens: Tokens of a batch that are predicted; a tensor of so many rows, as wide as the vocabulary, is
-            counted to the logits.
+        rows: A tensor of so many rows or more, as wide as the vocabulary, is counted to the logits.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode, scored_tokens: int) -> None:
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, rows: int) -> None:
         super().__init__()
         weights = [*model.parameters(), *model.buffers()]
         self.backward = False
         self.ledger = MemoryLedger()
         self.ledger.assign(weights, "weights")
         self.counter = ProductCounter(self.ledger, list(model.parameters()))
-        self._fake, self._scored_tokens = fake, scored_tokens
+        self._fake, self._rows = fake, rows
         self._vocabulary = model.config.get_text_config().vocab_size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -147,7 +146,7 @@ class StepMeter(TorchDispatchMode):
 
     def _is_logits(self, tensor: torch.Tensor) -> bool:
         wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
-        return wide and tensor.numel() >= self._scored_tokens * self._vocabulary
+        return wide and tensor.numel() >= self._rows * self._vocabulary
 
 
 def take_step(
@@ -178,8 +177,16 @@ def take_step(
         return meter.ledger.close()
 
 
+def rows_of_logits(batch_size: int, block_size: int) -> int:
+    """Rows of the scores that are there at one time: of all tokens that are predicted. Goes with `_loss`."""
+    return batch_size * (block_size - 1)
+
+
 def _loss(model: nn.Module, input_ids: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """The model's own loss. What only its outputs hold is gone when this returns."""
+    """The model's own loss, over the scores of all tokens at once. What only its outputs hold is gone afterwards.
+
+    How training computes its loss is said here and in `rows_of_logits`, and nowhere else in the forecast.
+    """
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         outputs = model(input_ids=input_ids, labels=input_ids)
     widened = outputs.logits.float()  # accelerate widens what comes out of autocast

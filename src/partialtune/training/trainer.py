@@ -14,6 +14,7 @@ from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from partialtune.cost.flops import FUSED_EXPERTS
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.freeze.lora import load_adapters
 from partialtune.freeze.plan import FreezePlan
@@ -162,7 +163,8 @@ class PartialTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.flops_per_step is not None or self.args.torch_compile:
             return super().training_step(model, inputs, num_items_in_batch)
-        with FlopCounterMode(display=False) as counter:  # matrix products of the first batch, once
+        # matrix products of the first batch, once
+        with FlopCounterMode(display=False, custom_mapping=FUSED_EXPERTS) as counter:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
         return loss
