@@ -108,11 +108,9 @@ def _dry_step(
         recompute_from(twin, plan.phases[-1].first_block)
     loss = LossWithoutLogits(twin) if "loss" in fast_paths else None
     without_logits = loss is not None and not loss.needs_logits()
-    scored_tokens = batch_size * (block_size - 1)
-    logits_rows = rows_at_once(scored_tokens, twin.config.get_text_config().vocab_size, "cpu")
-    meter = StepMeter(
-        twin, fake, logits_rows if without_logits else scored_tokens, first_block=plan.phases[-1].first_block
-    )
+    vocabulary = twin.config.get_text_config().vocab_size if without_logits else None
+    rows = rows_of_logits(batch_size, block_size, vocabulary)
+    meter = StepMeter(twin, fake, rows, first_block=plan.phases[-1].first_block)
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
         with ExitStack() as paths:
@@ -145,18 +143,17 @@ class StepMeter(TorchDispatchMode):
     Args:
         model: What takes the step. Its tensors may be fake ones or have values.
         fake: The mode of its fake tensors.
-        scored_tokens: Tokens of a batch that are predicted; a tensor of so many rows, as wide as the vocabulary, is
-            counted to the logits.
+        rows: A tensor of so many rows or more, as wide as the vocabulary, is counted to the logits.
         first_block: First block that backward passes; the blocks before it are the frozen prefix.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode, scored_tokens: int, first_block: int = 0) -> None:
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, rows: int, first_block: int = 0) -> None:
         super().__init__()
         weights = [*model.parameters(), *model.buffers()]
         self.backward = False
         self.ledger = MemoryLedger()
         self.ledger.assign(weights, "weights")
-        self._fake, self._scored_tokens = fake, scored_tokens
+        self._fake, self._rows = fake, rows
         self._vocabulary = model.config.get_text_config().vocab_size
         self.counter = ProductCounter(self.ledger, list(model.parameters()), self._vocabulary)
         for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
@@ -188,7 +185,7 @@ class StepMeter(TorchDispatchMode):
 
     def _is_logits(self, tensor: torch.Tensor) -> bool:
         wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
-        return wide and tensor.numel() >= self._scored_tokens * self._vocabulary
+        return wide and tensor.numel() >= self._rows * self._vocabulary
 
 
 def take_step(
@@ -219,8 +216,22 @@ def take_step(
         return meter.ledger.close()
 
 
+def rows_of_logits(batch_size: int, block_size: int, vocabulary: int | None = None) -> int:
+    """Rows of the scores that are there at one time: of all tokens that are predicted, or those of a chunk.
+
+    Args:
+        batch_size, block_size: Of a forward pass.
+        vocabulary: Width of the scores where the loss is taken without holding them all, else None.
+    """
+    rows = batch_size * (block_size - 1)
+    return rows_at_once(rows, vocabulary, "cpu") if vocabulary else rows
+
+
 def _loss(model: nn.Module, input_ids: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """The model's own loss. What only its outputs hold is gone when this returns."""
+    """The model's loss: its own, over the scores of all tokens at once, or the one that stands in for it.
+
+    What only its outputs hold is gone afterwards.
+    """
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         outputs = model(input_ids=input_ids, labels=input_ids)
     widened = outputs.logits.float()  # accelerate widens what comes out of autocast

@@ -30,7 +30,10 @@ MEMORY = {
     "logits": "logits, their logarithms and gradients",
     "peak": "at most at one time, tensors alone",
     "copies": "beside it: start values, for the deltas",
+    "process": "on a CPU a process grows by about",
 }
+# What the first step brings whatever the model: threads and their stacks, kernels compiled for this processor.
+FIRST_STEP_BYTES = 22 * 2**20
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,21 @@ class Forecast:
             "memory": {
                 **asdict(memory),
                 "copies": self.copies,
-                "full": {**asdict(self.full.memory), "copies": self.copies_full},
+                "process": growth_of_process(self.cost, self.copies),
+                "full": {
+                    **asdict(self.full.memory),
+                    "copies": self.copies_full,
+                    "process": growth_of_process(self.full, self.copies_full),
+                },
                 "of_full": memory.peak / self.full.memory.peak,
             },
             "advice": list(self.advice),
         }
+
+
+def growth_of_process(cost: Cost, copies: int) -> int:
+    """Bytes by which a process on a CPU grows beyond the started interpreter with its libraries."""
+    return cost.memory.resident + copies + FIRST_STEP_BYTES
 
 
 def forecast(
@@ -90,8 +103,8 @@ def forecast(
 ) -> Forecast:
     """Find out what a step of `plan` costs, without weights.
 
-    Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time. The libraries
-    themselves and what the allocator keeps back come on top of the memory. Of a schedule it is the last phase.
+    Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time; beside them what a
+    process on a CPU grows by, with what malloc keeps back. Of a schedule it is the last phase.
 
     Args:
         model: Causal language model, best on the meta device. It is not touched.

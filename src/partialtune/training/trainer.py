@@ -17,6 +17,7 @@ from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from partialtune.cost.flops import FUSED_EXPERTS
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
@@ -258,7 +259,7 @@ class PartialTrainer(Trainer):
         if self.flops_per_step is not None or self.args.torch_compile:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FUSED_EXPERTS) as counter:
             yield
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
 
