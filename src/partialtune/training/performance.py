@@ -5,12 +5,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from partialtune.fast.paths import FastPaths
+if TYPE_CHECKING:
+    from partialtune.fast.paths import FastPaths
 
 PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
 
@@ -118,7 +119,7 @@ def performance(
     flops: int | None,
     utilisation: float | None,
     block_size: int,
-    fast: FastPaths,
+    fast: "FastPaths",
     callback_seconds: float,
 ) -> dict[str, Any]:
     """The content of `performance.json`.
