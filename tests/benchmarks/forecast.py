@@ -144,7 +144,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     shape = Shape(**vars(parser.parse_args()))
     print(
-        f"{shape}, {STEPS} steps\n{'trainable':44} {'tensors MB':>11} {'forecast':>12} {'measured':>12} {'ratio':>6} {'FLOPs':>6}"
+        f"{shape}, {STEPS} steps\n"
+        f"{'trainable':44} {'tensors MB':>11} {'forecast':>12} {'measured':>12} {'ratio':>6} {'FLOPs':>6}"
     )
     for growth in measure_each(shape):
         label = f"{', '.join(growth.selectors)} ({growth.head})"
