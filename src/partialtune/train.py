@@ -5,21 +5,16 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.data import RunData, prepare_data
-from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, InputError, RecipeError
-from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
+from partialtune.fast.prefix_choice import PrefixPhase, prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import FreezePlan
@@ -27,8 +22,7 @@ from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
 from partialtune.hub.push import Target, check_access, push_after_training
 from partialtune.insight.learning_curves import LearningCurves
-from partialtune.insight.next_token_shift import WATCHED_WINDOWS, next_token_shift
-from partialtune.insight.run_insight import sampled_continuations, weight_insight
+from partialtune.insight.run_insight import weight_insight
 from partialtune.launch import (
     check_engine,
     check_precision,
@@ -49,29 +43,20 @@ from partialtune.output_dir import (
     locked,
     standing_of,
     write_exit,
-    write_json,
 )
-from partialtune.pages.card import write_card
-from partialtune.pages.figures import draw_figures
-from partialtune.pages.report import write_report
-from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import DELTAS_FILE
-from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe, write_recipe
-from partialtune.scoring.evaluation import ScoredText, score_tokens, spaced_indices
-from partialtune.scoring.prompts import PromptProbe, check_prompts, compare_prompts, format_prompts, probe_prompts
-from partialtune.summary import closing_words
+from partialtune.results import save_model, write_insight, write_performance, write_plan, write_results
+from partialtune.scoring.look import Look
+from partialtune.scoring.prompts import check_prompts
 from partialtune.text.sources import IN_MEMORY_BYTES
 from partialtune.training.activation_checkpointing import check_support
-from partialtune.training.checkpoints import damage_of, disk_errors, newest_whole_checkpoint
+from partialtune.training.checkpoints import damage_of, newest_whole_checkpoint
+from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.optimizer_state import check_checkpoint
 from partialtune.training.origin import check_origin, origin_of, read_origin, same_base, with_choices
-from partialtune.training.performance import performance
-from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import (
     PartialTrainer,
-    collate_windows,
-    evaluation_steps,
     run_length,
     steps_an_epoch,
     suit_length,
@@ -152,40 +137,6 @@ def train(recipe: Recipe) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What a model made of the texts and prompts at one moment; `nats` of single held-out tokens, None without such."""
-
-    scores: dict[str, dict[str, Any]]
-    prompts: list[PromptProbe]
-    nats: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Look:
-    """The same texts and prompts for every look at a model, before training and after."""
-
-    tokenizer: PreTrainedTokenizerBase
-    texts: Mapping[str, ScoredText]
-    prompts: Sequence[str]
-    batch_size: int
-
-    def at(self, model: PreTrainedModel, moment: str) -> Sight:
-        scores, nats = {}, {}
-        for name, text in self.texts.items():
-            watched = WATCHED_WINDOWS if name == "validation" else 0
-            scores[name], nats[name] = score_tokens(model, text, self.batch_size, f"{name}, {moment}", watched)
-        return Sight(scores, probe_prompts(model, self.tokenizer, self.prompts), nats.get("validation"))
-
-    def shift(self, before: Sight, after: Sight) -> dict[str, Any] | None:
-        """What happened to the held-out tokens between two looks; None where nothing is held out."""
-        if before.nats is None or after.nats is None:
-            return None
-        windows = self.texts["validation"].windows.with_format("numpy")
-        watched = windows[spaced_indices(len(windows), WATCHED_WINDOWS)]["input_ids"]
-        return next_token_shift(watched, before.nats, after.nats, self.tokenizer)
-
-
 def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that the recipe asks for and what its run began with; None for a start from the base.
 
@@ -246,56 +197,6 @@ def take_folder(held: ExitStack, folder: Path, recipe: Recipe, standing: Standin
     held.enter_context(locked(folder))
     if standing_of(folder, recipe.values, recipe.resume) is not standing:
         raise RecipeError(f"output_dir: another process has finished the run in {folder} meanwhile. Nothing was done.")
-
-
-def prefix_phases(
-    recipe: Recipe,
-    plan: FreezePlan,
-    model: PreTrainedModel,
-    args: TrainingArguments,
-    data: RunData,
-    begun: Mapping[str, Any] | None,
-) -> list[PrefixPhase]:
-    """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now."""
-    if begun is not None and "prefix_cache" in begun["choices"]:
-        return [PrefixPhase(**phase) for phase in begun["choices"]["prefix_cache"]]
-    held_out = len(data.held_out or [])
-    windows = Windows(
-        training=len(data.train),
-        held_out=held_out,
-        a_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        steps=run_length(args, len(data.train)),
-        eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
-    )
-    obstacle = prefix_obstacle(recipe.text.window_sampling, args, model, plan, data.train)
-    size = recipe.text.block_size * model.config.get_text_config().hidden_size * (2 if args.bf16 or args.fp16 else 4)
-    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, psutil.virtual_memory().available, obstacle)
-
-
-def make_trainer(
-    recipe: Recipe,
-    plan: FreezePlan,
-    model: PreTrainedModel,
-    args: TrainingArguments,
-    data: RunData,
-    prefix: Sequence[PrefixPhase],
-    origin: Mapping[str, Any],
-) -> PartialTrainer:
-    """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
-    return PartialTrainer(
-        plan=plan,
-        delta_steps=recipe.freeze.delta_steps,
-        stop_on_violation=not recipe.freeze.allow_failed_audit,
-        decay_everything=recipe.freeze.weight_decay_on == "all",
-        fast_paths=recipe.speed.fast_paths,
-        prefix=prefix,
-        origin=origin,
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=collate_windows,
-    )
 
 
 def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> FreezeViolation | None:
@@ -364,68 +265,6 @@ def begin_folder(
     write_recipe(folder / RECIPE_FILE, values, {**record, **stated})
     print(plan_table(plan), flush=True)
     logger.info(prefix_words([PrefixPhase(**phase) for phase in record["prefix_cache"]]))
-
-
-@main_process_only
-def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> None:
-    """`freeze_plan.json`, with the digests that are known."""
-    write_json(folder / "freeze_plan.json", plan.to_json(audit.digests_before, audit.digests_after))
-
-
-def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`."""
-    with disk_errors("The model", folder):
-        if recipe.freeze.checkpoint_format == "full":
-            trainer.save_model(str(folder))
-        elif trainer.audit.result.changed_buffers:
-            logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
-            trainer.save_model(str(folder))
-        else:
-            save_delta(folder, trainer, recipe.model)
-        if trainer.args.should_save:
-            tokenizer.save_pretrained(folder)
-
-
-def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> None:
-    """Only what was trained, with the digests of base and result."""
-    model, audit = trainer.model, trainer.audit
-    origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
-    with trainer.config_as_loaded():
-        write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
-
-
-@main_process_only
-def write_insight(folder: Path, look: Look, before: Sight, after: Sight, found: Mapping[str, Any]) -> None:
-    """`insight.json`: what moved and what shifted, beyond the scores."""
-    shift = {"next_token_shift": look.shift(before, after)}
-    samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
-    write_json(folder / "insight.json", {**found, **shift, **samples})
-
-
-@main_process_only
-def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) -> None:
-    """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
-    args = trainer.args
-    batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    needed = needed_products(empty, trainer.plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
-    used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
-    watched = trainer.deltas.seconds + trainer.audit.seconds
-    content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched)
-    write_json(folder / "performance.json", content)
-
-
-@main_process_only
-def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight) -> None:
-    """Everything that is known only after training, and the pages made of it."""
-    metrics = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
-    write_json(folder / "train_results.json", metrics)
-    comparison = compare_prompts(before.prompts, after.prompts)
-    scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
-    write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
-    draw_figures(folder)
-    write_card(folder)
-    write_report(folder)
-    print(format_prompts(comparison), closing_words(folder, trainer.audit.result, scores), sep="\n\n", flush=True)
 
 
 @main_process_only

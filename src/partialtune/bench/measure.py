@@ -24,7 +24,7 @@ from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.loading import quiet_libraries
 from partialtune.recipe.reading import Recipe
 from partialtune.text.windows import chunked_windows
-from partialtune.train import make_trainer, prefix_phases
+from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import PartialTrainer, training_arguments

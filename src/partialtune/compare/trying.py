@@ -21,7 +21,7 @@ from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
-from partialtune.train import make_trainer
+from partialtune.training.making import make_trainer
 from partialtune.training.trainer import run_length, steps_an_epoch, suit_length, training_arguments
 
 

@@ -1,0 +1,68 @@
+"""The Trainer of a recipe, and what each phase of the run does with its frozen prefix."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+from transformers import PreTrainedModel, TrainingArguments
+
+from partialtune.data import RunData
+from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle
+from partialtune.freeze.plan import FreezePlan
+from partialtune.recipe.reading import Recipe
+from partialtune.training.trainer import (
+    PartialTrainer,
+    collate_windows,
+    evaluation_steps,
+    run_length,
+)
+
+
+def prefix_phases(
+    recipe: Recipe,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: RunData,
+    begun: Mapping[str, Any] | None,
+) -> list[PrefixPhase]:
+    """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now."""
+    if begun is not None and "prefix_cache" in begun["choices"]:
+        return [PrefixPhase(**phase) for phase in begun["choices"]["prefix_cache"]]
+    held_out = len(data.held_out or [])
+    windows = Windows(
+        training=len(data.train),
+        held_out=held_out,
+        a_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        steps=run_length(args, len(data.train)),
+        eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
+    )
+    obstacle = prefix_obstacle(recipe.text.window_sampling, args, model, plan, data.train)
+    size = recipe.text.block_size * model.config.get_text_config().hidden_size * (2 if args.bf16 or args.fp16 else 4)
+    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, psutil.virtual_memory().available, obstacle)
+
+
+def make_trainer(
+    recipe: Recipe,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: RunData,
+    prefix: Sequence[PrefixPhase],
+    origin: Mapping[str, Any],
+) -> PartialTrainer:
+    """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
+    return PartialTrainer(
+        plan=plan,
+        delta_steps=recipe.freeze.delta_steps,
+        stop_on_violation=not recipe.freeze.allow_failed_audit,
+        decay_everything=recipe.freeze.weight_decay_on == "all",
+        fast_paths=recipe.speed.fast_paths,
+        prefix=prefix,
+        origin=origin,
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        data_collator=collate_windows,
+    )
