@@ -14,7 +14,7 @@ from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.cost.flops import FUSED_EXPERTS
+from partialtune.cost.flops import FORMULAS
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.freeze.lora import load_adapters
 from partialtune.freeze.plan import FreezePlan
@@ -114,8 +114,7 @@ class PartialTrainer(Trainer):
     Attributes:
         audit, deltas, timer, stop: Its callbacks.
         flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
-            counted in the first; None before it and under torch.compile. Attention's own products are counted only
-            where the backend shows them.
+            attention's own included, counted in the first; None before it and under torch.compile.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class PartialTrainer(Trainer):
         if self.flops_per_step is not None or self.args.torch_compile:
             return super().training_step(model, inputs, num_items_in_batch)
         # matrix products of the first batch, once
-        with FlopCounterMode(display=False, custom_mapping=FUSED_EXPERTS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
         return loss
