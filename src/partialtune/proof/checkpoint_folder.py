@@ -3,13 +3,17 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from partialtune.errors import ModelError
 from partialtune.hub.client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits
 from partialtune.model.loading import model_location
 
 PLAN_FILE = "freeze_plan.json"
-FETCHED = ("config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json", PLAN_FILE)
+FETCHED = (
+    *("config.json", "model*.safetensors", "model.safetensors.index.json", PLAN_FILE),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 
 
 def checkpoint_folder(name: str) -> tuple[Path, str]:
@@ -27,7 +31,8 @@ def checkpoint_folder(name: str) -> tuple[Path, str]:
     hub_id, at, revision = name.rpartition("@")
     if not at or Path(name).expanduser().is_dir():
         hub_id, revision = name, ""
-    location = Path(model_location(hub_id))
+    here = Path(hub_id).expanduser()
+    location = here if (here / ADAPTER_CONFIG_NAME).is_file() else Path(model_location(hub_id))
     if not location.is_dir():
         folder = _fetch(hub_id, revision)
         return folder, f"{name} (commit {folder.name})"

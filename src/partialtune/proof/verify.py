@@ -7,6 +7,7 @@ and result are then checked too. Bits are those of fp32: a 16-bit base equals it
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from partialtune.errors import ModelError
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.pages.wording import counted, joined
 from partialtune.progress import progress_bar
+from partialtune.proof.adapters import NOTE, claim_of_adapters, holds_adapters, merged, open_adapters
 from partialtune.proof.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.proof.claims import Claim, claim_of_plan, claim_of_selectors
 from partialtune.proof.comparison import ComparedParameter, Comparison
@@ -41,9 +43,17 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    before, after = _open(base, "BASE"), _open(adapted, "ADAPTED")
-    structure = _common_structure(before, after)
-    claim = _claim(structure, after, trainable)
+    before = _open(base, "BASE")
+    folder, name = _found(adapted, "ADAPTED")
+    adapters, other_adapters = None, ()
+    if holds_adapters(folder):
+        adapters = open_adapters(folder, name, before)
+        after, structure = merged(before, adapters), replace(before.structure, model_name=before.name)
+        claim, other_adapters = claim_of_adapters(before, adapters, folder / PLAN_FILE, trainable)
+    else:
+        after = _open(adapted, "ADAPTED")
+        structure = _common_structure(before, after)
+        claim = _claim(structure, after, trainable)
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
@@ -60,9 +70,10 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         parameters=tuple(parameters),
         claim=None if claim is None else claim.text,
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
-        not_the_result=() if claim is None else _other_than(claim.after, digests_after),
+        not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
     )
-    return replace(comparison, notes=tuple(comparison_notes(comparison, before, after, rounded)))
+    notes = comparison_notes(comparison, before, after, rounded)
+    return replace(comparison, notes=(*([NOTE.format(name=name)] if adapters else []), *notes))
 
 
 def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
@@ -75,7 +86,14 @@ def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
 
 def _open(name: str, role: str) -> Weights:
     try:
-        return open_weights(*checkpoint_folder(name))
+        return open_weights(*_found(name, role))
+    except ModelError as error:
+        raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
+
+
+def _found(name: str, role: str) -> tuple[Path, str]:
+    try:
+        return checkpoint_folder(name)
     except ModelError as error:
         raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
 
