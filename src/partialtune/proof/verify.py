@@ -6,8 +6,8 @@ and result are then checked too. Bits are those of fp32: a 16-bit base equals it
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -43,16 +43,17 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    before = _open(base, "BASE")
-    folder, name = _found(adapted, "ADAPTED")
-    adapters, other_adapters = None, ()
-    if holds_adapters(folder):
-        adapters = open_adapters(folder, name, before)
-        after, structure = merged(before, adapters), replace(before.structure, model_name=before.name)
+    with _as("BASE"):
+        before = open_weights(*checkpoint_folder(base))
+    other_adapters = ()
+    with _as("ADAPTED"):
+        folder, name = checkpoint_folder(adapted)
+        adapters = open_adapters(folder, name, before) if holds_adapters(folder) else None
+        after = merged(before, adapters) if adapters else open_weights(folder, name)
+    structure = _common_structure(before, after)
+    if adapters:
         claim, other_adapters = claim_of_adapters(before, adapters, folder / PLAN_FILE, trainable)
     else:
-        after = _open(adapted, "ADAPTED")
-        structure = _common_structure(before, after)
         claim = _claim(structure, after, trainable)
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
@@ -84,16 +85,11 @@ def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
     )
 
 
-def _open(name: str, role: str) -> Weights:
+@contextmanager
+def _as(role: str) -> Iterator[None]:
+    """Say of which of the two an error speaks."""
     try:
-        return open_weights(*_found(name, role))
-    except ModelError as error:
-        raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
-
-
-def _found(name: str, role: str) -> tuple[Path, str]:
-    try:
-        return checkpoint_folder(name)
+        yield
     except ModelError as error:
         raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
 
