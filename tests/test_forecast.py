@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from conftest import tiny_gpt2
 from partialtune.cost.advice import as_yaml
 from partialtune.cost.dry_step import OPTIMIZERS, Cost, StepMeter, dry_step, rows_of_logits, take_step
-from partialtune.cost.flops import FUSED_EXPERTS
+from partialtune.cost.flops import FORMULAS
 from partialtune.cost.forecast import forecast, forecast_table
 from partialtune.cost.heap import resident_peak
 from partialtune.errors import ModelError
@@ -71,7 +71,7 @@ def counted_in_a_real_step(model, plan, batch_size, block_size) -> int:
     apply_plan(model, plan)
     model.train()
     ids = torch.randint(model.config.vocab_size, (batch_size, block_size))
-    with FlopCounterMode(display=False, custom_mapping=FUSED_EXPERTS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return counter.get_total_flops()
 

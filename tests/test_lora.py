@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_gpt2
@@ -244,3 +244,57 @@ def test_activation_checkpointing_recomputes_no_block_below_the_first_adapter():
     assert plain.products.recomputed == 0
     assert 0 < checkpointed.products.recomputed <= 2 * 8 * 64 * (12 * 32**2 + 4 * (32 + 96 + 32 + 32))
     assert checkpointed.products.backward_activations == plain.products.backward_activations
+
+
+# ---- verify ---------------------------------------------------------------------------------------------------------
+
+
+def test_verify_says_which_matrices_the_adapters_move_and_that_the_plan_holds(run, capsys):
+    assert main(["verify", str(run.parent / "base"), str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is True
+    adapted = {name.partition(".lora_")[0] + ".weight" for name in trained_names(run)}
+    assert set(found["moved"]) == adapted
+    assert "holds adapters" in found["notes"][0]
+    base = dict(AutoModelForCausalLM.from_pretrained(run.parent / "base").named_parameters())
+    whole = dict(PeftModel.from_pretrained(reloaded(run), run).merge_and_unload().named_parameters())
+    for entry in found["parameters"]:
+        change = (whole[entry["name"]].detach().double() - base[entry["name"]].detach().double()).norm()
+        assert entry["l2_delta"] == pytest.approx(float(change), rel=1e-4, abs=1e-9), entry["name"]
+
+
+def reloaded(run):
+    return AutoModelForCausalLM.from_pretrained(run.parent / "base")
+
+
+def trained_names(run):
+    return [entry["name"] for entry in read(run, "freeze_plan.json")["parameters"] if entry["trainable"]]
+
+
+@pytest.mark.parametrize("fault", ["selectors", "another base", "another adapter", "another shape"])
+def test_verify_finds_what_breaks_the_claim_of_adapters(run, tmp_path, capsys, fault):
+    import shutil
+
+    base, adapted, words, code = run.parent / "base", tmp_path / "adapted", [], 3
+    adapted.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "freeze_plan.json"):
+        shutil.copy(run / name, adapted)
+    if fault == "selectors":
+        words, said = ["--trainable", "mlp"], "transformer.h.0.attn.c_attn.weight"
+    elif fault == "another base":
+        other = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            other.transformer.wpe.weight.view(torch.int32)[3, 3] ^= 1
+        other.save_pretrained(tmp_path / "other")
+        base, said = tmp_path / "other", "sha256_before) in 1 parameter: transformer.wpe.weight"
+    elif fault == "another adapter":
+        tensors = load_file(adapted / "adapter_model.safetensors")
+        name = next(iter(tensors))
+        tensors[name].view(torch.int32)[0, 0] ^= 1
+        save_file(tensors, adapted / "adapter_model.safetensors", metadata={"format": "pt"})
+        said = f"sha256_after) in 1 parameter: {name.removeprefix('base_model.model.')}"
+    else:
+        tiny_gpt2(n_embd=64).save_pretrained(tmp_path / "wide")
+        base, said, code = tmp_path / "wide", "which", 2
+    assert main(["verify", str(base), str(adapted), *words]) == code
+    assert said in capsys.readouterr().err

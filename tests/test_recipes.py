@@ -3,9 +3,8 @@
 import re
 
 import pytest
-import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, LlamaConfig
 
 from conftest import REPOSITORY
 from partialtune.freeze.methods import plan_of_recipe
@@ -17,12 +16,24 @@ RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "l
 COUNTS = re.compile(r"Trains ([\d,]+) of ([\d,]+) parameters \((\d+\.\d+)%\)")
 
 
+ON_THE_HUB = {  # shapes that are known without the network
+    "openai-community/gpt2": GPT2Config(),
+    "HuggingFaceTB/SmolLM2-135M": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+}
+
+
 def model_of(name):
-    """The model's shape without weights; GPT-2's is known without the network."""
-    if name == "openai-community/gpt2":
-        with torch.device("meta"):
-            return GPT2LMHeadModel(GPT2Config())
-    return empty_model(load_config(name))
+    """The model's shape without weights."""
+    return empty_model(ON_THE_HUB.get(name) or load_config(name))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY / "recipes")))
@@ -39,6 +50,12 @@ def test_a_recipe_is_valid_and_its_header_tells_the_truth(path):
     assert int(total.replace(",", "")) == plan.total_parameters
     share = 100 * plan.trainable_parameters / plan.total_parameters
     assert percent == (f"{share:.1f}" if share >= 0.1 else f"{share:.2f}")
+    passed = re.search(r"Backward passes (\d+) of (\d+) blocks", header)
+    if passed:
+        assert (int(passed[1]), int(passed[2])) == (plan.block_count - plan.phases[0].first_block, plan.block_count)
+    context = re.search(r"block_size: .*# \S+ allows ([\d,]+)", path.read_text(encoding="utf-8"))
+    if context:
+        assert int(context[1].replace(",", "")) == model.config.max_position_embeddings
 
 
 def test_the_notebooks_policy_trains_39_385_344_of_124_439_808():
@@ -59,3 +76,30 @@ def test_the_quickstart_in_the_package_is_the_one_in_recipes():
     assert yaml.safe_load(builtin_recipe("builtin:quickstart").read_text()) == yaml.safe_load(
         (REPOSITORY / "recipes" / "quickstart.yaml").read_text()
     )
+
+
+KNOWN = {  # of GPT-2: recipe -> what trains
+    "attention": 12 * 2_362_368,
+    "mlp": 12 * 4_722_432,
+    "norms": 38_400,
+    "biases": 102_144,
+    "positions": 786_432,
+    "last_1_block": 7_087_872 + 1_536,
+    "last_2_blocks": 14_177_280,
+    "last_4_blocks": 4 * 7_087_872 + 1_536,
+    "head_only": 38_598_912,
+    "full": 124_439_808,
+    "lora": 442_368,
+}
+
+
+def test_the_recipes_for_gpt2_are_all_there_with_the_known_right_answers():
+    for name, trainable in KNOWN.items():
+        recipe = read_recipe(REPOSITORY / "recipes" / "gpt2" / f"{name}.yaml")
+        plan = plan_of_recipe(model_of("openai-community/gpt2"), recipe.freeze)
+        assert plan.trainable_parameters == trainable, name
+        untied = recipe.freeze.head == "untied"
+        adapters = trainable if name == "lora" else 0
+        assert plan.total_parameters == (163_037_184 if untied else 124_439_808 + adapters), name
+    gradual = read_recipe(REPOSITORY / "recipes" / "gpt2" / "gradual_unfreezing.yaml")
+    assert len(gradual.freeze.schedule) > 1

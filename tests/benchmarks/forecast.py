@@ -126,7 +126,7 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
         tensors=(cost.memory.peak + copies) / 2**20,
         forecast=growth_of_process(cost, copies) / 2**20,
         measured=measured,
-        products=cost.products.total / trainer.flops_per_step,
+        products=(cost.products.total + cost.products.attention) / trainer.flops_per_step,
     )
 
 
@@ -143,10 +143,8 @@ def main() -> None:
     for name, value in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     shape = Shape(**vars(parser.parse_args()))
-    print(
-        f"{shape}, {STEPS} steps\n"
-        f"{'trainable':44} {'tensors MB':>11} {'forecast':>12} {'measured':>12} {'ratio':>6} {'FLOPs':>6}"
-    )
+    columns = f"{'tensors MB':>11} {'forecast':>12} {'measured':>12} {'ratio':>6} {'FLOPs':>6}"
+    print(f"{shape}, {STEPS} steps\n{'trainable':44} {columns}")
     for growth in measure_each(shape):
         label = f"{', '.join(growth.selectors)} ({growth.head})"
         memory = f"{growth.tensors:11,.0f} {growth.forecast:12,.0f} {growth.measured:12,.0f} {growth.ratio:6.2f}"

@@ -126,13 +126,11 @@ def _grouped_product(rows, matrices, *args, out_val=None, **kwargs) -> int:
     return 2 * rows.shape[-2] * rows.shape[-1] * matrices.shape[-1]
 
 
-_grouped_product._get_raw = True  # FlopCounterMode gives it the tensors, not their shapes
-# For `FlopCounterMode(custom_mapping=...)`, which has no formula for the product of fused experts.
-FUSED_EXPERTS = {aten._grouped_mm: _grouped_product}
-
-# What torch's own registry has no formula for.
+# What torch's own registry has no formula for. Also for `FlopCounterMode(custom_mapping=FORMULAS)`.
 FORMULAS = {
-    **FUSED_EXPERTS,
     aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward,
+    aten._grouped_mm: _grouped_product,
 }
+for _formula in FORMULAS.values():
+    _formula._get_raw = True  # they take the tensors; to others FlopCounterMode gives shapes

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from partialtune.errors import ModelError
 from partialtune.hub.client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits
@@ -12,7 +13,7 @@ from partialtune.model.loading import model_location
 PLAN_FILE = "freeze_plan.json"
 FETCHED = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("adapter_config.json", "delta.json", "delta.safetensors", PLAN_FILE),
+    *("adapter_config.json", "adapter_model.safetensors", "delta.json", "delta.safetensors", PLAN_FILE),
 )
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
@@ -36,7 +37,8 @@ def checkpoint_folder(name: str, beside: Sequence[str] = ()) -> tuple[Path, str]
     hub_id, at, revision = name.rpartition("@")
     if not at or Path(name).expanduser().is_dir():
         hub_id, revision = name, ""
-    location = Path(model_location(hub_id))
+    here = Path(hub_id).expanduser()
+    location = here if (here / ADAPTER_CONFIG_NAME).is_file() else Path(model_location(hub_id))
     if not location.is_dir():
         folder = _fetch(hub_id, revision, [*FETCHED, *beside])
         return folder, f"{name} (commit {folder.name})"

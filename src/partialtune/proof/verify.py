@@ -6,6 +6,7 @@ and result are then checked too. Bits are those of fp32: a 16-bit base equals it
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from partialtune.errors import ModelError
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.pages.wording import counted, joined
 from partialtune.progress import progress_bar
+from partialtune.proof.adapters import NOTE, claim_of_adapters, holds_adapters, merged, open_adapters
 from partialtune.proof.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.proof.claims import Claim, claim_of_plan, claim_of_selectors
 from partialtune.proof.comparison import ComparedParameter, Comparison
@@ -44,10 +46,18 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    before = _open(base, "BASE")
-    after = _open(adapted, "ADAPTED", before)
+    with _as("BASE"):
+        before = _open(*checkpoint_folder(base))
+    other_adapters = ()
+    with _as("ADAPTED"):
+        folder, name = checkpoint_folder(adapted)
+        adapters = open_adapters(folder, name, before) if holds_adapters(folder) else None
+        after = merged(before, adapters) if adapters else _open(folder, name, before)
     structure = _common_structure(before, after)
-    claim = _claim(structure, after, trainable)
+    if adapters:
+        claim, other_adapters = claim_of_adapters(before, adapters, folder / PLAN_FILE, trainable)
+    else:
+        claim = _claim(structure, after, trainable)
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
@@ -65,9 +75,10 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         claim=None if claim is None else claim.text,
         changed_buffers=_changed_buffers(before, after),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
-        not_the_result=() if claim is None else _other_than(claim.after, digests_after),
+        not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
     )
-    return replace(comparison, notes=tuple(comparison_notes(comparison, before, after, rounded)))
+    notes = comparison_notes(comparison, before, after, rounded)
+    return replace(comparison, notes=(*([NOTE.format(name=name)] if adapters else []), *notes))
 
 
 def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
@@ -78,10 +89,15 @@ def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
     )
 
 
-def _open(name: str, role: str, at_hand: Weights | None = None) -> Weights:
+def _open(folder: Path, name: str, at_hand: Weights | None = None) -> Weights:
+    return open_delta(folder, name, at_hand) if is_delta(folder) else open_weights(folder, name)
+
+
+@contextmanager
+def _as(role: str) -> Iterator[None]:
+    """Say of which of the two an error speaks."""
     try:
-        folder, label = checkpoint_folder(name)
-        return open_delta(folder, label, at_hand) if is_delta(folder) else open_weights(folder, label)
+        yield
     except ModelError as error:
         raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
 

@@ -17,7 +17,7 @@ from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.cost.flops import FUSED_EXPERTS
+from partialtune.cost.flops import FORMULAS
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
@@ -152,8 +152,7 @@ class PartialTrainer(Trainer):
         audit, deltas, timer, stop: Its callbacks.
         fast: Its fast paths.
         flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
-            counted in the first; None before it and under torch.compile. Attention's own products are counted only
-            where the backend shows them.
+            attention's own included, counted in the first; None before it and under torch.compile.
     """
 
     def __init__(
@@ -259,7 +258,7 @@ class PartialTrainer(Trainer):
         if self.flops_per_step is not None or self.args.torch_compile:
             yield
             return
-        with FlopCounterMode(display=False, custom_mapping=FUSED_EXPERTS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             yield
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
 
