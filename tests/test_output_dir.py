@@ -95,7 +95,7 @@ def test_a_file_in_the_place_or_on_the_way_is_refused(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode, **rest: False)  # root may write everywhere
     with pytest.raises(RecipeError, match="not writable"):
         standing_of(tmp_path / "run", VALUES, None)
 

@@ -1,6 +1,7 @@
 """Gradual unfreezing, from the recipe to the audit of a resumed run; and what activation checkpointing recomputes."""
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -443,14 +444,15 @@ def test_a_checkpoint_keyed_by_place_or_with_a_file_missing_is_refused(tmp_path)
     saved = torch.load(file, weights_only=True)
     saved["param_groups"][0]["params"] = [0, 1]  # as PyTorch does it
     torch.save(saved, file)
-    sizes = json.loads(marker.read_text())["bytes"] | {file.name: file.stat().st_size}
-    marker.write_text(json.dumps({"bytes": sizes}))
+    files = json.loads(marker.read_text())["files"]
+    files[file.name] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    marker.write_text(json.dumps({"files": files}))
     with pytest.raises(
         InputError, match=r"2 not in the plan, as 0; 2 not in the checkpoint, as transformer\.ln_f\.bias"
     ):
         check_checkpoint(checkpoint, trainer.plan)
     file.unlink()
-    with pytest.raises(InputError, match=r"no complete checkpoint of partialtune: optimizer\.pt"):
+    with pytest.raises(InputError, match=r"no whole checkpoint of partialtune: optimizer\.pt is missing"):
         check_checkpoint(checkpoint, trainer.plan)
 
 

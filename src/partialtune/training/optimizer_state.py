@@ -83,6 +83,8 @@ def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     with read_with_care(checkpoint):
         step = _checked_state(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))).global_step
     file = checkpoint / OPTIMIZER_NAME
+    if not any(checkpoint.glob("optimizer*")):
+        raise InputError(f"{checkpoint} holds no optimizer: going on with a fresh one would be another run.")
     if not file.is_file():  # sharded: PyTorch keeps it in a folder of its own, by name
         return
     with read_with_care(checkpoint):
