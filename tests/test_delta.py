@@ -253,6 +253,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_saved_as_a_delta_is_made_whole_to_the_file_of_the_other_run(runs, tmp_path):
     assert not (runs / "delta" / "model.safetensors").exists()
     assert (runs / "delta" / "config.json").read_bytes() == (runs / "full" / "config.json").read_bytes()
@@ -262,6 +263,7 @@ def test_a_run_saved_as_a_delta_is_made_whole_to_the_file_of_the_other_run(runs,
     assert main(["verify", str(runs / "base"), str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_saved_as_a_delta_has_scores_report_and_a_card_that_says_how_to_load_it(runs):
     scores = [json.loads((runs / name / "evaluation.json").read_text()) for name in ("full", "delta")]
     assert scores[0] == scores[1]
@@ -275,6 +277,7 @@ def test_a_run_saved_as_a_delta_has_scores_report_and_a_card_that_says_how_to_lo
     assert "library_name: transformers" in other
 
 
+@pytest.mark.slow
 def test_the_check_in_the_card_runs_as_it_is_written(runs, monkeypatch, capsys):
     card = (runs / "delta" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(runs / "delta")
@@ -283,6 +286,7 @@ def test_the_check_in_the_card_runs_as_it_is_written(runs, monkeypatch, capsys):
     assert "changed although frozen: nothing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_saved_as_a_delta_may_be_pushed(runs):
     check_finished(runs / "delta", allow_failed_audit=False)
     sent = files_to_send(runs / "delta")

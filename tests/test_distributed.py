@@ -39,6 +39,7 @@ def recipe(folder: Path, name: str, batch: int, text: str) -> tuple[Path, Path]:
         "save_steps": 2,
         "delta_steps": 2,
         "prompts": ["It was"],
+        "prefix_cache": "memory",
     }
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -78,6 +79,12 @@ def runs(tmp_path_factory):
 def test_two_processes_really_ran_and_found_each_other(runs):
     records = [yaml.safe_load((run / "recipe.yaml").read_text())["run"] for run in runs.both]
     assert [(record["processes"], record["distributed"]) for record in records] == [(1, "NO"), (2, "MULTI_CPU")]
+
+
+@pytest.mark.slow
+def test_both_started_from_kept_states_and_two_processes_shared_one_memory_of_them(runs):
+    assert [read(run, "performance.json")["prefix_cache"] for run in runs.both] == ["memory", "memory"]
+    assert not list(Path("/dev/shm").glob("partialtune-prefix-*"))
 
 
 @pytest.mark.slow

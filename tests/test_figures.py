@@ -22,6 +22,7 @@ from partialtune.pages.heatmap_series import MOST_PANELS, chosen_steps, fitted
 from partialtune.pages.loss_figure import held_out_losses, running_mean
 from partialtune.pages.rank_figure import ranks_by_kind
 from partialtune.pages.run_files import read_deltas, read_run
+from partialtune.pages.shift_figure import widest_shift
 from partialtune.pages.themes import WIDTH
 from run_folder import write_run_folder
 
@@ -227,6 +228,12 @@ def test_ranks_of_one_kind_of_matrix_are_a_line_over_the_blocks(tmp_path):
     assert all(list(blocks) == list(range(11)) for blocks in kinds.values())
     draw_figures(run.folder)
     assert "attn.c_attn" in alts(run)["effective_ranks.png"]
+
+
+def test_the_histogram_of_shifts_reaches_as_far_as_they_do():
+    edges = [-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
+    assert widest_shift(edges, [0, 1, 5, 5, 0, 0]) == 2.0
+    assert widest_shift(edges, [0, 1, 5, 5, 1, 0]) == 3.0
 
 
 def test_a_run_from_before_there_was_insight_has_its_other_figures(tmp_path):

@@ -62,6 +62,7 @@ def test_under_mixed_precision(tmp_path):
     assert forwards.dtypes == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_under_torch_compile(tmp_path):
     torch._dynamo.reset()
     trainer, _ = check_mode(tmp_path, torch_compile=True, torch_compile_backend="eager")

@@ -213,6 +213,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
             bf16=said.get("bf16") is True,
             optimizer=said.get("optim", "adamw_torch_fused"),
             checkpointing=bool(said.get("activation_checkpointing")),
+            fast_paths=recipe.speed.fast_paths,
         )
     except ModelError as error:  # a model whose forward pass decides by values has no step without them
         logger.warning("No forecast of arithmetic and memory: %s", error)

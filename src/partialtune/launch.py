@@ -76,7 +76,7 @@ def check_engine(args: TrainingArguments) -> None:
         InputError: For FSDP1, and for FSDP without a GPU.
     """
     by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
-    if not (by_launcher or args.fsdp):
+    if not shards_parameters(args):
         return
     version = os.environ.get("FSDP_VERSION", "1") if by_launcher else args.fsdp_plugin_args["fsdp_version"]
     if str(version) != "2":
@@ -89,6 +89,11 @@ def check_engine(args: TrainingArguments) -> None:
             "FSDP needs GPUs: on CPUs accelerate runs DDP in its place without a word. "
             "Take recipes/launch/cpu_two_processes.yaml."
         )
+
+
+def shards_parameters(args: TrainingArguments) -> bool:
+    """Whether recipe or launcher ask for FSDP."""
+    return bool(args.fsdp) or _said_by_launcher("ACCELERATE_USE_FSDP")
 
 
 def _said_by_launcher(variable: str) -> bool:

@@ -15,7 +15,15 @@ def closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, 
         audit: The final audit.
         scores: TEXT -> `before` and `after`, as in `evaluation.json`.
     """
-    return "\n".join([*_weight_lines(audit), "", *_score_lines(scores), "", f"Everything is in {folder}"])
+    return "\n".join(
+        [
+            *_weight_lines(audit),
+            "",
+            *_score_lines(scores),
+            "",
+            f"Everything is in {folder}; the page to look at is {folder / 'report.html'}",
+        ]
+    )
 
 
 def _weight_lines(audit: Audit) -> list[str]:

@@ -3,8 +3,9 @@
     python tests/benchmarks/forecast.py --blocks 4 --batch_size 8
 
 Each policy trains for two steps with the package's own Trainer in a process of its own. Its growth is the largest
-resident memory (ru_maxrss) less what was resident before there was a model. The forecast is the peak and the copies
-that the run keeps for its deltas; the allocator's own losses are not in it.
+resident memory (ru_maxrss) less what was resident before there was a model. The forecast is that of `plan`: tensors
+at their peak, the copies that the run keeps for its deltas, and what malloc keeps back. Beside it stand the tensors
+alone, and the matrix products of a step against those that the Trainer counted.
 """
 
 import argparse
@@ -25,6 +26,7 @@ POLICIES = (
     (["all"], "tied"),
 )
 STEPS = 2  # the optimizer's state is there from the second on
+FAST_PATHS = ("loss", "gelu", "casts")  # as a recipe has them that says nothing
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class Growth:
 
     selectors: list[str]
     head: str
+    tensors: float
     forecast: float
     measured: float
+    products: float  # forecast / counted by the Trainer
 
     @property
     def ratio(self) -> float:
@@ -71,7 +75,8 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from partialtune.cost.forecast import forecast
+    from partialtune.cost.dry_step import dry_step
+    from partialtune.cost.forecast import FP32_BYTES, growth_of_process
     from partialtune.freeze.apply import apply_plan
     from partialtune.freeze.plan import plan_freeze
     from partialtune.training.trainer import PartialTrainer, collate_windows, training_arguments
@@ -102,12 +107,27 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
         before = resident_mb()
         model = GPT2LMHeadModel(config)
         apply_plan(model, plan)
-        PartialTrainer(
-            plan=plan, delta_steps=STEPS, model=model, args=args, train_dataset=windows, data_collator=collate_windows
-        ).train()
+        trainer = PartialTrainer(
+            plan=plan,
+            delta_steps=STEPS,
+            fast_paths=FAST_PATHS,
+            model=model,
+            args=args,
+            train_dataset=windows,
+            data_collator=collate_windows,
+        )
+        trainer.train()
         measured = largest_mb() - before
-    predicted = forecast(empty, plan, shape.batch_size, shape.block_size, optimizer=args.optim)
-    return Growth(selectors, head, (predicted.cost.memory.peak + predicted.copies) / 2**20, measured)
+    cost = dry_step(empty, plan, shape.batch_size, shape.block_size, optimizer=args.optim, fast_paths=FAST_PATHS)
+    copies = FP32_BYTES * plan.trainable_parameters
+    return Growth(
+        selectors,
+        head,
+        tensors=(cost.memory.peak + copies) / 2**20,
+        forecast=growth_of_process(cost, copies) / 2**20,
+        measured=measured,
+        products=cost.products.total / trainer.flops_per_step,
+    )
 
 
 def resident_mb() -> float:
@@ -123,10 +143,14 @@ def main() -> None:
     for name, value in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     shape = Shape(**vars(parser.parse_args()))
-    print(f"{shape}, {STEPS} steps\n{'trainable':44} {'forecast MB':>12} {'measured MB':>12} {'ratio':>6}")
+    print(
+        f"{shape}, {STEPS} steps\n"
+        f"{'trainable':44} {'tensors MB':>11} {'forecast':>12} {'measured':>12} {'ratio':>6} {'FLOPs':>6}"
+    )
     for growth in measure_each(shape):
         label = f"{', '.join(growth.selectors)} ({growth.head})"
-        print(f"{label:44} {growth.forecast:12,.0f} {growth.measured:12,.0f} {growth.ratio:6.2f}", flush=True)
+        memory = f"{growth.tensors:11,.0f} {growth.forecast:12,.0f} {growth.measured:12,.0f} {growth.ratio:6.2f}"
+        print(f"{label:44} {memory} {growth.products:6.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
 def _too_large(plan: FreezePlan, cost: Cost) -> str | None:
     place, held = memory_here()
     needed = cost.memory.peak
-    if place == "this machine":  # which holds libraries and start values too
-        needed += int(peak_memory_mb() * 2**20) + 4 * plan.trainable_parameters
+    if place == "this machine":  # which holds libraries, start values and what malloc keeps back, too
+        needed = cost.memory.resident + int(peak_memory_mb() * 2**20) + 4 * plan.trainable_parameters
     return f"It does not fit: the run needs about {_mb(needed)}, {place} has {_mb(held)}." if needed > held else None
 
 

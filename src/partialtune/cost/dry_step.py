@@ -5,7 +5,8 @@ data. So backward stops where it will stop and every tensor lives as long as it 
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partialtune.cost.flops import ProductCounter, Products, tensors_in
 from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.errors import ModelError
+from partialtune.fast.gelu import fused_gelu
+from partialtune.fast.head_loss import rows_at_once
+from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.structure import read_structure
@@ -57,6 +61,7 @@ def dry_step(
     bf16: bool = False,
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
+    fast_paths: Collection[str] = (),
 ) -> Cost:
     """Take one optimizer step of `plan` without values, with the operations that PyTorch has for a CPU.
 
@@ -69,6 +74,7 @@ def dry_step(
         bf16: Whether products run in bf16 (autocast).
         optimizer: `optim` of the recipe, one of `OPTIMIZERS`.
         checkpointing: Whether blocks that backward passes are recomputed (`activation_checkpointing`).
+        fast_paths: Those of the recipe: `gelu` and `loss` hold fewer tensors.
 
     Returns:
         The products of the whole step, and its memory from the second step on.
@@ -76,17 +82,43 @@ def dry_step(
     Raises:
         ModelError: If the model decides by values what it computes.
     """
+    try:
+        return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
+    except LogitsInUse:  # found out as in training: this model keeps its own loss
+        paths = set(fast_paths) - {"loss"}
+        return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, paths)
+
+
+def _dry_step(
+    model: nn.Module,
+    plan: FreezePlan,
+    batch_size: int,
+    block_size: int,
+    accumulation: int,
+    bf16: bool,
+    optimizer: str,
+    checkpointing: bool,
+    fast_paths: Collection[str],
+) -> Cost:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     twin = without_values(model, fake)
     apply_plan(twin, plan)
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
         recompute_from(twin, plan.phases[-1].first_block)
-    scored_tokens = batch_size * (block_size - 1)
-    meter = StepMeter(twin, fake, scored_tokens, first_block=plan.phases[-1].first_block)
+    loss = LossWithoutLogits(twin) if "loss" in fast_paths else None
+    without_logits = loss is not None and not loss.needs_logits()
+    vocabulary = twin.config.get_text_config().vocab_size if without_logits else None
+    rows = rows_of_logits(batch_size, block_size, vocabulary)
+    meter = StepMeter(twin, fake, rows, first_block=plan.phases[-1].first_block)
     input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
     try:
-        memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
+        with ExitStack() as paths:
+            if "gelu" in fast_paths:
+                paths.enter_context(fused_gelu(twin))
+            if without_logits:
+                paths.enter_context(loss.active())
+            memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
     except RuntimeError as error:
         raise ModelError(
             f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
@@ -111,20 +143,19 @@ class StepMeter(TorchDispatchMode):
     Args:
         model: What takes the step. Its tensors may be fake ones or have values.
         fake: The mode of its fake tensors.
-        scored_tokens: Tokens of a batch that are predicted; a tensor of so many rows, as wide as the vocabulary, is
-            counted to the logits.
+        rows: A tensor of so many rows or more, as wide as the vocabulary, is counted to the logits.
         first_block: First block that backward passes; the blocks before it are the frozen prefix.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode, scored_tokens: int, first_block: int = 0) -> None:
+    def __init__(self, model: nn.Module, fake: FakeTensorMode, rows: int, first_block: int = 0) -> None:
         super().__init__()
         weights = [*model.parameters(), *model.buffers()]
         self.backward = False
         self.ledger = MemoryLedger()
         self.ledger.assign(weights, "weights")
-        self.counter = ProductCounter(self.ledger, list(model.parameters()))
-        self._fake, self._scored_tokens = fake, scored_tokens
+        self._fake, self._rows = fake, rows
         self._vocabulary = model.config.get_text_config().vocab_size
+        self.counter = ProductCounter(self.ledger, list(model.parameters()), self._vocabulary)
         for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
             block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
             block.register_forward_hook(lambda *_: setattr(self.counter, "in_prefix", False))
@@ -149,11 +180,12 @@ class StepMeter(TorchDispatchMode):
             return func(*args, **kwargs)  # positions and masks have values, and models decide by them
         if func._overloadpacket is torch.ops.aten._grouped_mm:
             return _empty_grouped_product(*args, **kwargs)
-        return self._fake.__torch_dispatch__(func, types, args, kwargs)
+        result = self._fake.__torch_dispatch__(func, types, args, kwargs)
+        return kwargs.get("out", result)  # the fake result of an `out=` is a tensor beside it
 
     def _is_logits(self, tensor: torch.Tensor) -> bool:
         wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
-        return wide and tensor.numel() >= self._scored_tokens * self._vocabulary
+        return wide and tensor.numel() >= self._rows * self._vocabulary
 
 
 def take_step(
@@ -184,8 +216,22 @@ def take_step(
         return meter.ledger.close()
 
 
+def rows_of_logits(batch_size: int, block_size: int, vocabulary: int | None = None) -> int:
+    """Rows of the scores that are there at one time: of all tokens that are predicted, or those of a chunk.
+
+    Args:
+        batch_size, block_size: Of a forward pass.
+        vocabulary: Width of the scores where the loss is taken without holding them all, else None.
+    """
+    rows = batch_size * (block_size - 1)
+    return rows_at_once(rows, vocabulary, "cpu") if vocabulary else rows
+
+
 def _loss(model: nn.Module, input_ids: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """The model's own loss. What only its outputs hold is gone when this returns."""
+    """The model's loss: its own, over the scores of all tokens at once, or the one that stands in for it.
+
+    What only its outputs hold is gone afterwards.
+    """
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         outputs = model(input_ids=input_ids, labels=input_ids)
     widened = outputs.logits.float()  # accelerate widens what comes out of autocast

@@ -57,13 +57,17 @@ class ProductCounter:
     Args:
         ledger: Gives each storage its number.
         weights: The parameters of the model.
+        vocabulary: Width of the logits. A product with logits, or with what came of them, is one of their gradient,
+            also where it is taken in forward, as `fast.head_loss` does.
     """
 
-    def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor], vocabulary: int) -> None:
         self.counts = dict.fromkeys(Products.__dataclass_fields__, 0)
         self._number = ledger.number
         self._weights = {self._number(weight) for weight in weights}
         self._factors: set[int] = set()  # activations that were multiplied by a weight
+        self._vocabulary = vocabulary
+        self._logits: set[int] = set()
         self.in_prefix = False  # whether what is computed lies in a block below all that trains
 
     def see(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any, backward: bool) -> None:
@@ -75,18 +79,26 @@ class ProductCounter:
         """
         packet = func._overloadpacket
         formula = FORMULAS.get(packet) or flop_registry.get(packet)
-        operands = {self._number(leaf) for leaf in tensors_in((args, kwargs)) if leaf.is_floating_point()}
+        read = (args, {key: value for key, value in kwargs.items() if key != "out"})
+        operands = {self._number(leaf) for leaf in tensors_in(read) if leaf.is_floating_point()}
         if formula is None:
+            if operands & self._logits:
+                self._logits.update(self._number(leaf) for leaf in tensors_in(result) if self._is_wide(leaf))
             if operands and operands <= self._weights and packet is not aten.embedding:
                 self._weights.update(self._number(leaf) for leaf in tensors_in(result))  # a cast, a copy, a view
             return
         flops = formula(*args, **kwargs, out_val=result)
-        purpose = self._purpose(packet, operands, backward)
+        purpose = self._purpose(packet, operands, backward or bool(operands & self._logits))
         self.counts[purpose] += flops
         if self.in_prefix and purpose == "forward":
             self.counts["prefix"] += flops
         if operands & self._weights:
             self._factors |= operands - self._weights
+            if purpose == "forward":
+                self._logits.update(self._number(leaf) for leaf in tensors_in(result) if self._is_wide(leaf))
+
+    def _is_wide(self, tensor: torch.Tensor) -> bool:
+        return tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
 
     def _purpose(self, packet: Any, operands: set[int], backward: bool) -> str:
         if "attention" in str(packet):  # one fused operation, whose result is a factor of the next product
@@ -94,7 +106,7 @@ class ProductCounter:
         if operands & self._weights:
             if not backward:
                 return "forward"
-            return "recomputed" if torch.is_grad_enabled() else "backward_activations"
+            return "recomputed" if torch.is_grad_enabled() and not operands & self._logits else "backward_activations"
         return "backward_weights" if backward and operands & self._factors else "attention"
 
 
@@ -114,9 +126,13 @@ def _grouped_product(rows, matrices, *args, out_val=None, **kwargs) -> int:
     return 2 * rows.shape[-2] * rows.shape[-1] * matrices.shape[-1]
 
 
+_grouped_product._get_raw = True  # FlopCounterMode gives it the tensors, not their shapes
+# For `FlopCounterMode(custom_mapping=...)`, which has no formula for the product of fused experts.
+FUSED_EXPERTS = {aten._grouped_mm: _grouped_product}
+
 # What torch's own registry has no formula for.
 FORMULAS = {
+    **FUSED_EXPERTS,
     aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward,
-    aten._grouped_mm: _grouped_product,
 }

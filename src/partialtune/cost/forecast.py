@@ -1,6 +1,7 @@
 """What a recipe will cost: model on the meta device + plan + batch -> arithmetic, memory, advice."""
 
 import textwrap
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,10 @@ MEMORY = {
     "logits": "logits, their logarithms and gradients",
     "peak": "at most at one time, tensors alone",
     "copies": "beside it: start values, for the deltas",
+    "process": "on a CPU a process grows by about",
 }
+# What the first step brings whatever the model: threads and their stacks, kernels compiled for this processor.
+FIRST_STEP_BYTES = 22 * 2**20
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,21 @@ class Forecast:
             "memory": {
                 **asdict(memory),
                 "copies": self.copies,
-                "full": {**asdict(self.full.memory), "copies": self.copies_full},
+                "process": growth_of_process(self.cost, self.copies),
+                "full": {
+                    **asdict(self.full.memory),
+                    "copies": self.copies_full,
+                    "process": growth_of_process(self.full, self.copies_full),
+                },
                 "of_full": memory.peak / self.full.memory.peak,
             },
             "advice": list(self.advice),
         }
+
+
+def growth_of_process(cost: Cost, copies: int) -> int:
+    """Bytes by which a process on a CPU grows beyond the started interpreter with its libraries."""
+    return cost.memory.resident + copies + FIRST_STEP_BYTES
 
 
 def forecast(
@@ -85,11 +99,12 @@ def forecast(
     bf16: bool = False,
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
+    fast_paths: Collection[str] = (),
 ) -> Forecast:
     """Find out what a step of `plan` costs, without weights.
 
-    Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time. The libraries
-    themselves and what the allocator keeps back come on top of the memory. Of a schedule it is the last phase.
+    Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time; beside them what a
+    process on a CPU grows by, with what malloc keeps back. Of a schedule it is the last phase.
 
     Args:
         model: Causal language model, best on the meta device. It is not touched.
@@ -100,13 +115,14 @@ def forecast(
         bf16: Whether products run in bf16.
         optimizer: `optim` of the recipe.
         checkpointing: `activation_checkpointing` of the recipe.
+        fast_paths: Of the recipe. Full fine-tuning is counted with the same.
 
     Raises:
         ModelError: If the model cannot take a step without its weights.
     """
 
     def costing(other: FreezePlan) -> Cost:
-        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing)
+        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
 
     everything = plan_freeze(model, ["all"])
     cost = costing(plan)

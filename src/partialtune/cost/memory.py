@@ -1,11 +1,13 @@
 """Memory of a training step: tensors as they come and go -> bytes by part, and the most that is held at one time."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+from partialtune.cost.heap import resident_peak
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
@@ -21,6 +23,7 @@ class Memory:
         activations: What forward keeps for backward, and what comes and goes in between.
         logits: Every tensor as wide as the vocabulary and as long as the batch: scores, their logarithms, gradients.
         peak: The most that is held at one time, from the second step on. At most the sum of the parts.
+        resident: The most that a process holds for it on a CPU in two steps, with what malloc keeps back.
     """
 
     weights: int
@@ -29,6 +32,7 @@ class Memory:
     activations: int
     logits: int
     peak: int
+    resident: int
 
 
 class MemoryLedger:
@@ -86,4 +90,17 @@ class MemoryLedger:
                 peak_before = max(peak_before, sum(now.values()))
             else:
                 peak_after = max(peak_after, sum(now.values()))
-        return Memory(**largest, peak=max(peak_before + now["optimizer"], peak_after))
+        peak = max(peak_before + now["optimizer"], peak_after)
+        return Memory(**largest, peak=peak, resident=resident_peak(self._two_steps()))
+
+    def _two_steps(self) -> Iterator[tuple[int, int]]:
+        """What comes and goes in this step and the next one, where weights and the optimizer's state are there."""
+        yield from self._events
+        left = {number: size for number, size in self._events if number in self._numbers_living()}
+        lasting = {number for number in left if self._part_of[number] in ("weights", "optimizer")}
+        yield from ((number, -size) for number, size in left.items() if number not in lasting)
+        again = len(self._events)
+        yield from ((again + number, size) for number, size in self._events if number not in lasting)
+
+    def _numbers_living(self) -> set[int]:
+        return {number for number, _ in self._living.values()}

@@ -135,7 +135,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torc
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right, where `total` may be wider than the factors."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     else:
         total += left @ right
 

@@ -48,10 +48,8 @@ class LossWithoutLogits:
         Args:
             input_ids: int64 (B, T), on the model's device; as much of it is used as keeps the logits small.
         """
-        if type(self._head) is not nn.Linear:
-            return f"its head is a {type(self._head).__name__}, no plain linear layer"
-        if self._owner.loss_function is not ForCausalLMLoss:
-            return "its loss is not the usual one of causal language models"
+        if needs_them := self.needs_logits():
+            return needs_them
         few = input_ids[:1, : max(2, CHECKED_LOGITS // self._head.out_features)]
         with evaluating(self._owner), torch.autocast(few.device.type, enabled=False):
             own = float(self._owner(input_ids=few, labels=few).loss)
@@ -62,6 +60,14 @@ class LossWithoutLogits:
                 return "it changes its logits after the head, by a cap or a scale"
         if abs(own - ours) > AGREEMENT:
             return f"on the first window its own loss is {own:.6f} and the loss without logits {ours:.6f}"
+        return ""
+
+    def needs_logits(self) -> str:
+        """What in the model's build needs all logits, empty where nothing does. Nothing is computed."""
+        if type(self._head) is not nn.Linear:
+            return f"its head is a {type(self._head).__name__}, no plain linear layer"
+        if self._owner.loss_function is not ForCausalLMLoss:
+            return "its loss is not the usual one of causal language models"
         return ""
 
     @contextmanager

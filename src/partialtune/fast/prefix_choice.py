@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from partialtune.errors import ModelError, RecipeError
 from partialtune.fast.prefix import prefix_disagreement
 from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.launch import shards_parameters
 
 SHARE_OF_FREE_MEMORY = 0.5  # what the states may take at most under `auto`
 AGREEMENT = 1e-5  # distance at the head, relative, between a pass that starts from kept states and a whole one, in fp32
@@ -133,7 +134,7 @@ def prefix_obstacle(
         return "window_sampling is random"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to the embeddings"
-    if args.fsdp:
+    if shards_parameters(args):
         return "FSDP shards the frozen blocks"
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return "the loss has a term of every block's router (output_router_logits)"

@@ -1,6 +1,7 @@
 """The figure of the next-token shift: how many held-out tokens became likelier, and by how many bits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from partialtune.pages.run_files import RunFiles
@@ -37,11 +38,18 @@ def draw_shift(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     axes.text(mean + gap, 0.99, f"mean {change(mean, 2)} bits", transform=axes.get_xaxis_transform(), **side)
     axes.set_ylabel("share of the tokens (%)")
     axes.set_xlabel("change of the probability (bits: log2 of after over before)")
-    axes.set_xlim(edges[0], edges[-1])
+    reach = widest_shift(edges, counts)
+    axes.set_xlim(-reach, reach)
     axes.set_ylim(bottom=0)
     ends = {"fontsize": 9, "va": "bottom", "transform": axes.transAxes}
     axes.text(0, 1.02, "less likely", color=theme.lines[1], ha="left", **ends)
     axes.text(1, 1.02, "likelier", color=theme.lines[0], ha="right", **ends)
+
+
+def widest_shift(edges: Sequence[float], counts: Sequence[int]) -> float:
+    """Bits from 0 to the outer end of the outermost bin that holds a token, at least 2."""
+    ends = [max(abs(left), abs(right)) for (left, right), n in zip(pairwise(edges), counts, strict=True) if n]
+    return max([2.0, *ends])
 
 
 def shift_alt(run: RunFiles) -> str:

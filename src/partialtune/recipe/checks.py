@@ -146,6 +146,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("checkpoint_format") == "delta" and values.get("trust_remote_code"):
         message = "delta: a model whose code comes with it is not made whole again without that code"
         yield "checkpoint_format", f"{message}. Leave it out."
+    if values.get("checkpoint_format") == "delta" and values.get("method") == "lora":
+        yield "checkpoint_format", "delta: adapters are all that method lora saves. Leave it out."
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)

@@ -17,12 +17,13 @@ from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from partialtune.cost.flops import FUSED_EXPERTS
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.launch import decided_by_main
+from partialtune.launch import decided_by_main, shards_parameters
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.training.checkpoints import (
@@ -194,6 +195,8 @@ class PartialTrainer(Trainer):
     def _fast_paths(enabled: Collection[str], prefix: Sequence[PrefixPhase], settings: dict[str, Any]) -> FastPaths:
         """The fast paths; where a prefix is kept, the data sets in `settings` get the numbers of their windows."""
         args, train, held_out = settings["args"], settings["train_dataset"], settings.get("eval_dataset")
+        if shards_parameters(args):  # the other paths hold whole weights
+            enabled = {"gelu"} & set(enabled)
         evaluates = held_out is not None and args.eval_strategy != IntervalStrategy.NO
         fast = FastPaths(
             settings["model"],
@@ -256,7 +259,7 @@ class PartialTrainer(Trainer):
         if self.flops_per_step is not None or self.args.torch_compile:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FUSED_EXPERTS) as counter:
             yield
         self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
 
