@@ -32,6 +32,8 @@ KEYS_AND_DEFAULTS = {
     "schedule": [],
     "head": "tied",
     "method": "partial",
+    "lora_rank": 8,
+    "lora_alpha": 16,
     "weight_decay_on": "matrices",
     "delta_steps": 10,
     "checkpoint_format": "full",

@@ -183,7 +183,7 @@ def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> in
     if received:
         raise Interrupted(
             f"{signal.Signals(received[0]).name}: the comparison has stopped. The same command goes on with it.",
-            received[0],
+            128 + received[0],
         )
     return code if code >= 0 else 128 - code
 

@@ -21,7 +21,7 @@ from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
-from partialtune.training.making import make_trainer
+from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.trainer import run_length, steps_an_epoch, suit_length, training_arguments
 
 
@@ -66,10 +66,11 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
+        prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
         apply_plan(model, plan)
         model.to(args.device)
         set_seed(args.seed)
-        trainer = make_trainer(recipe, plan, model, args, data)
+        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin={})  # nothing goes on from a trial
         length = recipe.training.get("max_steps")
         try:
             trainer.train()

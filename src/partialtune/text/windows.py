@@ -165,7 +165,7 @@ def _slabs(ids: np.ndarray, block_size: int, stride: int) -> Iterator[np.ndarray
     views = np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
     for at in range(0, len(views), SLAB_WINDOWS):
         yield views[at : at + SLAB_WINDOWS]
-        _let_go(ids)
+        let_go(ids)
 
 
 def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: np.ndarray, block_size: int):
@@ -176,11 +176,11 @@ def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: n
         mine = source == number
         starts = drawn[mine] - starts_before[number]
         rows[mine] = sources[number][starts[:, None] + np.arange(block_size)]
-        _let_go(sources[number])
+        let_go(sources[number])
     return rows
 
 
-def _let_go(ids: np.ndarray) -> None:
+def let_go(ids: np.ndarray) -> None:
     """Give the pages of a memory map back; they are counted as memory of the process as long as they are mapped."""
     mapped = getattr(ids, "_mmap", None)
     if mapped is not None:
