@@ -22,13 +22,15 @@ def partialtune(*words, **kwargs):
 
 def test_help_takes_less_than_half_a_second_and_names_the_commands():
     partialtune("--help")  # byte code is compiled once
-    started = time.perf_counter()
-    run = partialtune("--help")
-    seconds = time.perf_counter() - started
+    times = []
+    for _ in range(3):  # other work on the machine makes one slow, hardly three
+        started = time.perf_counter()
+        run = partialtune("--help")
+        times.append(time.perf_counter() - started)
     assert run.returncode == 0
     assert "train" in run.stdout
     assert "plan" in run.stdout
-    assert seconds < 0.5
+    assert min(times) < 0.5
 
 
 def test_train_help_lists_the_keys_of_a_recipe():

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.fast.head_loss import head_cross_entropy
-from partialtune.scoring.evaluation import evaluating
+from partialtune.model.modes import evaluating
 
 logger = logging.getLogger(__name__)
 

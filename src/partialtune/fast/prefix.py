@@ -16,9 +16,9 @@ from torch import nn
 
 from partialtune.errors import ModelError
 from partialtune.fast.shared_memory import of_this_node, shared_tensor
+from partialtune.model.modes import evaluating
 from partialtune.model.structure import read_structure
 from partialtune.progress import progress_bar
-from partialtune.scoring.evaluation import evaluating
 
 
 class _Reached(Exception):

@@ -8,8 +8,7 @@ The same windows are scored before and after training. Nothing is drawn at rando
 scoring does not alter the training that follows.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 
+from partialtune.model.modes import evaluating
 from partialtune.progress import progress_bar
 from partialtune.text.windows import chunked_windows
 
@@ -143,22 +143,6 @@ def score_tokens(
     figures = _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
     kept = dict(_gathered(list(kept.items())))
     return figures, np.array([kept[index] for index in wanted], dtype=np.float32)
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every submodule has the mode that it had, frozen ones in eval too.
-
-    no_grad, not inference_mode: buffers that a forward pass makes (rotary tables) must be usable in training later.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _distributed() -> bool:

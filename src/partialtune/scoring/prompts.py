@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from partialtune.errors import TextError
-from partialtune.scoring.evaluation import evaluating
+from partialtune.model.modes import evaluating
 from partialtune.text.windows import tokenize_text
 
 SHOWN_TOKENS = 5  # rows of a prompt's table in the terminal; evaluation.json holds all that were kept
