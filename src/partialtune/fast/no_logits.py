@@ -16,7 +16,6 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.fast.head_loss import head_cross_entropy
-from partialtune.scoring.evaluation import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +47,8 @@ class LossWithoutLogits:
         Args:
             input_ids: int64 (B, T), on the model's device; as much of it is used as keeps the logits small.
         """
+        from partialtune.scoring.evaluation import evaluating  # brings datasets along, which `plan` does without
+
         if needs_them := self.needs_logits():
             return needs_them
         few = input_ids[:1, : max(2, CHECKED_LOGITS // self._head.out_features)]
