@@ -40,8 +40,8 @@ def test_the_speed_table_holds_medians_over_the_rounds_and_their_ratios_beside_t
 def test_a_cached_job_does_not_need_the_products_of_its_prefix():
     last_2 = next(job for job in JOBS if job.name == "last_2")
     shape = Shape(batch_size=2, block_size=8)
-    config = tiny_gpt2(n_layer=4).config
-    a_block, head, tokens = 12 * 32**2, 128 * 32, 2 * 8
+    config = tiny_gpt2(n_layer=4, vocab_size=160).config
+    a_block, head, tokens = 12 * 32**2, 160 * 32, 2 * 8
     forward_and_both_gradients = 3 * 2 * a_block + 2 * head  # the head itself is frozen
     assert needed(config, shape, last_2) == 2 * tokens * forward_and_both_gradients
 

@@ -33,7 +33,7 @@ def slow_collate(rows):
 
 
 def train(folder, collate=collate_windows, callbacks=(), steps=5, **changes):
-    model = tiny_gpt2()
+    model = tiny_gpt2(vocab_size=160)
     plan = plan_freeze(model, ["blocks[-1]"])
     apply_plan(model, plan)
     said = {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH, "use_cpu": True}
@@ -136,7 +136,7 @@ def test_a_mark_outside_a_step_is_ignored():
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_cached_prefix_saves_the_forward_products_of_the_blocks_below_what_trains(accumulation):
-    model = tiny_gpt2()
+    model = tiny_gpt2(vocab_size=160)
     plan = plan_freeze(model, ["blocks[-1]", "final_norm"])
     batch = (BATCH, LENGTH, accumulation)
     whole = needed_products(model, plan, *batch)
@@ -146,7 +146,7 @@ def test_a_cached_prefix_saves_the_forward_products_of_the_blocks_below_what_tra
 
 
 def test_without_a_frozen_block_below_nothing_is_saved_and_with_the_head_alone_all_blocks_are():
-    model = tiny_gpt2()
+    model = tiny_gpt2(vocab_size=160)
     embeddings = plan_freeze(model, ["embeddings", "final_norm", "head"])
     assert needed_products(model, embeddings, BATCH, LENGTH) == needed_products(
         model, embeddings, BATCH, LENGTH, prefix_cached=True
@@ -157,13 +157,18 @@ def test_without_a_frozen_block_below_nothing_is_saved_and_with_the_head_alone_a
 
 
 def test_what_a_schedule_needs_changes_on_the_way_and_is_not_said():
-    model = tiny_gpt2()
+    model = tiny_gpt2(vocab_size=160)
     plan = plan_freeze(model, ["final_norm"], schedule=[{"from_step": 2, "trainable": ["blocks[-1]"]}])
     assert needed_products(model, plan, BATCH, LENGTH) is None
 
 
 def test_a_plan_for_another_model_has_no_known_need():
-    assert needed_products(tiny_gpt2(n_layer=2), plan_freeze(tiny_gpt2(), ["all"]), BATCH, LENGTH) is None
+    assert (
+        needed_products(
+            tiny_gpt2(n_layer=2, vocab_size=160), plan_freeze(tiny_gpt2(vocab_size=160), ["all"]), BATCH, LENGTH
+        )
+        is None
+    )
 
 
 def test_utilisation_is_needed_products_by_time_and_rate():
