@@ -94,7 +94,8 @@ def test_with_the_prefix_kept_its_products_are_neither_done_nor_counted_as_neede
     assert (whole["prefix_cache"], above["prefix_cache"]) == ("off", "memory")
     prefix = 3 * 2 * (2 * 16) * 12 * 192**2  # blocks x products x tokens x matrices of a block
     assert whole["needed_flops"] - above["needed_flops"] == prefix
-    assert whole["flops_per_step"] - above["flops_per_step"] == prefix
+    attention = 3 * 2 * (2 * 2 * 16 * 16 * 192)  # blocks x products x windows, tokens, tokens, width
+    assert whole["flops_per_step"] - above["flops_per_step"] == prefix + attention
 
 
 def test_what_only_says_where_and_how_long_makes_no_other_full_fine_tuning(recipe):

@@ -282,7 +282,7 @@ def test_the_check_in_the_card_runs_as_it_is_written(runs, monkeypatch, capsys):
     card = (runs / "delta" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(runs / "delta")
     for block in card.split("```python\n")[1:]:
-        exec(block.split("```")[0].replace("path/to/this/folder", "."), {})  # what a reader would paste
+        exec(block.split("```")[0].replace("NAMESPACE/NAME", "."), {})  # what a reader would paste
     assert "changed although frozen: nothing" in capsys.readouterr().out
 
 

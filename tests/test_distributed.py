@@ -251,7 +251,7 @@ def test_engines_that_hide_whole_parameters_are_refused(name, monkeypatch):
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, []),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, []),
-        ({}, ["--fsdp", "full_shard"]),
+        ({}, ["--fsdp", "full_shard", "--prefix_cache", "off"]),
     ],
 )
 def test_a_run_under_them_is_refused_before_anything_is_loaded(environment, words, tmp_path, monkeypatch, capfd):

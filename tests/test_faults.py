@@ -24,7 +24,7 @@ from partialtune.errors import RecipeError, TextError
 from partialtune.output_dir import Standing, locked
 from partialtune.recipe.reading import read_recipe
 from partialtune.text.download import fetch
-from partialtune.training import trainer
+from partialtune.training import making, trainer
 from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
 from partialtune.training.trainer import PartialTrainer
 from test_download import cached_files, server  # noqa: F401  (a fixture)
@@ -269,7 +269,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
 ):
     batches = []
     collate = trainer.collate_windows
-    monkeypatch.setattr(train, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
+    monkeypatch.setattr(making, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
     monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
     run = place / "new"
     words = ["--output_dir", str(run), "--max_grad_norm", clipping, "--eval_strategy", "no", "--logging_steps", "50"]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
-from partialtune import train
+from partialtune import results, train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.data import prepare_data
@@ -255,7 +255,7 @@ def test_a_run_with_any_harm_to_a_checkpoint_goes_on_or_is_refused(
 ):
     """`honest` harm is found by the digests; else whoever did it made new ones."""
     for pages in ("draw_figures", "write_card", "write_report"):
-        monkeypatch.setattr(train, pages, lambda folder: None)
+        monkeypatch.setattr(results, pages, lambda folder: None)
     place = tmp_path / "place"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(begun, place)
