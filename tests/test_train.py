@@ -16,7 +16,7 @@ from partialtune.cli import main
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.sources import read_texts
 from partialtune.text.windows import random_windows, split_text, tokenize_text
-from partialtune.training import trainer
+from partialtune.training import making, trainer
 from test_modeling import rename_to_hub
 
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
@@ -413,7 +413,7 @@ def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_pat
         batches.append(trainer.collate_windows(rows)["input_ids"])
         return trainer.collate_windows(rows)
 
-    monkeypatch.setattr(train, "collate_windows", recorded)
+    monkeypatch.setattr(making, "collate_windows", recorded)
     (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
     steps, batch, block = 20, 4, 32
     words = [
