@@ -11,7 +11,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from conftest import REPOSITORY, SHARED_DATA, needs_shared_data, tiny_gpt2
-from partialtune import train
 from partialtune.cli import main
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.sources import read_texts
