@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, HealthCheck, example, given, settings
+from hypothesis import Phase, strategies as st
 from transformers import AutoTokenizer
 
 from cluster import small_recipe
@@ -248,7 +248,7 @@ def harm(file: Path, how: str, data) -> None:
         file.write_bytes(others.get(how) if how in others else data.draw(st.binary(max_size=50)))
 
 
-@fuzz(14)
+@fuzz(4)
 @given(data=st.data(), how=st.sampled_from(HARMS), name=st.sampled_from(FILES), honest=st.booleans())
 def test_a_run_with_any_harm_to_a_checkpoint_goes_on_or_is_refused(
     begun, tmp_path, monkeypatch, capfd, data, how, name, honest
