@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import Phase, HealthCheck, example, given, settings
-from hypothesis import Phase, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cluster import small_recipe
