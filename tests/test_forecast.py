@@ -101,6 +101,15 @@ def test_products_are_right_for_other_architectures(model_type):
         assert products.total + products.attention == counted_in_a_real_step(model, plan, 2, 16)
 
 
+def test_a_layer_as_wide_as_the_vocabulary_is_not_taken_for_the_head():
+    model = tiny_gpt2(n_layer=2, n_embd=32, n_head=4, n_inner=512, vocab_size=512)
+    cost = dry_step(model, plan_freeze(model, ["embeddings", "norms"]), 4, 32, fast_paths=())
+    tokens, blocks, head = 4 * 32, 2 * (4 * 32**2 + 2 * 32 * 512), 512 * 32
+    assert cost.products.forward == 2 * tokens * (blocks + head)
+    assert cost.products.backward_activations == 2 * tokens * (blocks + head)
+    assert cost.memory.logits == 3 * 4 * tokens * 512  # log-softmax, its gradient, the loss's
+
+
 def test_only_active_experts_count():
     def forward(**changes):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SMALL, **{**EXPERTS, **changes}))

@@ -678,7 +678,8 @@ def run_on_two_processes(folder, how):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [str(folder / "script.py"), str(Path(__file__).parent), str(folder), how]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, *words], env=environment, timeout=300, check=True, capture_output=True)
+    ended = subprocess.run([*launcher, *words], env=environment, timeout=300, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     return json.loads((folder / "found.json").read_text())
 
 

@@ -143,7 +143,7 @@ class StepMeter(TorchDispatchMode):
     Args:
         model: What takes the step. Its tensors may be fake ones or have values.
         fake: The mode of its fake tensors.
-        rows: A tensor of so many rows or more, as wide as the vocabulary, is counted to the logits.
+        rows: Scores of fewer tokens than so many are counted to the activations, not to the logits.
         first_block: First block that backward passes; the blocks before it are the frozen prefix.
     """
 
@@ -154,8 +154,8 @@ class StepMeter(TorchDispatchMode):
         self.ledger = MemoryLedger()
         self.ledger.assign(weights, "weights")
         self._fake, self._rows = fake, rows
-        self._vocabulary = model.config.get_text_config().vocab_size
-        self.counter = ProductCounter(self.ledger, list(model.parameters()), self._vocabulary)
+        head = getattr(model.get_output_embeddings(), "weight", None)
+        self.counter = ProductCounter(self.ledger, list(model.parameters()), head)
         for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
             block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
             block.register_forward_hook(lambda *_: setattr(self.counter, "in_prefix", False))
@@ -166,9 +166,10 @@ class StepMeter(TorchDispatchMode):
         result = self._run(func, types, args, kwargs or {})
         outputs = tensors_in(result)
         for output in outputs:
-            self.ledger.number(output, "logits" if self._is_logits(output) else "activations")
+            self.ledger.number(output)
         if outputs:
             self.counter.see(func, args, kwargs or {}, result, self.backward)
+            self.ledger.assign(filter(self._are_logits, outputs), "logits")
         return result
 
     def products(self, passes: int) -> Products:
@@ -183,9 +184,8 @@ class StepMeter(TorchDispatchMode):
         result = self._fake.__torch_dispatch__(func, types, args, kwargs)
         return kwargs.get("out", result)  # the fake result of an `out=` is a tensor beside it
 
-    def _is_logits(self, tensor: torch.Tensor) -> bool:
-        wide = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
-        return wide and tensor.numel() >= self._rows * self._vocabulary
+    def _are_logits(self, tensor: torch.Tensor) -> bool:
+        return self.counter.of_logits(tensor) and tensor.numel() >= self._rows * tensor.shape[-1]
 
 
 def take_step(

@@ -57,16 +57,18 @@ class ProductCounter:
     Args:
         ledger: Gives each storage its number.
         weights: The parameters of the model.
-        vocabulary: Width of the logits. A product with logits, or with what came of them, is one of their gradient,
-            also where it is taken in forward, as `fast.head_loss` does.
+        head: Weight (V, D) of the language model's head, if it has one. What it gives are logits. A product with logits,
+            or with what came of them, is one of their gradient, also where it is taken in forward, as `fast.head_loss`
+            does.
     """
 
-    def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor], vocabulary: int) -> None:
+    def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor], head: torch.Tensor | None) -> None:
         self.counts = dict.fromkeys(Products.__dataclass_fields__, 0)
         self._number = ledger.number
         self._weights = {self._number(weight) for weight in weights}
         self._factors: set[int] = set()  # activations that were multiplied by a weight
-        self._vocabulary = vocabulary
+        self._heads = set() if head is None else {self._number(head)}  # the weight, its casts and views
+        self._vocabulary = 0 if head is None else head.shape[0]
         self._logits: set[int] = set()
         self.in_prefix = False  # whether what is computed lies in a block below all that trains
 
@@ -84,8 +86,10 @@ class ProductCounter:
         if formula is None:
             if operands & self._logits:
                 self._logits.update(self._number(leaf) for leaf in tensors_in(result) if self._is_wide(leaf))
-            if operands and operands <= self._weights and packet is not aten.embedding:
-                self._weights.update(self._number(leaf) for leaf in tensors_in(result))  # a cast, a copy, a view
+            if operands and operands <= self._weights and packet is not aten.embedding:  # a cast, a copy, a view
+                self._weights.update(self._number(leaf) for leaf in tensors_in(result))
+                if operands <= self._heads:
+                    self._heads.update(self._number(leaf) for leaf in tensors_in(result))
             return
         flops = formula(*args, **kwargs, out_val=result)
         purpose = self._purpose(packet, operands, backward or bool(operands & self._logits))
@@ -94,8 +98,12 @@ class ProductCounter:
             self.counts["prefix"] += flops
         if operands & self._weights:
             self._factors |= operands - self._weights
-            if purpose == "forward":
+            if purpose == "forward" and operands & self._heads:
                 self._logits.update(self._number(leaf) for leaf in tensors_in(result) if self._is_wide(leaf))
+
+    def of_logits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor that was seen holds logits, or what came of them one by one, as wide as they are."""
+        return self._is_wide(tensor) and self._number(tensor) in self._logits
 
     def _is_wide(self, tensor: torch.Tensor) -> bool:
         return tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
