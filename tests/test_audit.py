@@ -13,7 +13,7 @@ from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.training.trainer import collate_windows
+from partialtune.training.batches import collate_windows
 
 
 def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_on_violation=True, **changes):

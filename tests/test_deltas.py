@@ -11,7 +11,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.snapshots import measure_deltas, take_snapshot
-from partialtune.training.trainer import collate_windows
+from partialtune.training.batches import collate_windows
 
 
 def make_trainer(tmp_path, model, callbacks, **changes):

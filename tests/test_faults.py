@@ -24,7 +24,8 @@ from partialtune.errors import RecipeError, TextError
 from partialtune.output_dir import Standing, locked
 from partialtune.recipe.reading import read_recipe
 from partialtune.text.download import fetch
-from partialtune.training import making, trainer
+from partialtune.training import making, settings
+from partialtune.training.batches import collate_windows
 from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
 from partialtune.training.trainer import PartialTrainer
 from test_download import cached_files, server  # noqa: F401  (a fixture)
@@ -123,7 +124,7 @@ def test_a_checkpoint_of_the_same_run_elsewhere_goes_on_with_its_history(home, p
 
 def test_what_auto_chose_is_kept_though_the_machine_would_choose_otherwise_now(place, monkeypatch):
     for pays in (True, False):
-        monkeypatch.setattr(trainer, "bf16_pays", lambda pays=pays: pays)
+        monkeypatch.setattr(settings, "bf16_pays", lambda pays=pays: pays)
         words = ["--bf16", "auto", "--output_dir", str(place / "auto"), "--max_steps", "4" if pays else "6", *RESUME]
         assert again(place, *words, "--schedule", "[]", "--lr_scheduler_type", "constant") == 0
     assert "precision: bf16" in (place / "auto" / "recipe.yaml").read_text()
@@ -268,7 +269,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
     how, clipping, place, capfd, monkeypatch
 ):
     batches = []
-    collate = trainer.collate_windows
+    collate = collate_windows
     monkeypatch.setattr(making, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
     monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
     run = place / "new"

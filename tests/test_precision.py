@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from partialtune.training import precision
-from partialtune.training.trainer import training_arguments
+from partialtune.training.settings import training_arguments
 
 
 @pytest.mark.parametrize(("rate_fp32", "rate_bf16", "pays"), [(1e9, 2e9, True), (1e9, 1.1e9, False), (2e9, 1e9, False)])

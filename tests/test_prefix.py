@@ -12,7 +12,8 @@ from partialtune.fast.prefix import PrefixCache, modules_before_blocks, prefix_d
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.training.trainer import PartialTrainer, collate_windows
+from partialtune.training.batches import collate_windows
+from partialtune.training.trainer import PartialTrainer
 from test_no_logits import IDS, build
 
 ALL_PATHS = ("loss", "gelu", "casts")

@@ -34,8 +34,10 @@ from partialtune.proof.audit_result import NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.activation_checkpointing import check_support
+from partialtune.training.batches import collate_windows
 from partialtune.training.optimizer_state import check_checkpoint
-from partialtune.training.trainer import PartialTrainer, collate_windows, steps_an_epoch, training_arguments
+from partialtune.training.settings import steps_an_epoch, training_arguments
+from partialtune.training.trainer import PartialTrainer
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")

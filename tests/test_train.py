@@ -15,7 +15,8 @@ from partialtune.cli import main
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.sources import read_texts
 from partialtune.text.windows import random_windows, split_text, tokenize_text
-from partialtune.training import making, trainer
+from partialtune.training import making, settings
+from partialtune.training.batches import collate_windows
 from test_modeling import rename_to_hub
 
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
@@ -252,7 +253,7 @@ def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe
     ("bf16", "pays", "precision"), [("true", None, "bf16"), ("auto", True, "bf16"), ("auto", False, "fp32")]
 )
 def test_precision_is_the_recipes_or_measured_and_recorded(recipe, tmp_path, monkeypatch, bf16, pays, precision):
-    monkeypatch.setattr(trainer, "bf16_pays", lambda: pays)
+    monkeypatch.setattr(settings, "bf16_pays", lambda: pays)
     assert main(["train", recipe, "--bf16", bf16, "--max_steps", "2"]) == 0
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["run"]["precision"] == precision
     assert read(tmp_path / "run", "audit.json")["passed"] is True
@@ -409,8 +410,8 @@ def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_pat
     batches = []
 
     def recorded(rows):
-        batches.append(trainer.collate_windows(rows)["input_ids"])
-        return trainer.collate_windows(rows)
+        batches.append(collate_windows(rows)["input_ids"])
+        return collate_windows(rows)
 
     monkeypatch.setattr(making, "collate_windows", recorded)
     (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")

@@ -29,9 +29,7 @@ from partialtune.summary import closing_words
 from partialtune.training.checkpoints import disk_errors
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
-from partialtune.training.trainer import (
-    PartialTrainer,
-)
+from partialtune.training.trainer import PartialTrainer
 
 logger = logging.getLogger(__name__)
 

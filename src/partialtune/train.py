@@ -55,13 +55,8 @@ from partialtune.training.checkpoints import damage_of, newest_whole_checkpoint
 from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.optimizer_state import check_checkpoint
 from partialtune.training.origin import check_origin, origin_of, read_origin, same_base, with_choices
-from partialtune.training.trainer import (
-    PartialTrainer,
-    run_length,
-    steps_an_epoch,
-    suit_length,
-    training_arguments,
-)
+from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
+from partialtune.training.trainer import PartialTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -79,7 +79,9 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
     from partialtune.cost.forecast import FP32_BYTES, growth_of_process
     from partialtune.freeze.apply import apply_plan
     from partialtune.freeze.plan import plan_freeze
-    from partialtune.training.trainer import PartialTrainer, collate_windows, training_arguments
+    from partialtune.training.batches import collate_windows
+    from partialtune.training.settings import training_arguments
+    from partialtune.training.trainer import PartialTrainer
 
     sizes = {
         "n_layer": shape.blocks,

@@ -27,7 +27,8 @@ from partialtune.text.windows import chunked_windows
 from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
-from partialtune.training.trainer import PartialTrainer, training_arguments
+from partialtune.training.settings import training_arguments
+from partialtune.training.trainer import PartialTrainer
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BATCHES = 2  # of different windows; after them an epoch begins anew

@@ -22,7 +22,7 @@ from partialtune.model.loading import load_config, load_model, load_tokenizer, q
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
 from partialtune.training.making import make_trainer, prefix_phases
-from partialtune.training.trainer import run_length, steps_an_epoch, suit_length, training_arguments
+from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
 
 
 def main(words: Sequence[str]) -> int:

@@ -57,9 +57,9 @@ class ProductCounter:
     Args:
         ledger: Gives each storage its number.
         weights: The parameters of the model.
-        head: Weight (V, D) of the language model's head, if it has one. What it gives are logits. A product with logits,
-            or with what came of them, is one of their gradient, also where it is taken in forward, as `fast.head_loss`
-            does.
+        head: Weight (V, D) of the language model's head, if it has one. What it gives are logits. A product with
+            logits, or with what came of them, is one of their gradient, also where it is taken in forward, as
+            `fast.head_loss` does.
     """
 
     def __init__(self, ledger: MemoryLedger, weights: Sequence[torch.Tensor], head: torch.Tensor | None) -> None:

@@ -12,7 +12,7 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.progress import progress_bar
 from partialtune.proof.snapshots import l2_norm
 from partialtune.proof.weights import named_weights
-from partialtune.training.trainer import collate_windows
+from partialtune.training.batches import collate_windows
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,9 @@ from partialtune.data import RunData
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle
 from partialtune.freeze.plan import FreezePlan
 from partialtune.recipe.reading import Recipe
-from partialtune.training.trainer import (
-    PartialTrainer,
-    collate_windows,
-    evaluation_steps,
-    run_length,
-)
+from partialtune.training.batches import collate_windows
+from partialtune.training.settings import evaluation_steps, run_length
+from partialtune.training.trainer import PartialTrainer
 
 
 def prefix_phases(

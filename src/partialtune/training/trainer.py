@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import IntervalStrategy, Trainer, TrainingArguments
+from transformers import IntervalStrategy, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
@@ -23,9 +21,10 @@ from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.launch import decided_by_main, shards_parameters
+from partialtune.launch import shards_parameters
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.training.batches import numbered
 from partialtune.training.checkpoints import (
     ASIDE,
     clear_aside,
@@ -39,99 +38,10 @@ from partialtune.training.optimizer_state import key_by_name
 from partialtune.training.origin import write_origin
 from partialtune.training.performance import StepTimer
 from partialtune.training.phases import PhaseCallback, split_by_phase
-from partialtune.training.precision import bf16_pays
 from partialtune.training.progress import TrainingProgress
 from partialtune.training.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
-
-LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them
-EVALUATIONS = 10  # per run, where held-out text exists
-
-
-def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
-    """Trainer's arguments from what the recipe says, with what this package rules out switched off.
-
-    Args:
-        said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
-    """
-    on_cpu = not torch.accelerator.is_available()
-    settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
-    if settings.get("bf16") == "auto":
-        settings["bf16"] = decided_by_main(lambda: bf16_pays())  # processes may measure differently
-    settings |= {
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # it would average non-finite losses away
-        "push_to_hub": False,  # Trainer's own pushing fails silently
-        "activation_checkpointing_kwargs": {  # the other kind wants gradients at every block's input
-            "use_reentrant": False,
-            **(said.get("activation_checkpointing_kwargs") or {}),
-        },
-    }
-    return TrainingArguments(**settings)
-
-
-def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, held_out: bool) -> None:
-    """Set how often to log and to evaluate by the length of the run, where the recipe does not say it.
-
-    Args:
-        args: Changed in place.
-        said: Fields that the recipe names.
-        windows: Training windows.
-        held_out: Whether there is held-out text to evaluate on.
-    """
-    steps = run_length(args, windows)
-    if "logging_steps" not in said:
-        args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
-    if held_out and "eval_strategy" not in said:
-        args.eval_strategy = IntervalStrategy.STEPS
-        often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
-        args.eval_steps = said.get("eval_steps", often)
-
-
-def run_length(args: TrainingArguments, windows: int) -> int:
-    """Optimizer steps of the whole run."""
-    if args.max_steps > 0:
-        return args.max_steps
-    return math.ceil(args.num_train_epochs * steps_an_epoch(args, windows))
-
-
-def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
-    """Optimizer steps of one pass over the training windows."""
-    batches = windows / (args.per_device_train_batch_size * args.world_size)
-    whole_batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
-
-
-def evaluation_steps(args: TrainingArguments, windows: int) -> int | None:
-    """Optimizer steps between two evaluations during training, None for none."""
-    if args.eval_strategy == IntervalStrategy.NO:
-        return None
-    if args.eval_strategy == IntervalStrategy.EPOCH:
-        return steps_an_epoch(args, windows)
-    return max(1, int(args.eval_steps if args.eval_steps >= 1 else args.eval_steps * run_length(args, windows)))
-
-
-def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T), and their numbers `window`, int64 (B,), if they have.
-
-    The model shifts the labels by one.
-
-    The first token of a window is context and no target. It says so itself, since Trainer divides the summed loss by
-    the number of labels, and for GPT-2 counts the first ones too: its losses would come out (T - 1) / T too small.
-    """
-    input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
-    labels = input_ids.clone()
-    labels[:, 0] = -100
-    batch = {"input_ids": input_ids, "labels": labels}
-    if "window" in rows[0]:
-        batch["window"] = torch.tensor([row["window"] for row in rows])
-    return batch
-
-
-def numbered(windows: Dataset, first: int) -> Dataset:
-    """Windows with a column `window` that counts from `first`."""
-    return windows.add_column("window", np.arange(first, first + len(windows)))
 
 
 class PartialTrainer(Trainer):

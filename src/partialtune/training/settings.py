@@ -1,0 +1,77 @@
+"""Trainer's arguments: what the recipe says of them, what is ruled out, and what follows from the length of the run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import IntervalStrategy, TrainingArguments
+
+from partialtune.launch import decided_by_main
+from partialtune.training.precision import bf16_pays
+
+LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them
+EVALUATIONS = 10  # per run, where held-out text exists
+
+
+def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
+    """Trainer's arguments from what the recipe says, with what this package rules out switched off.
+
+    Args:
+        said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
+    if settings.get("bf16") == "auto":
+        settings["bf16"] = decided_by_main(lambda: bf16_pays())  # processes may measure differently
+    settings |= {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would average non-finite losses away
+        "push_to_hub": False,  # Trainer's own pushing fails silently
+        "activation_checkpointing_kwargs": {  # the other kind wants gradients at every block's input
+            "use_reentrant": False,
+            **(said.get("activation_checkpointing_kwargs") or {}),
+        },
+    }
+    return TrainingArguments(**settings)
+
+
+def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, held_out: bool) -> None:
+    """Set how often to log and to evaluate by the length of the run, where the recipe does not say it.
+
+    Args:
+        args: Changed in place.
+        said: Fields that the recipe names.
+        windows: Training windows.
+        held_out: Whether there is held-out text to evaluate on.
+    """
+    steps = run_length(args, windows)
+    if "logging_steps" not in said:
+        args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
+    if held_out and "eval_strategy" not in said:
+        args.eval_strategy = IntervalStrategy.STEPS
+        often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
+        args.eval_steps = said.get("eval_steps", often)
+
+
+def run_length(args: TrainingArguments, windows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_an_epoch(args, windows))
+
+
+def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
+    """Optimizer steps of one pass over the training windows."""
+    batches = windows / (args.per_device_train_batch_size * args.world_size)
+    whole_batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
+
+
+def evaluation_steps(args: TrainingArguments, windows: int) -> int | None:
+    """Optimizer steps between two evaluations during training, None for none."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        return None
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return steps_an_epoch(args, windows)
+    return max(1, int(args.eval_steps if args.eval_steps >= 1 else args.eval_steps * run_length(args, windows)))
