@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster import WarmProcess, small_recipe, wait_for
@@ -48,6 +49,12 @@ def recipe(folder: Path, name: str, batch: int, text: str) -> tuple[Path, Path]:
 
 def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    with WarmProcess(tmp_path_factory.mktemp("warm") / "log") as warm:
+        yield warm
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +162,23 @@ def test_the_text_was_fetched_once_and_lies_prepared_on_disk_for_the_others(runs
     assert {path.parent.name for path in prepared.rglob("*.json")} == {"texts", "tokens", "windows"}
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_of_one(warm, tmp_path):
+    adapters = {}
+    for processes, batch in ((1, 8), (2, 4)):
+        file, run = recipe(tmp_path, f"lora on {processes}", batch, "builtin:python-docs")
+        words = ["train", str(file), "--method", "lora", "--trainable", "blocks[-1].attention", "--prompts", "[]"]
+        warm.start_all(words, processes)
+        assert warm.end_all() == [0] * processes, warm.log.read_text()
+        assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["processes"] == processes
+        assert read(run, "audit.json")["passed"] is True
+        adapters[processes] = load_file(run / "adapter_model.safetensors")
+    assert adapters[1].keys() == adapters[2].keys()
+    for name, one in adapters[1].items():
+        assert float((one - adapters[2][name]).abs().max()) <= 1e-5, name
+
+
 # ---- when one of them fails -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    with WarmProcess(tmp_path_factory.mktemp("warm") / "log") as warm:
-        yield warm
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
-from partialtune.proof.audit_result import NEVER_A_GRADIENT
+from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.activation_checkpointing import check_support
@@ -399,6 +399,20 @@ def test_a_run_that_goes_on_in_any_phase_ends_with_the_same_bits(scheduled, tmp_
     assert resumed.state.global_step == 9
     assert resumed.audit.result.passed
     assert equal(resumed.model, trainer.model)
+
+
+def test_a_resumed_run_knows_which_parameters_had_a_gradient_before(tmp_path):
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path / "first", tiny_gpt2(), ["final_norm"], (), **changes).train()
+    model = tiny_gpt2()
+    bias, at_start = model.transformer.ln_f.bias, model.transformer.ln_f.bias.detach().clone()
+    back = Fault(2, lambda *_: bias.copy_(at_start))  # it learnt nothing in the end
+    again = trainer_of(tmp_path / "again", model, ["final_norm"], (), back, **changes)
+    bias.register_hook(torch.zeros_like)  # nor would a run that began here say that it ever could have
+    with pytest.raises(FreezeViolation, match=r"ln_f\.bias"):
+        again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    unmoved = json.loads((tmp_path / "again" / "audit.json").read_text())["trainable"]["unmoved"]
+    assert unmoved == [{"name": "transformer.ln_f.bias", "reason": KEPT_EVERY_BIT}]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 27}  # elements: 128 MiB in fp32 on a CPU, 512 MiB on a GPU
+ROWS_ADDED = 2048
 
 
 @dataclass(frozen=True)
@@ -93,58 +94,56 @@ def _pass_over_rows(
     low_hidden = hidden.to(weight.dtype)
     chunk = rows_at_once(len(hidden), len(weight), hidden.device.type)
     room = torch.empty(chunk, len(weight), dtype=wide, device=hidden.device)  # every chunk's logits lie here
+    low_room = room if wide == weight.dtype else torch.empty_like(room, dtype=weight.dtype)
     nats = torch.zeros((), dtype=wide if hidden.device.type == "mps" else torch.float64, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if wanted[0] else None
     weight_grad = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if wanted[1] else None
+    low_weight_grad = torch.empty_like(weight) if wanted[1] and wide != weight.dtype else None  # a chunk's
     bias_grad = torch.zeros(len(weight), dtype=wide, device=hidden.device) if bias is not None and wanted[2] else None
     for at in range(0, len(hidden), chunk):
         rows, goal = low_hidden[at : at + chunk], targets[at : at + chunk, None]
-        logits = _product(rows, weight.T, room[: len(rows)])  # (C, V)
+        logits, gradient = room[: len(rows)], low_room[: len(rows)]  # (C, V)
+        _product(rows, weight.T, logits, gradient)
         if bias is not None:
             logits += bias
-        nats += _softmax_in_place(logits, goal).sum(dtype=nats.dtype)
+        torch.log_softmax(logits, 1, out=logits)
+        nats -= logits.gather(1, goal).sum(dtype=nats.dtype)
         if not any(wanted[:3]):
             continue
-        logits.scatter_add_(1, goal, logits.new_full(goal.shape, -1.0))  # softmax - onehot
-        gradient = logits.to(weight.dtype)  # the same memory where the products are wide already
+        logits.exp_().scatter_add_(1, goal, logits.new_full(goal.shape, -1.0))  # softmax - onehot
+        if gradient.dtype != wide:
+            gradient.copy_(logits)
         if hidden_grad is not None:
             _product(gradient, weight, hidden_grad[at : at + chunk])
         if weight_grad is not None:
-            _add_product(weight_grad, gradient.T, rows)
+            _add_product(weight_grad, gradient.T, rows, low_weight_grad)
         if bias_grad is not None:
             bias_grad += logits.sum(0)
     return HeadOutput(nats.to(wide), hidden_grad, weight_grad, bias_grad)
 
 
 def rows_at_once(rows: int, vocabulary: int, device_type: str) -> int:
-    """Rows whose logits exist at one time; chunks are of equal size but the last."""
+    """Rows whose logits exist at one time: a power of two, since bf16 products of other sizes take up to 1.7 times as
+    long on a CPU (tests/benchmarks/NOTES.md)."""
     most = max(64, LOGITS_AT_ONCE.get(device_type, LOGITS_AT_ONCE["cpu"]) // vocabulary)
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    return max(1, min(rows, 1 << (most.bit_length() - 1)))
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """left @ right into `out`, which may be wider than the factors."""
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, low: torch.Tensor | None = None) -> None:
+    """left @ right into `out`, which may be wider than the factors; `low` is room for it in the factors' dtype."""
     if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    if left.device.type == "cuda":  # not rounded to 16 bits in between
-        return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return out.copy_(left @ right)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, where `total` may be wider than the factors."""
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, out=total)
+        torch.mm(left, right, out=out)
+    elif left.device.type == "cuda":  # not rounded to 16 bits in between
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
-        total += left @ right
+        out.copy_(torch.mm(left, right, out=low))
 
 
-def _softmax_in_place(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Turn logits (C, V) into probabilities where they lie; returns the nats of the targets, (C, 1)."""
-    of_goal = logits.gather(1, goal)
-    largest = logits.amax(1, keepdim=True)
-    logits.sub_(largest).exp_()
-    total = logits.sum(1, keepdim=True)
-    logits.div_(total)
-    return total.log() + largest - of_goal
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, low: torch.Tensor | None) -> None:
+    """total += left @ right, where `total` may be wider than the factors; `low` is room for it in their dtype."""
+    if low is None:
+        torch.addmm(total, left, right, out=total)
+        return
+    torch.mm(left, right, out=low)
+    for at in range(0, len(total), ROWS_ADDED):  # widened in cache: a sum of two dtypes is not vectorised on a CPU
+        total[at : at + ROWS_ADDED] += low[at : at + ROWS_ADDED].to(total.dtype)

@@ -5,10 +5,12 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from partialtune.errors import FreezeViolation
 from partialtune.freeze.plan import FreezePlan, Phase
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 AUDIT_FILE = "audit.json"
 
 
-class FreezeAuditCallback(TrainerCallback):
+class FreezeAuditCallback(TrainerCallback, ExportableState):
     """Compares digests with those from before the first step, at every save and at the end, and writes `audit.json`.
 
     Frozen parameters and persistent buffers have to keep every bit, trainable parameters have to be able to learn.
@@ -80,12 +82,19 @@ class FreezeAuditCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self._snapshot is None:
             self._take_snapshot(args, model)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:  # the run goes on from a checkpoint
+            self._had_gradient.update(saved["attributes"]["had_gradient"])
         self._begin_phase(args, state, model, optimizer)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.plan.phase_at(state.global_step) is not self._phase:
             self.check_frozen(args, state, model)  # also what begins now, for the last time
             self._begin_phase(args, state, model, optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the audit: which parameters have had a gradient."""
+        return {"args": {}, "attributes": {"had_gradient": sorted(self._had_gradient)}}
 
     def _folder(self, args) -> Path:
         return Path(self.output_dir or args.output_dir)

@@ -98,6 +98,7 @@ REFUSED = {
     "hub_always_push": _PUSHING,
     "ignore_data_skip": "a resumed run would see other windows than one that was never interrupted",
     "save_only_model": "a checkpoint without optimizer state cannot be resumed. save_strategy: 'no' writes none",
+    "save_on_each_node": "every node would write the same checkpoint into the one folder that all of them go on from",
     "auto_find_batch_size": "a batch that shrinks during the run breaks its record. "
     "Set per_device_train_batch_size, and gradient_accumulation_steps for the rest",
     "restore_callback_states_from_checkpoint": "it would put other callbacks in the place of snapshot and audit",
