@@ -219,6 +219,7 @@ def kill(warm: WarmProcess, words: Sequence[str], run: Path, seconds: float, in_
     Returns:
         None if it had ended before.
     """
+    left = {file: file.stat().st_mtime_ns for file in unfinished(run)}  # of an earlier kill, until the next save
     begun = run / "freeze_plan.json"
     begun.unlink(missing_ok=True)  # written again when the run goes on
     process = warm.start(words)
@@ -227,7 +228,7 @@ def kill(warm: WarmProcess, words: Sequence[str], run: Path, seconds: float, in_
         time.sleep(0.002)
     started = time.monotonic()
     with suppress(ProcessLookupError):  # it has ended
-        while time.monotonic() < started + seconds or (in_save and not list((run / ".unfinished").glob("*/*"))):
+        while time.monotonic() < started + seconds or (in_save and not is_saving(run, left)):
             assert time.monotonic() < end
             os.kill(process, 0)
             time.sleep(0.0005)
@@ -236,7 +237,19 @@ def kill(warm: WarmProcess, words: Sequence[str], run: Path, seconds: float, in_
     if warm.end() >= 0:
         return None
     newest = newest_whole_checkpoint(run)
-    return Killed(passed, newest.name if newest else None, (run / ".unfinished").exists())
+    return Killed(passed, newest.name if newest else None, is_saving(run, left))
+
+
+def unfinished(run: Path) -> list[Path]:
+    """Files of a checkpoint that is being written, or was when its process was killed."""
+    return list((run / ".unfinished").glob("*/*"))
+
+
+def is_saving(run: Path, left: dict[Path, int]) -> bool:
+    """Whether a file of an unfinished checkpoint was written since `left` was looked at."""
+    with suppress(FileNotFoundError):  # it was finished meanwhile
+        return any(left.get(file) != file.stat().st_mtime_ns for file in unfinished(run))
+    return False
 
 
 def fingerprint(run: Path) -> dict[str, Any]:

@@ -103,6 +103,11 @@ def test_what_only_says_where_and_how_long_makes_no_other_full_fine_tuning(recip
     assert len(read_variants(paths, [])) == 3
 
 
+def test_what_a_step_does_not_depend_on_makes_no_other_full_fine_tuning(recipe):
+    paths = [recipe("a.yaml", learning_rate=1e-3, seed=1), recipe("b.yaml", learning_rate=5e-5, validation_share=0)]
+    assert len(read_variants(paths, [])) == 3
+
+
 def test_words_of_the_command_line_hold_for_every_recipe(recipe):
     variants = read_variants([recipe("a.yaml"), recipe("b.yaml")], ["--block_size", "24"])
     assert {variant.values["block_size"] for variant in variants} == {24}

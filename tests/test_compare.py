@@ -23,11 +23,12 @@ from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.compare import children, trying
 from partialtune.compare.frontier import draw_frontier
+from partialtune.compare.ground import check_recipes
 from partialtune.compare.page import subtitle
 from partialtune.compare.policies import changed_words, read_policies, value_words
 from partialtune.compare.rates import Trial, at_the_end_of_the_list, best_rate
 from partialtune.compare.results import Spread, grouped, read_outcome, unique_names
-from partialtune.errors import Interrupted, RecipeError
+from partialtune.errors import InputError, Interrupted, RecipeError
 from partialtune.pages.themes import LIGHT
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder
@@ -319,6 +320,39 @@ def test_recipes_on_different_ground_and_wrong_selectors_are_refused_before_anyt
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_with_a_schedule_alone_is_planned_and_its_mistakes_stop_the_comparison_first(tmp_path, capsys):
+    values = yaml.safe_load((FRONTIER / "norms.yaml").read_text())
+    del values["trainable"]
+    file, out = tmp_path / "later.yaml", tmp_path / "out"
+    for start, selector, more, said in (
+        (40, "blocks[9]", [], "blocks[9]"),
+        (40, "blocks[1]", ["--learning_rates", "1e-3", "1e-2", "--trial_steps", "24"], "Raise --trial_steps"),
+    ):
+        later = [{"from_step": 0, "trainable": ["final_norm"]}, {"from_step": start, "trainable": [selector]}]
+        file.write_text(yaml.safe_dump({**values, "schedule": later}))
+        assert main(["compare", str(file), "--output_dir", str(out), *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_seeds_of_recipes_may_differ_where_the_comparison_names_its_own(tmp_path):
+    values = yaml.safe_load((FRONTIER / "norms.yaml").read_text())
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.yaml").write_text(yaml.safe_dump({**values, "seed": seed}))
+    policies = read_policies([str(tmp_path / f"{seed}.yaml") for seed in (1, 2)])
+    check_recipes(policies, own_seeds=False)
+    with pytest.raises(InputError) as refused:
+        check_recipes(policies)
+    assert "  seed: 1 in" in str(refused.value)
+    assert "data_seed" not in str(refused.value), "which neither recipe names"
+
+
+def test_a_run_that_is_named_twice_is_refused(tmp_path, capsys):
+    run = str(tmp_path)
+    assert main(["compare", run, f"{run}/.", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "Named more than once" in capsys.readouterr().err
+
+
 def test_recipes_of_one_name_are_told_apart_by_their_folders(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -451,6 +485,23 @@ def test_a_process_that_crashed_before_it_began_is_a_failed_run(recipes, tmp_pat
     assert main(["compare", recipes["norms"], "--output_dir", str(tmp_path / "out")]) == 1
     assert "norms, seed 42: exit code 1. MemoryError: no memory left" in capsys.readouterr().err
     assert read_json(tmp_path / "out")["policies"][0]["bits_per_byte_after"] is None
+
+
+def test_trials_that_crash_are_told_and_the_runs_go_on(recipes, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def crash_in_trials(command, log, look):
+        asked.append(command[2])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("Killed" if command[2].endswith("trying") else "Traceback ...\nMemoryError: none left")
+        return 137
+
+    monkeypatch.setattr(children, "run_child", crash_in_trials)
+    words = ["compare", *recipes.values(), "--learning_rates", "1e-3", "1e-2", "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert asked == ["partialtune.compare.trying"] * 2 + ["partialtune"] * 2
+    rates = [policy["trials"] for policy in read_json(tmp_path / "out")["policies"]]
+    assert {trial["failure"] for trials in rates for trial in trials} == {"exit code 137: Killed"}
 
 
 @pytest.mark.slow

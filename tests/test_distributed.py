@@ -234,9 +234,14 @@ ENGINES = {
     ),
     "FSDP of no version": ({"ACCELERATE_USE_FSDP": "true"}, SimpleNamespace(device=GPU, fsdp=None), "FSDP version 1"),
     "FSDP2 by the launcher": (
-        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
         SimpleNamespace(device=GPU, fsdp=None),
         None,
+    ),
+    "FSDP2 that would save shards": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        SimpleNamespace(device=GPU, fsdp=None),
+        "Set fsdp_state_dict_type: FULL_STATE_DICT",
     ),
     "FSDP1 by the recipe": (
         {},

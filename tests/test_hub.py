@@ -598,3 +598,21 @@ def test_a_run_from_a_base_on_the_hub_ends_there_and_a_stranger_can_check_it(des
     stranger = desk.run(code, "verify", f"guild/lilliput@{commit}", "me/trained", HF_TOKEN=OTHER_TOKEN)
     assert "exit 0" in stranger
     assert "kept every bit" in stranger
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_while_a_base_is_downloaded_ends_in_words_and_the_next_run_gets_it_whole(desk, tmp_path):
+    files = {path.name: path.read_bytes() for path in builtin_folder("builtin:lilliput").iterdir() if path.is_file()}
+    desk.hub.create("guild/lilliput").commit("main", {name: Blob(len(b), b) for name, b in files.items()}, "the base")
+    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 60)
+    words = ["train", "builtin:quickstart", "--model_name_or_path", "guild/lilliput", "--prompts", "[]"]
+    words += ["--text", str(tmp_path / "text.txt"), "--block_size", "32", "--max_steps", "1"]
+    words += ["--output_dir", str(tmp_path / "run")]
+    refused = desk.run(FULL_DISK, "2000000", *words)  # the weights have 5 MB
+    assert "exit 2" in refused
+    assert "Traceback" not in refused
+    assert "File too large" in refused
+    assert not (tmp_path / "run").exists()
+    assert "exit 0" in desk.run(FULL_DISK, "100000000", *words)
+    whole = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in desk.cache.rglob("model.safetensors")] == [whole]

@@ -139,6 +139,8 @@ BAD = [
     ("window_sampling: random\nprefix_cache: memory", [], ["prefix_cache: memory needs window_sampling: chunked"]),
     ("neftune_noise_alpha: 5\nprefix_cache: memory", [], ["prefix_cache: memory does not go with neftune_noise_alpha"]),
     ("method: lora\ncheckpoint_format: delta", [], ["checkpoint_format: delta: adapters are all"]),
+    ("label_smoothing_factor: 0.1", [], ["label_smoothing_factor", "bits per byte"]),
+    ("save_on_each_node: true", [], ["save_on_each_node", "every node"]),
     ("prefix_cache: disk", [], ["prefix_cache: got 'disk'", "auto, off or memory"]),
     ("fast_paths: [los]", [], ["fast_paths: got 'los'", "loss, gelu or casts"]),
     ("window_sampling: random\nwindow_stride: 64", [], ["window_stride: is for window_sampling: chunked"]),

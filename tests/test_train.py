@@ -334,6 +334,46 @@ def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_frozen_weight_that_changed_in_the_last_step_ends_the_run_with_3_and_everything_else_is_written(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    from partialtune.training.trainer import PartialTrainer
+
+    save = PartialTrainer._save_checkpoint
+
+    def with_fault(self, *rest):
+        if self.state.global_step == self.state.max_steps:
+            with torch.no_grad():
+                self.model.transformer.h[0].mlp.c_fc.weight.view(torch.int32)[0, 0] ^= 1
+        save(self, *rest)
+
+    monkeypatch.setattr(PartialTrainer, "_save_checkpoint", with_fault)
+    assert main(["train", recipe]) == 3
+    assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert read(run, "exit.json")["code"] == 3
+    assert read(run, "audit.json")["passed"] is False
+    assert "validation" in read(run, "evaluation.json")
+    assert (run / "report.html").is_file()
+
+
+def test_the_best_model_is_what_is_saved_audited_and_measured(recipe, tmp_path):
+    schedule = "[{from_step: 4, trainable: ['blocks[0].mlp'], learning_rate: 1.0}]"  # which spoils it
+    assert main(["train", recipe, "--load_best_model_at_end", "true", "--schedule", schedule]) == 0
+    run = tmp_path / "run"
+    best = Path(read(run, "trainer_state.json")["best_model_checkpoint"])
+    assert best.name in ("checkpoint-2", "checkpoint-4")
+    kept, whole = final_weights(best), final_weights(run)
+    assert all(torch.equal(kept[name], whole[name]) for name in whole)
+    mlp = {f"transformer.h.0.mlp.{layer}.{part}" for layer in ("c_fc", "c_proj") for part in ("weight", "bias")}
+    unmoved = read(run, "audit.json")["trainable"]["unmoved"]
+    assert {entry["name"] for entry in unmoved} == mlp, "what the later phase trained is as in the base again"
+    lines = lines_of(run)
+    steps = [line["step"] for line in lines if line["name"] == "transformer.ln_f.weight"]
+    assert steps == sorted(set(steps))
+    assert {line["l2_delta"] for line in lines if line["step"] == steps[-1] and line["name"] in mlp} == {0.0}
+
+
 def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_path, monkeypatch):
     from partialtune.training.trainer import PartialTrainer
 

@@ -73,7 +73,7 @@ def check_engine(args: TrainingArguments) -> None:
         args: Of the run; what the launcher says is looked up in the environment.
 
     Raises:
-        InputError: For FSDP1, and for FSDP without a GPU.
+        InputError: For FSDP1, for FSDP that saves shards, and for FSDP without a GPU.
     """
     by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
     if not shards_parameters(args):
@@ -88,6 +88,12 @@ def check_engine(args: TrainingArguments) -> None:
         raise InputError(
             "FSDP needs GPUs: on CPUs accelerate runs DDP in its place without a word. "
             "Take recipes/launch/cpu_two_processes.yaml."
+        )
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE") if by_launcher else args.fsdp_plugin_args.get("state_dict_type")
+    if "FULL_STATE_DICT" not in str(kind):
+        raise InputError(
+            f"FSDP would save shards (state dict type {kind or 'SHARDED_STATE_DICT, the default'}) and no whole model. "
+            f"Set fsdp_state_dict_type: FULL_STATE_DICT, as recipes/launch/fsdp2.yaml does."
         )
 
 

@@ -38,7 +38,7 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
     Raises:
         RecipeError: If it holds anything but this run, or this run without leave to go on, or cannot be written.
     """
-    _check_writable(folder)
+    check_writable(folder)
     if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
         return Standing.NEW
     if not (folder / RECIPE_FILE).is_file():
@@ -63,17 +63,26 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
     return Standing.BEGUN
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path, name: str = "output_dir") -> None:
+    """Stop where a folder cannot be made or written.
+
+    Args:
+        folder: It need not exist.
+        name: What messages call it.
+
+    Raises:
+        RecipeError: If it is a file, lies below one, or is not writable.
+    """
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output_dir: {folder} is a file. Name a folder.")
+        raise RecipeError(f"{name}: {folder} is a file. Name a folder.")
     nearest = folder
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise RecipeError(f"output_dir: {folder} lies under {nearest}, which is a file. Name a folder.")
+        raise RecipeError(f"{name}: {folder} lies under {nearest}, which is a file. Name a folder.")
     effective = os.access in os.supports_effective_ids
     if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
-        raise RecipeError(f"output_dir: {nearest} is not writable. Name a folder that is.")
+        raise RecipeError(f"{name}: {nearest} is not writable. Name a folder that is.")
 
 
 def _flat_recipe(file: Path) -> dict[str, Any]:

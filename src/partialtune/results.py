@@ -85,7 +85,8 @@ def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedMo
 @main_process_only
 def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight) -> None:
     """Everything that is known only after training, and the pages made of it."""
-    metrics = next(entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
+    logged = reversed(trainer.state.log_history)
+    metrics = next((entry for entry in logged if "train_runtime" in entry), {})  # none if the last save found a fault
     write_json(folder / "train_results.json", metrics)
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}

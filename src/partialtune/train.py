@@ -4,7 +4,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.data import RunData, prepare_data
-from partialtune.errors import FreezeViolation, InputError, RecipeError
+from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
@@ -80,6 +80,7 @@ def train(recipe: Recipe) -> Path:
     check_precision(recipe.training)
     checkpoint, begun = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
     args = training_arguments(with_choices(recipe.training, begun))
+    check_precision({"bf16": args.bf16, "fp16": args.fp16})  # `bf16: auto` is decided by now
     check_processes(args)
     one_device_a_process(args)
     check_engine(args)
@@ -215,7 +216,7 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
         return violation
     finally:
         trainer.save_state()
-    trainer.stop.raise_if_stopped(trainer.args.output_dir)
+    trainer.stop.raise_if_stopped(trainer.args)
     return None
 
 
@@ -284,7 +285,10 @@ def exit_recorded(folder: Path) -> Iterator[None]:
     """Leave `exit.json`: 0 at the end, else the code and reason. Not for bad input, which writes nothing."""
     try:
         yield
-    except InputError:
+    except InputError as error:
+        if isinstance(error, DiskError) and PartialState().is_main_process:
+            with suppress(OSError):  # there may be no room for it either
+                write_exit(folder, error.exit_code, str(error))
         raise
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)

@@ -65,7 +65,7 @@ def measure(policy: tuple[list[str], str], blocks: int, batch_size: int, block_s
         reported = trainer.deltas.seconds
         trainer.train()
         seconds = trainer.deltas.seconds + trainer.audit.seconds
-        share = performance(args, trainer.timer, None, block_size, seconds)["callback_share"]
+        share = performance(args, trainer.timer, None, None, block_size, trainer.fast, seconds)["callback_share"]
     reports = -(-steps // DELTA_STEPS)
     report, audit = (trainer.deltas.seconds - reported) / reports, trainer.audit.seconds - audited
     return Cost(policy[0], trainer.timer.median(), snapshot, report, audit, share)

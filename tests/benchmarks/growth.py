@@ -94,7 +94,8 @@ def measure_point(model: Path, value: int, keys: dict[str, Any], steps: int) -> 
     empty, plan = plan_of(runnable(values, steps, "unused"))
     products = dry_step(empty, plan, batch, keys["block_size"]).products
     kept = products.prefix if found["prefix_cache"] == "memory" else 0
-    attention = products.attention * (1 if not kept else (12 - plan.phases[0].first_block) / 12)
+    above = 12 - plan.phases[0].first_block  # forward of 12 and twice backward of these; kept: all three of these
+    attention = products.attention * (3 * above / (12 + 2 * above) if kept else 1)
     return Point(value, found["median_step_seconds"], found["peak_memory_mb"], products.total - kept + attention)
 
 

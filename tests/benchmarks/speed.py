@@ -131,9 +131,9 @@ class Measurement:
 class Bench:
     """Runs jobs, each in a process of its own, on one folder of model and text."""
 
-    def __init__(self, folder: Path, shape: Shape, steps: int, more_words: Sequence[str], uncached: bool) -> None:
+    def __init__(self, folder: Path, shape: Shape, steps: int, more_words: Sequence[str]) -> None:
         self.folder, self.shape, self.steps = folder, shape, steps
-        self.more_words, self.uncached = list(more_words), uncached
+        self.more_words = list(more_words)
         self.products: dict[str, float] = run_here("make", shape, folder)
 
     def plain(self, policy: str) -> Measurement:
@@ -170,7 +170,7 @@ class Bench:
             "save_strategy": "no",
             "bf16": precision == "bf16",
             "output_dir": str(run),
-            **({"prefix_cache": "memory"} if job.cached and not self.uncached else {}),
+            **({"prefix_cache": "memory"} if job.cached else {}),
             **job.recipe,
         }
 
@@ -336,7 +336,6 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=4, help="of each process; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="rounds")
-    parser.add_argument("--uncached", action="store_true", help="leave prefix_cache to its default, auto")
     parser.add_argument("--output", type=Path, help="write measurements and table as JSON")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where model, text and runs go, default: a temporary folder")
@@ -350,7 +349,7 @@ def main() -> None:
         return
     jobs = [job for job in JOBS if job.name in words.jobs]
     with tempfile.TemporaryDirectory(dir=words.folder) as folder:
-        bench, found = Bench(Path(folder), shape, words.steps, words.ours, words.uncached), []
+        bench, found = Bench(Path(folder), shape, words.steps, words.ours), []
         for turn in range(words.repeats):
             for entry in measure(bench, jobs, words.precisions):
                 print(f"round {turn + 1}: {entry}", file=sys.stderr, flush=True)

@@ -23,6 +23,11 @@ RUN_KEYS = (
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "report_to", "prompts", "eval_texts"),
     *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "greater_is_better"),
 )
+# What changes neither the arithmetic nor the memory of a step on random windows.
+WITHOUT_EFFECT = (
+    *("text", "text_cleaning", "text_column", "validation_share", "window_stride", "window_sampling"),
+    *("seed", "data_seed", "learning_rate", "weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs"),
+)
 FULL = "method: full"
 KEPT = ", prefix kept"
 
@@ -85,7 +90,7 @@ def own_variants(label: str, recipe: Recipe) -> list[tuple[str, dict[str, Any]]]
 
 
 def _key(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
+    return json.dumps({key: value for key, value in values.items() if key not in WITHOUT_EFFECT}, sort_keys=True)
 
 
 def full_values(values: Mapping[str, Any]) -> dict[str, Any]:

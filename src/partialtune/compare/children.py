@@ -22,7 +22,6 @@ from partialtune.errors import (
     FreezeViolation,
     InputError,
     Interrupted,
-    PartialtuneError,
     RecipeError,
     TrainingDiverged,
 )
@@ -77,8 +76,10 @@ class RunQueue:
     def search(self, search: Search) -> list[Trial]:
         """Try the learning rates of a policy, those left out that were tried before.
 
+        A process that crashed leaves rates without a trial; those say so.
+
         Raises:
-            As `run`; PartialtuneError if the process crashed.
+            As `run`.
         """
         missing, steps = search.missing(), steps_of(search.values)
         self._leave_out(steps * (len(search.rates) - len(missing)))
@@ -91,7 +92,9 @@ class RunQueue:
                 lambda: steps * (len(missing) - len(search.missing())),
             )
             if code:
-                raise PartialtuneError(f"{search.title}: exit code {code}. {last_words(search.log)}")
+                failure = f"exit code {code}: {last_words(search.log)}"
+                logger.warning("%s: %s", search.title, failure)
+                return search.trials(failure)
         return search.trials()
 
     def _leave_out(self, steps: int) -> None:
@@ -133,6 +136,11 @@ def ended_with(job: Job) -> int | None:
     if standing is Standing.FINISHED:
         return 0
     code = exit_code_of(job.folder)
+    if standing is Standing.BEGUN and code == 0:
+        raise RecipeError(
+            f"{job.folder} holds a run that ended after fewer max_steps. Going on with it would not be what a run of "
+            f"this length is. Name another --output_dir."
+        )
     return code if standing is Standing.BEGUN and code in FAILURES else None
 
 
@@ -161,14 +169,14 @@ def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> in
 
     Args:
         command: The program and its arguments.
-        log: File to which everything goes that the process prints.
+        log: File to which everything goes that the process prints, written anew.
         look: Called about every second while it runs.
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came; the process was told once for each and has ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on exactly once
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True

@@ -22,7 +22,7 @@ from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, bes
 from partialtune.compare.results import Outcome, Row, failed_early, grouped, read_outcome
 from partialtune.compare.table import comparison_csv, comparison_json
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
-from partialtune.freeze.methods import plan_of_recipe
+from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.loading import empty_model, load_config
 from partialtune.output_dir import LOCK_FILE, locked, write_json
@@ -46,7 +46,8 @@ def compare_recipes(recipes: Sequence[str], choices: Choices) -> list[Row]:
     """
     folder = choices.output_dir
     policies = read_policies(recipes, choices.words)
-    check_recipes(policies)
+    check_recipes(policies, own_seeds=not choices.seeds)
+    check_trials(policies, choices)
     plans = plan_policies(policies)
     check_folder(folder)
     seeds = choices.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
@@ -70,6 +71,7 @@ def compare_runs(folders: Sequence[str], output_dir: Path) -> list[Row]:
     Raises:
         InputError: If one has not ended, or they do not stand on the same ground; nothing is written then.
     """
+    check_each_once(folders)
     outcomes = [read_outcome(name) for name in folders]
     check_runs(outcomes)
     rows = grouped(outcomes)
@@ -93,10 +95,39 @@ def plan_policies(policies: Sequence[Policy]) -> dict[str, FreezePlan]:
     plans = {}
     for policy in policies:
         try:
-            plans[policy.name] = plan_of_recipe(model, policy.recipe.freeze)
+            plans[policy.name] = plan_before_text(model, policy.recipe.freeze)
         except InputError as error:
             raise type(error)(f"{policy.path}: {error}") from error
     return plans
+
+
+def check_trials(policies: Sequence[Policy], choices: Choices) -> None:
+    """Stop where learning rates would be tried in fewer steps than a schedule has.
+
+    Raises:
+        InputError: Names the recipe.
+    """
+    if not choices.trial_steps:
+        return
+    for policy in policies:
+        for entry in policy.recipe.freeze.schedule:
+            if entry.get("from_epoch") or entry.get("from_step", 0) >= choices.trial_steps:
+                raise InputError(
+                    f"{policy.path}: a phase of its schedule begins after the {choices.trial_steps} steps of a trial. "
+                    f"Raise --trial_steps, or leave it out: a trial is then as long as a run."
+                )
+
+
+def check_each_once(folders: Sequence[str]) -> None:
+    """Stop where a run is named twice: it would count twice.
+
+    Raises:
+        InputError: Names them.
+    """
+    resolved = [Path(folder).resolve() for folder in folders]
+    twice = [name for name, path in zip(folders, resolved, strict=True) if resolved.count(path) > 1]
+    if twice:
+        raise InputError(f"Named more than once: {', '.join(dict.fromkeys(twice))}. Name each run once.")
 
 
 def check_folder(folder: Path) -> None:
@@ -202,6 +233,10 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
             notes.append(
                 f"{row.name}: {row.learning_rate:g} is the {end} learning rate of the list; one beyond may do better."
             )
+    for row in rows:
+        own = [entry for entry in row.outcomes[0].values.get("schedule") or [] if "learning_rate" in entry]
+        if own and row.trials:
+            notes.append(f"{row.name}: {len(own)} phases of its schedule kept the learning rates that they name.")
     different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
     if different:
         notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")

@@ -23,8 +23,12 @@ LENGTH = (
 )
 
 
-def check_recipes(policies: Sequence[Policy]) -> None:
+def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
     """Stop unless all recipes stand on the same ground, and hold text out.
+
+    Args:
+        policies: The recipes.
+        own_seeds: Whether they run with their own seeds, which must then be the same.
 
     Raises:
         InputError: Names what differs, recipe by recipe.
@@ -33,10 +37,12 @@ def check_recipes(policies: Sequence[Policy]) -> None:
     for policy in policies:
         if policy.recipe.text.validation_share == 0:
             raise InputError(f"{policy.path}: validation_share is 0. A comparison is by held-out text; hold some out.")
-    different = []
+    different, common = [], (*NAMED, *GROUND, *(SEEDS if own_seeds else ()))
     for other in policies[1:]:
-        keys = differing(first.recipe.values, other.recipe.values)
-        for key in [key for key in keys if key in (*NAMED, *GROUND, *SEEDS)]:
+        said = {**first.recipe.values, **other.recipe.values}  # what neither says differs only with what one says
+        for key in differing(first.recipe.values, other.recipe.values):
+            if key not in common or key not in said:
+                continue
             mine, theirs = (policy.recipe.values.get(key, "the default") for policy in (first, other))
             different.append(f"  {key}: {mine} in {first.path}, {theirs} in {other.path}")
     if different:

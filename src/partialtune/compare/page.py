@@ -1,13 +1,13 @@
 """Rows of a comparison -> comparison.html: one self-contained page in the form of a run's report."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
 from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script
 from partialtune.pages.report import yaml_words
+from partialtune.pages.run_files import as_list
 from partialtune.pages.wording import Finding, change, count, counted, joined, percent, score, significant
 
 NUMBER = "number"
@@ -58,7 +58,7 @@ def subtitle(rows: Sequence[Row]) -> str:
     seeds = max(len(row.outcomes) for row in rows)
     before = before_of(rows)
     parts = [
-        f"{values.get('model_name_or_path')} on {joined(_list(values.get('text')), 60)}",
+        f"{values.get('model_name_or_path')} on {joined(as_list(values.get('text')), 60)}",
         "1 policy" if len(rows) == 1 else f"{len(rows)} policies",
         counted(seeds, "seed"),
         *([f"{score('bits_per_byte', before)} bits per byte before training"] if before else []),
@@ -224,7 +224,3 @@ def ground_rows(rows: Sequence[Row]) -> list[tuple[str, str]]:
     digests = [(f"sha256 of text {number}", digest) for number, digest in enumerate(facts["sources"], 1)]
     seeds = sorted({outcome.seed for outcome in outcomes})
     return [*shared, ("Seeds", ", ".join(map(str, seeds))), *windows, *digests]
-
-
-def _list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])

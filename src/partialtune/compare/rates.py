@@ -105,10 +105,10 @@ class Search:
         tried = {trial.learning_rate for trial in self.read()}
         return [rate for rate in self.rates if rate not in tried]
 
-    def trials(self) -> list[Trial]:
-        """The trials of the list's rates, ascending."""
+    def trials(self, failure: str = "") -> list[Trial]:
+        """The trials of the list's rates, ascending; those that are not there failed, and `failure` says why."""
         found = {trial.learning_rate: trial for trial in self.read()}
-        return [found[rate] for rate in self.rates]
+        return [found.get(rate) or Trial(rate, None, failure) for rate in self.rates]
 
 
 def keep_trial(file: Path, recipe: Mapping[str, Any], trial: Trial) -> None:

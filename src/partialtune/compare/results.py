@@ -15,7 +15,7 @@ from partialtune.compare.children import FAILURES, exit_code_of
 from partialtune.compare.rates import Trial
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
 from partialtune.output_dir import EXIT_FILE, read_json
-from partialtune.pages.run_files import RunFiles, parsed, read_run
+from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
 from partialtune.recipe.reading import same_run
 from partialtune.recipe.rules import training_defaults
 
@@ -133,8 +133,7 @@ class Row:
     def selectors(self) -> list[str]:
         """What the recipe trains, in its own words."""
         values = self.outcomes[0].values
-        said = values.get("trainable") or []
-        words = [said] if isinstance(said, str) else list(said)
+        words = as_list(values.get("trainable"))
         words += [f"schedule of {len(values['schedule'])}"] if values.get("schedule") else []
         return words or ["all"]
 
@@ -246,7 +245,7 @@ def grouped(outcomes: Sequence[Outcome]) -> list[Row]:
     """Runs -> rows, in the order given: runs whose recipes differ in nothing but the seed are one policy."""
     groups: list[list[Outcome]] = []
     for outcome in outcomes:
-        group = next((group for group in groups if same_policy(group[0], outcome)), None)
+        group = next((group for group in groups if all(same_policy(run, outcome) for run in group)), None)
         if group is None:
             groups.append([outcome])
         else:

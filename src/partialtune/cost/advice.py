@@ -3,7 +3,6 @@
 Every number is computed for the plan at hand. A plan that is offered in its place was planned and costed as well.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.table import blocks_passed, frozen_blocks
+from partialtune.machine import total_memory
 from partialtune.training.performance import peak_memory_mb
 
 WORTH_SAYING = 0.05  # saving of arithmetic, as a share, from which on an alternative is named
@@ -163,7 +163,7 @@ def memory_here() -> tuple[str, int]:
     """Where a run would have its tensors, and how many bytes there are."""
     if torch.cuda.is_available():
         return "this GPU", torch.cuda.mem_get_info()[1]
-    return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "this machine", total_memory()
 
 
 def _place(plan: FreezePlan) -> str:

@@ -21,7 +21,8 @@ class Memory:
         gradients: Of the parameters that train.
         optimizer: What the optimizer keeps from step to step.
         activations: What forward keeps for backward, and what comes and goes in between.
-        logits: Every tensor as wide as the vocabulary and as long as the batch: scores, their logarithms, gradients.
+        logits: Scores over the vocabulary, their logarithms and gradients: of all tokens that are predicted at one
+            time, which are those of one chunk where the loss is taken without holding all logits.
         peak: The most that is held at one time, from the second step on. At most the sum of the parts.
         resident: The most that a process holds for it on a CPU in two steps, with what malloc keeps back.
     """
@@ -96,11 +97,9 @@ class MemoryLedger:
     def _two_steps(self) -> Iterator[tuple[int, int]]:
         """What comes and goes in this step and the next one, where weights and the optimizer's state are there."""
         yield from self._events
-        left = {number: size for number, size in self._events if number in self._numbers_living()}
+        living = {number for number, _ in self._living.values()}
+        left = {number: size for number, size in self._events if number in living}
         lasting = {number for number in left if self._part_of[number] in ("weights", "optimizer")}
         yield from ((number, -size) for number, size in left.items() if number not in lasting)
         again = len(self._events)
         yield from ((again + number, size) for number, size in self._events if number not in lasting)
-
-    def _numbers_living(self) -> set[int]:
-        return {number for number, _ in self._living.values()}

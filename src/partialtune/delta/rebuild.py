@@ -14,6 +14,7 @@ from partialtune.delta.checkpoint import Delta, read_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.freeze.apply import untie_head
 from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.output_dir import check_writable
 from partialtune.pages.wording import joined
 from partialtune.proof.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
 from partialtune.proof.weights import digests, digests_of
@@ -47,12 +48,13 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
         base: As for `load`.
 
     Raises:
-        InputError: If `out` holds something.
+        InputError: If `out` holds something or cannot be written.
         ModelError: As for `load`; nothing is written.
     """
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is no empty folder. Name another one for the rebuilt model.")
+    check_writable(out, "OUT")
     folder, name = checkpoint_folder(os.fspath(delta), TOKENIZER_FILES)
     model = _rebuild(read_delta(folder, name), base)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,13 @@ Before and after it the model is what `from_pretrained` gave: scores and digests
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from datasets import Dataset
 from torch import nn
 
+from partialtune.errors import ModelError
 from partialtune.fast.casts import CastOnce
 from partialtune.fast.gelu import fused_gelu
 from partialtune.fast.no_logits import LossWithoutLogits
@@ -55,7 +56,11 @@ class FastPaths:
         self._cache: PrefixCache | None = None
         self._held = ExitStack()
         self.in_use: list[str] = []
-        self.before_blocks = modules_before_blocks(model, torch.zeros((1, 2), dtype=torch.long, device=_device(model)))
+        self.before_blocks: list[str] = []
+        with suppress(ModelError):  # it calls its blocks otherwise than as modules: nothing is known of what is before
+            self.before_blocks = modules_before_blocks(
+                model, torch.zeros((1, 2), dtype=torch.long, device=_device(model))
+            )
 
     @property
     def keeps_prefix(self) -> bool:

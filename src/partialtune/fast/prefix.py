@@ -187,7 +187,7 @@ def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str
     hooks = [
         module.register_forward_pre_hook(lambda _module, _args, name=name: met.update({name: None}))
         for name, module in model.named_modules()
-        if not name.startswith(path) and next(module.parameters(), None) is None
+        if not name.startswith(f"{path}.") and name != path and next(module.parameters(), None) is None
     ]
     try:
         first = model.get_submodule(f"{path}.0")
@@ -218,4 +218,4 @@ def _reach(model: nn.Module, input_ids: torch.Tensor, hook: Callable[[Callable[[
         return found[0]
     finally:
         handle.remove()
-    raise ModelError(f"{type(model).__name__}: its forward pass leaves out a block or its head. Say prefix_cache: off.")
+    raise ModelError(f"{type(model).__name__}: its forward pass calls no module for a block, or none for its head.")

@@ -134,6 +134,8 @@ def prefix_obstacle(
         return "window_sampling is random"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha adds noise to the embeddings"
+    if args.fp16:
+        return "fp16 holds no number above 65,504, and the states behind a block may"
     if shards_parameters(args):
         return "FSDP shards the frozen blocks"
     if getattr(model.config.get_text_config(), "output_router_logits", False):

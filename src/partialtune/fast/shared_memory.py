@@ -17,7 +17,8 @@ def of_this_node() -> tuple[int, int]:
     """Number of this process among those of its node, and how many they are."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # not every launcher says it: each is then by itself
+    return (int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0), processes
 
 
 def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -82,9 +82,8 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self._snapshot is None:
             self._take_snapshot(args, model)
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step and saved:  # the run goes on from a checkpoint
-            self._had_gradient.update(saved["attributes"]["had_gradient"])
+        if state.global_step:  # the run goes on from a checkpoint
+            self.go_back_to(state)
         self._begin_phase(args, state, model, optimizer)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -95,6 +94,16 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the audit: which parameters have had a gradient."""
         return {"args": {}, "attributes": {"had_gradient": sorted(self._had_gradient)}}
+
+    def go_back_to(self, state) -> None:
+        """Know of gradients what a checkpoint knew: one to go on from, or the best one, loaded at the end.
+
+        Args:
+            state: The checkpoint's `TrainerState`; one of a Trainer without this callback changes nothing.
+        """
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved:
+            self._had_gradient = set(saved["attributes"]["had_gradient"])
 
     def _folder(self, args) -> Path:
         return Path(self.output_dir or args.output_dir)

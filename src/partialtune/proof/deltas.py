@@ -79,6 +79,12 @@ class WeightDeltaCallback(TrainerCallback):
         if self._reported_at != state.global_step:
             self._report(args, state, control, model)
 
+    def report_again(self, args, state) -> None:
+        """Take back the report of this step: another model has taken the place of the one that it was about."""
+        self._reported_at = None
+        if state.is_world_process_zero:
+            self._keep_lines_up_to(state.global_step - 1, self._file(args))
+
     def _file(self, args) -> Path:
         return Path(self.output_dir or args.output_dir) / DELTAS_FILE
 

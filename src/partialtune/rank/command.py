@@ -1,5 +1,6 @@
 """`partialtune rank`: recipe -> base and text -> probe -> ranking."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -50,3 +51,5 @@ def check_new(file: Path) -> None:
         raise RecipeError(f"{file} exists already. Name a file that does not.")
     if not file.parent.is_dir():
         raise RecipeError(f"{file}: there is no folder {file.parent}. Make it, or name another file.")
+    if not os.access(file.parent, os.W_OK):
+        raise RecipeError(f"{file}: {file.parent} is not writable. Name a file in a folder that is.")

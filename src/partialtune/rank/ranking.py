@@ -154,6 +154,7 @@ def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
         values: Of that recipe, flat.
         ranking: Its ranking.
     """
-    left_out = ("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint")
+    left_out = ("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache")
+    left_out += ("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo")  # it is another model
     kept = {key: value for key, value in values.items() if key not in left_out}
     return {**kept, "trainable": ranking.selectors, "output_dir": f"{values['output_dir'].rstrip('/')}-ranked"}

@@ -50,7 +50,6 @@ def probe_prompts(
     prompts: Sequence[str],
     top_k: int = 10,
     new_tokens: int = 30,
-    autocast_dtype: torch.dtype | None = None,
 ) -> list[PromptProbe]:
     """Look at what the model says next after each prompt. The model gets every module's mode back.
 
@@ -63,13 +62,12 @@ def probe_prompts(
         prompts: Texts to continue. An empty one starts from the tokenizer's BOS.
         top_k: Next tokens to keep by name; the distribution is kept whole in any case.
         new_tokens: Tokens of a continuation, fewer where the model's context or an end-of-text comes first.
-        autocast_dtype: Forward passes under autocast to this dtype; None computes in the model's own.
 
     Raises:
         TextError: If a prompt has no token or more tokens than the model's context.
     """
     device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with evaluating(model):
         return [_probe(model, tokenizer, prompt, top_k, new_tokens, device) for prompt in prompts]
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.data import RunData
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle
 from partialtune.freeze.plan import FreezePlan
+from partialtune.machine import free_memory
 from partialtune.recipe.reading import Recipe
 from partialtune.training.batches import collate_windows
 from partialtune.training.settings import evaluation_steps, run_length
@@ -24,7 +24,7 @@ def prefix_phases(
     begun: Mapping[str, Any] | None,
 ) -> list[PrefixPhase]:
     """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now."""
-    if begun is not None and "prefix_cache" in begun["choices"]:
+    if recipe.speed.prefix_cache == "auto" and begun is not None and "prefix_cache" in begun["choices"]:
         return [PrefixPhase(**phase) for phase in begun["choices"]["prefix_cache"]]
     held_out = len(data.held_out or [])
     windows = Windows(
@@ -36,7 +36,7 @@ def prefix_phases(
     )
     obstacle = prefix_obstacle(recipe.text.window_sampling, args, model, plan, data.train)
     size = recipe.text.block_size * model.config.get_text_config().hidden_size * (2 if args.bf16 or args.fp16 else 4)
-    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, psutil.virtual_memory().available, obstacle)
+    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, free_memory(), obstacle)
 
 
 def make_trainer(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import IntervalStrategy, TrainingArguments
 
+from partialtune.errors import RecipeError
 from partialtune.launch import decided_by_main
 from partialtune.training.precision import bf16_pays
 
@@ -24,6 +25,9 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
     if settings.get("bf16") == "auto":
         settings["bf16"] = decided_by_main(lambda: bf16_pays())  # processes may measure differently
+    if settings.get("load_best_model_at_end") and settings.get("save_strategy", "steps") == "steps":
+        settings.setdefault("eval_strategy", "steps")  # `suit_length` would say so too late for TrainingArguments
+        settings.setdefault("eval_steps", settings.get("save_steps", 500))
     settings |= {
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would average non-finite losses away
@@ -48,10 +52,10 @@ def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, 
     steps = run_length(args, windows)
     if "logging_steps" not in said:
         args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
-    if held_out and "eval_strategy" not in said:
+    if held_out and said.get("eval_strategy", "steps") == "steps":
         args.eval_strategy = IntervalStrategy.STEPS
         often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
-        args.eval_steps = said.get("eval_steps", often)
+        args.eval_steps = said.get("eval_steps") or often
 
 
 def run_length(args: TrainingArguments, windows: int) -> int:
@@ -62,9 +66,18 @@ def run_length(args: TrainingArguments, windows: int) -> int:
 
 
 def steps_an_epoch(args: TrainingArguments, windows: int) -> int:
-    """Optimizer steps of one pass over the training windows."""
+    """Optimizer steps of one pass over the training windows.
+
+    Raises:
+        RecipeError: If they fill no batch and the last, smaller one is dropped.
+    """
     batches = windows / (args.per_device_train_batch_size * args.world_size)
     whole_batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    if whole_batches == 0:
+        raise RecipeError(
+            f"dataloader_drop_last: {windows} windows fill no batch of {args.per_device_train_batch_size} on each of "
+            f"{args.world_size} devices, so that nothing would train. Lower per_device_train_batch_size."
+        )
     return max(1, math.ceil(whole_batches / args.gradient_accumulation_steps))
 
 

@@ -66,6 +66,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._saved = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -93,6 +94,9 @@ class StopOnSignal(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         self._stop_if_asked(args, control)  # which may have taken long: no further step
 
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = self.received is not None
+
     def _stop_if_asked(self, args: TrainingArguments, control) -> None:
         self.received = self._any_process(args, self.received)
         if self.received is not None:
@@ -108,13 +112,15 @@ class StopOnSignal(TrainerCallback):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag) or None
 
-    def raise_if_stopped(self, folder: str) -> None:
-        """End the run with 130 or 143 where a signal stopped it.
+    def raise_if_stopped(self, args: TrainingArguments) -> None:
+        """End the run with 130 or 143 where a signal stopped it; all processes of it.
 
         Raises:
             Interrupted: In that case.
         """
+        self.received = self._any_process(args, self.received)  # it may have come to one of them after the last step
         if self.received is not None:
             name = signal.Signals(self.received).name
-            message = f"{name}: stopped after a checkpoint in {folder}. {GO_ON}"
+            where = f"a checkpoint in {args.output_dir}" if self._saved else "the last step"
+            message = f"{name}: stopped after {where}. {GO_ON}"
             raise Interrupted(message, exit_code_of(self.received))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.cost.flops import FORMULAS
@@ -221,10 +222,18 @@ class PartialTrainer(Trainer):
                 load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
 
     def _load_best_model(self) -> None:
+        """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""
+        best = self.state.best_model_checkpoint
         if self.plan.adapter is None:
             super()._load_best_model()
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(best)
+        self.audit.go_back_to(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
+        self.deltas.report_again(self.args, self.state)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """With `save_strategy: best` this decides what is saved; a signal wants a checkpoint in any case."""
+        return super()._determine_best_metric(metrics, trial) or self.stop.received is not None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):

@@ -1,0 +1,27 @@
+"""Memory of this machine as this process may use it: a container's limit counts where there is one."""
+
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")  # version 2, as a process in a container sees its own
+
+
+def total_memory() -> int:
+    """Bytes that this process could have at most."""
+    limit = _cgroup_bytes("memory.max")
+    return psutil.virtual_memory().total if limit is None else min(limit, psutil.virtual_memory().total)
+
+
+def free_memory() -> int:
+    """Bytes that this process can still have."""
+    free, limit, used = psutil.virtual_memory().available, _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+    return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """What a file of the control group says, None where there is none or no limit."""
+    try:
+        return int((CGROUP / name).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # `max`
+        return None
