@@ -500,7 +500,7 @@ def test_trials_that_crash_are_told_and_the_runs_go_on(recipes, tmp_path, monkey
     words = ["compare", *recipes.values(), "--learning_rates", "1e-3", "1e-2", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 1
     assert asked == ["partialtune.compare.trying"] * 2 + ["partialtune"] * 2
-    rates = [policy["trials"] for policy in read_json(tmp_path / "out")["policies"]]
+    rates = [policy["learning_rates_tried"] for policy in read_json(tmp_path / "out")["policies"]]
     assert {trial["failure"] for trials in rates for trial in trials} == {"exit code 137: Killed"}
 
 

@@ -615,4 +615,4 @@ def test_a_disk_that_is_full_while_a_base_is_downloaded_ends_in_words_and_the_ne
     assert not (tmp_path / "run").exists()
     assert "exit 0" in desk.run(FULL_DISK, "100000000", *words)
     whole = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in desk.cache.rglob("model.safetensors")] == [whole]
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in desk.home.rglob("model.safetensors")] == [whole]

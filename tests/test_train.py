@@ -358,7 +358,7 @@ def test_a_frozen_weight_that_changed_in_the_last_step_ends_the_run_with_3_and_e
 
 
 def test_the_best_model_is_what_is_saved_audited_and_measured(recipe, tmp_path):
-    schedule = "[{from_step: 4, trainable: ['blocks[0].mlp'], learning_rate: 1.0}]"  # which spoils it
+    schedule = "[{from_step: 4, trainable: ['blocks[0].mlp'], learning_rate: 100.0}]"  # which spoils it
     assert main(["train", recipe, "--load_best_model_at_end", "true", "--schedule", schedule]) == 0
     run = tmp_path / "run"
     best = Path(read(run, "trainer_state.json")["best_model_checkpoint"])
