@@ -9,7 +9,7 @@ measured as `partialtune bench` does it.
 
 Seconds must be linear in the arithmetic of the step, attention's own products (which grow with the square of
 block_size) included; memory in the tokens or blocks. A straight line is fitted through the points of a series by least
-squares; where one lies further from it than the tolerance, a share of its value, the script ends with exit code 1.
+squares of relative distances; where one lies further from it than the tolerance, a share of its value, the script ends with exit code 1.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,14 @@ def measure_point(model: Path, value: int, keys: dict[str, Any], steps: int) -> 
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
-    """The line of least squares.
+    """The line whose distances, as shares of the values, have the least squares: in these the tolerance is said.
 
     fit([0, 1, 2], [1, 3, 5]) -> Line(intercept=1, slope=2, farthest=0)
     """
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+    weights = [1 / y**2 for y in ys]
+    mean_x, mean_y = (sum(map(mul, weights, values)) / sum(weights) for values in (xs, ys))
+    spread = sum(weight * (x - mean_x) ** 2 for weight, x in zip(weights, xs, strict=True))
+    slope = sum(w * (x - mean_x) * (y - mean_y) for w, x, y in zip(weights, xs, ys, strict=True)) / spread
     intercept = mean_y - slope * mean_x
     farthest = max(abs(intercept + slope * x - y) / y for x, y in zip(xs, ys, strict=True))
     return Line(intercept, slope, farthest)
