@@ -2,14 +2,15 @@
 
     python tests/benchmarks/growth.py [--output growth.png] [--steps 6]
 
-A GPT-2 of 12 blocks, 256 wide with 8,192 tokens of vocabulary (11.8M parameters), fp32, about 8 minutes on 2 cores. One
+A GPT-2 of 12 blocks, 256 wide with 8,192 tokens of vocabulary (11.8M parameters), fp32, a few minutes on 2 cores. One
 quantity changes at a time: block_size from 128 to 1,024, batch from 1 to 32, blocks trained from 0 to 12 (from the
 top), the last with the frozen prefix computed at every step and with it kept. Each point is a process of its own,
 measured as `partialtune bench` does it.
 
 Seconds must be linear in the arithmetic of the step, attention's own products (which grow with the square of
 block_size) included; memory in the tokens or blocks. A straight line is fitted through the points of a series by least
-squares of relative distances; where one lies further from it than the tolerance, a share of its value, the script ends with exit code 1.
+squares of relative distances; where one lies further from it than the tolerance, a share of its value, the script ends
+with exit code 1.
 """
 
 import argparse
