@@ -487,6 +487,15 @@ def test_a_process_that_crashed_before_it_began_is_a_failed_run(recipes, tmp_pat
     assert read_json(tmp_path / "out")["policies"][0]["bits_per_byte_after"] is None
 
 
+@pytest.mark.slow
+def test_a_comparison_of_longer_runs_is_not_made_of_shorter_ones(recipes, tmp_path, in_this_process, capsys):
+    words = ["compare", recipes["norms"], "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert main([*words, "--max_steps", "6"]) == 2
+    assert "ended after fewer max_steps" in capsys.readouterr().err
+    assert len(in_this_process) == 1
+
+
 def test_trials_that_crash_are_told_and_the_runs_go_on(recipes, tmp_path, monkeypatch, capsys):
     asked = []
 

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -399,6 +400,21 @@ def test_a_run_that_goes_on_in_any_phase_ends_with_the_same_bits(scheduled, tmp_
     assert resumed.state.global_step == 9
     assert resumed.audit.result.passed
     assert equal(resumed.model, trainer.model)
+
+
+def test_a_signal_is_saved_also_where_only_the_best_model_would_be(tmp_path):
+    trainer = trainer_of(
+        *(tmp_path, tiny_gpt2(), ["final_norm"], ()),
+        Fault(3, lambda *_: setattr(trainer.stop, "received", signal.SIGTERM)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that nothing is better than the first
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_a_resumed_run_knows_which_parameters_had_a_gradient_before(tmp_path):

@@ -314,6 +314,14 @@ def test_a_run_that_diverges_ends_with_4_and_keeps_its_checkpoints(recipe, tmp_p
     assert read(tmp_path / "run", "exit.json")["code"] == 4
 
 
+def test_a_launchers_precision_does_not_slip_past_what_was_measured(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "bf16_pays", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(["train", recipe, "--bf16", "auto"]) == 2
+    assert "The launcher says mixed precision bf16, the recipe no" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in_place(
     recipe, tmp_path, monkeypatch, capsys
 ):

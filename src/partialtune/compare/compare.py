@@ -113,8 +113,8 @@ def check_trials(policies: Sequence[Policy], choices: Choices) -> None:
         for entry in policy.recipe.freeze.schedule:
             if entry.get("from_epoch") or entry.get("from_step", 0) >= choices.trial_steps:
                 raise InputError(
-                    f"{policy.path}: a phase of its schedule begins after the {choices.trial_steps} steps of a trial. "
-                    f"Raise --trial_steps, or leave it out: a trial is then as long as a run."
+                    f"{policy.path}: a phase of its schedule begins after the {choices.trial_steps} steps of a trial, "
+                    f"or in epochs. Raise --trial_steps, or leave it out: a trial is then as long as a run."
                 )
 
 

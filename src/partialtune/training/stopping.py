@@ -66,6 +66,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.agreed = False  # whether all processes know of it, so that all save and stop
         self._saved = False
         self._before: dict[int, Any] = {}
 
@@ -99,7 +100,8 @@ class StopOnSignal(TrainerCallback):
 
     def _stop_if_asked(self, args: TrainingArguments, control) -> None:
         self.received = self._any_process(args, self.received)
-        if self.received is not None:
+        self.agreed = self.received is not None
+        if self.agreed:
             control.should_save = True
             control.should_training_stop = True
 

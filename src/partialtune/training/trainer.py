@@ -233,7 +233,7 @@ class PartialTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """With `save_strategy: best` this decides what is saved; a signal wants a checkpoint in any case."""
-        return super()._determine_best_metric(metrics, trial) or self.stop.received is not None
+        return super()._determine_best_metric(metrics, trial) or self.stop.agreed
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):
