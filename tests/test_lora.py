@@ -19,7 +19,7 @@ from partialtune.cost.dry_step import dry_step
 from partialtune.errors import RecipeError
 from partialtune.freeze import lora
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.lora import plan_lora
+from partialtune.freeze.lora import load_adapters, plan_lora, save_adapters
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.table import plan_table
 from partialtune.hub.files import check_finished, files_to_send
@@ -87,6 +87,20 @@ def test_an_adapted_model_begins_as_its_base_bit_for_bit_and_its_start_is_that_o
     one, same, other = (digests(model) for model in models)
     assert one == same
     assert one["transformer.h.0.mlp.c_fc.lora_A.weight"] != other["transformer.h.0.mlp.c_fc.lora_A.weight"]
+
+
+def test_peft_alone_makes_saves_and_loads_adapters_whatever_version_of_it_transformers_asks_for(tmp_path, monkeypatch):
+    def refuse(min_version):
+        raise ValueError("The version of PEFT you are using is not compatible")
+
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
+    one, other = tiny_gpt2(), tiny_gpt2()
+    apply_plan(one, plan_lora(one, ["attention"], seed=1))
+    apply_plan(other, plan_lora(other, ["attention"], seed=2))
+    save_adapters(one, tmp_path)
+    load_adapters(other, load_file(tmp_path / "adapter_model.safetensors"))
+    assert digests(other) == digests(one)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("make", [small_gpt2, small_llama])

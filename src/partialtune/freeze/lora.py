@@ -10,10 +10,14 @@ Names in the plan are the base's own for its weights, whose digests are then tho
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import FreezePlan, Phase, PlannedParameter
@@ -23,6 +27,7 @@ from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure
 
 ADAPTER = "default"  # peft's name for the only one
+IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensors`
 HOW_TO_INSTALL = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
 
 
@@ -145,7 +150,8 @@ def add_adapters(model: nn.Module, adapter: Adapter) -> None:
     """
     if not is_peft_installed():
         raise ModelError(f"Method {HOW_TO_INSTALL}")
-    from peft import LoraConfig
+    # peft itself: `model.add_adapter` asks for the peft that transformers was made with, which may not be out yet.
+    from peft import LoraConfig, inject_adapter_in_model
 
     swapped = any(isinstance(model.get_submodule(path), Conv1D) for path in adapter.modules)
     config = LoraConfig(
@@ -157,17 +163,37 @@ def add_adapters(model: nn.Module, adapter: Adapter) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(adapter.seed)
-        model.add_adapter(config, ADAPTER)
+        inject_adapter_in_model(config, model, ADAPTER)
     name = getattr(model.config, "name_or_path", "")
     config.base_model_name_or_path = model_location(name) if name.startswith("builtin:") else name
     config.revision = getattr(model.config, "_commit_hash", None)
+
+
+def save_adapters(model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a model's adapters and their configuration into a folder, for `PeftModel.from_pretrained(base, folder)`.
+
+    Args:
+        model: Adapted by `add_adapters`.
+        folder: Made if it is missing.
+        state_dict: The model's, where it had to be gathered from several processes.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # False: adapters lie in blocks alone. Left to itself peft asks the Hub whether the base's vocabulary has grown.
+    tensors = get_peft_model_state_dict(model, state_dict, ADAPTER, save_embedding_layers=False)
+    tensors = {f"{IN_FILES}{name}": values.contiguous() for name, values in tensors.items()}
+    save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    model.peft_config[ADAPTER].save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def load_adapters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Put the values of an `adapter_model.safetensors` into the adapters of a model."""
     from peft import set_peft_model_state_dict
 
-    plain = {name.removeprefix("base_model.model."): values for name, values in tensors.items()}
+    plain = {name.removeprefix(IN_FILES): values for name, values in tensors.items()}
     unexpected = set_peft_model_state_dict(model, plain, ADAPTER).unexpected_keys
     if unexpected:
         raise ModelError(f"The checkpoint's adapters are of another model: {unexpected[0]} has no place in this one.")

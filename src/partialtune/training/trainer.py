@@ -20,7 +20,7 @@ from partialtune.cost.flops import FORMULAS
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
-from partialtune.freeze.lora import load_adapters
+from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import shards_parameters
 from partialtune.proof.audit import FreezeAuditCallback
@@ -197,11 +197,15 @@ class PartialTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as the model was loaded, and without the pickle."""
-        with self.config_as_loaded():
-            super()._save(output_dir, state_dict)
+        """Save as the model was loaded, and without the pickle; of LoRA the adapters alone."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.plan.adapter is None:
+            with self.config_as_loaded():
+                super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_adapters(self.model, folder, state_dict)
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.bin").unlink(missing_ok=True)
 
     @contextmanager
     def config_as_loaded(self) -> Iterator[None]:
