@@ -1,12 +1,34 @@
-"""What several test files share: the optional data folder and tiny models."""
+"""What several test files share: texts and a tokenizer to read, and tiny models."""
 
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED_DATA = REPOSITORY.parent / "shared" / "data"
-needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"needs {SHARED_DATA}, which is optional")
+EXCERPTS = Path(__file__).parent / "data"  # of real files: what tests/data/README.md tells
+WHOLE_FILES = REPOSITORY.parent / "shared" / "data"  # the same files in full, where somebody has them
+SOURCES = [EXCERPTS, WHOLE_FILES] if WHOLE_FILES.is_dir() else [EXCERPTS]
+
+
+@pytest.fixture(scope="session", params=SOURCES, ids=lambda folder: "whole" if folder == WHOLE_FILES else "excerpt")
+def texts(request):
+    """A folder of real Project Gutenberg files: `gulliver`, `gutenberg_styles`, `books`."""
+    return request.param
+
+
+def gpt2_tokenizer(texts: Path = EXCERPTS):
+    """GPT-2's tokenizer beside whole files; beside the excerpts the same with 2,000 of its 50,000 merges, the first."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import GPT2Tokenizer
+
+    if texts != EXCERPTS:
+        return GPT2Tokenizer.from_pretrained(texts / "gpt2_tokenizer")
+    lines = (EXCERPTS / "gpt2_merges.txt").read_text("utf-8").splitlines()[1:]
+    letters = [chr(number) for number in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += sorted(set(ByteLevel.alphabet()) - set(letters))
+    merges = [tuple(line.split()) for line in lines]
+    tokens = [*letters, *("".join(pair) for pair in merges), "<|endoftext|>"]
+    return GPT2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
 
 
 def tiny_gpt2(seed: int = 0, **changes):

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import SHARED_DATA, needs_shared_data
 from partialtune.builtin import builtin_folder, pretrain
 from partialtune.builtin.books import tidy
 from partialtune.errors import ModelError, TextError
@@ -135,11 +134,10 @@ def test_card_tells_at_most_1_85_bits_per_byte_for_every_held_out_novel():
     assert max(bits for score in scores for bits in score["bits_per_byte"].values()) <= 1.85
 
 
-@needs_shared_data
-def test_it_predicts_a_held_out_novel_as_well_as_its_card_says(lilliput, tokenizer):
+def test_it_predicts_a_held_out_novel_as_well_as_its_card_says(texts, lilliput, tokenizer):
     metrics = json.loads((FOLDER / "metrics.json").read_text("utf-8"))
     stem = metrics["settings"]["held_out"][0]
-    text = clean_gutenberg((SHARED_DATA / "books" / f"{stem}.txt").read_text("utf-8-sig")).text
+    text = clean_gutenberg((texts / "books" / f"{stem}.txt").read_text("utf-8-sig")).text
     middle = text[len(text) // 2 :][:60_000]
     told = metrics["held_out"][0]["bits_per_byte"]["256"]
     assert bits_per_byte(lilliput, tokenizer, middle) == pytest.approx(told, abs=0.08)

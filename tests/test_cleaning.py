@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from conftest import SHARED_DATA, needs_shared_data
 from partialtune.text.cleaning import clean_gutenberg, is_gutenberg
 
 FIRST = "The first sentence of this book must survive, whatever stood before it in the file."
@@ -385,27 +384,25 @@ SURVIVES = {
 
 
 @functools.cache
-def clean_shared(name):
-    return clean_gutenberg(read_shared(name))
+def clean_real(texts, name):
+    return clean_gutenberg(read_real(texts, name))
 
 
 @functools.cache
-def read_shared(name):
-    data = (SHARED_DATA / name).read_bytes()
+def read_real(texts, name):
+    data = (texts / name).read_bytes()
     return data.decode("latin-1" if name.endswith("2312-8.txt") else "utf-8")
 
 
-@needs_shared_data
-def test_the_table_of_what_survives_names_every_file():
-    files = {f"{path.parent.name}/{path.name}" for path in SHARED_DATA.glob("*/*.txt")} - {"gpt2_tokenizer/merges.txt"}
+def test_the_table_of_what_survives_names_every_file(texts):
+    files = {f"{path.parent.name}/{path.name}" for path in texts.glob("*/*.txt")} - {"gpt2_tokenizer/merges.txt"}
     assert set(SURVIVES) == files
 
 
-@needs_shared_data
 @pytest.mark.parametrize("name", SURVIVES)
-def test_the_first_and_last_words_of_a_real_file_survive_and_its_boilerplate_does_not(name):
-    raw = read_shared(name)
-    cleaned = clean_shared(name)
+def test_the_first_and_last_words_of_a_real_file_survive_and_its_boilerplate_does_not(texts, name):
+    raw = read_real(texts, name)
+    cleaned = clean_real(texts, name)
     first, last = SURVIVES[name]
     assert cleaned.text.lstrip().startswith(first)
     footnote = "\n\n\n\n\nFOOTNOTES\n\n\n{0}  _Reprinted Pieces_ was released" if name == "books/pg786.txt" else ""
@@ -484,30 +481,27 @@ JOINED = {
 }
 
 
-@needs_shared_data
 @pytest.mark.parametrize("name", KEPT_LINES)
-def test_meant_line_breaks_of_a_real_file_stay(name):
-    text = clean_shared(name).text
+def test_meant_line_breaks_of_a_real_file_stay(texts, name):
+    text = clean_real(texts, name).text
     for lines in KEPT_LINES[name]:
         assert lines in text
 
 
-@needs_shared_data
 @pytest.mark.parametrize("name", JOINED)
-def test_paragraphs_of_a_real_file_are_joined(name):
-    assert JOINED[name] not in "\n".join(read_shared(name).splitlines())
-    assert JOINED[name] in clean_shared(name).text
+def test_paragraphs_of_a_real_file_are_joined(texts, name):
+    assert JOINED[name] not in "\n".join(read_real(texts, name).splitlines())
+    assert JOINED[name] in clean_real(texts, name).text
 
 
-@needs_shared_data
 @pytest.mark.parametrize("name", [name for name in SURVIVES if not name.startswith("books/")])
 @pytest.mark.parametrize("missing", ["start", "end"])
-def test_a_real_file_that_lost_one_marker_is_cleaned_all_the_same(name, missing):
-    raw = read_shared(name)
+def test_a_real_file_that_lost_one_marker_is_cleaned_all_the_same(texts, name, missing):
+    raw = read_real(texts, name)
     words = (
         ("START OF TH", "*END*THE SMALL PRINT")
         if missing == "start"
         else ("*END OF TH", "* END OF TH", "End of", "Ende dieses ")
     )
     damaged = "".join(line for line in raw.splitlines(keepends=True) if not any(word in line for word in words))
-    assert clean_gutenberg(damaged).text == clean_shared(name).text
+    assert clean_gutenberg(damaged).text == clean_real(texts, name).text

@@ -16,7 +16,7 @@ from datasets import table
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conftest import REPOSITORY, SHARED_DATA, needs_shared_data
+from conftest import REPOSITORY
 from partialtune import data
 from partialtune.builtin import builtin_folder
 from partialtune.data import prepare_data
@@ -111,10 +111,9 @@ def test_a_streamed_text_is_the_text_that_fits_into_memory(book, cleaning):
         assert small.text.endswith("A line that stands\n  by itself\n")
 
 
-@needs_shared_data
 @pytest.mark.parametrize("folder", ["books", "gulliver", "gutenberg_styles"])
-def test_every_style_of_book_is_cleaned_alike_whole_and_in_pieces(folder):
-    files = sorted((SHARED_DATA / folder).glob("*.txt"))[:8]
+def test_every_style_of_book_is_cleaned_alike_whole_and_in_pieces(texts, folder):
+    files = sorted((texts / folder).glob("*.txt"))[:8]
     assert files
     for file in files:
         decoded = decode_text(file.read_bytes(), file.name).text

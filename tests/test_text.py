@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from conftest import SHARED_DATA, needs_shared_data
+from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import TextError
 from partialtune.text.download import Download
 from partialtune.text.sources import load_text, read_texts
@@ -239,23 +239,17 @@ def test_a_dataset_that_does_not_exist_is_an_error(tmp_path, dataset):
         read_texts([f"hf:{tmp_path / 'none'}"])
 
 
-@needs_shared_data
-def test_raw_gulliver_has_the_tokens_of_the_notebook():
-    from transformers import GPT2Tokenizer
-
-    text = load_text(SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt", cleaning="none")
-    tokenizer = GPT2Tokenizer.from_pretrained(str(SHARED_DATA / "gpt2_tokenizer"))
-    assert len(tokenizer(text)["input_ids"]) == 158_345
+def test_raw_gulliver_has_the_tokens_of_the_notebook(texts):
+    text = load_text(texts / "gulliver" / "pg829_2025_utf8bom_crlf.txt", cleaning="none")
+    assert len(gpt2_tokenizer(texts)(text)["input_ids"]) == (11_445 if texts == EXCERPTS else 158_345)
 
 
-@needs_shared_data
-def test_the_german_latin1_text_is_read_right():
-    (text,) = read_texts([str(SHARED_DATA / "gutenberg_styles" / "2312-8.txt")])
+def test_the_german_latin1_text_is_read_right(texts):
+    (text,) = read_texts([str(texts / "gutenberg_styles" / "2312-8.txt")])
     assert "Hab ich den Markt und die Straßen doch nie so einsam gesehen!" in text.text
     assert (text.encoding, text.damaged) == ("cp1252", 0)
 
 
-@needs_shared_data
-def test_the_text_without_markers_is_left_as_it_is():
-    path = SHARED_DATA / "gulliver" / "829_no_markers.txt"
+def test_the_text_without_markers_is_left_as_it_is(texts):
+    path = texts / "gulliver" / "829_no_markers.txt"
     assert load_text(path) == path.read_bytes().decode("ascii")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from conftest import REPOSITORY, SHARED_DATA, needs_shared_data, tiny_gpt2
+from conftest import EXCERPTS, REPOSITORY, SOURCES, gpt2_tokenizer, tiny_gpt2
 from partialtune.cli import main
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.sources import read_texts
@@ -420,14 +420,13 @@ def gpt2_folder(tmp_path_factory):
     tensors |= {f"h.{block}.attn.bias": torch.tril(torch.ones(1, 1, 1024, 1024)) for block in range(12)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
-    GPT2Tokenizer.from_pretrained(SHARED_DATA / "gpt2_tokenizer").save_pretrained(folder)
+    gpt2_tokenizer(SOURCES[-1]).save_pretrained(folder)  # the whole one, where it is
     return folder
 
 
 @pytest.mark.slow
-@needs_shared_data
 def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_folder, tmp_path):
-    gulliver = SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt"
+    gulliver = SOURCES[-1] / "gulliver" / "pg829_2025_utf8bom_crlf.txt"
     small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no", "--eval_strategy", "no"]
     words = ["--model_name_or_path", str(gpt2_folder), "--text", str(gulliver), "--output_dir", str(tmp_path / "run")]
     # 1.5% held out and one prompt: what is scored before and after costs more than the two steps
@@ -445,12 +444,11 @@ def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_
     assert prompt["kl"] > 0
 
 
-@needs_shared_data
-def test_raw_gulliver_has_158_345_tokens_and_cleaned_132_881():
-    tokenizer = GPT2Tokenizer.from_pretrained(SHARED_DATA / "gpt2_tokenizer")
-    gulliver = str(SHARED_DATA / "gulliver" / "pg829_2025_utf8bom_crlf.txt")
+def test_raw_gulliver_has_158_345_tokens_and_cleaned_132_881(texts):
+    tokenizer = gpt2_tokenizer(texts)
+    gulliver = str(texts / "gulliver" / "pg829_2025_utf8bom_crlf.txt")
     counts = [len(tokenize_text(read_texts([gulliver], cleaning)[0].text, tokenizer)) for cleaning in ("none", "auto")]
-    assert counts == [158_345, 132_881]
+    assert counts == ([11_445, 9_833] if texts == EXCERPTS else [158_345, 132_881])
 
 
 def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_path, base, monkeypatch):
