@@ -15,6 +15,8 @@ from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.training.batches import collate_windows
 
+pytestmark = pytest.mark.contract
+
 
 def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_on_violation=True, **changes):
     """Train four steps with an audit and planted faults; returns audit.json."""

@@ -18,6 +18,8 @@ from partialtune.training.checkpoints import (
     rotate_checkpoints,
 )
 
+pytestmark = pytest.mark.contract
+
 
 def write_checkpoint(run, step, complete=True):
     folder = run / (ASIDE if complete else ".") / f"checkpoint-{step}"

@@ -180,6 +180,7 @@ def digest_of(folder):
     return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
 
+@pytest.mark.contract
 def test_a_push_brings_the_run_and_nothing_else_in_one_commit_and_a_second_push_makes_none(desk, run):
     first, second = desk.call(*[{"run": str(run), "repo_id": "me/gulliver", "private": True}] * 2)
     assert first["error"] is None

@@ -27,6 +27,8 @@ from partialtune.proof.weights import digests, named_weights
 from test_forecast import counted_in_a_real_step, small_gpt2, small_llama
 from test_modeling import rename_to_hub
 
+pytestmark = pytest.mark.contract
+
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 
 

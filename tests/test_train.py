@@ -19,6 +19,8 @@ from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
 from test_modeling import rename_to_hub
 
+pytestmark = pytest.mark.contract
+
 QUICKSTART = str(REPOSITORY / "recipes" / "quickstart.yaml")
 
 

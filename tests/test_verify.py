@@ -27,6 +27,8 @@ from partialtune.proof.verify import verify
 from partialtune.proof.weights import digests
 from test_modeling import rename_to_hub
 
+pytestmark = pytest.mark.contract
+
 MLP = "transformer.h.2.mlp.c_fc.weight"
 FIRST_NORM = "transformer.h.0.ln_1.weight"
 
