@@ -1,4 +1,4 @@
-"""pyproject.toml -> pip constraints that hold every dependency at the lowest version allowed: `numpy>=2.0` -> `numpy==2.0`.
+"""pyproject.toml -> pip constraints that hold every dependency at its floor: `numpy>=2.0` -> `numpy==2.0`.
 
 python3.11 .ci/lowest.py >constraints.txt
 """

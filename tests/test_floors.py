@@ -29,7 +29,7 @@ def test_a_dependency_without_a_floor_is_refused(text):
 
 
 def test_what_the_package_imports_from_outside_is_among_its_dependencies():
-    """An import that only comes along with another library has no floor of its own, and may go with its next version."""
+    """What only comes along with another library has no floor of its own and may go with its next version."""
     import ast
     import sys
 
