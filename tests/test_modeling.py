@@ -10,7 +10,8 @@ from transformers import GPT2Config
 
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError
-from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer, set_dropout
+from partialtune.model.dropout import set_dropout
+from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
 
 
 @pytest.fixture

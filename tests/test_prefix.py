@@ -4,12 +4,20 @@ import logging
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 
 from conftest import some_windows, tiny_gpt2
 from partialtune.errors import RecipeError
-from partialtune.fast.prefix import PrefixCache, modules_before_blocks, prefix_disagreement
-from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle, prefix_words
+from partialtune.fast.prefix import PrefixCache, modules_before_blocks, try_prefix
+from partialtune.fast.prefix_choice import PrefixPhase, Tried, Windows, choose_prefix, prefix_words, try_prefixes
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.training.batches import collate_windows
@@ -182,11 +190,11 @@ def test_what_comes_before_the_blocks_is_found_and_nothing_that_comes_after():
 
 def test_a_model_whose_later_blocks_look_back_is_found_out():
     model = tiny_gpt2().eval()
-    assert prefix_disagreement(model, 2, IDS[:1]) < 1e-6
+    assert try_prefix(model, 2, IDS[:1]).apart < 1e-6
     shortcut = {}
     model.transformer.h[0].register_forward_hook(lambda module, args, output: shortcut.update(first=output))
     model.transformer.h[2].register_forward_hook(lambda module, args, output: output + shortcut["first"])
-    assert prefix_disagreement(model, 2, IDS[:1]) > 1e-2
+    assert try_prefix(model, 2, IDS[:1]).apart > 1e-2
 
 
 def test_dropout_that_a_model_applies_by_itself_below_the_blocks_is_found_out():
@@ -200,7 +208,7 @@ def test_dropout_that_a_model_applies_by_itself_below_the_blocks_is_found_out():
 
     model = tiny_gpt2().eval()
     model.transformer.wte = Noisy(model.transformer.wte, model)
-    assert prefix_disagreement(model, 2, IDS[:1]) > 1e-2
+    assert try_prefix(model, 2, IDS[:1]).apart > 1e-2
 
 
 # --- whether to keep them ---
@@ -227,7 +235,7 @@ def test_auto_keeps_states_where_windows_come_again_and_fit():
         ("blocks[0]", {}, "transformer.h.0.ln_1.weight trains"),
         ("blocks[-1]", {"free_bytes": 2190}, "MB of memory can be spared"),
         ("blocks[-1]", {"windows": Windows(100, 10, 2, 50, None)}, "needs 100 passes of windows"),
-        ("blocks[-1]", {"obstacle": "window_sampling is random"}, "window_sampling is random"),
+        ("blocks[-1]", {"tried": {2: Tried("window_sampling is random")}}, "window_sampling is random"),
     ],
 )
 def test_auto_declines_and_says_why(trainable, changes, words):
@@ -255,18 +263,138 @@ def test_each_phase_is_decided_for_itself():
     assert "needs 90 passes" in second.reason  # 5 steps of 16, and the last evaluation
 
 
+def obstacle(sampling, args, model, plan):
+    """Of the only length of prefix that the plan has."""
+    (tried,) = try_prefixes(sampling, args, model, plan, some_windows()).values()
+    return tried.obstacle
+
+
 def test_an_obstacle_is_named_before_training(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
     model, plan = tiny_gpt2().eval(), plan_of("blocks[-1]")
-    assert "neftune" in prefix_obstacle("chunked", args, model, plan, some_windows())
+    assert "neftune" in obstacle("chunked", args, model, plan)
     args.neftune_noise_alpha = None
-    assert prefix_obstacle("chunked", args, model, plan, some_windows()) == ""
-    assert prefix_obstacle("random", args, model, plan, some_windows()) == "window_sampling is random"
+    assert obstacle("chunked", args, model, plan) == ""
+    assert obstacle("random", args, model, plan) == "window_sampling is random"
     routed = build("mixtral")
-    assert "router" in prefix_obstacle("chunked", args, routed, plan_freeze(routed, ["final_norm"]), some_windows())
+    assert "router" in obstacle("chunked", args, routed, plan_freeze(routed, ["final_norm"]))
     model.transformer.h[2].register_forward_hook(lambda module, args, output: output + model.seen)
     model.transformer.h[0].register_forward_hook(lambda module, args, output: setattr(model, "seen", output))
-    assert "later blocks use more" in prefix_obstacle("chunked", args, model, plan, some_windows())
+    assert "later blocks use more" in obstacle("chunked", args, model, plan)
+
+
+# --- models whose later blocks want more of the early ones than their states ---
+
+
+def gemma(kind, shared, **changes):
+    """A Gemma 3n or 4 of 5 blocks, of which the last `shared` use keys and values of earlier ones."""
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=shared,
+        layer_types=layer_types,
+        max_position_embeddings=64,
+        sliding_window=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def gemma4(shared=2):
+    return gemma("gemma4_text", shared, global_head_dim=16)
+
+
+def gemma3n(shared=2):
+    return gemma("gemma3n_text", shared, laurel_rank=4, activation_sparsity_pattern=None)
+
+
+def tried_on(tmp_path, model, trainable, schedule=()):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    return try_prefixes("chunked", args, model, plan_freeze(model, trainable, schedule=schedule), some_windows())
+
+
+def test_shared_keys_and_values_are_an_obstacle_in_words(tmp_path):
+    (tried,) = tried_on(tmp_path, gemma4(), ["blocks[-1]"]).values()
+    assert "Gemma4ForCausalLM: a pass that starts from the states behind 4 blocks fails (KeyError" in tried.obstacle
+    (fits,) = tried_on(tmp_path, gemma4(shared=0), ["blocks[-1]"]).values()
+    assert fits == Tried("", width=32)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_states_of_another_shape_are_an_obstacle_in_words(tmp_path, shared):
+    (tried,) = tried_on(tmp_path, gemma3n(shared), ["blocks[-1]"]).values()
+    assert "its blocks give float32 (4, 1, 16, 32), where states (1, 16, width) are kept" in tried.obstacle
+
+
+LATER = [{"from_step": 4, "trainable": ["blocks[-1]"]}]
+
+
+def test_every_length_of_prefix_is_tried_and_each_phase_keeps_what_agrees(tmp_path):
+    """Behind all blocks nothing is looked up; behind 4 of 5 the last block looks for keys of a block left out."""
+    model = gemma4()
+    tried = tried_on(tmp_path, model, ["final_norm"], LATER)
+    assert list(tried) == [5, 4]
+    assert tried[5] == Tried("", width=32)
+    assert "KeyError" in tried[4].obstacle
+    plan = plan_freeze(model, ["final_norm"], schedule=LATER)
+    first, second = choose_prefix("memory", plan, MANY, 10, 10**6, tried)
+    assert (first.blocks, second.blocks) == (5, 0)
+    assert "from step 4: not kept: Gemma4ForCausalLM" in prefix_words([first, second])
+    kept = run(tmp_path / "kept", gemma4(), ["final_norm"], [first, second], schedule=LATER, fast_paths=())
+    plain = run(tmp_path / "plain", gemma4(), ["final_norm"], schedule=LATER, fast_paths=())
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+    assert largest_difference(kept, plain) < 1e-6
+
+
+def test_memory_is_an_error_in_words_where_the_models_pass_fails(tmp_path):
+    model = gemma4()
+    tried = tried_on(tmp_path, model, ["blocks[-1]"])
+    with pytest.raises(RecipeError, match="memory is impossible here: Gemma4ForCausalLM: a pass that starts from"):
+        choose_prefix("memory", plan_freeze(model, ["blocks[-1]"]), MANY, 10, 10**6, tried)
+
+
+def test_what_a_model_keeps_of_its_last_pass_does_not_pass_for_states():
+    """Its last block uses what its first one saw: of the same tokens in a trial, of other ones in training."""
+    model = tiny_gpt2(embd_pdrop=0, resid_pdrop=0, attn_pdrop=0).eval()
+    seen = {}
+    model.transformer.h[0].ln_1.register_forward_hook(lambda module, args, output: seen.update(first=output))
+    model.transformer.h[2].ln_1.register_forward_hook(lambda module, args, output: output + seen["first"])
+    assert try_prefix(model, 2, IDS[:1]).apart > 1e-2
+
+
+@pytest.mark.parametrize("error", [KeyError("keys"), IndexError("list index"), AssertionError(), ValueError("shape")])
+def test_whatever_the_models_own_code_raises_is_an_obstacle(tmp_path, error):
+    model = tiny_gpt2().eval()
+    original, calls = model.transformer.h[2].forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:  # the passes that are whole
+            raise error
+        return original(*args, **kwargs)
+
+    model.transformer.h[2].forward = forward
+    (tried,) = tried_on(tmp_path, model, ["blocks[-1]"]).values()
+    assert f"fails ({type(error).__name__}" in tried.obstacle
+
+
+def test_a_mistake_of_our_own_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.delattr(PrefixCache, "_as_block_gives")  # what the stand-ins of the blocks call
+    with pytest.raises(AttributeError, match="_as_block_gives"):
+        tried_on(tmp_path, tiny_gpt2().eval(), ["blocks[-1]"])
 
 
 def test_fast_paths_are_off_where_the_recipe_says_so(tmp_path, caplog):

@@ -37,6 +37,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.cost.forecast import forecast, forecast_table
         from partialtune.freeze.methods import plan_before_text
         from partialtune.freeze.table import plan_table
+        from partialtune.model.dropout import stop_layer_drop
         from partialtune.model.loading import empty_model, load_config, quiet_libraries
         from partialtune.recipe.reading import read_recipe
 
@@ -45,6 +46,8 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     model = empty_model(config, base.trust_remote_code)
+    if switched_off := stop_layer_drop(model):
+        logger.warning(switched_off)
     plan = plan_before_text(model, recipe.freeze)
     said = recipe.training
     try:

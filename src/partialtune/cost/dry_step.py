@@ -23,6 +23,7 @@ from partialtune.fast.head_loss import rows_at_once
 from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.dropout import stop_layer_drop
 from partialtune.model.structure import read_structure
 from partialtune.training.activation_checkpointing import recompute_from
 
@@ -102,6 +103,7 @@ def _dry_step(
 ) -> Cost:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     twin = without_values(model, fake)
+    stop_layer_drop(twin)  # apply_plan does it too, and says so, which belongs to a run
     apply_plan(twin, plan)
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})

@@ -7,18 +7,23 @@ between blocks are its own, and no architecture is written a second time.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import nn
 
-from partialtune.errors import ModelError
+from partialtune.errors import ModelError, PartialtuneError
 from partialtune.fast.shared_memory import of_this_node, shared_tensor
+from partialtune.model.dropout import no_layer_drop
 from partialtune.model.modes import evaluating
 from partialtune.model.structure import read_structure
 from partialtune.progress import progress_bar
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class _Reached(Exception):
@@ -46,6 +51,7 @@ class PrefixCache:
         self._tail: tuple[None, ...] | None = None  # what a block gives beside its states; None where not a tuple
         self._wide: torch.dtype = torch.float32
         self._given: torch.Tensor | None = None
+        self.width = 0  # values of one token's state, known once there is one
         self.states: torch.Tensor | None = None
 
     def fill(self, windows: Sequence[Dataset], batch_size: int, autocast_dtype: torch.dtype | None = None) -> None:
@@ -112,7 +118,11 @@ class PrefixCache:
             self._given = None
 
     def states_of(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What the last of the blocks gives for `input_ids` (B, T): (B, T, D). Nothing behind it is computed."""
+        """What the last of the blocks gives for `input_ids` (B, T): (B, T, D). Nothing behind it is computed.
+
+        Raises:
+            ModelError: If the blocks give anything else, or more, to those behind them.
+        """
         with evaluating(self._model):
             output = _output_of(self.blocks[-1], self._model, input_ids)
         if isinstance(output, tuple):
@@ -122,7 +132,17 @@ class PrefixCache:
                     f"the frozen ones cannot be left out. Say prefix_cache: off."
                 )
             self._tail, output = output[1:], output[0]
-        self._wide = output.dtype
+        self._wide, self.width = self._checked(output, input_ids).dtype, output.shape[-1]
+        return output
+
+    def _checked(self, output: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        """Gemma 3n's blocks give (4, B, T, D): four streams of which the windows of a batch are not the first axis."""
+        name, wanted = type(self._model).__name__, f"({', '.join(map(str, input_ids.shape))}, width)"
+        if not isinstance(output, torch.Tensor):
+            raise ModelError(f"{name}: its blocks give a {type(output).__name__}, where states {wanted} are kept.")
+        if output.dim() != 3 or output.shape[:2] != input_ids.shape or not output.is_floating_point():
+            kind = str(output.dtype).removeprefix("torch.")
+            raise ModelError(f"{name}: its blocks give {kind} {tuple(output.shape)}, where states {wanted} are kept.")
         return output
 
     def _stand_in(self, plain: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,6 +152,8 @@ class PrefixCache:
         return forward
 
     def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and "hidden_states" not in kwargs:
+            raise ModelError(f"{type(self._model).__name__}: it does not call its blocks with `hidden_states`.")
         return self._as_block_gives(args[0] if args else kwargs["hidden_states"])
 
     def _give(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,38 +163,68 @@ class PrefixCache:
         return states if self._tail is None else (states, *self._tail)
 
 
-def prefix_disagreement(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> float:
-    """How far a pass that starts from kept states is from a whole one, at the head's input: ||difference|| / ||whole||.
+class Trial(NamedTuple):
+    """What came of starting one pass from kept states.
 
-    Both run in train mode but for the prefix, from the same seed. It is 0 where the frozen blocks give all that later
-    ones use and draw nothing at random; their numbers are computed once more, by the same operations.
+    Attributes:
+        apart: How far it is from a whole one at the head's input: ||difference|| / ||whole||.
+        width: Values of the state of one token.
+    """
+
+    apart: float
+    width: int
+
+
+def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
+    """Compare a pass that starts from kept states with a whole one.
+
+    Both run in train mode but for the prefix, from the same seed. They agree where the frozen blocks give all that
+    later ones use and draw nothing at random; the numbers of the later blocks are computed once more, by the same
+    operations. Between the two the model sees other tokens, so that nothing fits which it keeps of its last pass.
 
     Args:
         model: A causal language model; it gets every module's mode back.
         blocks: Number of frozen blocks.
         input_ids: int64 (1, T).
+
+    Raises:
+        ModelError: If the states cannot be kept, or the model's forward pass fails on one of the ways, in words.
     """
     cache = PrefixCache(model, blocks, torch.float32)
     early = modules_before_blocks(model, input_ids)
     cache.states = cache.states_of(input_ids)
-    with evaluating(model), torch.random.fork_rng():
+    with evaluating(model), no_layer_drop(model), torch.random.fork_rng():
         model.train()
         for module in [*cache.blocks, *map(model.get_submodule, early)]:
             module.eval()
         whole = _head_input(model, input_ids)
+        _head_input(model, input_ids.flip(1))
         cache.install()
         try:
             with cache.giving(torch.zeros(1, dtype=torch.long)):
-                short = _head_input(model, input_ids)
+                short = _head_input(model, input_ids, f"a pass that starts from the states behind {blocks} blocks")
         finally:
             cache.remove()
-    return float((short - whole).norm() / whole.norm())
+    if short.shape != whole.shape:
+        return Trial(float("inf"), cache.width)
+    return Trial(float((short - whole).norm() / whole.norm()), cache.width)
 
 
-def _head_input(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    torch.manual_seed(0)
+def _head_input(model: nn.Module, input_ids: torch.Tensor, what: str = "its forward pass") -> torch.Tensor:
     head = model.get_output_embeddings()
-    return _reach(model, input_ids, lambda stop: head.register_forward_pre_hook(lambda _head, args: stop(args[0])))
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__}: it names no head (get_output_embeddings), so nothing can be compared."
+        )
+
+    def hook(stop: Callable[[Any], None]) -> Any:
+        def before(_head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            stop(args[0] if args else next(iter(kwargs.values())))
+
+        return head.register_forward_pre_hook(before, with_kwargs=True)
+
+    torch.manual_seed(0)
+    return _reach(model, input_ids, hook, what)
 
 
 def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str]:
@@ -203,8 +255,18 @@ def _output_of(module: nn.Module, model: nn.Module, input_ids: torch.Tensor) -> 
     return _reach(model, input_ids, lambda stop: module.register_forward_hook(lambda _module, _args, out: stop(out)))
 
 
-def _reach(model: nn.Module, input_ids: torch.Tensor, hook: Callable[[Callable[[Any], None]], Any]) -> Any:
-    """What a hook of the model is called with in a forward pass over `input_ids` (B, T), which ends there."""
+def _reach(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    hook: Callable[[Callable[[Any], None]], Any],
+    what: str = "its forward pass",
+) -> Any:
+    """What a hook of the model is called with in a forward pass over `input_ids` (B, T), which ends there.
+
+    Raises:
+        ModelError: If the model raises anything in it, or calls the hook's module never. Errors of this package's own
+            code, which runs inside the pass, are raised as they are.
+    """
     found: list[Any] = []
 
     def stop(value: Any) -> None:
@@ -216,6 +278,19 @@ def _reach(model: nn.Module, input_ids: torch.Tensor, hook: Callable[[Callable[[
         model(input_ids=input_ids, use_cache=False)
     except _Reached:
         return found[0]
+    except PartialtuneError:
+        raise
+    except Exception as error:  # a model may raise anything: KeyError, RuntimeError, an assertion
+        if _is_ours(error):
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise ModelError(f"{type(model).__name__}: {what} fails ({type(error).__name__}: {words}).") from error
     finally:
         handle.remove()
     raise ModelError(f"{type(model).__name__}: its forward pass calls no module for a block, or none for its head.")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the error was raised by this package's code, not by the model's."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)

@@ -1,6 +1,6 @@
 """`prefix_cache`: is there a frozen prefix, does keeping its states pay and fit -> what each phase does, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.errors import ModelError, RecipeError
-from partialtune.fast.prefix import prefix_disagreement
+from partialtune.fast.prefix import try_prefix
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.launch import shards_parameters
 
@@ -66,8 +66,26 @@ class Windows:
         return (end - first_step) * self.a_step + evaluations * self.held_out
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A frozen prefix of one length, tried.
+
+    Attributes:
+        obstacle: What forbids to keep its states, in words; empty if nothing does.
+        width: Values of the state of one token, 0 where that is not known.
+    """
+
+    obstacle: str
+    width: int = 0
+
+
 def choose_prefix(
-    wanted: str, plan: FreezePlan, windows: Windows, window_bytes: int, free_bytes: int, obstacle: str = ""
+    wanted: str,
+    plan: FreezePlan,
+    windows: Windows,
+    window_bytes: int,
+    free_bytes: int,
+    tried: Mapping[int, Tried] | None = None,
 ) -> list[PrefixPhase]:
     """What each phase does.
 
@@ -77,7 +95,7 @@ def choose_prefix(
         windows: Of the run.
         window_bytes: States of one window.
         free_bytes: Memory that is free on this node.
-        obstacle: What forbids it in this run, in words; empty if nothing does.
+        tried: What came of each length of prefix that a phase has, by blocks; an absent one has no obstacle.
 
     Raises:
         RecipeError: If `memory` is wanted and cannot be had.
@@ -89,7 +107,8 @@ def choose_prefix(
     chosen = []
     for phase, end in zip(plan.phases, ends, strict=True):
         needed = windows.needed(phase.from_step, end)
-        why_not = obstacle or _nothing_frozen(phase) or _does_not_fit(size, free_bytes, wanted)
+        obstacle = tried[phase.first_block].obstacle if tried and phase.first_block in tried else ""
+        why_not = _nothing_frozen(phase) or obstacle or _does_not_fit(size, free_bytes, wanted)
         why_not = why_not or ("" if wanted == "memory" else _does_not_pay(needed, windows.kept))
         reason = (
             why_not or f"{needed:,} passes of windows through {phase.first_block} frozen blocks become {windows.kept:,}"
@@ -118,10 +137,13 @@ def _does_not_pay(needed: int, kept: int) -> str:
     return f"the run needs {needed:,} passes of windows, and keeping their states takes {kept:,} beforehand"
 
 
-def prefix_obstacle(
+def try_prefixes(
     sampling: str, args: TrainingArguments, model: PreTrainedModel, plan: FreezePlan, windows: Dataset
-) -> str:
-    """What forbids to keep a frozen prefix in this run, in words; empty if nothing does.
+) -> dict[int, Tried]:
+    """Whether the frozen prefix of each phase can be kept: its length in blocks -> what came of it.
+
+    Every length is tried, before training: a shorter prefix may hold less than what later blocks use, though a longer
+    one holds it all. Where the model's forward pass fails on the way, that is the obstacle, and no error.
 
     Args:
         sampling: The recipe's `window_sampling`.
@@ -130,6 +152,14 @@ def prefix_obstacle(
         plan: Not applied yet.
         windows: Training windows; the first one is tried.
     """
+    lengths = sorted({phase.first_block for phase in plan.phases} - {0}, reverse=True)
+    if obstacle := _obstacle_of_the_run(sampling, args, model):
+        return dict.fromkeys(lengths, Tried(obstacle))
+    row = torch.as_tensor(windows[0]["input_ids"], dtype=torch.long, device=model.device)
+    return {blocks: _tried(model, blocks, row[None]) for blocks in lengths}
+
+
+def _obstacle_of_the_run(sampling: str, args: TrainingArguments, model: PreTrainedModel) -> str:
     if sampling == "random":
         return "window_sampling is random"
     if args.neftune_noise_alpha is not None:
@@ -140,17 +170,17 @@ def prefix_obstacle(
         return "FSDP shards the frozen blocks"
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return "the loss has a term of every block's router (output_router_logits)"
-    blocks = max(phase.first_block for phase in plan.phases)
-    if blocks == 0:
-        return ""
-    row = torch.as_tensor(windows[0]["input_ids"], dtype=torch.long, device=model.device)
+    return ""
+
+
+def _tried(model: PreTrainedModel, blocks: int, input_ids: torch.Tensor) -> Tried:
     try:
-        apart = prefix_disagreement(model, blocks, row[None])
+        trial = try_prefix(model, blocks, input_ids)
     except ModelError as error:
-        return str(error)
-    return (
-        "" if apart <= AGREEMENT else f"later blocks use more than the states of the last frozen one ({apart:.1e} off)"
-    )
+        return Tried(str(error).rstrip("."))
+    if trial.apart <= AGREEMENT:
+        return Tried("", trial.width)
+    return Tried(f"later blocks use more than the states of the last frozen one ({trial.apart:.1e} off)", trial.width)
 
 
 def prefix_words(phases: Sequence[PrefixPhase]) -> str:

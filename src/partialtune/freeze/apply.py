@@ -1,5 +1,6 @@
 """A freeze plan carried out: the only place that unties a head, adds adapters, sets `requires_grad` or eval mode."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from types import MethodType
 
@@ -8,14 +9,18 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.dropout import stop_layer_drop
 from partialtune.proof.weights import named_weights
+
+logger = logging.getLogger(__name__)
 
 
 def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     """Untie the head or add adapters where the plan says so; set `requires_grad` for all that any phase trains.
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
-    below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent.
+    below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent. LayerDrop is
+    switched off: no block is left out of a step.
 
     Raises:
         RecipeError: If the plan was made for another model.
@@ -31,6 +36,8 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
             f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
             f"{strangers[0]} first. Make a plan for this model with plan_freeze."
         )
+    if switched_off := stop_layer_drop(model):
+        logger.warning(switched_off)
     model.train = MethodType(train_what_is_trainable, model)
     let_learn(model, plan.trainable)
 
@@ -80,10 +87,16 @@ def modules_without_trainables(model: nn.Module) -> Iterator[str]:
 
 
 def train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
-    """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode."""
+    """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode.
+
+    But for token embeddings that Trainer has told to add noise (NEFTune): its hook goes by their own mode, and a table
+    does nothing else by it.
+    """
     type(self).train(self, mode)
     if mode:
         for path in self._modules_kept_in_eval:
             module = self.get_submodule(path)
             type(module).train(module, False)
+            for noisy in (inner for inner in module.modules() if hasattr(inner, "neftune_noise_alpha")):
+                noisy.training = True
     return self

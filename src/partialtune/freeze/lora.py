@@ -24,7 +24,7 @@ from partialtune.freeze.plan import FreezePlan, Phase, PlannedParameter
 from partialtune.model.grammar import parse_selector
 from partialtune.model.loading import model_location
 from partialtune.model.selectors import resolve_selectors
-from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure
+from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure, with_fixed
 
 ADAPTER = "default"  # peft's name for the only one
 IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensors`
@@ -68,7 +68,7 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
         RecipeError: If a selector chooses no matrix in a block.
     """
     selectors = [trainable] if isinstance(trainable, str) else list(trainable)
-    structure = read_structure(model)
+    structure = with_fixed(read_structure(model), model)
     chosen = {
         module: selector
         for name, selector in resolve_selectors(structure, selectors).items()
@@ -119,7 +119,8 @@ def _with_adapters(
     """Every parameter as it is, and after those of an adapted module the adapter's two matrices."""
     infos = structure.parameters
     for info, following in zip(infos, [*infos[1:], None], strict=True):
-        yield PlannedParameter(info.name, info.shape, info.numel, info.block, info.component)
+        fixed = info.name in structure.fixed
+        yield PlannedParameter(info.name, info.shape, info.numel, info.block, info.component, fixed=fixed)
         path = info.name.rpartition(".")[0]
         if path in chosen and (following is None or following.name.rpartition(".")[0] != path):
             inputs, outputs = _width(model.get_submodule(path))

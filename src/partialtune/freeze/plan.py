@@ -9,7 +9,7 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.schedules import read_schedule
 from partialtune.model.selectors import resolve_selectors
-from partialtune.model.structure import ModelStructure, read_structure
+from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
 if TYPE_CHECKING:
     from partialtune.freeze.lora import Adapter
@@ -30,6 +30,7 @@ class PlannedParameter:
         selector: The selector that chose it, None where it is frozen.
         from_step: First step of the phase that adds it, None where it is frozen.
         learning_rate: What that phase says, None where the recipe's holds.
+        fixed: Whether the model's own code never trains it, so that no selector adds it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PlannedParameter:
     selector: str | None = None
     from_step: int | None = None
     learning_rate: float | None = None
+    fixed: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -114,6 +116,11 @@ class FreezePlan:
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
 
     @property
+    def fixed(self) -> list[str]:
+        """Names of the frozen parameters that the model's own code never trains: no selector adds them."""
+        return [parameter.name for parameter in self.parameters if parameter.fixed]
+
+    @property
     def backward_from(self) -> str:
         """First trainable parameter in forward order: backward stops there, in the last phase."""
         return self.phases[-1].backward_from
@@ -145,6 +152,7 @@ class FreezePlan:
             "head": self.head,
             "selectors": list(self.selectors),
             "ties": [list(pair) for pair in self.ties],
+            "fixed": self.fixed,
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -182,7 +190,8 @@ def plan_freeze(
     Args:
         model: A causal language model.
         trainable: Selectors, read from left to right: `embeddings`, `blocks[-2:]`, `final_norm`, `head`, `all`,
-            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0.
+            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0. What the model's own
+            code never trains (sinusoidal tables, biases of routers) stays frozen under all of them.
         head: `untied` gives the head a matrix of its own where the model ties it to the token embedding.
         schedule: Later phases, `{"from_step": 40, "trainable": [...], "learning_rate": 1e-5}`: each adds to what
             trains; in its list `!selector` takes away from what that list adds.
@@ -191,14 +200,14 @@ def plan_freeze(
         The plan; `apply_plan` carries it out.
 
     Raises:
-        RecipeError: If a selector matches nothing, contradicts a tie, or nothing is left to train; if a phase adds
-            nothing or is wrong in itself.
+        RecipeError: If a selector matches nothing that can train, contradicts a tie, or nothing is left to train; if a
+            phase adds nothing or is wrong in itself.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
     first = [trainable] if isinstance(trainable, str) else list(trainable)
     additions = _additions(first, schedule)
-    structure = read_structure(model, head=head)
+    structure = with_fixed(read_structure(model, head=head), model)
     unties = head == "untied" and structure.total != read_structure(model).total
     learning = _what_learns(structure, additions)
     parameters = tuple(
@@ -208,6 +217,7 @@ def plan_freeze(
             numel=info.numel,
             block=info.block,
             component=info.component,
+            fixed=info.name in structure.fixed,
             **learning.get(info.name, {}),
         )
         for info in structure.parameters

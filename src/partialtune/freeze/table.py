@@ -15,11 +15,11 @@ def plan_summary(plan: FreezePlan) -> str:
 
 
 def plan_table(plan: FreezePlan) -> str:
-    """What trains by selector and by place, the ties, and where backward stops."""
+    """What trains by selector and by place, the ties, what the model keeps fixed, and where backward stops."""
     parts = [f"{plan.model_name}: {plan_summary(plan)}", _selector_rows(plan), _place_rows(plan)]
     if len(plan.phases) > 1:
         parts.append(_phase_rows(plan))
-    return "\n\n".join([*parts, "\n".join([*_tie_lines(plan), _backward_line(plan)])])
+    return "\n\n".join([*parts, "\n".join([*_tie_and_fixed_lines(plan), _backward_line(plan)])])
 
 
 def _selector_rows(plan: FreezePlan) -> str:
@@ -71,10 +71,15 @@ def _phase_rows(plan: FreezePlan) -> str:
     return columns(rows)
 
 
-def _tie_lines(plan: FreezePlan) -> list[str]:
+def _tie_and_fixed_lines(plan: FreezePlan) -> list[str]:
     lines = [f"tied: {first} is {second}, one tensor" for first, second in plan.ties]
     if plan.head == "untied":
         lines.append("untied: the head gets a matrix of its own, a copy of the token embedding")
+    fixed = [parameter for parameter in plan.parameters if parameter.fixed]
+    if fixed:
+        names = fixed[0].name if len(fixed) == 1 else f"{len(fixed)} parameters, {fixed[0].name} first"
+        values = sum(parameter.numel for parameter in fixed)
+        lines.append(f"fixed by the model's own code, frozen under any selector: {names} ({values:,} values)")
     return lines
 
 

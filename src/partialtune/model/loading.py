@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from partialtune.builtin import builtin_folder
 from partialtune.delta import is_delta
 from partialtune.errors import ModelError
+from partialtune.model.dropout import set_dropout
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -65,7 +66,8 @@ def load_config(
     if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
     if dropout != "model":
-        set_dropout(config, float(dropout))
+        with _loading(name, revision):
+            set_dropout(config, float(dropout))
     config.name_or_path = name  # what messages call it: not the folder of a bundled model
     config._commit_hash = hub_commit(name, revision)  # transformers 5.23 knows it while it loads, and keeps it no more
     return config
@@ -78,14 +80,6 @@ def hub_commit(name: str, revision: str = "main") -> str | None:
         return None
     file = try_to_load_from_cache(location, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None
-
-
-def set_dropout(config: PretrainedConfig, share: float) -> None:
-    """Put `share` on every dropout of `config`: each numeric field whose name speaks of dropping."""
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for key, value in part.to_dict().items():
-            if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
-                setattr(part, key, share)
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Selectors applied: a model's structure and a list like ["blocks[-2:]", "!biases"] -> names of what trains.
 
 The grammar is at the head of grammar.py. A tied parameter answers to every one of its names: adding any of them adds
-it, removing any removes it.
+it, removing any removes it. What the model's own code keeps fixed is added by none.
 """
 
 import difflib
@@ -43,7 +43,7 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
 
     Raises:
         RecipeError: With all problems at once: selectors that cannot be read, are out of range, match no parameter
-            or contradict each other about a tied one. Also if nothing at all is left to train.
+            or only fixed ones, or contradict each other about a tied one. Also if nothing at all is left to train.
     """
     texts = [selectors] if isinstance(selectors, str) else list(selectors)
     if not texts and not allow_empty:
@@ -87,7 +87,17 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
     }
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
-    return matches
+    if selector.removes:
+        return matches
+    added = {name: names for name, names in matches.items() if name not in structure.fixed}
+    if not added:
+        first, count = next(iter(matches)), len(matches)
+        raise RecipeError(
+            f"{selector.text} chooses only what {structure.model_name} keeps fixed itself, "
+            f"{first if count == 1 else f'{count} parameters, {first} first'}: its code makes such tables and biases "
+            f"without requires_grad, and they never train. Take {selector.text} out."
+        )
+    return added
 
 
 def _is_match(selector: Selector, blocks: set[int], info: ParameterInfo, place: Place) -> bool:

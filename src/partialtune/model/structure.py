@@ -3,6 +3,7 @@
 Only the module tree is read: the model is not run, not changed, and may lie on the meta device.
 """
 
+import copy
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.layout import Layout, Place
@@ -41,6 +43,7 @@ class ModelStructure:
     blocks_path: str  # block 3 is the module f"{blocks_path}.3"
     block_count: int
     parameters: tuple[ParameterInfo, ...]
+    fixed: frozenset[str] = frozenset()  # first names of those that no selector adds, see `with_fixed`
 
     @cached_property
     def ties(self) -> list[tuple[str, str]]:
@@ -100,6 +103,35 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
         block_count=layout.block_count,
         parameters=tuple(_describe(tensor, places, layout.block_count) for tensor, places in tensors.values()),
     )
+
+
+def with_fixed(structure: ModelStructure, model: nn.Module) -> ModelStructure:
+    """The structure, with what the model's own code never trains: sinusoidal tables, biases of routers, ...
+
+    Such code makes a parameter without `requires_grad`. The model itself does not tell: `from_pretrained` lets every
+    parameter require gradients, and its user may have frozen anything by hand. So its class is built once more from its
+    config on the meta device, without weights (0.02 to 0.04 s), and its flags are those of a new model.
+
+    Args:
+        structure: Of `model`, by `read_structure`.
+        model: As for `read_structure`. Nothing is known of what is no `PreTrainedModel`: then nothing is fixed.
+    """
+    model = getattr(model, "_orig_mod", model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(model, PreTrainedModel):
+        return structure
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            new = type(model)(copy.deepcopy(model.config))
+    except Exception as error:  # noqa: BLE001 - a class of the user's own that needs more than a config raises anything
+        logger.warning(
+            "%s cannot be built from its config alone (%s: %s): what its code keeps fixed is not known, and counts as "
+            "any other parameter.",
+            *(type(model).__name__, type(error).__name__, error),
+        )
+        return structure
+    names = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
+    return replace(structure, fixed=frozenset(structure.by_name[n].name for n in names if n in structure.by_name))
 
 
 def _describe(tensor: nn.Parameter, places: list[Place], block_count: int) -> ParameterInfo:

@@ -102,7 +102,7 @@ def _ordered(
     members: dict[tuple[int | None, str | None], list[PlannedParameter]] = {}
     for parameter in probe.plan.parameters:
         place = place_of(parameter)
-        if place is not None:
+        if place is not None and not parameter.fixed:  # no selector adds it
             members.setdefault(place, []).append(parameter)
     entries = [_ranked(probe, *place, parameters) for place, parameters in members.items()]
     return tuple(sorted(entries, key=lambda entry: -1 if entry.ratio is None else entry.ratio, reverse=True))

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.data import RunData
-from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, prefix_obstacle
+from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, try_prefixes
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
 from partialtune.recipe.reading import Recipe
@@ -34,9 +34,11 @@ def prefix_phases(
         steps=run_length(args, len(data.train)),
         eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
     )
-    obstacle = prefix_obstacle(recipe.text.window_sampling, args, model, plan, data.train)
-    size = recipe.text.block_size * model.config.get_text_config().hidden_size * (2 if args.bf16 or args.fp16 else 4)
-    return choose_prefix(recipe.speed.prefix_cache, plan, windows, size, free_memory(), obstacle)
+    wanted = recipe.speed.prefix_cache
+    tried = {} if wanted == "off" else try_prefixes(recipe.text.window_sampling, args, model, plan, data.train)
+    width = max((one.width for one in tried.values()), default=0)
+    size = recipe.text.block_size * width * (2 if args.bf16 or args.fp16 else 4)
+    return choose_prefix(wanted, plan, windows, size, free_memory(), tried)
 
 
 def make_trainer(
