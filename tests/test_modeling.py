@@ -10,7 +10,7 @@ from transformers import GPT2Config
 
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError
-from partialtune.model.dropout import set_dropout
+from partialtune.model.dropout import is_dropout, set_dropout
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
 
 
@@ -68,8 +68,32 @@ def test_dropout_reaches_other_architectures_by_the_names_of_their_fields():
     opt, llama = OPTConfig(), LlamaConfig()
     set_dropout(opt, 0.25)
     set_dropout(llama, 0.25)
-    assert (opt.dropout, opt.attention_dropout, opt.layerdrop) == (0.25, 0.25, 0.25)
+    assert (opt.dropout, opt.attention_dropout, opt.layerdrop) == (0.25, 0.25, 0.0)
     assert llama.attention_dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        *((key, True) for key in ("dropout", "attn_pdrop", "hidden_dropout_prob", "drop_rate", "attn_drop_rate")),
+        *((key, False) for key in ("layerdrop", "decoder_layerdrop", "layer_drop", "drop_path_rate", "path_dropout")),
+        *((key, False) for key in ("drop_connect_rate", "token_dropout", "moe_token_dropout", "fusion_droppath")),
+        *((key, False) for key in ("normalize_router_prob_before_dropping", "drop_vision_last_layer")),
+    ],
+)
+def test_a_dropout_is_known_by_its_name_and_what_drops_layers_paths_or_tokens_is_none(key, expected):
+    assert is_dropout(key) is expected
+
+
+def test_dropout_reaches_a_config_within_the_config_and_is_refused_where_its_type_forbids_it():
+    from transformers import DbrxConfig, MptConfig
+
+    dbrx, mpt = DbrxConfig(), MptConfig()
+    set_dropout(dbrx, 0.25)
+    assert (dbrx.resid_pdrop, dbrx.attn_config.attn_pdrop) == (0.25, 0.25)
+    set_dropout(mpt, 0)
+    with pytest.raises(ModelError, match=r"dropout is 0\.25, and attn_pdrop of MptAttentionConfig takes no such value"):
+        set_dropout(mpt, 0.25)
 
 
 def test_the_empty_model_has_shapes_and_ties_but_no_weights(folder):

@@ -20,6 +20,7 @@ from partialtune.fast.prefix import PrefixCache, modules_before_blocks, try_pref
 from partialtune.fast.prefix_choice import PrefixPhase, Tried, Windows, choose_prefix, prefix_words, try_prefixes
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
+from partialtune.model.dropout import set_dropout
 from partialtune.training.batches import collate_windows
 from partialtune.training.trainer import PartialTrainer
 from test_no_logits import IDS, build
@@ -209,6 +210,66 @@ def test_dropout_that_a_model_applies_by_itself_below_the_blocks_is_found_out():
     model = tiny_gpt2().eval()
     model.transformer.wte = Noisy(model.transformer.wte, model)
     assert try_prefix(model, 2, IDS[:1]).apart > 1e-2
+
+
+# --- blocks that are left out at random ---
+
+LAYER_DROP = {  # model type -> (what its config says beyond the usual words, the key of its LayerDrop)
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, "layerdrop"),
+    "xglm": ({"d_model": 32, "num_layers": 3, "attention_heads": 2, "ffn_dim": 48}, "layerdrop"),
+    "bart": (
+        {"d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 48},
+        "decoder_layerdrop",
+    ),
+    "biogpt": ({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "layerdrop"),
+}
+
+
+def with_layer_drop(kind, share, dropout=0.0):
+    says, key = LAYER_DROP[kind]
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=0,
+        **{"eos_token_id": 2, key: share, **says},
+    )
+    set_dropout(config, dropout)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", LAYER_DROP)
+def test_no_block_is_left_out_under_a_plan_and_the_saved_config_keeps_the_share(tmp_path, kind, caplog):
+    """At a share of 1 every block is left out of every step: without a gradient where one block alone trains."""
+    settings = {"trainable": ["blocks[-1]"], "fast_paths": (), "max_steps": 4}
+    kept = run(tmp_path / "kept", with_layer_drop(kind, 1.0), prefix=kept_from_start(2), **settings)
+    assert "LayerDrop is off" in caplog.text
+    assert "layerdrop 1)" in caplog.text
+    plain = run(tmp_path / "plain", with_layer_drop(kind, 1.0), **settings)
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+    assert largest_difference(kept, plain) < 1e-6
+    kept.save_model(str(tmp_path / "saved"))
+    assert getattr(AutoConfig.from_pretrained(tmp_path / "saved"), LAYER_DROP[kind][1]) == 1.0
+
+
+def test_dropout_leaves_layer_drop_alone_so_that_a_prefix_can_be_kept(tmp_path):
+    model = with_layer_drop("opt", 0.0, dropout=0.05)
+    assert (model.config.dropout, model.config.layerdrop) == (0.05, 0.0)
+    kept = run(tmp_path / "kept", with_layer_drop("opt", 0.5, 0.05), ["blocks[-1]"], kept_from_start(2))
+    plain = run(tmp_path / "plain", model, ["blocks[-1]"], fast_paths=())
+    assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
+
+
+def test_a_trial_leaves_out_no_block_and_the_model_as_it_was():
+    model = with_layer_drop("opt", 0.9)
+    assert try_prefix(model, 2, IDS[:1]).apart < 1e-6
+    assert model.model.decoder.layerdrop == 0.9
 
 
 # --- whether to keep them ---

@@ -8,6 +8,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from conftest import tiny_gpt2
 from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
@@ -68,3 +69,36 @@ def test_under_torch_compile(tmp_path):
     trainer, _ = check_mode(tmp_path, torch_compile=True, torch_compile_backend="eager")
     assert isinstance(trainer.model_wrapped, OptimizedModule)
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+@pytest.mark.parametrize("method", ["partial", "lora"])
+def test_noise_reaches_embeddings_that_are_frozen_and_no_evaluation(tmp_path, method):
+    """NEFTune's hook goes by the mode of the embeddings, which frozen ones keep at eval."""
+
+    def losses(alpha):
+        model = tiny_gpt2(embd_pdrop=0, resid_pdrop=0, attn_pdrop=0)
+        plan = plan_lora(model, ["blocks[-1]"]) if method == "lora" else plan_freeze(model, ["blocks[-1]"])
+        apply_plan(model, plan)
+        trainer = make_trainer(
+            tmp_path / str(alpha), model, [], max_steps=1, logging_steps=1, neftune_noise_alpha=alpha
+        )
+        trainer.train()
+        model.train()
+        assert not model.transformer.wte.training, "the noise ends with the training"
+        model.eval()
+        logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        return logged, trainer.evaluate(trainer.train_dataset)["eval_loss"]
+
+    plain, noisy = losses(None), losses(50.0)
+    assert abs(noisy[0] - plain[0]) > 1e-3
+    assert losses(50.0) == noisy
+    assert noisy[1] == pytest.approx(plain[1], abs=0.05)
+
+
+def test_noise_makes_no_other_part_of_a_frozen_prefix_random(tmp_path):
+    model, modes = tiny_gpt2(), {}
+    apply_plan(model, plan_freeze(model, ["head"], head="untied"))
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, *_, name=name: modes.update({name: module.training}))
+    make_trainer(tmp_path, model, [], max_steps=1, neftune_noise_alpha=5.0).train()
+    assert [name for name, training in modes.items() if training] == ["transformer.wte", "lm_head", ""]

@@ -180,7 +180,8 @@ def _tried(model: PreTrainedModel, blocks: int, input_ids: torch.Tensor) -> Trie
         return Tried(str(error).rstrip("."))
     if trial.apart <= AGREEMENT:
         return Tried("", trial.width)
-    return Tried(f"later blocks use more than the states of the last frozen one ({trial.apart:.1e} off)", trial.width)
+    cause = "later blocks use more than the states of the last frozen one, or something below them is drawn at random"
+    return Tried(f"{cause} ({trial.apart:.1e} off)", trial.width)
 
 
 def prefix_words(phases: Sequence[PrefixPhase]) -> str:
