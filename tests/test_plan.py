@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, XLMConfig, XLMWithLMHeadModel
 
 from conftest import tiny_gpt2
 from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.table import plan_table
 
@@ -153,3 +154,126 @@ def test_the_table_says_shares_ties_and_where_backward_stops():
     assert "backward reaches transformer.wte.weight and runs through 3 of 3 blocks" in table
     stops = plan_table(plan_freeze(tiny_gpt2(), ["blocks[-1]"]))
     assert "runs through 1 of 3 blocks" in stops
+
+
+# --- what the model's own code keeps fixed ---
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+TABLE, BIAS = "model.decoder.embed_positions.weight", "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+
+
+def marian():
+    """Its positions are a sinusoidal table; its head is tied."""
+    says = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("marian", **SMALL, **says))
+
+
+def ernie():
+    """Its routers, in every block but the first, have a bias that corrects the load of experts."""
+    says = {"num_key_value_heads": 2, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("ernie4_5_moe", **SMALL, **says))
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def as_loaded(build, folder):
+    """`from_pretrained` makes every parameter one that requires gradients."""
+    build().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return model
+
+
+def frozen_by_hand(build):
+    return build().requires_grad_(False)
+
+
+def under_a_plan(build):
+    model = build()
+    apply_plan(model, plan_freeze(model, ["final_norm"] if build is ernie else ["blocks[-1].norms"]))
+    return model
+
+
+@pytest.mark.parametrize(("build", "fixed"), [(marian, [TABLE]), (ernie, [BIAS, BIAS.replace("1", "2", 1)])])
+def test_what_the_models_code_keeps_fixed_stays_frozen_under_any_selector(tmp_path, build, fixed):
+    models = [build(), on_meta(build), as_loaded(build, tmp_path), frozen_by_hand(build), under_a_plan(build)]
+    for model in models:
+        plan = plan_freeze(model, ["all"])
+        assert plan.fixed == plan.frozen == fixed
+        assert len(plan.trainable) == len(list(model.parameters())) - len(fixed)
+    model = models[2]
+    apply_plan(model, plan)
+    apply_plan(model, plan)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == fixed
+    every = "/.*/"
+    assert plan_freeze(model, [every]).frozen == plan_freeze(model, ["embeddings", "blocks[:]", every]).frozen == fixed
+    assert plan_lora(model, ["all"]).fixed == fixed
+
+
+def test_fixed_parameters_are_listed_as_such_and_keep_the_keys_of_the_contract():
+    plan = plan_freeze(marian(), ["all"])
+    assert f"fixed by the model's own code, frozen under any selector: {TABLE} (2,048 values)" in plan_table(plan)
+    content = plan.to_json({}, {})
+    assert content["fixed"] == [TABLE]
+    (entry,) = (entry for entry in content["parameters"] if entry["name"] == TABLE)
+    assert (entry["trainable"], entry["selector"], entry["component"]) == (False, None, "embeddings.positions")
+    assert entry.keys() == content["parameters"][0].keys()
+    assert "2 parameters, model.layers.1" in plan_table(plan_freeze(ernie(), ["all"]))
+    assert plan_freeze(tiny_gpt2(), ["all"]).to_json({}, {})["fixed"] == []
+
+
+@pytest.mark.parametrize("selector", ["embeddings.positions", "/.*embed_positions.*/"])
+def test_a_selector_that_names_only_what_is_fixed_is_refused_in_words(selector):
+    with pytest.raises(RecipeError, match=r"chooses only what .* keeps fixed itself, model\.decoder\.embed_positions"):
+        plan_freeze(marian(), ["blocks[-1]", selector])
+    with pytest.raises(RecipeError, match=r"schedule, from step 3: .* keeps fixed itself"):
+        plan_freeze(marian(), ["blocks[-1]"], schedule=[{"from_step": 3, "trainable": [selector]}])
+    assert plan_freeze(marian(), ["all", f"!{selector}"]).frozen == [TABLE]  # it is what holds anyway
+    with pytest.raises(RecipeError, match=r"2 parameters, .*e_score_correction_bias first"):
+        plan_freeze(ernie(), ["/.*correction_bias/"])
+
+
+def test_a_sinusoidal_table_whose_flag_transformers_loses_is_fixed_too():
+    config = XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=2, max_position_embeddings=16, causal=True)
+    assert plan_freeze(XLMWithLMHeadModel(config), ["all"]).fixed == []
+    config.sinusoidal_embeddings = True
+    assert plan_freeze(XLMWithLMHeadModel(config), ["all"]).fixed == ["transformer.position_embeddings.weight"]
+
+
+def test_a_model_in_peft_is_looked_through_for_what_is_fixed():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(marian(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert plan_freeze(model, ["all"]).fixed == [TABLE]
+
+
+def test_of_a_class_that_needs_more_than_a_config_nothing_is_known_and_that_is_said(caplog):
+    class Wider(GPT2LMHeadModel):
+        def __init__(self, config, factor):
+            super().__init__(config)
+            self.factor = factor
+
+    plan = plan_freeze(Wider(tiny_gpt2().config, 2), ["all"])
+    assert (plan.frozen, plan.fixed) == ([], [])
+    assert "Wider cannot be built from its config alone (TypeError" in caplog.text
+
+
+def test_planning_draws_no_random_number():
+    model = marian()
+    torch.manual_seed(5)
+    plan_freeze(model, ["all"])
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)

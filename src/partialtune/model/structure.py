@@ -131,6 +131,8 @@ def with_fixed(structure: ModelStructure, model: nn.Module) -> ModelStructure:
         )
         return structure
     names = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
+    if getattr(model.config, "sinusoidal_embeddings", False):  # XLM: transformers 5 loses the flag that its code sets
+        names += [info.name for info in structure.parameters if info.component == "embeddings.positions"]
     return replace(structure, fixed=frozenset(structure.by_name[n].name for n in names if n in structure.by_name))
 
 
