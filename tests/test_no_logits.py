@@ -135,3 +135,16 @@ def test_a_frozen_head_is_cast_to_bf16_once_and_a_trainable_one_each_time():
     with torch.autocast("cpu", dtype=torch.bfloat16), loss.active():
         model(input_ids=IDS, labels=labels())
     assert loss._frozen_copy is None
+
+
+def test_a_model_that_cannot_do_with_states_for_logits_keeps_its_own_loss():
+    model = build("llama")
+    own = model.forward
+
+    def forward(**inputs):
+        output = own(**inputs)
+        assert output.logits.shape[-1] == 128, "no logits"
+        return output
+
+    model.forward = forward
+    assert LossWithoutLogits(model).refusal(IDS) == "its forward pass fails without logits (AssertionError)"

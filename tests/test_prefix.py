@@ -247,11 +247,10 @@ def with_layer_drop(kind, share, dropout=0.0):
 @pytest.mark.parametrize("kind", LAYER_DROP)
 def test_no_block_is_left_out_under_a_plan_and_the_saved_config_keeps_the_share(tmp_path, kind, caplog):
     """At a share of 1 every block is left out of every step: without a gradient where one block alone trains."""
-    settings = {"trainable": ["blocks[-1]"], "fast_paths": (), "max_steps": 4}
-    kept = run(tmp_path / "kept", with_layer_drop(kind, 1.0), prefix=kept_from_start(2), **settings)
+    kept = run(tmp_path / "kept", with_layer_drop(kind, 1.0), ["blocks[-1]"], kept_from_start(2), max_steps=4)
     assert "LayerDrop is off" in caplog.text
     assert "layerdrop 1)" in caplog.text
-    plain = run(tmp_path / "plain", with_layer_drop(kind, 1.0), **settings)
+    plain = run(tmp_path / "plain", with_layer_drop(kind, 1.0), ["blocks[-1]"], fast_paths=(), max_steps=4)
     assert losses(kept) == pytest.approx(losses(plain), abs=1e-6)
     assert largest_difference(kept, plain) < 1e-6
     kept.save_model(str(tmp_path / "saved"))

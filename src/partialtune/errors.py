@@ -1,5 +1,10 @@
 """Errors that end a run: each carries the exit code that the command line returns for it."""
 
+from pathlib import Path
+from traceback import walk_tb
+
+PACKAGE = Path(__file__).resolve().parent
+
 
 class PartialtuneError(Exception):
     """Base of every error whose message is meant for the person who started the run."""
@@ -61,3 +66,9 @@ class EndedElsewhere(PartialtuneError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package's code raised a caught error, and not that of a model or a library which it called."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)

@@ -7,8 +7,6 @@ between blocks are its own, and no architecture is written a second time.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +14,12 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch import nn
 
-from partialtune.errors import ModelError, PartialtuneError
+from partialtune.errors import ModelError, PartialtuneError, is_ours
 from partialtune.fast.shared_memory import of_this_node, shared_tensor
 from partialtune.model.dropout import no_layer_drop
 from partialtune.model.modes import evaluating
 from partialtune.model.structure import read_structure
 from partialtune.progress import progress_bar
-
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class _Reached(Exception):
@@ -281,16 +277,10 @@ def _reach(
     except PartialtuneError:
         raise
     except Exception as error:  # a model may raise anything: KeyError, RuntimeError, an assertion
-        if _is_ours(error):
+        if is_ours(error):
             raise
         words = " ".join(str(error).split())[:200]
         raise ModelError(f"{type(model).__name__}: {what} fails ({type(error).__name__}: {words}).") from error
     finally:
         handle.remove()
     raise ModelError(f"{type(model).__name__}: its forward pass calls no module for a block, or none for its head.")
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the error was raised by this package's code, not by the model's."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
