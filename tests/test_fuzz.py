@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, MarianConfig, MarianForCausalLM
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
@@ -22,8 +23,9 @@ from partialtune import results, train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.data import prepare_data
-from partialtune.errors import PartialtuneError, RecipeError
+from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
+from partialtune.model.dropout import set_dropout
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
@@ -175,6 +177,48 @@ PIECES += ["embeddings", "final_norm", ".attention", "(", ")", "*", "+", "\\w", 
 def test_any_selectors_make_a_plan_or_an_error_in_words(selectors):
     plan, error = outcome(lambda: plan_freeze(tiny_gpt2(), selectors))
     assert plan.trainable if error is None else isinstance(error, RecipeError) and str(error)
+
+
+@fuzz(10)
+@given(
+    selectors=st.lists(st.sampled_from(["embeddings.positions", "all", "!all", "final_norm", "blocks[-1]", "/.*p.*/"]))
+)
+@example(selectors=["embeddings.positions"])
+@example(selectors=["all", "!/(?!.*positions).*/"])
+def test_no_selectors_add_what_the_model_keeps_fixed(selectors):
+    config = MarianConfig(d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8, vocab_size=9)
+    config.pad_token_id = 0
+    with torch.device("meta"):
+        model = MarianForCausalLM(config)
+    plan, error = outcome(lambda: plan_freeze(model, selectors))
+    fixed = "model.decoder.embed_positions.weight"
+    assert fixed in plan.frozen if error is None else isinstance(error, RecipeError) and str(error)
+
+
+@fuzz(30)
+@given(
+    kind=st.sampled_from(["gpt2", "opt", "mpt", "dbrx", "bart", "gemma3n_text"]),
+    share=st.sampled_from([0, 1e-9, 0.5, 0.999]),
+)
+def test_any_dropout_is_put_on_dropouts_alone_or_refused_in_words(kind, share):
+    config = AutoConfig.for_model(kind)
+    before = flat(config.to_dict())
+    _, error = outcome(lambda: set_dropout(config, share))
+    after = flat(config.to_dict())
+    assert all("drop" in key and "layerdrop" not in key for key in after if after[key] != before[key])
+    if error is None:
+        type(config).from_dict(config.to_dict())
+    else:
+        assert isinstance(error, ModelError)
+        assert "takes no such value" in str(error)
+
+
+def flat(values, path=""):
+    """Of mappings in mappings: dotted key -> value."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + str(key): value}
+    return found
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
