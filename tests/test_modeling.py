@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import GPT2Config, OPTConfig
 
 from conftest import tiny_gpt2
+from partialtune.cli import main
 from partialtune.errors import ModelError
 from partialtune.model.dropout import is_dropout, set_dropout
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
@@ -63,7 +64,7 @@ def test_dropout_is_put_on_every_dropout_of_the_config(folder):
 
 
 def test_dropout_reaches_other_architectures_by_the_names_of_their_fields():
-    from transformers import LlamaConfig, OPTConfig
+    from transformers import LlamaConfig
 
     opt, llama = OPTConfig(), LlamaConfig()
     set_dropout(opt, 0.25)
@@ -94,6 +95,19 @@ def test_dropout_reaches_a_config_within_the_config_and_is_refused_where_its_typ
     set_dropout(mpt, 0)
     with pytest.raises(ModelError, match=r"dropout is 0\.25, and attn_pdrop of MptAttentionConfig takes no such value"):
         set_dropout(mpt, 0.25)
+
+
+def test_layer_drop_is_said_aloud_where_the_config_has_it_in_a_plan_too(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    says = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48, "layerdrop": 0.25}
+    OPTConfig(**says, vocab_size=64, word_embed_proj_dim=32, max_position_embeddings=64).save_pretrained(
+        tmp_path / "model"
+    )
+    recipe = {"model_name_or_path": str(tmp_path / "model"), "text": "x.txt", "trainable": ["blocks[-1]"]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "block_size": 16, "output_dir": "run"}))
+    for dropout in ("model", "0.5"):
+        assert main(["plan", str(tmp_path / "recipe.yaml"), "--dropout", dropout]) == 0
+        assert capsys.readouterr().err.count("LayerDrop is off (it was model.decoder.layerdrop 0.25)") == 1
 
 
 def test_the_empty_model_has_shapes_and_ties_but_no_weights(folder):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,7 +15,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from cluster import small_recipe
 from conftest import some_windows, tiny_gpt2
+from partialtune.cli import main
 from partialtune.errors import RecipeError
 from partialtune.fast.prefix import PrefixCache, modules_before_blocks, try_prefix
 from partialtune.fast.prefix_choice import PrefixPhase, Tried, Windows, choose_prefix, prefix_words, try_prefixes
@@ -346,13 +349,13 @@ def test_an_obstacle_is_named_before_training(tmp_path):
 # --- models whose later blocks want more of the early ones than their states ---
 
 
-def gemma(kind, shared, **changes):
+def gemma(kind, shared, vocab_size=128, **changes):
     """A Gemma 3n or 4 of 5 blocks, of which the last `shared` use keys and values of earlier ones."""
     layer_types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     config = AutoConfig.for_model(
         kind,
-        vocab_size=128,
-        vocab_size_per_layer_input=128,
+        vocab_size=vocab_size,
+        vocab_size_per_layer_input=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=5,
@@ -373,12 +376,12 @@ def gemma(kind, shared, **changes):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def gemma4(shared=2):
-    return gemma("gemma4_text", shared, global_head_dim=16)
+def gemma4(shared=2, **changes):
+    return gemma("gemma4_text", shared, global_head_dim=16, **changes)
 
 
-def gemma3n(shared=2):
-    return gemma("gemma3n_text", shared, laurel_rank=4, activation_sparsity_pattern=None)
+def gemma3n(shared=2, **changes):
+    return gemma("gemma3n_text", shared, laurel_rank=4, activation_sparsity_pattern=None, **changes)
 
 
 def tried_on(tmp_path, model, trainable, schedule=()):
@@ -424,6 +427,24 @@ def test_memory_is_an_error_in_words_where_the_models_pass_fails(tmp_path):
     tried = tried_on(tmp_path, model, ["blocks[-1]"])
     with pytest.raises(RecipeError, match="memory is impossible here: Gemma4ForCausalLM: a pass that starts from"):
         choose_prefix("memory", plan_freeze(model, ["blocks[-1]"]), MANY, 10, 10**6, tried)
+
+
+@pytest.mark.slow
+def test_the_run_goes_on_by_the_command_line_and_says_which_phase_keeps_what(tmp_path, capsys):
+    schedule = [{"from_step": 2, "trainable": ["blocks[-1]"]}]
+    words = small_recipe(
+        tmp_path, trainable=["final_norm"], schedule=schedule, max_steps=4, prefix_cache="memory", save_strategy="no"
+    )
+    vocabulary = AutoConfig.from_pretrained(tmp_path / "base").vocab_size
+    gemma4(vocab_size=vocabulary).save_pretrained(tmp_path / "base")
+    assert main(words) == 0
+    first, second = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["run"]["prefix_cache"]
+    assert (first["blocks"], second["blocks"]) == (5, 0)
+    assert "KeyError" in second["reason"]
+    gemma3n(vocab_size=vocabulary).save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    assert main([*words, "--output_dir", str(tmp_path / "other")]) == 2
+    assert "prefix_cache: memory is impossible here: Gemma3nForCausalLM: its blocks give" in capsys.readouterr().err
 
 
 def test_what_a_model_keeps_of_its_last_pass_does_not_pass_for_states():
