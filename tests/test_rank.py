@@ -18,6 +18,7 @@ from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import rank, ranking_table
 from partialtune.recipe.reading import read_recipe
 from test_modeling import rename_to_hub
+from test_plan import marian
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 
@@ -37,6 +38,13 @@ def test_the_norms_are_those_of_a_plain_backward_pass_and_nothing_moves():
     for name, parameter in plain.named_parameters():
         assert found.gradient_norms[name] == pytest.approx(float(parameter.grad.norm()), rel=1e-3, abs=1e-7), name
         assert found.weight_norms[name] == pytest.approx(float(parameter.norm()), rel=1e-5), name
+
+
+def test_what_a_model_keeps_fixed_is_ranked_nowhere():
+    found = probe(marian(), some_windows(4), batch_size=4)
+    parts = {part.selector: part.parameters for part in rank(found).parts}
+    assert "embeddings.positions" not in parts  # a sinusoidal table, which no selector adds
+    assert parts["embeddings.tokens"] == 128 * 32
 
 
 def test_blocks_and_parts_are_ordered_by_their_ratio():
