@@ -456,6 +456,16 @@ def test_what_a_model_keeps_of_its_last_pass_does_not_pass_for_states():
     assert try_prefix(model, 2, IDS[:1]).apart > 1e-2
 
 
+def test_a_model_that_looks_back_in_evaluations_alone_is_found_out():
+    model = tiny_gpt2().eval()
+    seen = {}
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.update(first=output))
+    model.transformer.h[2].register_forward_hook(
+        lambda module, args, output: output if module.training else output + seen["first"]
+    )
+    assert try_prefix(model, 2, IDS[:1]).apart > 1e-2
+
+
 @pytest.mark.parametrize("error", [KeyError("keys"), IndexError("list index"), AssertionError(), ValueError("shape")])
 def test_whatever_the_models_own_code_raises_is_an_obstacle(tmp_path, error):
     model = tiny_gpt2().eval()

@@ -5,6 +5,7 @@ input on, the last of them by one that gives the kept states. So positions, mask
 between blocks are its own, and no architecture is written a second time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -163,7 +164,7 @@ class Trial(NamedTuple):
     """What came of starting one pass from kept states.
 
     Attributes:
-        apart: How far it is from a whole one at the head's input: ||difference|| / ||whole||.
+        apart: How far it is from a whole one at the head's input, at most: ||difference|| / ||whole||.
         width: Values of the state of one token.
     """
 
@@ -172,11 +173,12 @@ class Trial(NamedTuple):
 
 
 def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
-    """Compare a pass that starts from kept states with a whole one.
+    """Compare a pass that starts from kept states with a whole one, in train mode and in eval mode.
 
-    Both run in train mode but for the prefix, from the same seed. They agree where the frozen blocks give all that
-    later ones use and draw nothing at random; the numbers of the later blocks are computed once more, by the same
-    operations. Between the two the model sees other tokens, so that nothing fits which it keeps of its last pass.
+    The prefix is in eval mode in both; whole and short pass begin from the same seed. They agree where the frozen
+    blocks give all that later ones use and draw nothing at random; the numbers of the later blocks are computed once
+    more, by the same operations. Between the two the model sees other tokens, so that nothing fits which it keeps of
+    its last pass.
 
     Args:
         model: A causal language model; it gets every module's mode back.
@@ -187,23 +189,26 @@ def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
         ModelError: If the states cannot be kept, or the model's forward pass fails on one of the ways, in words.
     """
     cache = PrefixCache(model, blocks, torch.float32)
-    early = modules_before_blocks(model, input_ids)
-    cache.states = cache.states_of(input_ids)
+    prefix = [*cache.blocks, *map(model.get_submodule, modules_before_blocks(model, input_ids))]
+    states = cache.states_of(input_ids)
+    apart = []
     with evaluating(model), no_layer_drop(model), torch.random.fork_rng():
-        model.train()
-        for module in [*cache.blocks, *map(model.get_submodule, early)]:
-            module.eval()
-        whole = _head_input(model, input_ids)
-        _head_input(model, input_ids.flip(1))
-        cache.install()
-        try:
-            with cache.giving(torch.zeros(1, dtype=torch.long)):
-                short = _head_input(model, input_ids, f"a pass that starts from the states behind {blocks} blocks")
-        finally:
-            cache.remove()
-    if short.shape != whole.shape:
-        return Trial(float("inf"), cache.width)
-    return Trial(float((short - whole).norm() / whole.norm()), cache.width)
+        for training in (True, False):
+            model.train(training)
+            for module in prefix:
+                module.eval()
+            whole = _head_input(model, input_ids)
+            _head_input(model, input_ids.flip(1))
+            cache.states = states
+            cache.install()
+            try:
+                with cache.giving(torch.zeros(1, dtype=torch.long)):
+                    short = _head_input(model, input_ids, f"a pass that starts from the states behind {blocks} blocks")
+            finally:
+                cache.remove()
+            alike = short.shape == whole.shape
+            apart.append(float((short - whole).norm() / whole.norm()) if alike else math.inf)
+    return Trial(max(apart, key=lambda one: math.inf if math.isnan(one) else one), cache.width)
 
 
 def _head_input(model: nn.Module, input_ids: torch.Tensor, what: str = "its forward pass") -> torch.Tensor:
