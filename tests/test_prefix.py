@@ -20,7 +20,15 @@ from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import RecipeError
 from partialtune.fast.prefix import PrefixCache, modules_before_blocks, try_prefix
-from partialtune.fast.prefix_choice import PrefixPhase, Tried, Windows, choose_prefix, prefix_words, try_prefixes
+from partialtune.fast.prefix_choice import (
+    PrefixPhase,
+    Tried,
+    Windows,
+    choose_prefix,
+    lengths_to_try,
+    prefix_words,
+    try_prefixes,
+)
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.dropout import set_dropout
@@ -328,8 +336,19 @@ def test_each_phase_is_decided_for_itself():
 
 def obstacle(sampling, args, model, plan):
     """Of the only length of prefix that the plan has."""
-    (tried,) = try_prefixes(sampling, args, model, plan, some_windows()).values()
+    (tried,) = try_prefixes(lengths_to_try("auto", plan, MANY), sampling, args, model, some_windows()).values()
     return tried.obstacle
+
+
+def test_only_what_would_be_worth_keeping_is_tried():
+    plan = plan_of("final_norm", schedule=[{"from_step": 40, "trainable": ["blocks[-1]"]}])
+    assert lengths_to_try("auto", plan, MANY) == [3, 2]
+    assert lengths_to_try("off", plan, MANY) == []
+    assert lengths_to_try("memory", plan_of("embeddings"), MANY) == []
+    few = Windows(100, 10, 2, 50, None)
+    assert lengths_to_try("auto", plan, few) == []
+    assert lengths_to_try("memory", plan, few) == [3, 2]
+    assert try_prefixes([], "chunked", None, None, None) == {}
 
 
 def test_an_obstacle_is_named_before_training(tmp_path):
@@ -386,7 +405,8 @@ def gemma3n(shared=2, **changes):
 
 def tried_on(tmp_path, model, trainable, schedule=()):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    return try_prefixes("chunked", args, model, plan_freeze(model, trainable, schedule=schedule), some_windows())
+    lengths = lengths_to_try("memory", plan_freeze(model, trainable, schedule=schedule), MANY)
+    return try_prefixes(lengths, "chunked", args, model, some_windows())
 
 
 def test_shared_keys_and_values_are_an_obstacle_in_words(tmp_path):

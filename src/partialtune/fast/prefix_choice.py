@@ -102,14 +102,11 @@ def choose_prefix(
     """
     if wanted == "off":
         return [PrefixPhase(phase.from_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
-    ends = [phase.from_step for phase in plan.phases[1:]] + [windows.steps]
     size = windows.kept * window_bytes
     chosen = []
-    for phase, end in zip(plan.phases, ends, strict=True):
-        needed = windows.needed(phase.from_step, end)
+    for phase, needed in _needs(plan, windows):
         obstacle = tried[phase.first_block].obstacle if tried and phase.first_block in tried else ""
-        why_not = _nothing_frozen(phase) or obstacle or _does_not_fit(size, free_bytes, wanted)
-        why_not = why_not or ("" if wanted == "memory" else _does_not_pay(needed, windows.kept))
+        why_not = _not_worth_it(wanted, phase, needed, windows) or obstacle or _does_not_fit(size, free_bytes, wanted)
         reason = (
             why_not or f"{needed:,} passes of windows through {phase.first_block} frozen blocks become {windows.kept:,}"
         )
@@ -118,6 +115,28 @@ def choose_prefix(
     if wanted == "memory" and not any(phase.blocks for phase in chosen):
         raise RecipeError(f"prefix_cache: memory is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
     return chosen
+
+
+def lengths_to_try(wanted: str, plan: FreezePlan, windows: Windows) -> list[int]:
+    """Blocks of each frozen prefix that would be worth keeping, each once, the longest first.
+
+    Args:
+        wanted, plan, windows: As in `choose_prefix`.
+    """
+    if wanted == "off":
+        return []
+    phases = [phase for phase, needed in _needs(plan, windows) if not _not_worth_it(wanted, phase, needed, windows)]
+    return sorted({phase.first_block for phase in phases}, reverse=True)
+
+
+def _needs(plan: FreezePlan, windows: Windows) -> list[tuple[Phase, int]]:
+    """Each phase, and how many windows go through the model in it."""
+    ends = [phase.from_step for phase in plan.phases[1:]] + [windows.steps]
+    return [(phase, windows.needed(phase.from_step, end)) for phase, end in zip(plan.phases, ends, strict=True)]
+
+
+def _not_worth_it(wanted: str, phase: Phase, needed: int, windows: Windows) -> str:
+    return _nothing_frozen(phase) or ("" if wanted == "memory" else _does_not_pay(needed, windows.kept))
 
 
 def _nothing_frozen(phase: Phase) -> str:
@@ -138,21 +157,22 @@ def _does_not_pay(needed: int, kept: int) -> str:
 
 
 def try_prefixes(
-    sampling: str, args: TrainingArguments, model: PreTrainedModel, plan: FreezePlan, windows: Dataset
+    lengths: Sequence[int], sampling: str, args: TrainingArguments, model: PreTrainedModel, windows: Dataset
 ) -> dict[int, Tried]:
-    """Whether the frozen prefix of each phase can be kept: its length in blocks -> what came of it.
+    """Whether a frozen prefix can be kept: its length in blocks -> what came of it.
 
     Every length is tried, before training: a shorter prefix may hold less than what later blocks use, though a longer
     one holds it all. Where the model's forward pass fails on the way, that is the obstacle, and no error.
 
     Args:
+        lengths: In blocks, of all phases of the plan.
         sampling: The recipe's `window_sampling`.
         args: Of the run.
-        model: On any device, as it was loaded.
-        plan: Not applied yet.
+        model: On any device, as it was loaded; no plan is applied yet.
         windows: Training windows; the first one is tried.
     """
-    lengths = sorted({phase.first_block for phase in plan.phases} - {0}, reverse=True)
+    if not lengths:
+        return {}
     if obstacle := _obstacle_of_the_run(sampling, args, model):
         return dict.fromkeys(lengths, Tried(obstacle))
     row = torch.as_tensor(windows[0]["input_ids"], dtype=torch.long, device=model.device)

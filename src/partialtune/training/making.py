@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.data import RunData
-from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, try_prefixes
+from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
 from partialtune.recipe.reading import Recipe
@@ -35,7 +35,8 @@ def prefix_phases(
         eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
     )
     wanted = recipe.speed.prefix_cache
-    tried = {} if wanted == "off" else try_prefixes(recipe.text.window_sampling, args, model, plan, data.train)
+    lengths = lengths_to_try(wanted, plan, windows)
+    tried = try_prefixes(lengths, recipe.text.window_sampling, args, model, data.train)
     width = max((one.width for one in tried.values()), default=0)
     size = recipe.text.block_size * width * (2 if args.bf16 or args.fp16 else 4)
     return choose_prefix(wanted, plan, windows, size, free_memory(), tried)
