@@ -76,7 +76,17 @@ def test_dropout_reaches_other_architectures_by_the_names_of_their_fields():
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        *((key, True) for key in ("dropout", "attn_pdrop", "hidden_dropout_prob", "drop_rate", "attn_drop_rate")),
+        *(
+            (key, True)
+            for key in (
+                "dropout",
+                "attn_pdrop",
+                "hidden_dropout_prob",
+                "drop_rate",
+                "attn_drop_rate",
+                "token_emb_dropout",
+            )
+        ),
         *((key, False) for key in ("layerdrop", "decoder_layerdrop", "layer_drop", "drop_path_rate", "path_dropout")),
         *((key, False) for key in ("drop_connect_rate", "token_dropout", "moe_token_dropout", "fusion_droppath")),
         *((key, False) for key in ("normalize_router_prob_before_dropping", "drop_vision_last_layer")),

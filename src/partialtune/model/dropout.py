@@ -19,7 +19,7 @@ from partialtune.errors import ModelError
 DROPOUT = re.compile(r"dropout|pdrop|(?:^|_)drop(?:_(?:rate|prob|p))?$")
 # What is dropped there is no value of an activation: whole layers, branches and paths (stochastic depth), tokens on
 # their way to experts, whose share also scales what is computed in eval mode.
-NO_DROPOUT = re.compile(r"layer_?drop|path|connect|depth|token|router|block_?drop")
+NO_DROPOUT = re.compile(r"(?:layer|block|path|token|router)_?drop|drop_?(?:layer|block|path|token|connect)")
 LAYER_DROP = re.compile(r"(?:\w+_)?layer_?drop(?:_rate|_prob)?")
 
 
