@@ -34,6 +34,7 @@ from partialtune.launch import (
     one_device_a_process,
     peers_watched,
 )
+from partialtune.model.conformance import Conformance, check_conformance
 from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
 from partialtune.model.statement import stated_by
 from partialtune.output_dir import (
@@ -95,6 +96,7 @@ def train(recipe: Recipe) -> Path:
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    conformance = check_conformance(model, recipe.text.block_size)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
@@ -106,13 +108,13 @@ def train(recipe: Recipe) -> Path:
 
     with ExitStack() as held, exit_recorded(folder), peers_watched():
         decided_by_main(lambda: take_folder(held, folder, recipe, standing))
-        begin_folder(folder, recipe, plan, run_record(args, model, data, prefix), checkpoint)
+        begin_folder(folder, recipe, plan, run_record(args, model, data, prefix, conformance), checkpoint)
         check_shared(folder, RECIPE_FILE)
         apply_plan(model, plan)
         before = look.at(model.to(args.device), "before")
 
         set_seed(args.seed)
-        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)
+        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
         curves = LearningCurves(data.scored, args.per_device_eval_batch_size).attach(trainer)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
@@ -221,7 +223,11 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
 
 
 def run_record(
-    args: TrainingArguments, model: PreTrainedModel, data: RunData, prefix: Sequence[PrefixPhase]
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: RunData,
+    prefix: Sequence[PrefixPhase],
+    conformance: Conformance,
 ) -> dict[str, Any]:
     """What `recipe.yaml` keeps under `run`: how to make the run again, and from exactly what."""
     return {
@@ -243,6 +249,7 @@ def run_record(
         ],
         "windows": {"training": len(data.train), "held_out": len(data.held_out or [])},
         "prefix_cache": [phase.to_json() for phase in prefix],
+        "loss": conformance.loss_words(),
     }
 
 
@@ -261,6 +268,7 @@ def begin_folder(
     write_recipe(folder / RECIPE_FILE, values, {**record, **stated})
     print(plan_table(plan), flush=True)
     logger.info(prefix_words([PrefixPhase(**phase) for phase in record["prefix_cache"]]))
+    logger.info("Loss: %s.", record["loss"])
 
 
 @main_process_only

@@ -21,6 +21,7 @@ from partialtune.errors import PartialtuneError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import one_device_a_process, use_all_cores
+from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import quiet_libraries
 from partialtune.recipe.reading import Recipe
 from partialtune.text.windows import chunked_windows
@@ -75,9 +76,11 @@ def random_data(recipe: Recipe, args: TrainingArguments, vocabulary: int) -> Run
 def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments) -> PartialTrainer:
     """The Trainer of the recipe, after its steps."""
     data = random_data(recipe, args, model.config.get_text_config().vocab_size)
+    conformance = check_conformance(model, recipe.text.block_size)
     prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
     apply_plan(model, plan)
-    trainer = make_trainer(recipe, plan, model, args, data, prefix, origin={})  # nothing goes on from here
+    origin = {}  # nothing goes on from here
+    trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
     trainer.train()
     return trainer
 

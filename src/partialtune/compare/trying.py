@@ -18,6 +18,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
 from partialtune.launch import one_device_a_process, use_all_cores
+from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
@@ -64,13 +65,15 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         one_device_a_process(args)
         suit_length(args, {**recipe.training, "eval_strategy": "no"}, len(data.train), held_out=False)
         model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+        conformance = check_conformance(model, recipe.text.block_size)
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
         prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
         apply_plan(model, plan)
         model.to(args.device)
         set_seed(args.seed)
-        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin={})  # nothing goes on from a trial
+        origin = {}  # nothing goes on from a trial
+        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
         length = recipe.training.get("max_steps")
         try:
             trainer.train()

@@ -159,7 +159,16 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise ModelError(f"{name}: a weight file is damaged ({error}). Fetch the model again.") from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:
         where = f" at revision {revision}" if revision != "main" else ""
         raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
 

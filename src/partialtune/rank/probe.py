@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.model.conformance import next_token_loss
 from partialtune.progress import progress_bar
 from partialtune.proof.snapshots import l2_norm
 from partialtune.proof.weights import named_weights
@@ -66,7 +67,8 @@ def _losses(model: PreTrainedModel, windows: Dataset, batch_size: int) -> Iterat
     with progress_bar(len(windows), "probing", "windows") as bar:
         for rows in _batches(windows, batch_size):
             batch = {name: tensor.to(device) for name, tensor in collate_windows(rows).items()}
-            loss = model(**batch, use_cache=False).loss * len(rows) / len(windows)  # windows are of one length
+            loss = next_token_loss(model(batch["input_ids"], use_cache=False), batch["labels"])
+            loss = loss * len(rows) / len(windows)  # windows are of one length
             loss.backward()
             bar.update(len(rows))
             yield float(loss.detach())

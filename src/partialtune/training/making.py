@@ -9,6 +9,7 @@ from partialtune.data import RunData
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
+from partialtune.model.conformance import Conformance
 from partialtune.recipe.reading import Recipe
 from partialtune.training.batches import collate_windows
 from partialtune.training.settings import evaluation_steps, run_length
@@ -50,6 +51,7 @@ def make_trainer(
     data: RunData,
     prefix: Sequence[PrefixPhase],
     origin: Mapping[str, Any],
+    conformance: Conformance,
 ) -> PartialTrainer:
     """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
     return PartialTrainer(
@@ -60,6 +62,7 @@ def make_trainer(
         fast_paths=recipe.speed.fast_paths,
         prefix=prefix,
         origin=origin,
+        conformance=conformance,
         model=model,
         args=args,
         train_dataset=data.train,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import IntervalStrategy, Trainer
+from transformers import IntervalStrategy, PretrainedConfig, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -23,6 +23,7 @@ from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import shards_parameters
+from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.training.batches import numbered
@@ -57,6 +58,7 @@ class PartialTrainer(Trainer):
         fast_paths: Of `loss`, `gelu`, `casts`.
         prefix: What each phase does with its frozen prefix.
         origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
+        conformance: Whether the model's own loss is used, and what its saved config says where the run changed it.
         Others: As for `transformers.Trainer`.
 
     Attributes:
@@ -76,6 +78,7 @@ class PartialTrainer(Trainer):
         fast_paths: Collection[str] = (),
         prefix: Sequence[PrefixPhase] = (),
         origin: Mapping[str, Any] | None = None,
+        conformance: Conformance | None = None,
         **kwargs,
     ) -> None:
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
@@ -89,10 +92,17 @@ class PartialTrainer(Trainer):
         self._saving_in: str | None = None
         if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
             kwargs["args"].ddp_find_unused_parameters = True
+        conformance = conformance or Conformance()
+        if conformance.loss_fault:
+            kwargs["compute_loss_func"] = next_token_loss
+            fast_paths = set(fast_paths) - {"loss"}  # which stands in for a loss that the model takes itself
         self.fast = self._fast_paths(fast_paths, prefix or [PrefixPhase(0, 0, 0, "off")], kwargs)
         callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop]
-        self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
+        use_cache = getattr(kwargs["model"].config, "use_cache", None)
+        self._config_as_loaded = {**conformance.config_as_loaded, "use_cache": use_cache}
         super().__init__(callbacks=callbacks, **kwargs)
+        if conformance.loss_fault:
+            self.model_accepts_loss_kwargs = False  # its forward pass takes no loss: the number of targets is ours
         if self.is_fsdp_enabled and len(plan.phases) > 1:
             raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
         for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
@@ -209,13 +219,14 @@ class PartialTrainer(Trainer):
 
     @contextmanager
     def config_as_loaded(self) -> Iterator[None]:
-        """Give the model its own `use_cache`, which Trainer switches off for training."""
-        config, in_training = self.model.config, getattr(self.model.config, "use_cache", None)
-        config.use_cache = self._use_cache
+        """Give the model's config what it said where a run changes it: Trainer switches off `use_cache`, for one."""
+        config = self.model.config
+        in_training = {key: getattr(config, key, None) for key in self._config_as_loaded}
+        _set_all(config, self._config_as_loaded)
         try:
             yield
         finally:
-            config.use_cache = in_training
+            _set_all(config, in_training)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
@@ -275,3 +286,8 @@ class PartialTrainer(Trainer):
                 finish_checkpoint(aside, run / name)
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+
+def _set_all(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        setattr(config, key, value)
