@@ -54,10 +54,12 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("index_topk",), 64),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "local_attention"), 8),
     **dict.fromkeys(("depth", "num_codebooks"), 1),
+    **dict.fromkeys(("mm_embed_dim",), 32),
     **dict.fromkeys(("out_hidden_size", "text_hidden_size", "backbone_hidden_size", "hidden_size_global"), 32),
-    **dict.fromkeys(("input_size", "output_proj_dims", "adapter_in_dim", "adapter_out_dim"), 32),
+    **dict.fromkeys(("input_size", "output_proj_dims", "adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 32),
     **dict.fromkeys(("shape_vocab_size", "pronunciation_vocab_size"), VOCABULARY),
     **dict.fromkeys(("shape_embed_dim", "pronunciation_embed_dim"), 8),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.1),  # so small a model hardly depends on its input otherwise
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -65,6 +67,12 @@ SMALL: dict[str, Any] = {
 
 MLA = {"num_key_value_heads": 4, "head_dim": 4}  # one key head a query head; its rotary part is head_dim
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+DOTS_3 = {
+    "num_key_value_heads": 4,
+    **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads", "qk_nope_head_dim")},
+    **{f"swa_{name}": 8 for name in ("q_lora_rank", "kv_lora_rank", "head_dim", "v_head_dim")},
+}
 
 # What does not fit together otherwise. A part's own values are under its name.
 OWN: dict[str, dict[str, Any]] = {
@@ -81,8 +89,8 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v32": MLA,
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"mlp_layer_types": ["dense"] * 3}},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"text_config": DOTS_3, "vision_config": {"mlp_layer_types": ["dense"] * 3}},
+    "dots3_note_text": DOTS_3,
     "falcon_h1": {"mamba_d_ssm": 64},
     "fuyu": {"text_config": {"qk_layernorm": True}},
     "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 1},

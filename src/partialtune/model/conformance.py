@@ -1,6 +1,6 @@
 """Is a model a causal language model, as loaded? model -> what a run has to know of it, or a refusal in words.
 
-Three tiny forward passes over made-up windows, in eval mode and in train mode, answer four questions:
+Three tiny forward passes over made-up windows, in eval mode and in train mode, answer these questions:
 
 1. Does it read ahead? A changed token may change no logits before its own place. Bert-like models do unless they are
    told that they are decoders: their losses would mean nothing.
@@ -8,7 +8,8 @@ Three tiny forward passes over made-up windows, in eval mode and in train mode, 
    are: such a run learns to repeat its input.
 3. Is that loss a sum over the targets, divided by `num_items_in_batch`? If not, accumulated gradients come out as many
    times too large as there are batches to a step.
-4. Does it keep its weights? Nothing can be proved of weights that a forward pass changes.
+4. Does it keep its weights, and give the same logits twice? Nothing can be proved of weights that a forward pass
+   changes, and scores that are drawn at random do not compare.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,12 +91,15 @@ def _checked_loss(model: PreTrainedModel, length: int) -> str:
     windows = probe_windows(model, length, places)
     with _buffers_kept(model), evaluating(model), torch.random.fork_rng(devices=()):
         weights = _bits(model)
-        _refuse_reading_ahead(model, _logits(model, windows), places)
-        fault = _loss_fault(model, windows)
+        logits = _logits(model, windows)
+        fault, again = _loss_fault(model, windows)
+        again = _logits(model, windows) if again is None else again
         _refuse_changed(model, weights)
+        _refuse_chance(model, logits, again)
+        _refuse_reading_ahead(model, logits, places)
         model.train()
         _logits(model, windows)
-        fault = fault or _loss_fault(model, windows)
+        fault = fault or _loss_fault(model, windows)[0]
         _refuse_changed(model, weights, buffers=False)  # running statistics move in train mode, as they should
     return fault
 
@@ -201,6 +205,18 @@ def _first_sentence(error: Exception) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
+def _refuse_chance(model: PreTrainedModel, logits: torch.Tensor, again: torch.Tensor) -> None:
+    """Compare the logits (B, T, V) of two passes over the same windows, in eval mode."""
+    apart = (again - logits).abs().max()
+    if apart > LEAK * logits.abs().max():
+        hint = " hash_seed in its config.json, in a copy of the folder, would fix them."
+        raise ModelError(
+            f"{_named(model)} draws at random in eval mode: two passes over the same windows gave logits that differ "
+            f"by {float(apart):.1e}. Scores before and after training would not compare."
+            f"{hint if getattr(model.config, 'hash_seed', 0) is None else ''}"
+        )
+
+
 def _refuse_reading_ahead(model: PreTrainedModel, logits: torch.Tensor, places: Sequence[int]) -> None:
     """Compare the logits (B, T, V) before a changed token with those of the window that it was changed in."""
     for row, place in enumerate(places, start=1):
@@ -226,8 +242,8 @@ def _way_to_causal(config: PretrainedConfig) -> str:
     return "Its config has no setting for that. Choose a model that was made to predict the next token."
 
 
-def _loss_fault(model: PreTrainedModel, windows: torch.Tensor) -> str:
-    """Why the model's own loss is not the usual one in its present mode, in words; empty if it is."""
+def _loss_fault(model: PreTrainedModel, windows: torch.Tensor) -> tuple[str, torch.Tensor | None]:
+    """Why the model's own loss is not the usual one in its present mode, in words, empty if it is; and the logits."""
     labels = windows.clone()
     labels[:, 0] = IGNORED
     targets = int((labels != IGNORED).sum())
@@ -235,16 +251,15 @@ def _loss_fault(model: PreTrainedModel, windows: torch.Tensor) -> str:
     try:
         halved = model(**inputs, num_items_in_batch=torch.tensor(2 * targets, device=windows.device))
         if _agree(halved.loss, next_token_loss(halved, labels, 2 * targets) + _router_term(model, halved)):
-            return ""
+            return "", halved.logits
         outputs = model(**inputs)
         wanted = next_token_loss(outputs, labels) + _router_term(model, outputs)
     except Exception as error:  # noqa: BLE001 - whatever its own code runs into: ours is used then
-        return f"with labels its forward pass fails: {_first_sentence(error)}"
+        return f"with labels its forward pass fails: {_first_sentence(error)}", None
     if _agree(outputs.loss, wanted):
-        return "it is the mean of a batch, whatever number of targets a step has"
-    return (
-        f"it is {float(outputs.loss):.4f} nats a token where the cross entropy of the next token is {float(wanted):.4f}"
-    )
+        return "it is the mean of a batch, whatever number of targets a step has", outputs.logits
+    own = f"it is {float(outputs.loss):.4f} nats a token"
+    return f"{own} where the cross entropy of the next token is {float(wanted):.4f}", outputs.logits
 
 
 def _router_term(model: PreTrainedModel, outputs: Any) -> torch.Tensor | float:

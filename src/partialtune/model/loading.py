@@ -83,8 +83,12 @@ def hub_commit(name: str, revision: str = "main") -> str | None:
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without weights, on the meta device: shapes and structure only."""
-    with torch.device("meta"):
+    """The model without weights, on the meta device: shapes and structure only.
+
+    Raises:
+        ModelError: If its config makes none.
+    """
+    with _loading(config.name_or_path, "main"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -114,6 +118,12 @@ def load_model(
         raise ModelError(
             f"{name}: the weight file lacks {len(lost)} of the model's tensors, {lost[0]} first. "
             f"They would start at random; use a complete checkpoint."
+        )
+    if not trust_remote_code and type(model.config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{name} is a {config.model_type} model, of which the text part alone would be saved, as a "
+            f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "
+            f"result could not be used."
         )
     return model
 

@@ -114,7 +114,10 @@ def _common_structure(before: Weights, after: Weights) -> ModelStructure:
 
 def _why_not_comparable(before: Weights, after: Weights) -> str | None:
     ours, theirs = before.structure, after.structure
-    if before.config.model_type != after.config.model_type:
+    kinds = [
+        weights.config.get_text_config().model_type for weights in (before, after)
+    ]  # of some the text part is saved
+    if kinds[0] != kinds[1]:
         return f"{before.name} is a {before.config.model_type} model, {after.name} a {after.config.model_type} model"
     if ours.block_count != theirs.block_count:
         return f"{before.name} has {counted(ours.block_count, 'block')}, {after.name} {theirs.block_count:,}"

@@ -7,6 +7,7 @@ print(format_prompts(comparison))                                 # side by side
 """
 
 import contextlib
+import logging
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from partialtune.errors import TextError
 from partialtune.model.modes import evaluating
 from partialtune.text.windows import tokenize_text
+
+logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 5  # rows of a prompt's table in the terminal; evaluation.json holds all that were kept
 COLUMN_WIDTH = 48  # two of them and a gap: about 100 columns
@@ -178,12 +181,28 @@ def _continue(
     )
     model.generation_config = settings
     try:
-        with _seeded(input_ids.device, SAMPLING["seed"]):
-            mask = torch.ones_like(input_ids)
-            output = model.generate(input_ids, attention_mask=mask, generation_config=settings)
+        output = _generated(model, input_ids, settings)
     finally:
         model.generation_config = own
     return output[0, input_ids.shape[1] :].tolist()
+
+
+def _generated(model: PreTrainedModel, input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+    """Ids (1, T + n). A model whose cache does not work computes every token from the whole of what is before it.
+
+    A decoder of an encoder-decoder model gets a cache of as many layers as the encoder has, which may be fewer.
+    """
+
+    def generate(use_cache: bool) -> torch.Tensor:
+        settings.use_cache = use_cache
+        with _seeded(input_ids.device, SAMPLING["seed"]):
+            return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
+
+    try:
+        return generate(use_cache=True)
+    except Exception as error:  # noqa: BLE001 - the model's own, of any kind
+        logger.info("Prompts are continued without a cache, which fails in this model: %s", error)
+        return generate(use_cache=False)
 
 
 @contextlib.contextmanager
