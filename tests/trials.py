@@ -36,7 +36,8 @@ from partialtune.training.settings import training_arguments
 from partialtune.training.trainer import PartialTrainer
 from tiny_models import tiny_config
 
-STEPS, WINDOWS, RATE = 3, 4, 1e-3  # plain SGD: a gradient of rounding noise stays one, which AdamW would blow up
+STEPS, WINDOWS = 3, 4
+STEP = 1e-3  # of the weight that moves most, by SGD: AdamW would move one whose gradient is rounding noise as far
 CLOSE = 1e-6  # largest difference of a weight after the steps
 BLOCK_SIZES = {"reformer": 64}  # trains on one length alone, which its config says
 PART = ("blocks[-1]", "final_norm")
@@ -167,16 +168,18 @@ class Trial:
         model.train()
         torch.manual_seed(42)
         trained = [p for p in model.parameters() if p.requires_grad]
-        losses = []
+        losses, rate = [], None
         for _ in range(STEPS):
             logits = model(input_ids=self.ids, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.ids[:, 1:].flatten())
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            rate = rate or STEP / max(float(gradient.abs().max()) for gradient in gradients if gradient is not None)
             with torch.no_grad():
                 for parameter, gradient in zip(trained, gradients, strict=True):
                     if gradient is not None:
-                        parameter -= RATE * gradient
-            losses.append(float(loss))
+                        parameter -= rate * gradient
+            losses.append(float(loss.detach()))
+        self.rate = rate
         return _weights(model), losses[0]
 
     def check_plan(self, count: int) -> None:
@@ -211,8 +214,9 @@ class Trial:
         with torch.no_grad():
             for _ in range(4):
                 ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        if not tokenizer.decode(ids[0, 8:]).startswith(probe.continuation):  # which an end of text cuts
-            raise Wrong("its greedy continuation is not that of whole passes")
+        wanted = tokenizer.decode(ids[0, 8:])
+        if not wanted.startswith(probe.continuation) and ids[0, 8:].min() > 2:  # an end ends it, padding has no place
+            raise Wrong(f"its greedy continuation is {probe.continuation!r}, that of whole passes {wanted!r}")
 
     def train(
         self, fast_paths: Sequence[str] = (), accumulation: int = 1, prefix_cache: str = "off"
@@ -249,7 +253,7 @@ class Trial:
             "per_device_train_batch_size": WINDOWS // accumulation,
             "gradient_accumulation_steps": accumulation,
             "optim": "sgd",
-            "learning_rate": RATE,
+            "learning_rate": self.rate,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
             "weight_decay": 0.0,
@@ -285,9 +289,6 @@ class Trial:
                 raise Wrong(
                     f"{way}: {name} is {apart:.1e} from where plain PyTorch takes it, which moves it by {moved:.1e}"
                 )
-        moved = max(float((self.wanted[name] - self.before[name]).abs().max()) for name in trains)
-        if not moved > 20 * CLOSE:
-            raise Wrong(f"nothing moves by more than {moved:.1e}: this compares nothing")
         if not abs(loss - self.first_loss) <= 1e-5:
             raise Wrong(
                 f"{way}: the first loss is {loss:.6f}, the cross entropy of the next token {self.first_loss:.6f}"

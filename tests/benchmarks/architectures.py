@@ -11,6 +11,7 @@ Exit code 1 if a type is neither right nor refused in words.
 
 import argparse
 import csv
+import gc
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ def judge_all(types: Sequence[str]) -> None:
     from trials import Verdict, judge
 
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer looks for garbage after each run: half of the time, among a million objects that stay
     logging.set_verbosity_error()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes elsewhere

@@ -127,7 +127,8 @@ def probe_windows(model: PreTrainedModel, length: int, places: Sequence[int]) ->
     Padding, ends and markers of images are not among them: models treat these in ways of their own.
     """
     vocabulary = min(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
-    ids = [number for number in range(vocabulary) if number not in set(_special_ids(model.config))]
+    special = set(_special_ids(model.config))
+    ids = [number for number in range(vocabulary) if number not in special]
     spread = torch.tensor(ids)[torch.linspace(0, len(ids) - 1, length + len(places)).long()]
     windows = spread[:length].repeat(1 + len(places), 1)
     for row, place in enumerate(places, start=1):

@@ -114,9 +114,7 @@ def _common_structure(before: Weights, after: Weights) -> ModelStructure:
 
 def _why_not_comparable(before: Weights, after: Weights) -> str | None:
     ours, theirs = before.structure, after.structure
-    kinds = [
-        weights.config.get_text_config().model_type for weights in (before, after)
-    ]  # of some the text part is saved
+    kinds = [weights.config.get_text_config().model_type for weights in (before, after)]  # some are saved as text part
     if kinds[0] != kinds[1]:
         return f"{before.name} is a {before.config.model_type} model, {after.name} a {after.config.model_type} model"
     if ours.block_count != theirs.block_count:
