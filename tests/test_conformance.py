@@ -104,6 +104,16 @@ def test_a_model_that_wants_more_than_token_ids_is_refused_with_its_own_reason()
         check_conformance(tiny("gemma4_assistant"), block_size=64)
 
 
+def test_blocks_that_the_text_does_not_pass_are_refused():
+    model = tiny("got_ocr2")
+    for block in model.model.vision_tower.layers:
+        block.mlp.more = torch.nn.Linear(
+            200, 200
+        )  # an image encoder larger than the decoder, which says not what it is
+    with pytest.raises(ModelError, match=r"vision_tower.layers was taken for its decoder blocks.*does not use it"):
+        check_conformance(model, block_size=64)
+
+
 def test_logits_of_another_shape_are_refused():
     model = tiny_gpt2().eval()
     model.register_forward_hook(lambda _model, _args, out: setattr(out, "logits", out.logits.repeat(4, 1, 1)))
@@ -240,6 +250,20 @@ def test_a_run_on_bart_learns_the_next_token_and_says_whose_loss_it_is(tmp_path,
     assert scores["after"]["loss"] < scores["before"]["loss"]
     recorded = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["run"]["loss"]
     assert recorded.startswith("cross entropy of the next token over the model's logits, not its own loss: it is ")
+
+
+def test_a_model_that_takes_its_loss_by_itself_is_forecast(tmp_path, capsys):
+    words = recipe_on(tmp_path, tiny("bart", vocab_size=4096), trainable=["blocks[-1]"])
+    assert main(["plan", words[1]]) == 0
+    assert "a step takes" in capsys.readouterr().out
+
+
+def test_a_config_of_which_transformers_makes_no_model_ends_with_2(tmp_path, capsys):
+    words = recipe_on(tmp_path, tiny("bart", vocab_size=4096))
+    tiny_config("musicgen").save_pretrained(tmp_path / "base")
+    for command in ("plan", "train"):
+        assert main([command, words[1]]) == 2
+        assert "cannot be loaded: Multiple valid text configs were found" in capsys.readouterr().err
 
 
 def test_rwkv_is_saved_as_it_is_proved_and_scores_as_it_was_scored(tmp_path):

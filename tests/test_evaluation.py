@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from partialtune.errors import TextError
 from partialtune.scoring.evaluation import (
@@ -29,7 +29,9 @@ from partialtune.scoring.evaluation import (
     scored_text,
     spaced_indices,
 )
-from partialtune.scoring.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
+from partialtune.scoring.prompts import SAMPLING, PromptProbe, compare_prompts, format_prompts, probe_prompts
+from tiny_models import tiny_config
+from trials import letters
 
 VOCABULARY = 128
 BLOCK_SIZE = 12
@@ -437,3 +439,24 @@ def test_a_continuation_is_shown_whole():
     table = format_prompts([entry | {"continuation_before": words}])
     shown = "".join(line[2:50].rstrip() + " " for line in table.splitlines()[2:])
     assert shown.replace("''", "").split() == f"'{words}'".split()
+
+
+@pytest.mark.parametrize("model_type", ["bart", "camembert", "gpt2"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_continuation_is_that_of_whole_passes_whatever_the_models_cache_does(model_type, sampled):
+    """BART's tiny cache has as many layers as its encoder, one of three; CamemBERT's positions differ by one."""
+    torch.manual_seed(0)
+    config = tiny_config(model_type)
+    config.is_decoder = True
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), letters(99)
+    ids = list(range(20, 28))
+    (probe,) = probe_prompts(model, tokenizer, [tokenizer.decode(ids)], new_tokens=6)
+    torch.manual_seed(SAMPLING["seed"])
+    for _ in range(6):
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
+        kept = TopPLogitsWarper(SAMPLING["top_p"])(None, scores)
+        ids.append(int(torch.multinomial(kept.softmax(-1), 1)) if sampled else int(scores.argmax()))
+        if ids[-1] == config.eos_token_id:
+            break
+    assert (probe.sample if sampled else probe.continuation) == tokenizer.decode(ids[8:])

@@ -85,7 +85,7 @@ def dry_step(
     """
     try:
         return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
-    except LogitsInUse:  # found out as in training: this model keeps its own loss
+    except LogitsInUse:  # found out as in training: this model's loss is taken from its logits
         paths = set(fast_paths) - {"loss"}
         return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, paths)
 
@@ -121,7 +121,11 @@ def _dry_step(
             if without_logits:
                 paths.enter_context(loss.active())
             memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
-    except RuntimeError as error:
+    except LogitsInUse:
+        raise
+    except Exception as error:
+        if without_logits:  # BART takes its loss by itself, and finds that states are no logits
+            raise LogitsInUse from error
         raise ModelError(
             f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
         ) from error

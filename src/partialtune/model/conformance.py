@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.errors import ModelError
 from partialtune.model.modes import evaluating
+from partialtune.model.structure import read_structure
 from partialtune.proof.weights import bit_sums, named_weights, persistent_buffers
 
 WINDOW = 24  # tokens
@@ -91,7 +92,8 @@ def _checked_loss(model: PreTrainedModel, length: int) -> str:
     windows = probe_windows(model, length, places)
     with _buffers_kept(model), evaluating(model), torch.random.fork_rng(devices=()):
         weights = _bits(model)
-        logits = _logits(model, windows)
+        with _blocks_watched(model):
+            logits = _logits(model, windows)
         fault, again = _loss_fault(model, windows)
         again = _logits(model, windows) if again is None else again
         _refuse_changed(model, weights)
@@ -204,6 +206,24 @@ def _first_sentence(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."
     return text if text.endswith(".") else f"{text}."
+
+
+@contextmanager
+def _blocks_watched(model: PreTrainedModel) -> Iterator[None]:
+    """Stop where a forward pass meets no module of what was taken for the decoder blocks: those of an image encoder."""
+    path, met = read_structure(model).blocks_path, []
+    modules = [module for block in model.get_submodule(path) for module in block.modules()]
+    hooks = [module.register_forward_pre_hook(lambda *_: met.append(True)) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not met:
+        raise ModelError(
+            f"{_named(model)}: {path} was taken for its decoder blocks, since it holds the most parameters, and its "
+            f"forward pass over token ids does not use it: `blocks[-1]` would train nothing. It cannot be trained here."
+        )
 
 
 def _refuse_chance(model: PreTrainedModel, logits: torch.Tensor, again: torch.Tensor) -> None:

@@ -63,6 +63,7 @@ def load_config(
         config = AutoConfig.from_pretrained(
             model_location(name), revision=revision, trust_remote_code=trust_remote_code
         )
+        config.get_text_config()  # MusicGen has two, and no causal language model is made of it
     if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
     if dropout != "model":

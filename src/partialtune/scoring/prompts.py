@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
 
 from partialtune.errors import TextError
 from partialtune.model.modes import evaluating
@@ -25,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 5  # rows of a prompt's table in the terminal; evaluation.json holds all that were kept
 COLUMN_WIDTH = 48  # two of them and a gap: about 100 columns
+CACHE_AGREES = 1e-3  # of the largest logit: rounding is far below it, positions that are off by one far above
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "seed": 0}  # the model's own distribution but for its longest tail
 
 
@@ -122,7 +129,7 @@ def _probe(
 ) -> PromptProbe:
     ids = _prompt_ids(prompt, tokenizer, _context_length(model.config))
     input_ids = torch.tensor([ids], device=device)  # (1, T)
-    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
+    logits = _logits(model, input_ids)
     log_probabilities = logits[0, -1].cpu().double().log_softmax(-1)  # (V,); fp64 on the CPU: MPS has none
     best = log_probabilities.topk(min(top_k, len(log_probabilities)))
     return PromptProbe(
@@ -188,21 +195,51 @@ def _continue(
 
 
 def _generated(model: PreTrainedModel, input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
-    """Ids (1, T + n). A model whose cache does not work computes every token from the whole of what is before it.
+    """Ids (1, T + n), the prompt's among them: by the model's own `generate`, if it is right.
 
-    A decoder of an encoder-decoder model gets a cache of as many layers as the encoder has, which may be fewer.
+    A decoder of an encoder-decoder model gets a cache of as many layers as its encoder has, which may be fewer, and
+    CamemBERT other positions than in a plain pass. One whole pass over what was generated shows it.
     """
-
-    def generate(use_cache: bool) -> torch.Tensor:
-        settings.use_cache = use_cache
-        with _seeded(input_ids.device, SAMPLING["seed"]):
-            return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings)
-
     try:
-        return generate(use_cache=True)
+        with _seeded(input_ids.device, SAMPLING["seed"]):
+            found = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=settings,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        steps = torch.stack(found.logits, dim=1).to(input_ids.device)  # (1, n, V)
+        whole = _logits(model, found.sequences[:, :-1])[:, input_ids.shape[1] - 1 :]
+        if not (steps - whole).abs().max() > CACHE_AGREES * whole.abs().max():
+            return found.sequences
+        reason = "its cache gives other logits than whole passes"
     except Exception as error:  # noqa: BLE001 - the model's own, of any kind
-        logger.info("Prompts are continued without a cache, which fails in this model: %s", error)
-        return generate(use_cache=False)
+        reason = f"with its cache it fails ({type(error).__name__}: {error})"
+    logger.info("Prompts are continued by whole passes of the model: %s.", reason)
+    with _seeded(input_ids.device, SAMPLING["seed"]):
+        return _by_whole_passes(model, input_ids, settings)
+
+
+def _by_whole_passes(model: PreTrainedModel, input_ids: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+    """As `generate` without a cache, ids (1, T + n)."""
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    nucleus = TopPLogitsWarper(settings.top_p) if settings.do_sample else None
+    for _ in range(settings.max_new_tokens):
+        scores = _logits(model, input_ids)[:, -1].float()  # (1, V)
+        if nucleus is None:
+            chosen = scores.argmax(-1, keepdim=True)
+        else:
+            chosen = torch.multinomial(nucleus(input_ids, scores / settings.temperature).softmax(-1), 1)
+        input_ids = torch.cat([input_ids, chosen], dim=1)
+        if chosen.item() in ends:
+            break
+    return input_ids
+
+
+def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits (1, T, V) of one whole pass."""
+    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
 
 
 @contextlib.contextmanager
