@@ -219,6 +219,12 @@ def test_a_model_that_changes_its_weights_in_a_forward_pass_is_refused(mode):
         check_conformance(model, block_size=64)
 
 
+def test_a_model_whose_loading_changes_what_the_file_holds_is_refused():
+    with pytest.raises(ModelError, match=r"it sets the embedding of the padding token \(0\) to zero"):
+        check_conformance(tiny("youtu"), block_size=64)
+    check_conformance(tiny("opt"), block_size=64)  # has a padding token too
+
+
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 

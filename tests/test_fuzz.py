@@ -15,7 +15,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer, MarianConfig, MarianForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MarianConfig, MarianForCausalLM
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
@@ -25,10 +25,13 @@ from partialtune.cli import main
 from partialtune.data import prepare_data
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
+from partialtune.model.conformance import check_conformance
 from partialtune.model.dropout import set_dropout
+from partialtune.proof.weights import digests
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
+from tiny_models import tiny_config
 
 MORE = int(os.environ.get("PARTIALTUNE_FUZZ", "0"))
 AS_USUAL = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -318,3 +321,32 @@ def test_a_run_with_any_harm_to_a_checkpoint_goes_on_or_is_refused(
     assert code in (0, 2, 3, 4)
     assert code == 0 or not honest
     assert "Traceback" not in capfd.readouterr().err
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+SMALL_TYPES = ("gpt2", "bart", "bert", "xlm", "xlnet", "cpmant", "rwkv", "git", "mixtral", "prophetnet", "reformer")
+SWITCHES = ("is_decoder", "causal", "use_cache", "tie_word_embeddings", "output_router_logits", "is_encoder_decoder")
+
+
+@fuzz(25)
+@example(model_type="reformer", block_size=64, changes={})
+@example(model_type="rwkv", block_size=2, changes={"rescale_every": 1})
+@given(
+    model_type=st.sampled_from(SMALL_TYPES),
+    block_size=st.integers(2, 40),
+    changes=st.dictionaries(st.sampled_from(SWITCHES), st.booleans(), max_size=2),
+)
+def test_any_model_is_taken_or_refused_in_words_and_keeps_its_weights(model_type, block_size, changes):
+    config = tiny_config(model_type)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(config).eval()
+    except (AssertionError, ValueError):
+        return  # transformers makes no such model
+    before = digests(model)
+    found, error = outcome(lambda: check_conformance(model, block_size))
+    assert found is not None or len(str(error)) > 40
+    assert digests(model) == before

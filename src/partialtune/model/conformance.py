@@ -13,11 +13,12 @@ Three tiny forward passes over made-up windows, in eval mode and in train mode, 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -77,6 +78,7 @@ def check_conformance(model: PreTrainedModel, block_size: int) -> Conformance:
         ModelError: If it cannot be scored on token ids alone, reads ahead, or changes its own weights.
     """
     config_as_loaded = _switch_off(model.config)
+    _refuse_padding_reset(model)
     try:
         fault = _checked_loss(model, min(WINDOW, block_size))
     except _PassFails:
@@ -223,6 +225,23 @@ def _blocks_watched(model: PreTrainedModel) -> Iterator[None]:
         raise ModelError(
             f"{_named(model)}: {path} was taken for its decoder blocks, since it holds the most parameters, and its "
             f"forward pass over token ids does not use it: `blocks[-1]` would train nothing. It cannot be trained here."
+        )
+
+
+def _refuse_padding_reset(model: PreTrainedModel) -> None:
+    """Ask the model's own initialisation, which every load runs, about an embedding that was loaded already."""
+    padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+    if padding is None:
+        return
+    stand_in = nn.Embedding(2, 2, padding_idx=0)
+    nn.init.ones_(stand_in.weight)
+    stand_in.weight._is_hf_initialized = True  # how transformers marks what came from a file
+    with torch.no_grad(), torch.random.fork_rng(devices=()), suppress(AttributeError):  # xLSTM's looks for others
+        model._init_weights(stand_in)
+    if not stand_in.weight.all():
+        raise ModelError(
+            f"{_named(model)}: whenever transformers loads it, it sets the embedding of the padding token ({padding}) "
+            f"to zero, whatever the file holds. So what is proved of the saved file would not hold for the loaded model."
         )
 
 
