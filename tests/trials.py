@@ -192,8 +192,9 @@ class Trial:
             raise Wrong(f"the plan counts {plan.total_parameters} parameters, the model has {count}")
         if plan.trainable_parameters != sum(trains.values()):
             raise Wrong(f"the plan trains {plan.trainable_parameters} parameters, the model {sum(trains.values())}")
-        if "all" not in self.trainable and any(name.startswith(last) for name in frozen):
-            raise Wrong(f"blocks[-1] leaves out {next(name for name in frozen if name.startswith(last))}")
+        left_out = [n for n in frozen if n.startswith(last) and n not in plan.fixed]
+        if left_out:
+            raise Wrong(f"blocks[-1] leaves out {left_out[0]}")
         config = model.config.get_text_config()
         layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", plan.block_count)
         if layers % plan.block_count:  # a model may pass its blocks several times

@@ -241,7 +241,7 @@ def _refuse_padding_reset(model: PreTrainedModel) -> None:
     if not stand_in.weight.all():
         raise ModelError(
             f"{_named(model)}: whenever transformers loads it, it sets the embedding of the padding token ({padding}) "
-            f"to zero, whatever the file holds. So what is proved of the saved file would not hold for the loaded model."
+            f"to zero, whatever the file holds. What is proved of a saved file would not hold for the loaded model."
         )
 
 
