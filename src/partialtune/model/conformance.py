@@ -233,8 +233,7 @@ def _refuse_padding_reset(model: PreTrainedModel) -> None:
     padding = getattr(model.get_input_embeddings(), "padding_idx", None)
     if padding is None:
         return
-    stand_in = nn.Embedding(2, 2, padding_idx=0)
-    nn.init.ones_(stand_in.weight)
+    stand_in = nn.Embedding.from_pretrained(torch.ones(2, 2), padding_idx=0)
     stand_in.weight._is_hf_initialized = True  # how transformers marks what came from a file
     with torch.no_grad(), torch.random.fork_rng(devices=()), suppress(AttributeError):  # xLSTM's looks for others
         model._init_weights(stand_in)
