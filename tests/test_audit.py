@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import some_windows, tiny_gpt2
 from partialtune.errors import FreezeViolation
-from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.apply import apply_plan, untie_head
 from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
@@ -22,6 +23,12 @@ def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_o
     """Train four steps with an audit and planted faults; returns audit.json."""
     plan = plan_freeze(model, selectors)
     apply_plan(model, plan)
+    audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
+    trainer_for(tmp_path, model, [*faults, audit], optimizer, **changes).train()
+    return json.loads((tmp_path / "audit.json").read_text())
+
+
+def trainer_for(tmp_path, model, callbacks, optimizer=None, **changes):
     settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
     args = TrainingArguments(
         output_dir=str(tmp_path),
@@ -30,17 +37,14 @@ def audited_training(tmp_path, model, selectors, *faults, optimizer=None, stop_o
         disable_tqdm=True,
         **{**settings, **changes},
     )
-    audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=some_windows(),
         data_collator=collate_windows,
-        callbacks=[*faults, audit],
+        callbacks=callbacks,
         optimizers=(optimizer, None),
     )
-    trainer.train()
-    return json.loads((tmp_path / "audit.json").read_text())
 
 
 class Fault(TrainerCallback):
@@ -120,7 +124,10 @@ def test_16_bit_weights_whose_updates_round_away_are_listed(tmp_path, caplog):
     model = tiny_gpt2().to(torch.bfloat16)  # around 1 the spacing of bf16 is 4e-3 below and 8e-3 above
     audit = audited_training(tmp_path, model, ["final_norm"], learning_rate=5e-5, stop_on_violation=False)
     assert audit["trainable"]["below_precision"] == ["transformer.ln_f.weight"]
-    assert audit["trainable"]["unmoved"] == [{"name": "transformer.ln_f.weight", "reason": KEPT_EVERY_BIT}]
+    (unmoved,) = audit["trainable"]["unmoved"]
+    assert unmoved["name"] == "transformer.ln_f.weight"
+    assert "at most 5e-05, and half the spacing of floating-point numbers there is 0.002" in unmoved["reason"]
+    assert audit["passed"] is True
     assert "round away" in caplog.text
 
 
@@ -145,6 +152,129 @@ def test_a_violation_may_be_allowed_and_is_written_all_the_same(tmp_path, caplog
     audit = audited_training(tmp_path, tiny_gpt2(), ["final_norm"], fault, stop_on_violation=False)
     assert audit["passed"] is False
     assert "Freeze audit failed" in caplog.text
+
+
+# ---- names that go or come ------------------------------------------------------------------------------------------
+
+
+def untied_gpt2():
+    model = tiny_gpt2()
+    untie_head(model)
+    return model
+
+
+def tie_again(model):
+    model.lm_head.weight = model.transformer.wte.weight
+
+
+def remove_the_first_block(model):
+    del model.transformer.h[0]
+
+
+def remove_a_frozen_norm(model):
+    model.transformer.h[2].ln_1 = nn.Identity()
+
+
+def make_a_bias_a_buffer(model):
+    norm = model.transformer.h[0].ln_1
+    bias = norm.bias.detach()
+    del norm.bias
+    norm.register_buffer("bias", bias)
+
+
+def drop_a_buffer(model):
+    del model.transformer.h[1].ln_2.running_mean
+
+
+def add_a_parameter(model):
+    model.transformer.h[0].extra = nn.Linear(2, 2, bias=False)
+
+
+def add_a_buffer(model):
+    model.transformer.h[0].register_buffer("extra", torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("build", "change", "missing", "new"),
+    [
+        (untied_gpt2, tie_again, ["lm_head.weight"], []),
+        (tiny_gpt2, remove_the_first_block, [f"transformer.h.2.{name}" for name in ("ln_1.weight", "ln_1.bias")], []),
+        (tiny_gpt2, remove_a_frozen_norm, [f"transformer.h.2.ln_1.{name}" for name in ("weight", "bias")], []),
+        (tiny_gpt2, make_a_bias_a_buffer, ["transformer.h.0.ln_1.bias"], ["transformer.h.0.ln_1.bias"]),
+        (lambda: with_buffers(), drop_a_buffer, ["transformer.h.1.ln_2.running_mean"], []),
+        (tiny_gpt2, add_a_parameter, [], ["transformer.h.0.extra.weight"]),
+        (tiny_gpt2, add_a_buffer, [], ["transformer.h.0.extra"]),
+    ],
+)
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_name_that_goes_or_comes_is_a_violation(tmp_path, build, change, missing, new, saving):
+    faults = [WeightDeltaCallback(plan_freeze(build(), ["final_norm"]), delta_steps=1), Fault(change)]
+    with pytest.raises(FreezeViolation, match="step 2" if saving == "steps" else "step 4") as violation:
+        audited_training(tmp_path, build(), ["final_norm"], *faults, save_strategy=saving, save_steps=2)
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["passed"] is False
+    assert set(missing) <= set(audit["names"]["missing"])
+    assert audit["names"]["new"] == new
+    assert all(name in str(violation.value) for name in [*missing, *new][:1])
+    frozen = [parameter.name for parameter in plan_freeze(build(), ["final_norm"]).parameters]
+    assert set(audit["frozen"]["changed"]) >= set(missing) & set(frozen)
+    assert "plan_freeze" in str(violation.value)
+
+
+def test_a_plan_made_before_peft_wraps_the_model_is_refused_before_the_first_step_with_what_to_do(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    apply_plan(model, plan)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    steps = []
+    callbacks = [WeightDeltaCallback(plan), FreezeAuditCallback(plan), Fault(lambda _: steps.append(1), 1)]
+    with pytest.raises(FreezeViolation, match=r"6 parameters .* new: transformer\.h\.0.*lora_A") as violation:
+        trainer_for(tmp_path, wrapped, callbacks).train()
+    assert "get_peft_model" in str(violation.value)
+    assert "only then call plan_freeze and apply_plan" in str(violation.value)
+    assert steps == []
+
+
+def test_a_trainable_parameter_that_another_took_the_place_of_is_missing_from_the_optimizer(tmp_path):
+    def replace(model):
+        model.transformer.ln_f.weight = nn.Parameter(model.transformer.ln_f.weight.detach() + 1)
+
+    with pytest.raises(FreezeViolation, match=r"missing from the optimizer: transformer\.ln_f\.weight"):
+        audited_training(tmp_path, tiny_gpt2(), ["final_norm"], Fault(replace))
+
+
+# ---- interrupted ----------------------------------------------------------------------------------------------------
+
+
+def interrupted_training(tmp_path, model, *faults):
+    """A run of four steps that a signal stops in its second; what it raised, and audit.json."""
+    audited = FreezeAuditCallback(plan := plan_freeze(model, ["final_norm"]))
+    apply_plan(model, plan)
+    stop = Fault(lambda _: None)
+    audited.interrupted = lambda: True
+    stop.on_step_end = lambda args, state, control, **_: setattr(control, "should_training_stop", True)
+    trainer_for(tmp_path, model, [*faults, stop, audited]).train()
+    return json.loads((tmp_path / "audit.json").read_text())
+
+
+def test_an_interrupted_run_gets_no_verdict_on_what_did_not_move(tmp_path):
+    model = tiny_gpt2()
+    start = model.transformer.ln_f.weight.detach().clone()
+    audit = interrupted_training(tmp_path, model, Fault(lambda m: m.transformer.ln_f.weight.copy_(start), step=1))
+    assert audit["passed"] is True
+    reason = "the run was interrupted after step 1: no verdict on what has not moved so far"
+    assert audit["trainable"]["unmoved"] == [{"name": "transformer.ln_f.weight", "reason": reason}]
+
+
+def test_a_frozen_parameter_that_changed_is_a_violation_in_an_interrupted_run_too(tmp_path):
+    fault = Fault(lambda m: m.transformer.wpe.weight.add_(1e-3), step=1)
+    with pytest.raises(FreezeViolation, match=r"frozen parameters changed: transformer\.wpe\.weight"):
+        interrupted_training(tmp_path, tiny_gpt2(), fault)
+
+
+# ---- buffers --------------------------------------------------------------------------------------------------------
 
 
 def with_buffers():

@@ -9,7 +9,9 @@ from transformers import Trainer, TrainingArguments
 from conftest import some_windows, tiny_gpt2
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
+from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.proof.distances import change_sums
 from partialtune.proof.snapshots import measure_deltas, take_snapshot
 from partialtune.training.batches import collate_windows
 
@@ -111,6 +113,65 @@ def test_two_callbacks_share_one_snapshot_and_a_later_training_takes_a_new_one()
     with torch.no_grad():
         model.transformer.ln_f.weight.add_(1.0)
     assert take_snapshot(model, plan) is not first
+
+
+def exchange_rows(model):
+    with torch.no_grad():
+        for weight in (model.transformer.wte.weight, model.transformer.ln_f.weight):
+            weight[[3, 7]] = weight[[7, 3]]
+
+
+def model_of_random_numbers():
+    model = tiny_gpt2()
+    torch.nn.init.normal_(model.transformer.ln_f.weight)
+    return model
+
+
+def test_a_second_trainer_after_rows_were_exchanged_measures_from_what_is_there(tmp_path):
+    model = model_of_random_numbers()
+    plan = plan_freeze(model, ["final_norm"])
+    apply_plan(model, plan)
+    for number in range(2):
+        deltas, audit = WeightDeltaCallback(plan, delta_steps=1), FreezeAuditCallback(plan)
+        make_trainer(tmp_path / str(number), model, [deltas, audit], max_steps=1, learning_rate=1e-6).train()
+        assert audit.result.passed
+        assert max(line["max_abs_delta"] for line in read_lines(tmp_path / str(number))) < 1e-5
+        exchange_rows(model)
+
+
+def test_exchanged_rows_of_a_frozen_parameter_have_an_unknown_distance_and_are_no_zero():
+    model = model_of_random_numbers()
+    snapshot = take_snapshot(model, plan_freeze(model, ["final_norm"]))
+    exchange_rows(model)
+    moved = {delta.name: delta for delta in measure_deltas(model, snapshot)}
+    assert moved["transformer.wte.weight"].l2_delta is None
+    assert moved["transformer.ln_f.weight"].l2_delta > 0
+
+
+def test_a_parameter_that_went_came_or_has_another_shape_has_an_unknown_distance():
+    model = tiny_gpt2()
+    snapshot = take_snapshot(model, plan_freeze(model, ["final_norm"]))
+    model.transformer.ln_f.weight = torch.nn.Parameter(torch.ones(5))
+    del model.transformer.ln_f.bias, model.transformer.wpe
+    model.extra = torch.nn.Linear(2, 2, bias=False)
+    moved = {delta.name: delta.l2_delta for delta in measure_deltas(model, snapshot)}
+    others = {"extra.weight", *(f"transformer.{name}" for name in ("ln_f.weight", "ln_f.bias", "wpe.weight"))}
+    assert {name for name, distance in moved.items() if distance is None} == others
+    assert {distance for name, distance in moved.items() if name not in others} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "distance"),
+    [
+        (torch.tensor([1.0, 3.0], dtype=torch.float64), torch.tensor([1 + 1e-9, 3.0], dtype=torch.float64), 1e-9),
+        (torch.tensor([1 + 1j, 2]), torch.tensor([1 + 4j, 6]), 5.0),
+        (torch.tensor([1 + 1e-9j], dtype=torch.complex128), torch.tensor([1 + 3e-9j], dtype=torch.complex128), 2e-9),
+        (torch.tensor([2**62, 5]), torch.tensor([2**62 + 1, 5]), 1.0),
+        (torch.tensor([1, 5], dtype=torch.uint8), torch.tensor([0, 5], dtype=torch.uint8), 1.0),
+    ],
+)
+def test_distances_of_values_that_fp32_cannot_hold(before, now, distance):
+    assert float(change_sums(now, before)[0]) ** 0.5 == pytest.approx(distance, rel=1e-6)
 
 
 def test_a_frozen_parameter_that_changed_has_an_unknown_distance_and_is_no_zero():

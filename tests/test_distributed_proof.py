@@ -130,8 +130,11 @@ def batches():
     return ids.view(STEPS, 4, -1)
 
 
-def train_by_hand(model, plan, folder, rows, shard_fault=False):
-    """The hooks that Trainer calls, around a plain loop. `rows` of each batch belong to this process."""
+def train_by_hand(model, plan, folder, rows, shard_fault=False, lost=None):
+    """The hooks that Trainer calls, around a plain loop. `rows` of each batch belong to this process.
+
+    Every update of the trainable parameter `lost` is taken back.
+    """
     deltas, audit = WeightDeltaCallback(plan, delta_steps=1), FreezeAuditCallback(plan)
     args, state, control = SimpleNamespace(output_dir=str(folder)), TrainerState(), TrainerControl()
     state.is_world_process_zero = not dist.is_initialized() or dist.get_rank() == 0
@@ -143,7 +146,12 @@ def train_by_hand(model, plan, folder, rows, shard_fault=False):
     for batch in batches():
         model(batch[rows], labels=batch[rows]).loss.backward()
         audit.on_pre_optimizer_step(args, state, control, **around)
+        values = dict(named_weights(model)).get(lost)
+        start = None if values is None else values.detach().clone()
         optimizer.step()
+        if values is not None:
+            with torch.no_grad():
+                values.copy_(start)
         optimizer.zero_grad()
         state.global_step += 1
         deltas.on_step_end(args, state, control, **around)
@@ -156,7 +164,7 @@ def train_by_hand(model, plan, folder, rows, shard_fault=False):
     return deltas, audit
 
 
-def train_sharded(folder, shard_fault):
+def train_sharded(folder, shard_fault, lost=None):
     dist.init_process_group("gloo")
     model, plan = planned_model()
     expected_digests, expected_sums = digests(model), bit_sums(named_weights(model))
@@ -174,7 +182,7 @@ def train_sharded(folder, shard_fault):
         "sums_agree": bit_sums(parameters.items()) == expected_sums,
     }
     try:
-        deltas, audit = train_by_hand(model, plan, folder, slice(2 * rank, 2 * rank + 2), shard_fault)
+        deltas, audit = train_by_hand(model, plan, folder, slice(2 * rank, 2 * rank + 2), shard_fault, lost)
     except FreezeViolation as error:
         return {**facts, "violation": str(error)}
     write_delta(folder / "delta", model, plan, audit.digests_before, audit.digests_after, Base(str(folder / "base")))
@@ -219,3 +227,10 @@ def test_a_bit_flipped_in_one_shard_ends_all_processes_with_the_name_of_its_para
     for process in on_two_processes(train_sharded, tmp_path, True):
         assert process["sharded"]
         assert FROZEN in process["violation"]
+
+
+@pytest.mark.slow
+def test_updates_of_a_sharded_parameter_that_were_due_and_got_lost_end_all_processes_with_its_name(tmp_path):
+    for process in on_two_processes(train_sharded, tmp_path, False, "transformer.h.2.mlp.c_fc.weight"):
+        assert process["sharded"]
+        assert "yet kept every bit: transformer.h.2.mlp.c_fc.weight." in process["violation"]

@@ -15,6 +15,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MarianConfig, MarianForCausalLM
 
 from cluster import small_recipe
@@ -27,6 +28,9 @@ from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.conformance import check_conformance
 from partialtune.model.dropout import set_dropout
+from partialtune.model.loading import load_config, load_model
+from partialtune.proof.due_updates import DueUpdates
+from partialtune.proof.verify import verify
 from partialtune.proof.weights import digests
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
@@ -293,6 +297,45 @@ def harm(file: Path, how: str, data) -> None:
             "other json": json.dumps(data.draw(VALUES)).encode(),
         }
         file.write_bytes(others.get(how) if how in others else data.draw(st.binary(max_size=50)))
+
+
+@fuzz(40)
+@given(kept=VALUES | st.fixed_dictionaries({"due": VALUES, "largest": st.dictionaries(st.text(max_size=3), VALUES)}))
+@example(kept={"had_gradient": [[]]})
+@example(kept={"largest": {"w": [1, 0]}})
+@example(kept={"largest": {"w": ["x", None]}})
+def test_anything_for_what_a_checkpoint_keeps_of_the_audit_is_taken_or_refused_in_words(kept):
+    updates = DueUpdates()
+    _, error = outcome(lambda: updates.go_back_to(kept))
+    assert error is None or error.exit_code == 2
+    if error is None and all(isinstance(name, str) for name in updates.due):
+        updates.merge([updates.state()])
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+DTYPES = [*(torch.float64, torch.float32, torch.bfloat16, torch.float16), torch.int64, torch.complex64, torch.bool]
+
+
+@fuzz(10)
+@given(dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3))
+@example(dtypes=[torch.float64])
+@example(dtypes=[torch.complex64])
+def test_weight_files_of_any_dtypes_are_loaded_and_verified_or_refused_in_words(tmp_path, dtypes):
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder in (base, other):
+        tiny_gpt2(n_layer=1).save_pretrained(folder)
+    tensors = load_file(other / "model.safetensors")
+    for name, dtype in zip(sorted(tensors), dtypes, strict=False):
+        tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    _, error = outcome(lambda: load_model(str(other), load_config(str(other))))
+    if {torch.float64, torch.complex64} & set(dtypes):
+        assert "complex" in str(error) or "fp64" in str(error)
+    found, error = outcome(lambda: verify(str(base), str(other), []))
+    assert torch.complex64 not in dtypes or "complex" in str(error)
+    if error is None and set(dtypes) <= {torch.float64, torch.float32}:
+        assert found.passed is True
 
 
 @fuzz(4)

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import tiny_gpt2
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.structure import read_structure
 from partialtune.proof.weights import named_weights
@@ -458,6 +459,17 @@ def test_two_parameters_over_one_memory_are_refused():
 def test_a_wrapped_model_is_refused_with_advice():
     with pytest.raises(ModelError, match=r"DataParallel has no token embeddings.*without a DataParallel"):
         read_structure(nn.DataParallel(tiny("gpt2")))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_parameters_that_are_no_floating_point_numbers_are_refused_in_words_and_not_as_quantised(dtype):
+    model = tiny_gpt2()
+    model.transformer.h[0].table = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        ModelError, match=rf"transformer\.h\.0\.table is {kind}\. .*floating-point parameters only.*as a buffer"
+    ):
+        read_structure(model)
 
 
 def test_a_model_without_blocks_is_refused():

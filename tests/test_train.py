@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import EXCERPTS, REPOSITORY, SOURCES, gpt2_tokenizer, tiny_gpt2
@@ -241,6 +244,18 @@ def test_an_untied_head_is_trained_saved_and_reloaded(recipe, tmp_path):
     assert [entry["name"] for entry in insight["effective_ranks"]["matrices"]] == ["lm_head.weight"]
 
 
+def test_a_base_in_fp64_is_refused_before_anything_is_written(recipe, tmp_path, base, capsys):
+    wide = shutil.copytree(base, tmp_path / "wide")
+    file = wide / "model.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert main(["train", recipe, "--model_name_or_path", str(wide)]) == 2
+    message = capsys.readouterr().err
+    assert "tensors in fp64, transformer.h.0.attn.c_attn.bias first" in message
+    assert "from_pretrained(" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe, tmp_path, base, capsys):
     assert main(["train", recipe]) == 0
     config, config_before = read(tmp_path / "run", "config.json"), read(base, "config.json")
@@ -342,6 +357,43 @@ def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in
     assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
     assert read(tmp_path / "run", "exit.json")["code"] == 3
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "frozen_changed"),
+    [
+        (signal.SIGTERM, 143, False),
+        (signal.SIGUSR1, 143, False),
+        (signal.SIGINT, 130, False),
+        (signal.SIGTERM, 3, True),
+    ],
+)
+def test_a_signal_during_warm_up_when_nothing_has_moved_ends_with_its_code_after_a_checkpoint(
+    recipe, tmp_path, monkeypatch, number, code, frozen_changed
+):
+    from partialtune.training.trainer import PartialTrainer
+
+    step = PartialTrainer.training_step
+
+    def with_signal(self, model, *rest):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), number)
+            if frozen_changed:
+                with torch.no_grad():
+                    self.model.transformer.wpe.weight.view(torch.int32)[0, 0] ^= 1
+        return step(self, model, *rest)
+
+    monkeypatch.setattr(PartialTrainer, "training_step", with_signal)
+    warm_up = ["--trainable", "/.*ln_.*weight/", "--learning_rate", "2e-5", "--warmup_steps", "2000"]
+    assert main(["train", recipe, *warm_up]) == code
+    run = tmp_path / "run"
+    assert read(run, "exit.json")["code"] == code
+    assert read(run, "audit.json")["passed"] is not frozen_changed
+    assert read(run, "audit.json")["trainable"]["unmoved"], "otherwise nothing is tested here"
+    assert (run / "checkpoint-2").is_dir() is not frozen_changed
+    if number == signal.SIGTERM and not frozen_changed:
+        monkeypatch.setattr(PartialTrainer, "training_step", step)
+        assert main(["train", recipe, *warm_up, "--resume_from_checkpoint", "auto"]) == 0
 
 
 def test_a_frozen_weight_that_changed_in_the_last_step_ends_the_run_with_3_and_everything_else_is_written(

@@ -20,10 +20,10 @@ from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.model.loading import load_config, load_model
+from partialtune.model.loading import dtypes_in, load_config, load_model
 from partialtune.proof import weight_files
 from partialtune.proof.table import comparison_table
-from partialtune.proof.verify import verify
+from partialtune.proof.verify import changed_values, verify
 from partialtune.proof.weights import digests
 from test_modeling import rename_to_hub
 
@@ -82,6 +82,92 @@ def test_a_copy_differs_in_nothing_and_without_a_claim_there_is_no_verdict(base,
     comparison.raise_if_violated()
     assert {parameter.l2_delta for parameter in comparison.parameters} == {0.0}
     assert "verdict: none" in comparison_table(comparison)
+
+
+def in_fp64(folder, change=lambda model: None, build=tiny_gpt2):
+    """Save a model whose files hold fp64, changed by a function of it."""
+    model = build().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-12)  # so that fp32 holds none of its values
+        change(model)
+    model.save_pretrained(folder)
+    assert set(dtypes_in(folder).values()) == {"F64"}
+    return folder
+
+
+def test_a_change_of_1e_9_in_an_fp64_file_is_found(tmp_path):
+    def change(model):
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-9
+
+    base, adapted = in_fp64(tmp_path / "base"), in_fp64(tmp_path / "adapted", change)
+    comparison = compare(base, adapted, ["final_norm"])
+    assert moved(comparison) == ["transformer.h.0.mlp.c_fc.weight"]
+    assert comparison.moved[0].changed_values == 1
+    assert comparison.moved[0].l2_delta == pytest.approx(1e-9, rel=1e-5)
+    with pytest.raises(FreezeViolation, match=r"transformer\.h\.0\.mlp\.c_fc\.weight"):
+        comparison.raise_if_violated()
+    assert moved(compare(base, in_fp64(tmp_path / "copy"), [])) == []
+
+
+def test_a_change_of_1e_9_in_an_fp64_file_whose_experts_are_fused_on_load_is_found(tmp_path):
+    def change(model):
+        model.model.embed_tokens.weight[0, 0] += 1e-9
+
+    base = in_fp64(tmp_path / "base", build=tiny_mixtral)
+    adapted = in_fp64(tmp_path / "adapted", change, build=tiny_mixtral)
+    assert moved(compare(base, adapted, ["final_norm"])) == ["model.embed_tokens.weight"]
+
+
+def test_an_fp64_copy_of_a_model_equals_it_and_its_digests(base, adapt, tmp_path):
+    adapted = adapt(train_last_mlp)
+    plan = plan_freeze(tiny_gpt2(), ["blocks[-1].mlp"])
+    before, after = digests(tiny_gpt2()), digests(load_model(str(adapted), load_config(str(adapted))))
+    wide = tiny_gpt2().double()
+    with torch.no_grad():
+        trained = dict(load_model(str(adapted), load_config(str(adapted))).named_parameters())
+        for name, parameter in wide.named_parameters():
+            parameter.copy_(trained[name])
+    wide.save_pretrained(tmp_path / "wide")
+    (tmp_path / "wide" / "freeze_plan.json").write_text(json.dumps(plan.to_json(before, after)))
+    comparison = compare(base, tmp_path / "wide")
+    assert comparison.passed is True
+    assert len(comparison.moved) == 4
+
+
+def test_an_fp64_base_is_not_loaded_in_fp32_and_the_message_says_how_to_round_it(tmp_path):
+    base = in_fp64(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"holds 40 tensors in fp64, .*dtype=torch\.float32\)\.save_pretrained"):
+        load_model(str(base), load_config(str(base)))
+    load_model(str(base), load_config(str(base)), dtype=torch.float64).save_pretrained(
+        tmp_path / "parts", max_shard_size="60kB"
+    )
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    with pytest.raises(ModelError, match="tensors in fp64"):
+        load_model(str(tmp_path / "parts"), load_config(str(base)))
+
+
+def test_a_result_that_rounds_an_fp64_base_says_so(tmp_path):
+    base = in_fp64(tmp_path / "base")
+    load_model(str(base), load_config(str(base)), dtype=torch.float64).float().save_pretrained(tmp_path / "rounded")
+    comparison = compare(base, tmp_path / "rounded", ["final_norm"])
+    assert "equal the base rounded to fewer bits" in " ".join(comparison.notes)
+    assert comparison.passed is False
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "count"),
+    [
+        (torch.tensor([2**53 + 1, 5]), torch.tensor([2**53, 5]), 1),
+        (torch.tensor([1 + 2j, 3]), torch.tensor([1 - 2j, 3]), 1),
+        (torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]), 1),
+        (torch.tensor([1.0, float("nan")], dtype=torch.bfloat16), torch.tensor([1.0, float("nan")]), 0),
+        (torch.tensor([1 + 1e-9], dtype=torch.float64), torch.tensor([1.0]), 1),
+        (torch.tensor([True, False]), torch.tensor([True, True]), 1),
+    ],
+)
+def test_values_are_compared_in_a_dtype_that_holds_both(now, before, count):
+    assert changed_values(now, before) == count
 
 
 def test_without_a_claim_nothing_that_moved_is_a_violation(base, adapt):

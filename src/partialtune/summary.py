@@ -27,7 +27,7 @@ def closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, 
 
 
 def _weight_lines(audit: Audit) -> list[str]:
-    changed = [*audit.changed, *audit.changed_buffers]
+    changed = [*dict.fromkeys([*audit.changed, *audit.changed_buffers, *audit.other_names])]
     frozen = "changed: " + ", ".join(changed) if changed else "0.0, every bit kept"
     moved = "unknown" if audit.trainable_l2_delta is None else f"{audit.trainable_l2_delta:.6g}"
     return [

@@ -202,7 +202,7 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
 
     Returns:
         A violation that the audit found after the last step: the run's files are still worth writing. One found
-        earlier is raised.
+        earlier is raised, and one about names: such a model is not the one that was planned.
 
     Raises:
         Interrupted: If a signal stopped it after a checkpoint.
@@ -213,7 +213,7 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
         with trainer.stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FreezeViolation as violation:
-        if trainer.state.global_step < trainer.state.max_steps:
+        if trainer.state.global_step < trainer.state.max_steps or trainer.audit.result.other_names:
             raise
         return violation
     finally:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from types import MethodType
+from functools import partial
 
 from torch import nn
 
@@ -34,11 +34,14 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
         strangers = sorted(set(parameters) ^ {planned.name for planned in plan.parameters})
         raise RecipeError(
             f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
-            f"{strangers[0]} first. Make a plan for this model with plan_freeze."
+            f"{strangers[0]} first. Make a plan for this model with plan_freeze, after all that changes its parameters "
+            f"(get_peft_model, resize_token_embeddings, tie_weights)."
         )
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
-    model.train = MethodType(train_what_is_trainable, model)
+    # No method of a class of its own, whose name save_pretrained would write into the config; nor a bound method, which
+    # pickle looks for in the model, by the function's name.
+    model.train = partial(train_what_is_trainable, model)
     let_learn(model, plan.trainable)
 
 
@@ -95,7 +98,10 @@ def train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
     type(self).train(self, mode)
     if mode:
         for path in self._modules_kept_in_eval:
-            module = self.get_submodule(path)
+            try:
+                module = self.get_submodule(path)
+            except AttributeError:  # it was taken out of the model, which is for the audit to say
+                continue
             type(module).train(module, False)
             for noisy in (inner for inner in module.modules() if hasattr(inner, "neftune_noise_alpha")):
                 noisy.training = True

@@ -1,5 +1,6 @@
 """Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
@@ -94,12 +96,16 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
 
 
 def load_model(
-    name: str, config: PretrainedConfig, revision: str = "main", trust_remote_code: bool = False
+    name: str,
+    config: PretrainedConfig,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The pretrained model in fp32, in eval mode. A 16-bit base is widened, which is exact.
+    """The pretrained model in fp32, or in a wider dtype, in eval mode. A 16-bit base is widened, which is exact.
 
     Raises:
-        ModelError: If it cannot be loaded whole from safetensors files.
+        ModelError: If it cannot be loaded whole from safetensors files, or `dtype` would round its values.
     """
     if is_delta(Path(model_location(name))):
         raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
@@ -109,7 +115,7 @@ def load_model(
             config=config,
             revision=getattr(config, "_commit_hash", None) or revision,  # the same, though the branch moved just now
             trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -126,7 +132,48 @@ def load_model(
             f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "
             f"result could not be used."
         )
+    refuse_wider_than(dtype, name, getattr(config, "_commit_hash", None) or revision)
     return model
+
+
+def refuse_wider_than(dtype: torch.dtype, name: str, revision: str = "main") -> None:
+    """Stop where loading in `dtype` has rounded: then nothing that is said of the base's bits would be true.
+
+    Raises:
+        ModelError: If a tensor in the model's files is complex, or in fp64 and `dtype` is not.
+    """
+    location = model_location(name)
+    cached = try_to_load_from_cache(location, "config.json", revision=revision) if not Path(location).is_dir() else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(location)
+    found = dtypes_in(folder)
+    complex_ones = sorted(tensor for tensor, kind in found.items() if kind.startswith("C"))
+    if complex_ones:
+        raise ModelError(
+            f"{name} holds {len(complex_ones)} tensors of complex numbers, {complex_ones[0]} first. Loading them as a "
+            f"model's weights would drop their imaginary parts. Use a checkpoint in float32, bfloat16 or float16."
+        )
+    wide = sorted(tensor for tensor, kind in found.items() if kind == "F64")
+    if wide and dtype != torch.float64:
+        raise ModelError(
+            f"{name} holds {len(wide)} tensors in fp64, {wide[0]} first. Weights are trained, compared and saved in "
+            f"fp32, which would round them before anything is proved. Round them yourself and use the copy: "
+            f"AutoModelForCausalLM.from_pretrained({name!r}, dtype=torch.float32).save_pretrained(FOLDER), and put the "
+            f"tokenizer's files beside it."
+        )
+
+
+def dtypes_in(folder: Path) -> dict[str, str]:
+    """Tensor in a model's safetensors files -> its dtype as safetensors writes it. Only their headers are read."""
+    files = [folder / SAFE_WEIGHTS_NAME]
+    if not files[0].is_file():
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
+        files = [folder / name for name in sorted(names)]
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt", backend="pread") as opened:
+            found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return found
 
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -158,6 +158,8 @@ def _describe(tensor: nn.Parameter, places: list[Place], block_count: int) -> Pa
 
 
 def _refuse_quantised(model: nn.Module) -> None:
+    if not getattr(model, "is_quantized", False):
+        _refuse_other_numbers(model)
     narrow = [name for name, p in model.named_parameters() if not p.is_floating_point() or p.dtype.itemsize < 2]
     if narrow or getattr(model, "is_quantized", False):
         found = f" ({narrow[0]} is {model.get_parameter(narrow[0]).dtype})" if narrow else ""
@@ -165,6 +167,17 @@ def _refuse_quantised(model: nn.Module) -> None:
             f"{type(model).__name__} is quantised{found}: such weights cannot be trained, and no bit-exact claim about "
             f"them would hold. Load the model in float32, bfloat16 or float16, without a quantization_config."
         )
+
+
+def _refuse_other_numbers(model: nn.Module) -> None:
+    """Complex numbers, and integers too wide to be quantised ones: nothing here trains or saves such a parameter."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() or (not parameter.is_floating_point() and parameter.dtype.itemsize > 1):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{type(model).__name__}: {name} is {kind}. partialtune plans floating-point parameters only (float32, "
+                f"bfloat16, float16). Register what is no such number as a buffer: a buffer has to keep every bit too."
+            )
 
 
 def _refuse_shared_memory(model: nn.Module) -> None:

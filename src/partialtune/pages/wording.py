@@ -163,6 +163,10 @@ def frozen_finding(run: RunFiles) -> Finding:
         )
         detail = f"Of {count(len(frozen))} frozen tensors these changed, by {moved}: {joined(audit['changed'], 160)}."
         return Finding("bad", "Frozen part", value, detail)
+    strangers = [name for names in changed_names(run).values() for name in names]
+    if strangers:
+        detail = f"{size} kept every bit, but names are missing from the model or new: {joined(strangers, 160)}."
+        return Finding("bad", "Frozen part", f"{counted(len(strangers), 'name')} changed", detail)
     exact = "exactly 0" if audit["l2_delta"] == 0 else significant(audit["l2_delta"])
     return Finding("good", "Frozen part", f"L2 change {exact}", f"{size} kept every bit.")
 
@@ -174,7 +178,7 @@ def trainable_finding(run: RunFiles) -> Finding:
     if run.deltas.steps:
         relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
         detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
-    explained = run.audit["frozen"]["changed"] or changed_buffers(run)
+    explained = run.audit["frozen"]["changed"] or changed_buffers(run) or any(changed_names(run).values())
     failed = audit["not_in_optimizer"] or not (run.audit["passed"] or explained)
     level = "bad" if failed else "warning" if audit["unmoved"] or audit["below_precision"] else "good"
     return Finding(level, "Trained part", f"L2 change {significant(audit['l2_delta'])}", f"{detail}.")
@@ -185,12 +189,24 @@ def changed_buffers(run: RunFiles) -> list[str]:
     return run.audit.get("buffers", {}).get("changed", [])
 
 
+def changed_names(run: RunFiles) -> dict[str, list[str]]:
+    """Names that went missing in the run, and new ones; runs from before these were audited have none."""
+    return run.audit.get("names", {"missing": [], "new": []})
+
+
 def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
     """(parameter, what is wrong with it) of every entry in the audit's lists."""
-    frozen, trainable = run.audit["frozen"], run.audit["trainable"]
+    frozen, trainable, names = run.audit["frozen"], run.audit["trainable"], changed_names(run)
+    gone = set(names["missing"])
     return [
-        *((name, "is frozen, but changed") for name in frozen["changed"]),
-        *((name, "is a buffer, which nothing trains, but changed") for name in changed_buffers(run)),
+        *((name, "is frozen, but changed") for name in frozen["changed"] if name not in gone),
+        *(
+            (name, "is a buffer, which nothing trains, but changed")
+            for name in changed_buffers(run)
+            if name not in gone
+        ),
+        *((name, "was in the model at the start, but is no longer there") for name in names["missing"]),
+        *((name, "is in the model, but was not in it when the plan was made") for name in names["new"]),
         *((name, "is trainable, but was not in the optimizer") for name in trainable["not_in_optimizer"]),
         *((entry["name"], f"is trainable, but did not move: {entry['reason']}") for entry in trainable["unmoved"]),
         *((name, "is trainable, but its updates are below its precision") for name in trainable["below_precision"]),

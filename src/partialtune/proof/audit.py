@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from transformers.trainer_callback import ExportableState
 
 from partialtune.errors import FreezeViolation
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.proof.audit_result import Audit
+from partialtune.proof.audit_result import (
+    CANNOT_BE_TOLD,
+    INTERRUPTED,
+    NEVER_A_GRADIENT,
+    NOT_REACHED,
+    ONLY_SKIPPED,
+    TOO_SMALL,
+    Audit,
+)
+from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.processes import from_all, from_main, is_main
 from partialtune.proof.snapshots import (
     Snapshot,
@@ -25,7 +34,7 @@ from partialtune.proof.snapshots import (
     whole_on_main,
 )
 from partialtune.proof.stopwatch import Stopwatch
-from partialtune.proof.weights import bit_sums, is_sharded, named_weights, whole
+from partialtune.proof.weights import Named, bit_sums, is_sharded, named_weights, persistent_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,8 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
 
     Attributes:
         result: The newest `Audit`, None before the first.
+        interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
+            what has not moved.
         digests_before: sha256 of every parameter at the start.
         digests_after: sha256 of every parameter at the end of training.
         seconds: Time spent in snapshot and checks so far.
@@ -62,8 +73,8 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
         self.digests_after: dict[str, str] = {}
         self._snapshot: Snapshot | None = None
         self._not_in_optimizer: list[str] = []
-        self._waiting: dict[str, tuple[nn.Parameter, dict]] = {}  # no gradient seen yet: parameter, optimizer group
-        self._had_gradient: set[str] = set()
+        self.interrupted: Callable[[], bool] = lambda: False
+        self._updates = DueUpdates()
         self._phase: Phase | None = None
         self._checked_at: int | None = None
         self._watch = Stopwatch()
@@ -92,18 +103,21 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
             self._begin_phase(args, state, model, optimizer)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the audit: which parameters have had a gradient."""
-        return {"args": {}, "attributes": {"had_gradient": sorted(self._had_gradient)}}
+        """What a checkpoint keeps of the audit: which parameters have had a gradient, and moved or were to move."""
+        return {"args": {}, "attributes": self._updates.state()}
 
     def go_back_to(self, state) -> None:
-        """Know of gradients what a checkpoint knew: one to go on from, or the best one, loaded at the end.
+        """Know of gradients and updates what a checkpoint knew: one to go on from, or the best one, loaded at the end.
 
         Args:
             state: The checkpoint's `TrainerState`; one of a Trainer without this callback changes nothing.
+
+        Raises:
+            InputError: If what it keeps of this callback is damaged.
         """
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = dict(state.stateful_callbacks or {}).get(type(self).__name__)
         if saved:
-            self._had_gradient = set(saved["attributes"]["had_gradient"])
+            self._updates.go_back_to(saved.get("attributes") if isinstance(saved, dict) else saved)
 
     def _folder(self, args) -> Path:
         return Path(self.output_dir or args.output_dir)
@@ -113,35 +127,40 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
             self._snapshot = take_snapshot(model, self.plan, self._folder(args))
 
     def _begin_phase(self, args, state, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Look up what the present phase trains in the optimizer, and watch it until it has had a gradient."""
+        """Look up what the present phase trains in the optimizer, and watch it until it has moved."""
         self._phase = self.plan.phase_at(state.global_step)
+        learning = self._learning(model, optimizer)
+        found = {name: (parameter, group) for name, (parameter, group) in learning.items() if group is not None}
+        mine = {name: pair for name, pair in found.items() if is_main() or is_sharded(pair[0])}
+        self._updates.watch(mine, optimizer, self._snapshot.bit_sums)
+        self._not_in_optimizer = [name for name, (_, group) in learning.items() if group is None]
+        audit = self._audit(model)
+        if audit.not_in_optimizer or audit.other_names:
+            self._conclude(args, state, audit)
+
+    def _learning(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, Any]]:
+        """What the present phase trains by name: the parameter, and the optimizer's group or None."""
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         trainable = set(self._phase.trainable)
-        learning = [(name, parameter) for name, parameter in named_weights(model) if name in trainable]
-        self._not_in_optimizer = [name for name, parameter in learning if id(parameter) not in group_of]
-        self._waiting = {
-            name: (parameter, group_of[id(parameter)])
-            for name, parameter in learning
-            if name not in self._had_gradient and id(parameter) in group_of
-        }
-        if self._not_in_optimizer:
-            self._conclude(args, state, self._audit(state))
+        return {name: (p, group_of.get(id(p))) for name, p in named_weights(model) if name in trainable}
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         with self._watch:
-            seen = [
-                name
-                for name, (parameter, group) in self._waiting.items()
-                if group["lr"] > 0 and parameter.grad is not None and bool(whole(parameter.grad).any())
-            ]
-            self._had_gradient.update(seen)
-            for name in seen:
-                del self._waiting[name]
+            scaler = getattr(optimizer, "scaler", None)  # of fp16; clipping has divided the gradients by its scale
+            unclipped = scaler is not None and not getattr(args, "max_grad_norm", 1.0)
+            self._updates.before_step(scaler.get_scale() if unclipped else 1.0)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        with self._watch:
+            self._updates.after_step()
 
     def on_save(self, args, state, control, model=None, **kwargs):
         self.check_frozen(args, state, model)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if optimizer is not None:  # what has taken the place of a parameter since is not in it
+            replaced = (n for n, (p, group) in self._learning(model, optimizer).items() if not (group or is_sharded(p)))
+            self._not_in_optimizer = list(replaced)
         self._audit_everything(args, state, model)
 
     def check_frozen(self, args, state, model: nn.Module) -> None:
@@ -157,39 +176,65 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
             kept = self._kept(state)
             present = digests_on_main((name, parameter) for name, parameter in named_weights(model) if name in kept)
             found = self._changed(model, kept, present) + self._changed_buffers(model)
+            found += self._audit(model).other_names
         if found:
             self._audit_everything(args, state, model)
 
     def _audit_everything(self, args, state, model: nn.Module) -> None:
         with self._watch:
             self.digests_after = from_main(digests_on_main(named_weights(model)))
-            audit = self._audit(state)
+            audit = self._audit(model)
             audit.changed = self._changed(model, self._kept(state), self.digests_after)
             audit.changed_buffers = self._changed_buffers(model)
             audit.trainable_l2_delta = self._trainable_distance(model)
-            still = [n for n in self.plan.trainable if self.digests_after[n] == self.digests_before[n]]
-            audit.stuck = [name for name in still if name in self._had_gradient]
-            audit.untouched = [name for name in still if name not in self._had_gradient]
+            self._updates.merge(from_all(self._updates.state()))
+            audit.stuck, audit.unmoved = self._unmoved(state)
             audit.below_precision = self._rounded_away(model)
             audit = from_main(audit)
         state.log_history.append({"audit/passed": float(audit.passed), "epoch": state.epoch, "step": state.global_step})
         self._conclude(args, state, audit)
 
-    def _audit(self, state) -> Audit:
+    def _audit(self, model: nn.Module) -> Audit:
+        parameters = _missing_and_new((p.name for p in self.plan.parameters), named_weights(model))
+        buffers = _missing_and_new(self._snapshot.buffers, persistent_buffers(model))
         return Audit(
             frozen_parameters=len(self.plan.frozen),
             trainable_parameters=len(self.plan.trainable),
             buffers=len(self._snapshot.buffers),
-            unreached=self._unreached(state),
+            missing=parameters[0],
+            new=parameters[1],
+            missing_buffers=buffers[0],
+            new_buffers=buffers[1],
             not_in_optimizer=self._not_in_optimizer,
         )
+
+    def _unmoved(self, state) -> tuple[list[str], dict[str, str]]:
+        """Trainable parameters that kept every bit: those that were to move, and the others with the reason."""
+        updates, unreached, interrupted = self._updates, self._unreached(state), self.interrupted()
+        before, after = self.digests_before, self.digests_after
+        still = [name for name in self.plan.trainable if name in after and after[name] == before.get(name)]
+        stuck, reasons = [], {}
+        for name in still:
+            if name in unreached:
+                reasons[name] = NOT_REACHED.format(step=unreached[name])
+            elif interrupted:
+                reasons[name] = INTERRUPTED.format(step=state.global_step)
+            elif name in updates.due:
+                stuck.append(name)
+            elif name not in updates.had_gradient:
+                reasons[name] = ONLY_SKIPPED if name in updates.skipped else NEVER_A_GRADIENT
+            elif name in updates.largest:
+                reasons[name] = TOO_SMALL.format(**updates.largest[name]._asdict())
+            else:
+                reasons[name] = CANNOT_BE_TOLD.format(optimizer=updates.optimizer_name)
+        return stuck, reasons
 
     def _kept(self, state) -> list[str]:
         """Names of the parameters that no step so far was to change."""
         return [*self.plan.frozen, *self._unreached(state)]
 
     def _changed(self, model: nn.Module, kept: Iterable[str], present: Mapping[str, str]) -> list[str]:
-        """Those of `kept` that changed on some process.
+        """Those of `kept` that changed on some process, or are no longer there.
 
         Args:
             model: Of this process.
@@ -197,11 +242,12 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
             present: Their digests now, on the main process.
         """
         if is_main():
-            changed = {name for name in kept if name in present and present[name] != self.digests_before[name]}
+            changed = {name for name in kept if present.get(name) != self.digests_before.get(name)}
         else:  # what is sharded is gathered and digested there
             names = set(kept)
             replicas = [(n, p) for n, p in named_weights(model) if n in names and not is_sharded(p)]
-            changed = {name for name, total in bit_sums(replicas).items() if total != self._snapshot.bit_sums[name]}
+            start = self._snapshot.bit_sums
+            changed = {name for name, total in bit_sums(replicas).items() if total != start.get(name)}
         anywhere = set().union(*from_all(changed))
         return [name for name in kept if name in anywhere]
 
@@ -216,17 +262,17 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
 
     def _trainable_distance(self, model: nn.Module) -> float | None:
         moves = {delta.name: delta.l2_delta for delta in measure_deltas(model, self._snapshot)}
-        distances = [moves[name] for name in self.plan.trainable]
+        distances = [moves.get(name) for name in self.plan.trainable]
         return None if None in distances else sum(distance**2 for distance in distances) ** 0.5
 
     def _rounded_away(self, model: nn.Module) -> list[str]:
         """Trainable parameters held in 16 bits of which fewer than half of the values moved."""
         names = []
         for name, parameter in named_weights(model):
-            if name in self._had_gradient and parameter.element_size() == 2 and parameter.is_floating_point():
-                values = whole_on_main(parameter)
-                if values is not None:
-                    moved = int(torch.count_nonzero(values.cpu() != self._snapshot.copies[name]))
+            if name in self._updates.had_gradient and parameter.element_size() == 2 and parameter.is_floating_point():
+                values, start = whole_on_main(parameter), self._snapshot.copies.get(name)
+                if values is not None and start is not None and values.shape == start.shape:
+                    moved = int(torch.count_nonzero(values.cpu() != start))
                     names += [name] if moved < values.numel() / 2 else []
         return names
 
@@ -244,3 +290,11 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
             if self.stop_on_violation:
                 raise FreezeViolation(message)
             logger.error(message)
+
+
+def _missing_and_new(known: Iterable[str], named: Named) -> tuple[list[str], list[str]]:
+    """Names among `known` that some process does not have any more, and names that some process has beside them."""
+    known = list(known)
+    everywhere = [set(names) for names in from_all([name for name, _ in named])]
+    missing = [name for name in known if not all(name in names for names in everywhere)]
+    return missing, sorted(set().union(*everywhere).difference(known))

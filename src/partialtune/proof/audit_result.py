@@ -5,7 +5,18 @@ from typing import Any
 
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
 NOT_REACHED = "the run ended before step {step}, from which its phase trains it"
-KEPT_EVERY_BIT = "had a gradient, yet kept every bit"
+ONLY_SKIPPED = "had a gradient only in steps that were skipped, because a gradient overflowed in fp16"
+TOO_SMALL = (
+    "no update large enough was due: where its gradients were largest, at most {update:.2g}, and half the spacing of "
+    "floating-point numbers there is {half_spacing:.2g}"
+)
+CANNOT_BE_TOLD = "had a gradient; whether an update large enough was due cannot be told of {optimizer}"
+INTERRUPTED = "the run was interrupted after step {step}: no verdict on what has not moved so far"
+KEPT_EVERY_BIT = "kept every bit, although an update larger than half the spacing of its values was due"
+PLAN_AFTERWARDS = (
+    "The plan does not know this model. Wrap or change a model first (get_peft_model, resize_token_embeddings, "
+    "tie_weights), and only then call plan_freeze and apply_plan"
+)
 
 
 @dataclass
@@ -16,11 +27,13 @@ class Audit:
         frozen_parameters: Number of frozen tensors.
         trainable_parameters: Number of trainable tensors.
         buffers: Number of persistent buffers. No selector lets them learn, so all of them have to stay.
-        changed: Names of frozen tensors whose digest changed: a violation.
-        changed_buffers: Names of persistent buffers whose digest changed: a violation.
-        stuck: Trainable tensors that had a gradient and kept every bit: a violation.
-        untouched: Trainable tensors that never had a gradient: a warning.
-        unreached: Those of them whose phase had not begun when the run ended, with the step at which it begins.
+        changed: Names of frozen tensors whose digest changed, or that are no longer there: a violation.
+        changed_buffers: Likewise of persistent buffers.
+        missing: Names of parameters of the plan that are not in the model: a violation.
+        new: Names of parameters in the model that the plan does not know: a violation.
+        missing_buffers, new_buffers: Likewise of persistent buffers, against the start.
+        stuck: Trainable tensors that kept every bit although an update large enough was due: a violation.
+        unmoved: Other trainable tensors that kept every bit, with the reason: a warning.
         below_precision: Trainable tensors in 16 bits, most of whose values kept every bit: a warning.
         not_in_optimizer: Trainable tensors that the optimizer does not hold: a violation.
         trainable_l2_delta: Distance of all trainable tensors from the start.
@@ -31,20 +44,28 @@ class Audit:
     buffers: int = 0
     changed: list[str] = field(default_factory=list)
     changed_buffers: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    missing_buffers: list[str] = field(default_factory=list)
+    new_buffers: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
-    untouched: list[str] = field(default_factory=list)
-    unreached: dict[str, int] = field(default_factory=dict)
+    unmoved: dict[str, str] = field(default_factory=dict)
     below_precision: list[str] = field(default_factory=list)
     not_in_optimizer: list[str] = field(default_factory=list)
     trainable_l2_delta: float | None = 0.0
 
     @property
+    def other_names(self) -> list[str]:
+        """Names that the model has lost or gained."""
+        return [*self.missing, *self.missing_buffers, *self.new, *self.new_buffers]
+
+    @property
     def passed(self) -> bool:
-        return not (self.changed or self.changed_buffers or self.stuck or self.not_in_optimizer)
+        changed = self.changed or self.changed_buffers or self.other_names
+        return not (changed or self.stuck or self.not_in_optimizer)
 
     def to_json(self) -> dict[str, Any]:
-        unmoved = [{"name": name, "reason": KEPT_EVERY_BIT} for name in self.stuck]
-        unmoved += [{"name": name, "reason": self._why_untouched(name)} for name in self.untouched]
+        reasons = {**dict.fromkeys(self.stuck, KEPT_EVERY_BIT), **self.unmoved}
         return {
             "passed": self.passed,
             "frozen": {
@@ -54,33 +75,39 @@ class Audit:
             },
             "trainable": {
                 "parameters": self.trainable_parameters,
-                "unmoved": unmoved,
+                "unmoved": [{"name": name, "reason": reason} for name, reason in reasons.items()],
                 "below_precision": self.below_precision,
                 "not_in_optimizer": self.not_in_optimizer,
                 "l2_delta": self.trainable_l2_delta,
             },
             "buffers": {"persistent": self.buffers, "changed": self.changed_buffers},
+            "names": {"missing": self.missing + self.missing_buffers, "new": self.new + self.new_buffers},
         }
-
-    def _why_untouched(self, name: str) -> str:
-        return NOT_REACHED.format(step=self.unreached[name]) if name in self.unreached else NEVER_A_GRADIENT
 
     def violations(self) -> str:
         """The violations in words, empty if there are none."""
         parts = [
-            ("frozen parameters changed", self.changed),
-            ("persistent buffers changed", self.changed_buffers),
-            ("trainable parameters had a gradient, yet kept every bit", self.stuck),
+            ("frozen parameters changed", [name for name in self.changed if name not in self.missing]),
+            ("persistent buffers changed", [n for n in self.changed_buffers if n not in self.missing_buffers]),
+            ("parameters of the plan are not in the model", self.missing),
+            ("persistent buffers are no longer in the model", self.missing_buffers),
+            ("parameters in the model are new", self.new),
+            ("persistent buffers in the model are new", self.new_buffers),
+            ("trainable parameters were due an update larger than half the spacing, yet kept every bit", self.stuck),
             ("trainable parameters are missing from the optimizer", self.not_in_optimizer),
         ]
-        return "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in parts if names)
+        said = [f"{len(names)} {what}: {some(names)}" for what, names in parts if names]
+        return "; ".join(said + [PLAN_AFTERWARDS] * bool(self.other_names))
 
     def warnings(self) -> list[str]:
         """A sentence for each thing that is no violation, and that a reader should know."""
-        sentences = []
-        if self.untouched:
-            names = some(self.untouched)
-            sentences.append(f"{len(self.untouched)} trainable parameters never had a gradient: {names}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.unmoved.items():
+            by_reason.setdefault(reason, []).append(name)
+        sentences = [
+            f"{len(names)} trainable parameters kept every bit ({some(names)}): {reason}."
+            for reason, names in by_reason.items()
+        ]
         if self.below_precision:
             sentences.append(
                 f"{len(self.below_precision)} trainable parameters are held in 16 bits and most of their updates "

@@ -18,7 +18,7 @@ class ComparedParameter:
         block: Index of its decoder block, None outside the blocks.
         component: Its part of the model, see `layout.COMPONENTS`.
         numel: Number of values.
-        changed_values: How many of them differ in a bit, both sides as fp32.
+        changed_values: How many of them differ in a bit, both sides widened to one dtype.
         norm_before: ||before||, None where it is not finite.
         l2_delta: ||after - before||. None where a value is not finite.
         relative_delta: l2_delta / norm_before, None where the norm is 0 or either is unknown.

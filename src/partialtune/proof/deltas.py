@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 
 from partialtune.freeze.plan import FreezePlan
-from partialtune.proof.distances import ParameterDelta
+from partialtune.proof.distances import ParameterDelta, unknown
 from partialtune.proof.snapshots import Snapshot, measure_deltas, take_snapshot
 from partialtune.proof.stopwatch import Stopwatch
 
@@ -102,7 +102,8 @@ class WeightDeltaCallback(TrainerCallback):
 
     def _report(self, args, state, control, model) -> None:
         with self._watch:
-            deltas = {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
+            deltas = {parameter.name: unknown(parameter.name) for parameter in self.plan.parameters}
+            deltas |= {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
             self._reported_at = state.global_step
             if state.is_world_process_zero:
                 with self._file(args).open("a", encoding="utf-8") as file:

@@ -41,21 +41,30 @@ def change_sums(now: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
     """Sum of the squares and largest magnitude of `now - before`, shape (2,), fp64, on the device that summed.
 
     Args:
-        now: Any shape and floating-point dtype; its values are exact in fp64.
+        now: Any shape. Floating-point values are exact in fp64; integers are subtracted as such, and the real and
+            imaginary parts of complex ones count as two.
         before: The same shape, on any device; None for 0.
     """
+    now, before = as_real(now), None if before is None else as_real(before)
     device = now.device if now.device.type in HAVE_FP64 else torch.device("cpu")
     square_sum, largest = torch.zeros(2, dtype=torch.float64, device=device)
     size = piece_size(device)
     earlier = [None] * -(-now.numel() // size) if before is None else chunks_of(before, size)
     for piece, piece_before in zip(chunks_of(now, size), earlier, strict=True):
-        change = piece.to(device, torch.float64)
+        exact = torch.float64 if piece.is_floating_point() else torch.int64
+        change = piece.to(device, exact)
         if piece_before is not None:
             change = change - piece_before.to(device)
+        change = change.to(torch.float64)
         square_sum = square_sum + torch.dot(change, change)
         low, high = torch.aminmax(change)
         largest = torch.maximum(largest, torch.maximum(high, -low))
     return torch.stack([square_sum, largest])
+
+
+def as_real(values: torch.Tensor) -> torch.Tensor:
+    """Complex values as pairs of real ones, in a last dimension of 2; others as they are."""
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
 def delta_from_sums(name: str, square_sum: float, largest: float, norm_before: float) -> ParameterDelta:
@@ -72,7 +81,7 @@ def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_befor
     Args:
         name: For the result.
         now: Its values.
-        before: Its values before, of the same shape; the dtypes may differ.
+        before: Its values before, of the same shape; the floating-point dtypes may differ.
         norm_before: `l2_norm(before)`.
     """
     return delta_from_sums(name, *change_sums(now, before).tolist(), norm_before)

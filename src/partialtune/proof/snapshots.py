@@ -92,20 +92,27 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
     """How far each parameter of `model` is from the snapshot, in the order of `named_parameters()`.
 
     All processes of a run have to call this together. What trains is measured on the main one and unknown on others.
+    So is what the snapshot does not know or knows in another shape; what is no longer there comes last, unknown too.
     """
     named = list(named_weights(model))
     present = bit_sums((name, parameter) for name, parameter in named if name not in snapshot.trainable)
     learning = ((name, whole_on_main(parameter)) for name, parameter in named if name in snapshot.trainable)
-    on_main = ((name, values) for name, values in learning if values is not None)
+    on_main = ((name, v) for name, v in learning if v is not None and _shape_of(snapshot, name) == v.shape)
     changes = in_threads(lambda name, values: change_sums(values, snapshot.copies[name]), on_main)
     measured = dict(zip(changes, numbers(changes.values()), strict=True))
     for name, parameter in named:
         if name in measured:
             yield delta_from_sums(name, *measured[name], snapshot.norms[name])
-        elif name in present and present[name] == snapshot.bit_sums[name]:
+        elif name in present and present[name] == snapshot.bit_sums.get(name):
             yield ParameterDelta(name, 0.0, 0.0 if parameter.numel() else None, 0.0)
         else:
             yield unknown(name)
+    names = {name for name, _ in named}
+    yield from (unknown(name) for name in snapshot.bit_sums if name not in names)
+
+
+def _shape_of(snapshot: Snapshot, name: str) -> torch.Size | None:
+    return snapshot.copies[name].shape if name in snapshot.copies else None
 
 
 def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Two checkpoints -> which parameters moved, by how much, and whether only those that may.
 
 What may move is said by selectors, or else by the `freeze_plan.json` beside the adapted model, whose digests of base
-and result are then checked too. Bits are those of fp32: a 16-bit base equals its fp32 copy.
+and result are then checked too. Values are compared widened: a 16-bit base equals its fp32 copy.
 """
 
 import math
@@ -25,7 +25,7 @@ from partialtune.proof.delta_weights import open_delta
 from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
 from partialtune.proof.notes import comparison_notes
 from partialtune.proof.weight_files import Weights, open_weights
-from partialtune.proof.weights import chunks_of, digest
+from partialtune.proof.weights import chunks_of, digest, same_bits
 
 SECONDS_WITHOUT_BAR = 1
 
@@ -83,11 +83,23 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
 
 
 def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
-    """How many values differ in a bit, both as fp32. A zero that changed its sign differs, a NaN equals itself."""
-    return sum(
-        int(torch.count_nonzero(new.float().view(torch.int32) != old.float().view(torch.int32)))
-        for new, old in zip(chunks_of(now), chunks_of(before), strict=True)
+    """How many values differ in a bit, both in a dtype that holds them all: fp32, where none of them is wider.
+
+    A zero that changed its sign differs, a NaN equals itself.
+    """
+    dtype = _common_dtype(now.dtype, before.dtype)
+    equal = (
+        same_bits(new.to(dtype), old.to(dtype)) for new, old in zip(chunks_of(now), chunks_of(before), strict=True)
     )
+    return sum(int(torch.count_nonzero(~(both.all(-1) if dtype.is_complex else both))) for both in equal)
+
+
+def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    if one.is_floating_point and other.is_floating_point:
+        return torch.promote_types(torch.promote_types(one, other), torch.float32)
+    if one.is_complex or other.is_complex:
+        return torch.promote_types(torch.promote_types(one, other), torch.complex64)
+    return torch.float64 if one.is_floating_point or other.is_floating_point else torch.promote_types(one, other)
 
 
 def _open(folder: Path, name: str, at_hand: Weights | None = None) -> Weights:
@@ -168,7 +180,8 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
 
 def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
     common = sorted(before.buffers & after.buffers)
-    return tuple(name for name in common if not torch.equal(before.read(name).double(), after.read(name).double()))
+    pairs = ((name, before.read(name), after.read(name)) for name in common)
+    return tuple(name for name, old, new in pairs if old.shape != new.shape or changed_values(new, old))
 
 
 def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:

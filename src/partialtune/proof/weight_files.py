@@ -25,7 +25,8 @@ from partialtune.model.structure import ModelStructure, read_structure
 
 logger = logging.getLogger(__name__)
 
-READ_AS_THEY_ARE = ("F32", "BF16", "F16")  # exact in fp32, which is what a bit of a parameter is counted in
+READ_AS_THEY_ARE = ("F32", "BF16", "F16", "F64")  # one value of the file is one of the parameter
+HELD_BY_FP32 = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I16", "U16", "I8", "U8", "BOOL")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Weights:
         structure: Its parameters, as `from_pretrained` gives them.
         buffers: Names of the buffers that its files hold.
         unused: Tensors in its files that are neither parameter nor buffer of the model.
-        streamed: Whether each read goes to the files; otherwise the model is in memory, in fp32.
-        read: Any name of a parameter or buffer -> its values, on the CPU, in 32 or 16 bits.
+        streamed: Whether each read goes to the files; otherwise the model is in memory, in fp32 or fp64.
+        read: Any name of a parameter or buffer -> its values, on the CPU, in a dtype that holds them exactly.
     """
 
     folder: Path
@@ -113,7 +114,8 @@ def open_weights(folder: Path, name: str) -> Weights:
         _check_shapes(name, structure, names, files)
         if _can_stream(structure, names, files):
             return _stream(folder, name, config, structure, names, files)
-    return _load_whole(folder, name, config, names)
+        exact = all(files.dtype(in_file) in HELD_BY_FP32 for in_file in names.in_file.values())
+    return _load_whole(folder, name, config, names, torch.float32 if exact else torch.float64)
 
 
 def _weight_files(folder: Path, config: PretrainedConfig) -> Sequence[Path]:
@@ -196,9 +198,9 @@ def _stream(
     return Weights(folder, name, config, structure, buffers, names.unused, streamed=True, read=read)
 
 
-def _load_whole(folder: Path, name: str, config: PretrainedConfig, names: NameMap) -> Weights:
+def _load_whole(folder: Path, name: str, config: PretrainedConfig, names: NameMap, dtype: torch.dtype) -> Weights:
     logger.info("%s: its files hold other tensors than the model has parameters. Loading all of it.", name)
-    model = load_model(str(folder), config)
+    model = load_model(str(folder), config, dtype=dtype)
     model.config.name_or_path = name
     tensors, structure = model.state_dict(), read_structure(model)
     buffers = frozenset(tensors.keys() - structure.by_name.keys())

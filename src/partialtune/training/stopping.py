@@ -99,11 +99,15 @@ class StopOnSignal(TrainerCallback):
         self._saved = self.received is not None
 
     def _stop_if_asked(self, args: TrainingArguments, control) -> None:
-        self.received = self._any_process(args, self.received)
-        self.agreed = self.received is not None
+        self.agreed = self.asked_to_stop(args)
         if self.agreed:
             control.should_save = True
             control.should_training_stop = True
+
+    def asked_to_stop(self, args: TrainingArguments) -> bool:
+        """Whether any process has received a signal; every process has to call this together."""
+        self.received = self._any_process(args, self.received)
+        return self.received is not None
 
     @staticmethod
     def _any_process(args: TrainingArguments, received: int | None) -> int | None:
@@ -120,8 +124,7 @@ class StopOnSignal(TrainerCallback):
         Raises:
             Interrupted: In that case.
         """
-        self.received = self._any_process(args, self.received)  # it may have come to one of them after the last step
-        if self.received is not None:
+        if self.asked_to_stop(args):  # it may have come to one of them after the last step
             name = signal.Signals(self.received).name
             where = f"a checkpoint in {args.output_dir}" if self._saved else "the last step"
             message = f"{name}: stopped after {where}. {GO_ON}"

@@ -84,6 +84,7 @@ class PartialTrainer(Trainer):
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
         self.deltas = WeightDeltaCallback(plan, delta_steps=delta_steps)
         self.timer, self.stop = StepTimer(), StopOnSignal()
+        self.audit.interrupted = lambda: self.stop.asked_to_stop(self.args)
         self.plan = plan
         self.decay_everything = decay_everything
         self.origin = origin or {}
