@@ -13,6 +13,7 @@ import yaml
 
 from partialtune.errors import RecipeError, UploadIncomplete
 from partialtune.recipe.reading import same_run
+from partialtune.text.addresses import without_secrets
 
 RECIPE_FILE = "recipe.yaml"
 EXIT_FILE = "exit.json"
@@ -148,4 +149,4 @@ def begin_writing(folder: Path) -> None:
 
 def write_exit(folder: Path, code: int, reason: str) -> None:
     """Leave the exit code where a scheduler finds it: launchers turn every failure into 1."""
-    write_json(folder / EXIT_FILE, {"code": code, "reason": reason})
+    write_json(folder / EXIT_FILE, {"code": code, "reason": without_secrets(reason)})

@@ -21,6 +21,7 @@ from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
+from partialtune.text.addresses import without_secrets
 from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
 
@@ -37,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     try:
         try_rates(Path(file), [float(rate) for rate in rates.split(",")], read_recipe(path, overrides))
     except PartialtuneError as error:
-        print(f"partialtune: {error}", file=sys.stderr, flush=True)
+        print(f"partialtune: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 

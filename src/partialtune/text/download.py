@@ -18,7 +18,8 @@ from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
 from partialtune.errors import TextError
-from partialtune.text.transfer import Limits, Received, TryAgainError, receive, without_password
+from partialtune.text.addresses import without_secrets
+from partialtune.text.transfer import Limits, Received, TryAgainError, receive
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,13 @@ def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) ->
         limits: Time-outs, tries and the largest size.
 
     Returns:
-        The cached file. Its `url` carries no password.
+        The cached file. Its `url` carries no secret.
 
     Raises:
         TextError: If the address, the network, the server or what it sent is no good, or the cache cannot be written.
     """
     url = _checked_address(url)
-    shown = without_password(url)
+    shown = without_secrets(url)
     folder = folder or cache_folder()
     body = folder / f"{hashlib.sha256(url.encode()).hexdigest()}.txt"
     try:
@@ -83,7 +84,9 @@ def _checked_address(url: str) -> str:
             return url
     except ValueError:
         pass  # urlsplit on something like http://[: said below
-    raise TextError(f"{url!r} is no address to fetch a text from: write http://HOST/... or https://HOST/...")
+    raise TextError(
+        f"{without_secrets(url)!r} is no address to fetch a text from: write http://HOST/... or https://HOST/..."
+    )
 
 
 @contextmanager
@@ -115,7 +118,7 @@ def _read_cache(body: Path, shown: str) -> Download | None:
 def _fetch_into_cache(url: str, body: Path, limits: Limits) -> Download:
     """Write the text aside, then put it and its record in place. What a failed try wrote is removed."""
     part = body.with_suffix(".part")
-    shown = without_password(url)
+    shown = without_secrets(url)
     try:
         received = _receive_with_retries(url, part, limits)
         part.replace(body)
@@ -152,7 +155,7 @@ def _receive_with_retries(url: str, part: Path, limits: Limits) -> Received:
             wait = limits.first_wait_seconds * 2 ** (attempt - 1) if asked is None else asked
             logger.warning("%s Trying again in %.1f s.", error, wait)
             time.sleep(wait)
-    raise TextError(f"{without_password(url)} was not fetched: {limits.tries} tries are allowed, it takes at least 1.")
+    raise TextError(f"{without_secrets(url)} was not fetched: {limits.tries} tries are allowed, it takes at least 1.")
 
 
 def _write_record(path: Path, record: dict[str, str | int | None]) -> None:

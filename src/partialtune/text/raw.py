@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partialtune.errors import TextError
+from partialtune.text.addresses import ADDRESS
 from partialtune.text.decoding import Chunks, Encoding
-from partialtune.text.names import ADDRESS
 
 CHUNK_BYTES = 4 << 20  # read at once
 ROWS_AT_ONCE = 1000  # of a dataset
