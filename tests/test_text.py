@@ -12,6 +12,7 @@ from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import TextError
 from partialtune.text.download import Download
 from partialtune.text.sources import load_text, read_texts
+from partialtune.text.streams import with_line_feeds
 
 PLAIN = "A first line,\nand a second.\n"
 GUTENBERG = (
@@ -57,9 +58,24 @@ def test_a_text_without_markers_is_left_as_it_is(folder, caplog):
     caplog.set_level(logging.INFO)
     (folder / "a.txt").write_bytes(b"A first line that might have been wrapped, who\r\nknows that?\r\n")
     (text,) = read_texts(["a.txt"])
-    assert text.text == "A first line that might have been wrapped, who\r\nknows that?\r\n"
+    assert text.text == "A first line that might have been wrapped, who\nknows that?\n"
     assert (text.cleaning, text.removed_head, text.removed_foot) == ("none", 0, 0)
     assert "left as it is" in caplog.text
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r", "\r\r\n", "\n"])
+def test_line_ends_become_lf_unless_every_byte_is_wanted(folder, line_end):
+    lines = ["  A line with white space at its ends,  ", "", "a tab\t", "and a form feed.\f", "", ""]
+    (folder / "a.txt").write_bytes(line_end.join(lines).encode())
+    assert load_text("a.txt") == "\n".join(lines)
+    assert load_text("a.txt", cleaning="none") == line_end.join(lines)
+
+
+def test_line_ends_across_pieces_become_lf():
+    text = "one\r\ntwo\r\r\nthree\rfour\r\r\r\nfive\r"
+    for size in range(1, len(text) + 1):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        assert "".join(with_line_feeds(pieces)) == "one\ntwo\nthree\nfour\n\nfive\n", size
 
 
 def test_cleaning_can_be_asked_for(folder):
@@ -250,6 +266,8 @@ def test_the_german_latin1_text_is_read_right(texts):
     assert (text.encoding, text.damaged) == ("cp1252", 0)
 
 
-def test_the_text_without_markers_is_left_as_it_is(texts):
+def test_the_text_without_markers_is_left_as_it_is_but_for_its_line_ends(texts):
     path = texts / "gulliver" / "829_no_markers.txt"
-    assert load_text(path) == path.read_bytes().decode("ascii")
+    assert load_text(path) == path.read_bytes().decode("ascii").replace("
+", "
+")
