@@ -12,7 +12,7 @@ from conftest import tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import ModelError
 from partialtune.model.dropout import is_dropout, set_dropout
-from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.loading import check_fit, check_ids, empty_model, load_config, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -187,13 +187,17 @@ def test_a_folder_without_tokenizer_is_refused(folder):
         load_tokenizer(str(folder))
 
 
-def test_windows_longer_than_the_context_and_strange_tokenizers_are_refused():
+def test_windows_longer_than_the_context_and_ids_beyond_the_model_are_refused(caplog):
     config = GPT2Config(n_positions=64, vocab_size=128)
     check_fit("m", config, block_size=64, vocabulary=128)
     with pytest.raises(ModelError, match="context of 64"):
         check_fit("m", config, block_size=65, vocabulary=128)
-    with pytest.raises(ModelError, match="do not belong together"):
-        check_fit("m", config, block_size=64, vocabulary=129)
+    assert not caplog.records
+    check_fit("m", config, block_size=64, vocabulary=129)
+    assert "its tokenizer has 129 tokens, its model 128" in caplog.text
+    check_ids("m", config, {"text": 127})
+    with pytest.raises(ModelError, match=r"eval_texts b has a token with the id 128, .* 0 to 127"):
+        check_ids("m", config, {"text": 127, "eval_texts b": 128})
 
 
 def test_the_weights_are_not_read_from_a_copy_that_was_deleted(folder):

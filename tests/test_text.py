@@ -250,6 +250,65 @@ def test_what_a_dataset_does_not_have_is_an_error(dataset, suffix, column, words
     assert words in str(error.value)
 
 
+ROWS = [{"number": 1, "text": "A line,\nand one more."}, {"number": 2, "text": "The end \U0001f642."}]
+FILES = {
+    "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "rows.ndjson": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "rows.json": json.dumps(ROWS),
+    "rows.CSV": 'number,text\n1,"A line,\nand one more."\n2,The end \U0001f642.\n',
+    "rows.tsv": 'number\ttext\n1\t"A line,\nand one more."\n2\tThe end \U0001f642.\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_text_column_of_a_file_with_columns_is_read(dataset, name):
+    file = dataset.parent / name
+    file.write_text(FILES[name])
+    (text,) = read_texts([str(file)])
+    assert text.text == "A line,\nand one more.\nThe end \U0001f642.\n"
+    assert (text.name, text.encoding_from) == (str(file), "column text")
+    with pytest.raises(
+        TextError, match=r"no column 'body'. Set text_column to one of number, text. To train on the file"
+    ):
+        read_texts([str(file)], text_column="body")
+
+
+def test_a_parquet_files_column_is_read_and_a_fetched_files_too(dataset, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = dataset.parent / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    assert load_text(file) == "A line,\nand one more.\nThe end \U0001f642.\n"
+    cached = dataset.parent / "cached.txt"
+    cached.write_text(FILES["rows.jsonl"])
+    monkeypatch.setattr(
+        "partialtune.text.download.fetch", lambda url: Download(cached, "https://h/r.jsonl", "", 1, None)
+    )
+    assert load_text("https://h/r.jsonl?token=abc") == load_text(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text":'),
+        ("a.jsonl", b"\xff\xfe{}"),
+        ("a.jsonl", b'{"text": 1}'),
+        ("a.json", b"[" * 100_000),
+        ("a.json", b'"text"'),
+        ("a.csv", b""),
+        ("a.csv", b"no columns here,\nonly, commas, and, lines\n"),
+        ("a.csv", "text\ncafé\n".encode("latin-1")),
+        ("a.parquet", b"PAR1"),
+    ],
+)
+def test_a_file_with_columns_that_cannot_be_read_is_refused_in_words(dataset, name, content):
+    file = dataset.parent / name
+    file.write_bytes(content)
+    with pytest.raises(TextError, match=name):
+        read_texts([str(file)])
+
+
 def test_a_dataset_that_does_not_exist_is_an_error(tmp_path, dataset):
     with pytest.raises(TextError, match="cannot be loaded"):
         read_texts([f"hf:{tmp_path / 'none'}"])

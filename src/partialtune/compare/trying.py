@@ -13,12 +13,12 @@ from transformers import PretrainedConfig, set_seed
 
 from partialtune.compare.rates import Trial, keep_trial
 from partialtune.data import RunData, prepare_data
-from partialtune.errors import FreezeViolation, PartialtuneError, TrainingDiverged
+from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
 from partialtune.launch import one_device_a_process, use_all_cores
-from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
 from partialtune.text.addresses import without_secrets
@@ -52,6 +52,12 @@ def try_rates(file: Path, rates: Sequence[float], recipe: Recipe) -> None:
     data = prepare_data(
         recipe.text, recipe.evaluation.eval_texts, tokenizer, args.seed if args.data_seed is None else args.data_seed
     )
+    check_ids(base.model_name_or_path, config, data.largest_ids)
+    if not data.scored["validation"].comes_back:
+        raise TextError(
+            "The text does not come back from its tokens, so it has no bits per byte and learning rates cannot be "
+            "compared by them. Say one learning_rate in each recipe, or take a model whose tokenizer writes the text."
+        )
     for rate in rates:
         keep_trial(file, recipe.values, try_rate(rate, recipe, config, data))
 
