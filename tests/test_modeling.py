@@ -182,6 +182,34 @@ def test_a_broken_config_is_refused(folder):
     refused(folder, "cannot be loaded")
 
 
+CONFIGS = [
+    *({"n_head": value} for value in (0, "x", 10**30)),
+    *({"n_embd": value} for value in ("x", 0, -1, 1e400)),
+    *({"n_layer": value} for value in ("2", [])),
+    *({"vocab_size": value} for value in (None, -5)),
+    *({"activation_function": value} for value in (5, "nope")),
+    *({"model_type": value} for value in (5, None, ["gpt2"])),
+    *({"dtype": value} for value in ("float99", 7)),
+    *({"quantization_config": 3}, {"auto_map": 5}, {"rope_scaling": 4}, {"id2label": [1]}, {"_attn_implementation": 5}),
+    *([], 5, None, "x"),
+]
+
+
+@pytest.mark.parametrize("config", [*map(json.dumps, CONFIGS), "[" * 100_000, '{"a":' * 100_000, "{", ""])
+def test_a_config_of_any_values_is_taken_or_refused_in_words(folder, config):
+    file = folder / "config.json"
+    values = json.loads(config) if config.startswith('{"') and config.endswith("}") else None
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}) if values else config)
+
+    def load_all():
+        loaded = load_config(str(folder))
+        empty_model(loaded)
+        load_model(str(folder), loaded)
+
+    with pytest.raises(ModelError, match=r"cannot be loaded|is a None model|lacks"):
+        load_all()
+
+
 def test_a_folder_without_tokenizer_is_refused(folder):
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(str(folder))

@@ -139,7 +139,15 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    """A file's JSON.
+
+    Raises:
+        ValueError: If it holds none, or lists within lists that are deeper than Python's stack.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{file.name} holds lists or mappings that are nested too deeply") from error
 
 
 def begin_writing(folder: Path) -> None:

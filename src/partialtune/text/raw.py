@@ -6,8 +6,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow
-
 from partialtune.errors import TextError
 from partialtune.text.addresses import ADDRESS
 from partialtune.text.decoding import Chunks, Encoding
@@ -101,8 +99,8 @@ def _column_chunks(name: str, text_column: str, /, **settings: Any) -> Chunks:
 
     try:
         loaded = datasets.load_dataset(**settings)
-    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+    except Exception as error:  # a library's that reads others' files: an empty JSONL is a StopIteration
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
         raise TextError(f"{name} cannot be loaded: {reason}") from error
     rows = _choose_split(loaded, name)
     if text_column not in rows.column_names:
