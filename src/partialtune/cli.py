@@ -11,7 +11,6 @@ from typing import NoReturn
 from partialtune.commands import COMMANDS
 from partialtune.errors import PartialtuneError
 from partialtune.parser import make_parser
-from partialtune.text.addresses import without_secrets
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -60,6 +59,8 @@ def _say(message: str, code: int) -> int:
     """The last thing that our process prints; nothing where another process of the run says it."""
     sys.stdout.flush()
     if message:
+        from partialtune.text.addresses import without_secrets  # a help text need not wait for its patterns
+
         print(f"partialtune: {without_secrets(message)}", file=sys.stderr, flush=True)
     return code
 
@@ -68,6 +69,8 @@ class _WithoutSecrets(logging.Formatter):
     """A line of the log without the passwords and tokens of addresses, whoever wrote it."""
 
     def format(self, record: logging.LogRecord) -> str:
+        from partialtune.text.addresses import without_secrets
+
         return without_secrets(super().format(record))
 
 
