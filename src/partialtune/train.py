@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.data import RunData, prepare_data
 from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError
@@ -91,7 +91,8 @@ def train(recipe: Recipe) -> Path:
     check_prompts(recipe.evaluation.prompts, tokenizer, config)
     if recipe.training.get("push_to_hub"):
         check_hub(recipe.training)
-    data = first_on_each_node(lambda: run_data(recipe, args, tokenizer, config))
+    data = first_on_each_node(lambda: run_data(recipe, args, tokenizer))
+    decided_by_main(lambda: check_ids(base.model_name_or_path, config, data.largest_ids))
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
@@ -151,14 +152,10 @@ def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | N
     return checkpoint, read_origin(checkpoint)
 
 
-def run_data(
-    recipe: Recipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> RunData:
+def run_data(recipe: Recipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """The windows and scored texts of the run; in files that several processes share, so that they are made once."""
     in_memory = IN_MEMORY_BYTES if args.world_size == 1 else 0
-    data = prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, data_seed(args), in_memory)
-    check_ids(recipe.model.model_name_or_path, config, data.largest_ids)
-    return data
+    return prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, data_seed(args), in_memory)
 
 
 def data_seed(args: TrainingArguments) -> int:

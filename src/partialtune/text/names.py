@@ -41,7 +41,7 @@ def _expand(source: str) -> list[str]:
         if lacks_secrets(source):
             raise TextError(
                 f"{source} was written down without its password or token: {LEFT_OUT} stands in their place. Give the "
-                f"whole address again, as the first recipe had it, such as --text 'https://USER:PASSWORD@HOST/...'."
+                "whole address again, as the first recipe had it: --text 'ADDRESS', --eval_texts '{NAME: ADDRESS}'."
             )
         if address[0].lower() in ("http://", "https://"):
             return [source]
