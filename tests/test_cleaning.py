@@ -195,6 +195,57 @@ def test_credits_after_the_header_go(head, credit):
     assert clean_gutenberg(HEADS[head] + CREDITS[credit] + "\n\n\n\n" + BOOK + END).text == CLEAN_BOOK
 
 
+INNER_HEADS = {
+    "title and credit": "The Project Gutenberg Etext of The Coach, by Author\n\n\nProduced by Jane Doe.\n",
+    "credit and title": "Produced by Jane Doe.\n\n\n\nProject Gutenberg's The Coach to the Sea, by A. N. Author\n",
+    "starred title": "***The Project Gutenberg Etext of The Coach to the Sea, by Author***\n\nby A. N. Author\n\n"
+    "This etext was produced by Jane Doe,\nwho thanks the library for its images.\n",
+    "title over two lines": "The Project Gutenberg EBook of The Coach to the Sea,\nbeing a Journey, by A. N. Author\n",
+    "old header": OLD_HEAD,
+    "old header and small print": OLD_HEAD + SMALL_PRINT,
+    "modern header": MODERN_HEAD + START,
+    "three of them": "Produced by Jane Doe\n\n"
+    + OLD_HEAD
+    + SMALL_PRINT
+    + "\n\nProduced by Jane Doe\n\n\n"
+    + MODERN_HEAD,
+}
+INNER_FEET = {
+    "credit": "\n\n\n\nEnd of the Project Gutenberg Etext of The Coach, by Author\n\nProduced by Jane Doe\n" + END,
+    "note": "\n\n\n\nEnd of Project Gutenberg's The Coach\n\n\n" + ("Produced by Jane Doe\n" * 15 + "\n") * 3 + END,
+    "old footer": FEET["small print"] + END,
+    "three of them": "\n\n\n\nEnd of Project Gutenberg's The Coach\n\n" + FEET["twice"] + END + LICENCE,
+}
+
+
+@pytest.mark.parametrize("inner", INNER_HEADS)
+@pytest.mark.parametrize("head", ["modern", "small print on top"])
+def test_headers_within_headers_go(head, inner):
+    """*Candide* (4650-8) has its first edition's title and credits behind the start marker of the present one."""
+    inner_head = INNER_HEADS[inner].replace("by A. N. Author\n\nThis", "This")
+    assert clean_gutenberg(HEADS[head] + inner_head + "\n\n\n\n" + BOOK + END + LICENCE).text == CLEAN_BOOK
+
+
+@pytest.mark.parametrize("inner", INNER_FEET)
+def test_footers_within_footers_go(inner):
+    assert clean_gutenberg(MODERN_HEAD + START + BOOK + INNER_FEET[inner] + LICENCE).text == CLEAN_BOOK
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "The Project Gutenberg edition is the one that I had read as a boy.",
+        "Project Gutenberg's first etexts were typed by hand, and by one man.",
+        "The Project Gutenberg Etext of my life, said he, was never finished!",
+    ],
+)
+def test_a_sentence_that_begins_as_a_title_of_an_edition_is_kept(opening):
+    book = opening + "\n\n" + BODY + "\n\n" + opening
+    text = clean_gutenberg(MODERN_HEAD + START + book + END + LICENCE).text
+    assert text.startswith(opening)
+    assert text.endswith(opening + "\n")
+
+
 def test_notes_of_the_transcriber_at_the_end_go():
     note = "\n\n\n\n\nTranscriber's Notes\n\nPage 11: a comma was added.\n\nOld spellings were kept.\n"
     assert clean_gutenberg(MODERN_HEAD + START + BOOK + note + END + LICENCE).text == CLEAN_BOOK

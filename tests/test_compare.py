@@ -119,6 +119,22 @@ def test_the_csv_holds_the_same_figures_in_full(compared):
         assert row["frontier_time"] == str(policy["frontier_time"])
 
 
+def test_runs_whose_bits_per_byte_are_withheld_are_shown_without_them(tmp_path, capsys):
+    """Their tokenizer cannot write the text."""
+    paths = write_runs(tmp_path / "runs", names=("final_norm", "full"))
+    for path in paths:
+        file = Path(path) / "evaluation.json"
+        scores = json.loads(file.read_text())
+        for name in scores.keys() - {"prompts"}:
+            for side in ("before", "after"):
+                scores[name][side]["bits_per_byte"] = None
+        file.write_text(json.dumps(scores))
+    assert main(["compare", *paths, "--output_dir", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].count("–") >= 2
+    policies = json.loads((tmp_path / "out" / "comparison.json").read_text())["policies"]
+    assert [policy["bits_per_byte_after"] for policy in policies] == [None, None]
+
+
 def test_the_terminal_shows_the_best_policy_first_with_its_spread(tmp_path, capsys):
     paths = write_runs(tmp_path / "runs", names=("final_norm", "full"))
     assert main(["compare", *paths, "--output_dir", str(tmp_path / "out")]) == 0

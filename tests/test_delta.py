@@ -195,7 +195,15 @@ def test_damaged_deltas_are_refused_in_words(tmp_path, gpt2):
     (delta / "delta.safetensors").write_bytes(b"not a tensor in sight")
     refused("the delta is damaged", delta)
     save_file(values, delta / "delta.safetensors")
-    for content in ("{", "[]", "{}", json.dumps({**description, "base": 3})):
+    bases = [5, None, [], ["x"], "x", {}, *({"model_name_or_path": name} for name in (5, None, [], {}, True))]
+    bases += [{"model_name_or_path": "x", key: value} for key, value in (("revision", 5), ("commit", [1]), ("more", 1))]
+    entry = description["parameters"][0]
+    parameters = [5, None, [5], [[]], [{}], *([{**entry, key: []}] for key in ("name", "sha256_before"))]
+    parameters += [[{**entry, "sha256_after": 5}]]
+    changed = [{"base": base} for base in bases] + [{"parameters": value} for value in parameters]
+    changed += [{"head": 5}, {"format": None}, {"format": "1"}]
+    contents = [json.dumps({**description, **change}) for change in changed]
+    for content in ("{", "[]", "{}", "5", "null", "[" * 100_000, '{"base":' * 100_000, *contents):
         (delta / "delta.json").write_text(content)
         refused("the delta is damaged", delta)
     (delta / "delta.json").write_text(json.dumps({**description, "format": 2}))

@@ -1,5 +1,6 @@
 """Downloads from a server on this machine: each failure has its own message, the cache holds whole files only."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -16,6 +17,7 @@ import pytest
 
 from partialtune.errors import TextError
 from partialtune.text.download import cache_folder, fetch
+from partialtune.text.sources import read_texts
 from partialtune.text.transfer import Limits
 
 TEXT = ("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400).encode()
@@ -130,6 +132,30 @@ def test_a_damaged_cache_entry_is_fetched_again_with_a_warning(server, tmp_path,
     assert "fetching it again" in caplog.text
 
 
+@pytest.mark.parametrize("planted", ["lock", "part", "json.part", "txt", "json"])
+def test_links_in_the_cache_are_not_followed(server, tmp_path, planted):
+    """Who else may write there could have our writing go to a file of ours, or our reading to another text."""
+    cache, mine = tmp_path / "cache", tmp_path / "mine"
+    cache.mkdir()
+    mine.write_bytes(b"mine")
+    url = server.serve("/book.txt", TEXT)
+    name = hashlib.sha256(url.encode()).hexdigest()
+    if planted in ("txt", "json"):
+        fetch(url, cache, QUICK)
+        mine.write_bytes((cache / f"{name}.{planted}").read_bytes())
+        (cache / f"{name}.{planted}").unlink()
+    (cache / f"{name}.{planted}").symlink_to(mine)
+    before = mine.read_bytes()
+    if planted == "lock":
+        with pytest.raises(TextError, match="cannot be used"):
+            fetch(url, cache, QUICK)
+    else:
+        assert fetch(url, cache, QUICK).path.read_bytes() == TEXT
+        assert not [path for path in cache.iterdir() if path.is_symlink()]
+        assert len(server.requests) == (2 if planted in ("txt", "json") else 1)
+    assert mine.read_bytes() == before
+
+
 def test_the_cache_folder_follows_its_variable(server, tmp_path, monkeypatch):
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine" / "texts"
@@ -162,6 +188,90 @@ def test_gzip_in_transfer_is_unpacked(server, tmp_path):
 def test_a_gzip_without_its_end_is_an_error(server, tmp_path):
     url = server.serve("/book.txt", gzip.compress(TEXT)[:-20], Content_Encoding="gzip")
     assert "gzip data has no end" in refuse(url, tmp_path)
+
+
+@pytest.mark.parametrize("between", [b"", b"\0" * 700])
+def test_all_members_of_a_gzip_are_read(server, tmp_path, between):
+    """gzip files may be joined, and padded with zeros; zlib stops at the end of the first one."""
+    parts = [TEXT[:5000], b"", TEXT[5000:5001], TEXT[5001:]]
+    body = between.join(gzip.compress(part) for part in parts) + between
+    url = server.serve("/book.txt", body, Content_Encoding="gzip")
+    assert fetch(url, tmp_path, QUICK).path.read_bytes() == TEXT
+
+
+def test_what_is_no_gzip_behind_the_end_of_one_is_an_error(server, tmp_path):
+    url = server.serve("/book.txt", gzip.compress(TEXT) + b"and more", Content_Encoding="gzip")
+    assert "damaged behind the end of its part 1" in refuse(url, tmp_path)
+    url = server.serve("/cut.txt", gzip.compress(TEXT) + gzip.compress(TEXT)[:-20], Content_Encoding="gzip")
+    assert "gzip data has no end" in refuse(url, tmp_path)
+
+
+@pytest.mark.parametrize("endless", ["empty blocks", "zeros behind the end", "empty members"])
+def test_packed_data_that_goes_on_for_ever_and_unpacks_to_nothing_meets_the_size_limit(server, tmp_path, endless):
+    start, more = {
+        "empty blocks": (gzip.compress(TEXT)[:10], b"\0\0\0\xff\xff"),  # the header, then stored blocks of 0 bytes
+        "zeros behind the end": (gzip.compress(TEXT), b"\0" * 1000),
+        "empty members": (gzip.compress(TEXT), gzip.compress(b"")),
+    }[endless]
+
+    def answer(handler):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Encoding: gzip\r\n\r\n" + start)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20_000):
+                handler.wfile.write(more * 10)
+
+    server.answers["/book.txt"] = answer
+    message = refuse(server.url + "/book.txt", tmp_path, Limits(read_seconds=1, tries=1, max_bytes=100_000))
+    assert "too large" in message
+
+
+HOSTILE = [
+    {"Content-Length": "\u00b2"},
+    {"Content-Length": "9" * 5000},
+    {"Content-Length": "-1"},
+    {"Content-Length": "12, 13"},
+    {"Content-Encoding": "gzip, gzip"},
+    {"Content-Encoding": "\u00b2"},
+    {"Content-Type": "text/plain; charset=" + "x" * 5000},
+    {"Transfer-Encoding": "chunked"},
+    {"Transfer-Encoding": "\u00b2"},
+    *({"Content-Type": f"text/plain; charset={name}"} for name in ("idna", "punycode", "undefined", "utf-16", ".")),
+    *(
+        {"status": 503, "Retry-After": value}
+        for value in ("\u00b2", "9" * 5000, "-1", "Mon, 99 Foo 99999999", "1e9", "")
+    ),
+    *(
+        {"status": 302, "Location": value}
+        for value in (
+            "http://u:p@[::1",
+            "http://[",
+            "http://",
+            "//",
+            "http://a:b:c/",
+            "http://h:99999999/",
+            "\u00b2://",
+        )
+    ),
+    {"status": 302},
+    {"status": 401, "WWW-Authenticate": "Digest " + "x" * 5000},
+    {"Set-Cookie": "a=b; expires=\u00b2; max-age=" + "9" * 5000},
+    {str(number): "x" for number in range(150)},
+]
+
+
+@pytest.mark.parametrize("headers", HOSTILE, ids=lambda headers: str(headers)[:50])
+def test_headers_that_no_server_should_send_are_taken_or_refused_in_words(server, tmp_path, monkeypatch, headers):
+    headers = dict(headers)
+
+    def answer(handler):
+        lines = [f"HTTP/1.1 {headers.pop('status', 200)} OK", *(f"{name}: {value}" for name, value in headers.items())]
+        handler.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + TEXT)
+
+    server.answers["/book.txt"] = answer
+    monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("partialtune.text.download.Limits", lambda: Limits(2, 0.3, tries=1))
+    with contextlib.suppress(TextError):
+        assert read_texts([server.url + "/book.txt"])[0].text.startswith("Call me Ishmael.")
 
 
 def test_damaged_gzip_is_an_error(server, tmp_path):

@@ -9,7 +9,9 @@ import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -34,6 +36,8 @@ from partialtune.proof.verify import verify
 from partialtune.proof.weights import digests
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
+from partialtune.text.addresses import without_secrets
+from partialtune.text.sources import read_texts
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
 from tiny_models import tiny_config
 
@@ -260,6 +264,45 @@ def test_any_bytes_are_a_text_or_an_error_in_words(
     )
     data, error = outcome(lambda: prepare_data(arguments, {}, tokenizer, 0, in_memory))
     assert len(data.train) > 0 if error is None else error.exit_code == 2 and str(error)
+
+
+NAMES = ["t.jsonl", "t.json", "t.csv", "t.tsv"]
+COLUMNS = st.lists(st.dictionaries(st.sampled_from(["text", "a", ""]), VALUES, max_size=3), max_size=4)
+
+
+@fuzz(20)
+@given(
+    rows=COLUMNS, name=st.sampled_from(["t.jsonl", "t.json", "t.csv", "t.tsv"]), torn=st.integers(0, 60), column=TEXTS
+)
+def test_any_file_with_columns_is_a_text_or_an_error_in_words(tmp_path, monkeypatch, rows, name, torn, column):
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [json.dumps(row) for row in rows]
+    content = "\n".join(lines).encode() if name == "t.jsonl" else json.dumps(rows).encode()
+    (tmp_path / name).write_bytes(content[: len(content) - torn] if name.startswith("t.j") else b"text,a\n" + column)
+    texts, error = outcome(lambda: read_texts([str(tmp_path / name)]))
+    assert texts[0].text.strip() if error is None else error.exit_code == 2 and str(error)
+
+
+SECRETS = st.text(
+    st.characters(codec="ascii", exclude_characters=" \t\r\n\x0b\x0c\x1c\x1d\x1e\x1f"), min_size=6, max_size=20
+)
+
+
+@fuzz(200)
+@given(
+    secret=SECRETS,
+    place=st.sampled_from(
+        ["http://me:{}@host/a.txt", "https://{}@host:80/a", "http://h/a?token={}", "http://h/a?x=1&b={}#c"]
+    ),
+    around=st.sampled_from(["{}", "{}: the server denies access", "got ['{}'], allowed", "see '{}'.", "({})"]),
+)
+@example(secret="pass/word", place="http://me:{}@host/a.txt", around="{}")
+def test_no_secret_of_an_address_is_shown(secret, place, around):
+    secret = "S3CRET" + quote(secret, safe="!$'()*+,;=~")
+    shown = without_secrets(around.format(place.format(secret)))
+    assert "S3CRET" not in shown
+    assert without_secrets(shown) == shown
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

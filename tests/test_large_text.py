@@ -483,6 +483,27 @@ def test_an_entry_whose_time_alone_changed_is_kept(cache):
     assert stored("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
 
 
+def test_an_entry_that_another_user_may_have_written_is_read_whole_and_links_are_not_followed(cache, monkeypatch):
+    def again():
+        return stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
+
+    first = again()
+    times = first.path.stat()
+    first.path.write_bytes(b"xyz")  # the same size and, with that, the same time
+    os.utime(first.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert again().path.read_bytes() == b"xyz"  # one's own file is believed: reading gigabytes takes its time
+    with monkeypatch.context() as other:
+        other.setattr(os, "geteuid", lambda: times.st_uid + 1)
+        assert again().path.read_bytes() == b"abc"
+    for suffix in (".txt", ".json"):
+        mine = cache / "mine"
+        mine.write_bytes(first.path.with_suffix(suffix).read_bytes())
+        first.path.with_suffix(suffix).unlink()
+        first.path.with_suffix(suffix).symlink_to(mine)
+        assert not again().path.with_suffix(suffix).is_symlink()
+        assert mine.exists()
+
+
 def test_an_entry_that_no_run_used_for_a_month_goes_when_another_is_made(cache):
     def entry(name):
         return stored("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})

@@ -12,7 +12,7 @@ from conftest import tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import ModelError
 from partialtune.model.dropout import is_dropout, set_dropout
-from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.loading import check_fit, check_ids, empty_model, load_config, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -182,18 +182,50 @@ def test_a_broken_config_is_refused(folder):
     refused(folder, "cannot be loaded")
 
 
+CONFIGS = [
+    *({"n_head": value} for value in (0, "x", 10**30)),
+    *({"n_embd": value} for value in ("x", 0, -1, 1e400)),
+    *({"n_layer": value} for value in ("2", [])),
+    *({"vocab_size": value} for value in (None, -5)),
+    *({"activation_function": value} for value in (5, "nope")),
+    *({"model_type": value} for value in (5, None, ["gpt2"])),
+    *({"dtype": value} for value in ("float99", 7)),
+    *({"quantization_config": 3}, {"auto_map": 5}, {"rope_scaling": 4}, {"id2label": [1]}, {"_attn_implementation": 5}),
+    *([], 5, None, "x"),
+]
+
+
+@pytest.mark.parametrize("config", [*map(json.dumps, CONFIGS), "[" * 100_000, '{"a":' * 100_000, "{", ""])
+def test_a_config_of_any_values_is_taken_or_refused_in_words(folder, config):
+    file = folder / "config.json"
+    values = json.loads(config) if config.startswith('{"') and config.endswith("}") else None
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}) if values else config)
+
+    def load_all():
+        loaded = load_config(str(folder))
+        empty_model(loaded)
+        load_model(str(folder), loaded)
+
+    with pytest.raises(ModelError, match=r"cannot be loaded|is a None model|lacks"):
+        load_all()
+
+
 def test_a_folder_without_tokenizer_is_refused(folder):
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(str(folder))
 
 
-def test_windows_longer_than_the_context_and_strange_tokenizers_are_refused():
+def test_windows_longer_than_the_context_and_ids_beyond_the_model_are_refused(caplog):
     config = GPT2Config(n_positions=64, vocab_size=128)
     check_fit("m", config, block_size=64, vocabulary=128)
     with pytest.raises(ModelError, match="context of 64"):
         check_fit("m", config, block_size=65, vocabulary=128)
-    with pytest.raises(ModelError, match="do not belong together"):
-        check_fit("m", config, block_size=64, vocabulary=129)
+    assert not caplog.records
+    check_fit("m", config, block_size=64, vocabulary=129)
+    assert "its tokenizer has 129 tokens, its model 128" in caplog.text
+    check_ids("m", config, {"text": 127})
+    with pytest.raises(ModelError, match=r"eval_texts b has a token with the id 128, .* 0 to 127"):
+        check_ids("m", config, {"text": 127, "eval_texts b": 128})
 
 
 def test_the_weights_are_not_read_from_a_copy_that_was_deleted(folder):

@@ -12,6 +12,7 @@ from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import TextError
 from partialtune.text.download import Download
 from partialtune.text.sources import load_text, read_texts
+from partialtune.text.streams import with_line_feeds
 
 PLAIN = "A first line,\nand a second.\n"
 GUTENBERG = (
@@ -57,9 +58,24 @@ def test_a_text_without_markers_is_left_as_it_is(folder, caplog):
     caplog.set_level(logging.INFO)
     (folder / "a.txt").write_bytes(b"A first line that might have been wrapped, who\r\nknows that?\r\n")
     (text,) = read_texts(["a.txt"])
-    assert text.text == "A first line that might have been wrapped, who\r\nknows that?\r\n"
+    assert text.text == "A first line that might have been wrapped, who\nknows that?\n"
     assert (text.cleaning, text.removed_head, text.removed_foot) == ("none", 0, 0)
     assert "left as it is" in caplog.text
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r", "\r\r\n", "\n"])
+def test_line_ends_become_lf_unless_every_byte_is_wanted(folder, line_end):
+    lines = ["  A line with white space at its ends,  ", "", "a tab\t", "and a form feed.\f", "", ""]
+    (folder / "a.txt").write_bytes(line_end.join(lines).encode())
+    assert load_text("a.txt") == "\n".join(lines)
+    assert load_text("a.txt", cleaning="none") == line_end.join(lines)
+
+
+def test_line_ends_across_pieces_become_lf():
+    text = "one\r\ntwo\r\r\nthree\rfour\r\r\r\nfive\r"
+    for size in range(1, len(text) + 1):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        assert "".join(with_line_feeds(pieces)) == "one\ntwo\nthree\nfour\n\nfive\n", size
 
 
 def test_cleaning_can_be_asked_for(folder):
@@ -234,6 +250,65 @@ def test_what_a_dataset_does_not_have_is_an_error(dataset, suffix, column, words
     assert words in str(error.value)
 
 
+ROWS = [{"number": 1, "text": "A line,\nand one more."}, {"number": 2, "text": "The end \U0001f642."}]
+FILES = {
+    "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "rows.ndjson": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "rows.json": json.dumps(ROWS),
+    "rows.CSV": 'number,text\n1,"A line,\nand one more."\n2,The end \U0001f642.\n',
+    "rows.tsv": 'number\ttext\n1\t"A line,\nand one more."\n2\tThe end \U0001f642.\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_text_column_of_a_file_with_columns_is_read(dataset, name):
+    file = dataset.parent / name
+    file.write_text(FILES[name])
+    (text,) = read_texts([str(file)])
+    assert text.text == "A line,\nand one more.\nThe end \U0001f642.\n"
+    assert (text.name, text.encoding_from) == (str(file), "column text")
+    with pytest.raises(
+        TextError, match=r"no column 'body'. Set text_column to one of number, text. To train on the file"
+    ):
+        read_texts([str(file)], text_column="body")
+
+
+def test_a_parquet_files_column_is_read_and_a_fetched_files_too(dataset, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = dataset.parent / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    assert load_text(file) == "A line,\nand one more.\nThe end \U0001f642.\n"
+    cached = dataset.parent / "cached.txt"
+    cached.write_text(FILES["rows.jsonl"])
+    monkeypatch.setattr(
+        "partialtune.text.download.fetch", lambda url: Download(cached, "https://h/r.jsonl", "", 1, None)
+    )
+    assert load_text("https://h/r.jsonl?token=abc") == load_text(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text":'),
+        ("a.jsonl", b"\xff\xfe{}"),
+        ("a.jsonl", b'{"text": 1}'),
+        ("a.json", b"[" * 100_000),
+        ("a.json", b'"text"'),
+        ("a.csv", b""),
+        ("a.csv", b"no columns here,\nonly, commas, and, lines\n"),
+        ("a.csv", "text\ncafé\n".encode("latin-1")),
+        ("a.parquet", b"PAR1"),
+    ],
+)
+def test_a_file_with_columns_that_cannot_be_read_is_refused_in_words(dataset, name, content):
+    file = dataset.parent / name
+    file.write_bytes(content)
+    with pytest.raises(TextError, match=name):
+        read_texts([str(file)])
+
+
 def test_a_dataset_that_does_not_exist_is_an_error(tmp_path, dataset):
     with pytest.raises(TextError, match="cannot be loaded"):
         read_texts([f"hf:{tmp_path / 'none'}"])
@@ -250,6 +325,6 @@ def test_the_german_latin1_text_is_read_right(texts):
     assert (text.encoding, text.damaged) == ("cp1252", 0)
 
 
-def test_the_text_without_markers_is_left_as_it_is(texts):
+def test_the_text_without_markers_is_left_as_it_is_but_for_its_line_ends(texts):
     path = texts / "gulliver" / "829_no_markers.txt"
-    assert load_text(path) == path.read_bytes().decode("ascii")
+    assert load_text(path) == path.read_bytes().decode("ascii").replace("\r\n", "\n")

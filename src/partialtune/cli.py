@@ -59,13 +59,26 @@ def _say(message: str, code: int) -> int:
     """The last thing that our process prints; nothing where another process of the run says it."""
     sys.stdout.flush()
     if message:
-        print(f"partialtune: {message}", file=sys.stderr, flush=True)
+        from partialtune.text.addresses import without_secrets  # a help text need not wait for its patterns
+
+        print(f"partialtune: {without_secrets(message)}", file=sys.stderr, flush=True)
     return code
+
+
+class _WithoutSecrets(logging.Formatter):
+    """A line of the log without the passwords and tokens of addresses, whoever wrote it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from partialtune.text.addresses import without_secrets
+
+        return without_secrets(super().format(record))
 
 
 def _set_up_logging() -> None:
     """Our decisions on stderr, from one process of a run; the libraries' warnings only where they are errors."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.ERROR)
     main_process = os.environ.get("RANK", "0") == "0"
     logging.getLogger("partialtune").setLevel(logging.INFO if main_process else logging.ERROR)
 

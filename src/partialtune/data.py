@@ -1,7 +1,7 @@
 """The recipe's texts -> what a run trains and scores on: training windows, held-out windows, scored texts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
+from partialtune.text.lossless import writing_of
 from partialtune.text.prepared import token_ids_of, utf8_bytes, windows_of
 from partialtune.text.sources import IN_MEMORY_BYTES, SourceText, read_texts
 from partialtune.text.streams import StoredText
-from partialtune.text.windows import chunked_windows, random_windows, split_text
+from partialtune.text.windows import chunked_windows, let_go, random_windows, split_text
 
 TRAINING_WINDOWS_SCORED = 256
 
@@ -28,6 +29,7 @@ class RunData:
         held_out: Held-out windows, None where nothing is held out.
         scored: Texts that are scored before and after: `validation`, `training`, and those of `eval_texts`.
         token_counts: How often each token occurs in the training text, int64, shape (largest id + 1,).
+        largest_ids: The largest token id of each text, by the key of the recipe that names it.
     """
 
     sources: list[SourceText]
@@ -35,6 +37,7 @@ class RunData:
     held_out: Dataset | None
     scored: dict[str, ScoredText]
     token_counts: np.ndarray
+    largest_ids: dict[str, int]
 
 
 def prepare_data(
@@ -66,16 +69,41 @@ def prepare_data(
     train_ids = token_ids_of(train_texts, tokenizer)
     train = _training_windows(train_ids, arguments, seed)
     scored: dict[str, ScoredText] = {}
+    counts = token_counts(train_ids)
+    largest = {"text": len(counts) - 1}
     if held_out_texts:
         held_out_ids = token_ids_of(held_out_texts, tokenizer)
+        largest["text"] = max(largest["text"], _largest(held_out_ids))
         scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
     scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
+    written = {"validation": held_out_texts, "training": train_texts}
     for name, source in eval_texts.items():
         read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
         texts = [text.content for text in read]
-        scored[name] = _scored(texts, token_ids_of(texts, tokenizer), arguments.block_size)
+        token_ids = token_ids_of(texts, tokenizer)
+        largest[f"eval_texts {name}"] = _largest(token_ids)
+        scored[name] = _scored(texts, token_ids, arguments.block_size)
+        written[name] = texts
+    scored = {name: _with_writing(name, text, written[name], tokenizer) for name, text in scored.items()}
     held_out = scored["validation"].windows if held_out_texts else None
-    return RunData(sources, train, held_out, scored, token_counts(train_ids))
+    return RunData(sources, train, held_out, scored, counts, largest)
+
+
+def _largest(token_ids: Sequence[np.ndarray]) -> int:
+    """The largest of the ids, -1 where there is none."""
+    largest = max((int(ids.max()) for ids in token_ids if len(ids)), default=-1)
+    for ids in token_ids:
+        let_go(ids)
+    return largest
+
+
+def _with_writing(
+    name: str, scored: ScoredText, texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase
+) -> ScoredText:
+    """A scored text with the word on whether it comes back from its tokens, which is said where it does not."""
+    writing = writing_of(texts, tokenizer)
+    writing.warn(name)
+    return replace(scored, comes_back=writing.whole)
 
 
 def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments, seed: int) -> Dataset:

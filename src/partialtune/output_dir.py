@@ -13,6 +13,7 @@ import yaml
 
 from partialtune.errors import RecipeError, UploadIncomplete
 from partialtune.recipe.reading import same_run
+from partialtune.text.addresses import without_secrets
 
 RECIPE_FILE = "recipe.yaml"
 EXIT_FILE = "exit.json"
@@ -138,7 +139,15 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    """A file's JSON.
+
+    Raises:
+        ValueError: If it holds none, or lists within lists that are deeper than Python's stack.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{file.name} holds lists or mappings that are nested too deeply") from error
 
 
 def begin_writing(folder: Path) -> None:
@@ -148,4 +157,4 @@ def begin_writing(folder: Path) -> None:
 
 def write_exit(folder: Path, code: int, reason: str) -> None:
     """Leave the exit code where a scheduler finds it: launchers turn every failure into 1."""
-    write_json(folder / EXIT_FILE, {"code": code, "reason": reason})
+    write_json(folder / EXIT_FILE, {"code": code, "reason": without_secrets(reason)})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from partialtune.pages.wording import is_withheld
 from partialtune.proof.audit_result import Audit
 
 
@@ -42,6 +43,7 @@ def _score_lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[
     lines = [f"{'text':<14}{'bits per byte':>24}{'perplexity':>26}"]
     for name, pair in scores.items():
         bits = f"{_number(pair['before']['bits_per_byte'], 4)} -> {_number(pair['after']['bits_per_byte'], 4)}"
+        bits = "withheld" if is_withheld(pair) else bits
         perplexity = f"{_number(pair['before']['perplexity'], 2)} -> {_number(pair['after']['perplexity'], 2)}"
         lines.append(f"{name:<14}{bits:>24}{perplexity:>26}")
     return lines

@@ -35,7 +35,7 @@ from partialtune.launch import (
     peers_watched,
 )
 from partialtune.model.conformance import Conformance, check_conformance
-from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.loading import check_fit, check_ids, empty_model, load_config, load_model, load_tokenizer
 from partialtune.model.statement import stated_by
 from partialtune.output_dir import (
     RECIPE_FILE,
@@ -93,6 +93,7 @@ def train(recipe: Recipe) -> Path:
     if recipe.training.get("push_to_hub"):
         check_hub(recipe.training)
     data = first_on_each_node(lambda: run_data(recipe, args, tokenizer))
+    decided_by_main(lambda: check_ids(base.model_name_or_path, config, data.largest_ids))
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)

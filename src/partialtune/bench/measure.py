@@ -70,7 +70,7 @@ def random_data(recipe: Recipe, args: TrainingArguments, vocabulary: int) -> Run
     count = BATCHES * args.per_device_train_batch_size * args.gradient_accumulation_steps
     ids = np.random.default_rng(0).integers(vocabulary, size=count * size, dtype=np.int32)
     windows = chunked_windows([ids], size, stride=size)
-    return RunData(sources=[], train=windows, held_out=None, scored={}, token_counts=np.bincount(ids))
+    return RunData(sources=[], train=windows, held_out=None, scored={}, token_counts=np.bincount(ids), largest_ids={})
 
 
 def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments) -> PartialTrainer:

@@ -11,6 +11,7 @@ from partialtune.compare.policies import Policy
 from partialtune.compare.results import Outcome
 from partialtune.errors import InputError
 from partialtune.recipe.reading import same_run
+from partialtune.text.addresses import sources_without_secrets
 
 # What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
 NAMED = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
@@ -43,7 +44,8 @@ def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
         for key in differing(first.recipe.values, other.recipe.values):
             if key not in common or key not in said:
                 continue
-            mine, theirs = (policy.recipe.values.get(key, "the default") for policy in (first, other))
+            shown = (sources_without_secrets(policy.recipe.values) for policy in (first, other))
+            mine, theirs = (values.get(key, "the default") for values in shown)
             different.append(f"  {key}: {mine} in {first.path}, {theirs} in {other.path}")
     if different:
         raise InputError(

@@ -18,6 +18,7 @@ from partialtune.output_dir import EXIT_FILE, read_json
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
 from partialtune.recipe.reading import same_run
 from partialtune.recipe.rules import training_defaults
+from partialtune.text.addresses import sources_without_secrets
 
 SEED = re.compile(r"(?<=.)-seed\d+$")  # endings that a comparison gives to the folders of its runs
 RATE_AND_SEED = re.compile(r"(?<=.)-lr[\d.e+-]+-seed\d+$|(?<=.)-seed\d+$")
@@ -192,7 +193,7 @@ def failed_early(
 ) -> Outcome:
     """A run that ended before it had written its plan."""
     facts = {"sources": [], "windows": None}
-    return Outcome(folder, values, total, trainable, facts, {}, {}, None, code, reason)
+    return Outcome(folder, sources_without_secrets(values), total, trainable, facts, {}, {}, None, code, reason)
 
 
 def ended(folder: Path) -> tuple[int, str]:

@@ -13,15 +13,16 @@ from transformers import PretrainedConfig, set_seed
 
 from partialtune.compare.rates import Trial, keep_trial
 from partialtune.data import RunData, prepare_data
-from partialtune.errors import FreezeViolation, PartialtuneError, TrainingDiverged
+from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
 from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.conformance import check_conformance
-from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
+from partialtune.text.addresses import without_secrets
 from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
 
@@ -38,7 +39,7 @@ def main(words: Sequence[str]) -> int:
     try:
         try_rates(Path(file), [float(rate) for rate in rates.split(",")], read_recipe(path, overrides))
     except PartialtuneError as error:
-        print(f"partialtune: {error}", file=sys.stderr, flush=True)
+        print(f"partialtune: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 
@@ -52,6 +53,12 @@ def try_rates(file: Path, rates: Sequence[float], recipe: Recipe) -> None:
     data = prepare_data(
         recipe.text, recipe.evaluation.eval_texts, tokenizer, args.seed if args.data_seed is None else args.data_seed
     )
+    check_ids(base.model_name_or_path, config, data.largest_ids)
+    if not data.scored["validation"].comes_back:
+        raise TextError(
+            "The text does not come back from its tokens, so it has no bits per byte and learning rates cannot be "
+            "compared by them. Say one learning_rate in each recipe, or take a model whose tokenizer writes the text."
+        )
     for rate in rates:
         keep_trial(file, recipe.values, try_rate(rate, recipe, config, data))
 

@@ -174,11 +174,26 @@ def read_delta(folder: Path, name: str) -> Delta:
             after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
             stored=frozenset(shapes),
         )
+        _check_texts(delta)
         declared = {entry["name"]: entry["shape"] for entry in content["parameters"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
     _check_whole(delta, shapes, declared)
     return delta
+
+
+def _check_texts(delta: Delta) -> None:
+    """Names and digests are texts, whatever else JSON could hold.
+
+    Raises:
+        TypeError: If one is not.
+    """
+    base = delta.base
+    texts = [base.model_name_or_path, base.revision, base.commit or "", delta.head]
+    texts += [*delta.before.keys(), *delta.before.values(), *delta.after.values()]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise TypeError(f"{DELTA_FILE} has {wrong[0]!r:.40} where a text belongs")
 
 
 def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mapping[str, list[int]]) -> None:

@@ -113,7 +113,7 @@ def _shards(index: Path) -> set[str]:
     try:
         content: Any = json.loads(index.read_text(encoding="utf-8"))
         return set(content["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is damaged: {error}. Run the recipe again.") from error
 
 

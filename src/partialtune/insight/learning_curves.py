@@ -69,7 +69,8 @@ class LearningCurves(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         known = {}
         if self.held_out is not None and "eval_loss" in (metrics or {}):
-            known[PREFIX + "validation"] = bits_per_byte(metrics["eval_loss"], self.held_out)
+            bits = bits_per_byte(metrics["eval_loss"], self.held_out)
+            known |= {} if bits is None else {PREFIX + "validation": bits}
         self._scored_at = state.global_step
         self._score(args, control, model, known)
 
@@ -96,6 +97,6 @@ class LearningCurves(TrainerCallback):
         control.should_log = wanted  # on_log takes the wish back, and the loss of this step would not be logged
 
 
-def bits_per_byte(loss: float, text: ScoredText) -> float:
-    """A loss in nats a token as bits per byte of its text."""
-    return loss / math.log(2) * text.text_tokens / text.text_bytes
+def bits_per_byte(loss: float, text: ScoredText) -> float | None:
+    """A loss in nats a token as bits per byte of its text; None where the text does not come back from its tokens."""
+    return None if not text.comes_back else loss / math.log(2) * text.text_tokens / text.text_bytes

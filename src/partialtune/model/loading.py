@@ -1,9 +1,10 @@
 """Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from partialtune.builtin import builtin_folder
 from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.dropout import set_dropout
+
+logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -89,7 +92,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
     """The model without weights, on the meta device: shapes and structure only.
 
     Raises:
-        ModelError: If its config makes none.
+        ModelError: If no model can be made of the config, such as one with 0 heads.
     """
     with _loading(config.name_or_path, "main"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -192,20 +195,43 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
 
 
 def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: int) -> None:
-    """Stop where the windows are longer than the model's context, or the tokenizer has more tokens than the model.
+    """Stop where the windows are longer than the model's context; warn where the tokenizer has more tokens than it.
+
+    Tokens that were added to a tokenizer and are never used need no place in the model: `check_ids` sees which are.
 
     Raises:
-        ModelError: In either case.
+        ModelError: If the windows are too long.
     """
     text_config = config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)
     if context and block_size > context:
         raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
     if vocabulary > text_config.vocab_size:
-        raise ModelError(
-            f"{name}: its tokenizer has {vocabulary:,} tokens, its model {text_config.vocab_size:,}. "
-            f"They do not belong together."
+        logger.warning(
+            "%s: its tokenizer has %s tokens, its model %s. The model does not know the others; no text may use them.",
+            *(name, f"{vocabulary:,}", f"{text_config.vocab_size:,}"),
         )
+
+
+def check_ids(name: str, config: PretrainedConfig, largest: Mapping[str, int]) -> None:
+    """Stop where a text holds a token that the model has no place for, whatever the counts of tokens are.
+
+    Args:
+        name: The model.
+        config: Its configuration.
+        largest: Text -> the largest of its token ids.
+
+    Raises:
+        ModelError: Names the text.
+    """
+    size = config.get_text_config().vocab_size
+    for text, token_id in largest.items():
+        if token_id >= size:
+            raise ModelError(
+                f"{name}: {text} has a token with the id {token_id:,}, and the model's ids are 0 to {size - 1:,}. "
+                f"Tokenizer and model do not belong together; or tokens were added to the tokenizer and not to the "
+                f"model (model.resize_token_embeddings(len(tokenizer)), then save both)."
+            )
 
 
 @contextmanager
@@ -217,22 +243,14 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise ModelError(f"{name}: a weight file is damaged ({error}). Fetch the model again.") from error
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        ImportError,
-        RuntimeError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-    ) as error:
+    except Exception as error:  # all inside is a library's that reads others' files: with 0 heads it divides by zero
         where = f" at revision {revision}" if revision != "main" else ""
         raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
 
 
 def _first_sentences(error: Exception, longest: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text if isinstance(error, OSError | ValueError | RuntimeError) else f"{text} ({type(error).__name__})"
     return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
 
 

@@ -207,7 +207,7 @@ def parsed(file: Path, parse) -> Any:
         return {}
     try:
         return parse(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file} is damaged: {error}. Restore it, or run the recipe again.") from error
 
 

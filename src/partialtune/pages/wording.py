@@ -11,6 +11,11 @@ MINUS = "\u2212"
 SUPERSCRIPT = str.maketrans("-0123456789", "\u207b⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNKNOWN = "\u2013"
 
+WITHHELD = (
+    "The text does not come back from its tokens: this tokenizer cannot write it, and bytes would be counted that no "
+    "token stands for. Perplexity compares between runs with this tokenizer alone."
+)
+
 METRICS = {
     "loss": "loss (nats/token)",
     "perplexity": "perplexity",
@@ -213,12 +218,20 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
     ]
 
 
+def is_withheld(pair: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a text has a loss and yet no bits per byte: it does not come back from its tokens."""
+    before = pair["before"]
+    return before["bits_per_byte"] is None and before.get("loss") is not None
+
+
 def held_out_finding(run: RunFiles) -> list[Finding]:
     """Bits per byte of the held-out text before and after; of the training text where nothing was held out."""
     for name in ("validation", "training"):
         entry = run.texts.get(name)
         if entry:
             before, after = entry["before"]["bits_per_byte"], entry["after"]["bits_per_byte"]
+            if is_withheld(entry):
+                return [Finding("plain", f"Bits per byte, {text_label(name)}", "withheld", WITHHELD)]
             fell = None not in (before, after) and after < before
             value = f"{score('bits_per_byte', before)} → {score('bits_per_byte', after)}"
             detail = f"{score_change('bits_per_byte', before, after)}; lower is better."

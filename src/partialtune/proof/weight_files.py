@@ -129,7 +129,7 @@ def _weight_files(folder: Path, config: PretrainedConfig) -> Sequence[Path]:
         return []
     try:
         return [folder / shard for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{index} is damaged: it does not say which file holds which tensor. Fetch it again."
         ) from error

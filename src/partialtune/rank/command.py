@@ -9,7 +9,7 @@ from transformers import set_seed
 from partialtune.data import prepare_data
 from partialtune.errors import RecipeError
 from partialtune.model.conformance import check_conformance
-from partialtune.model.loading import check_fit, load_config, load_model, load_tokenizer
+from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import Ranking, rank
 from partialtune.recipe.reading import Recipe
@@ -35,6 +35,7 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
     data = prepare_data(recipe.text, {}, tokenizer, said.get("data_seed", seed))
+    check_ids(base.model_name_or_path, config, data.largest_ids)
     windows = draw_windows(data.train, batches * batch_size, seed)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_conformance(model, recipe.text.block_size)

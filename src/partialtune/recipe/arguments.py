@@ -80,7 +80,11 @@ class TextArguments:
         },
     )
     text_column: str = field(
-        default="text", metadata={"help": "Column that holds the text in an hf: data set.", "bound": NOT_EMPTY}
+        default="text",
+        metadata={
+            "help": "Column that holds the text in an hf: data set or a .jsonl, .json, .csv, .tsv or .parquet file.",
+            "bound": NOT_EMPTY,
+        },
     )
     block_size: int = field(
         default=256,

@@ -28,6 +28,7 @@ from partialtune.recipe.rules import (
 )
 from partialtune.recipe.values import convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.recipe.yaml_file import Problem
+from partialtune.text.addresses import without_secrets
 
 REQUIRED = {
     "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
@@ -274,7 +275,8 @@ def _error(name: str, problems: list[Problem]) -> RecipeError:
         f"  {problem.origin}{', ' * bool(problem.origin)}{problem.key}: {problem.message}"
         for problem in sorted(problems, key=_position)
     ]
-    return RecipeError("\n".join([f"{name}: {count}. Nothing was loaded or written.", *lines]))
+    message = "\n".join([f"{name}: {count}. Nothing was loaded or written.", *lines])
+    return RecipeError(without_secrets(message))
 
 
 def _position(problem: Problem) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from partialtune.recipe.checks import Entry, checked_values, with_present_names
 from partialtune.recipe.command_words import COMMAND_LINE, Words, group_words
 from partialtune.recipe.rules import LENGTHS, training_defaults
 from partialtune.recipe.yaml_file import read_recipe_file, write_recipe_file
+from partialtune.text.addresses import SOURCE_KEYS, same_sources, sources_without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _arguments(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def write_recipe(path: Path, values: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Write a recipe that `read_recipe` accepts.
+    """Write a recipe that `read_recipe` accepts, without the secrets in the addresses of its texts.
 
     Args:
         path: The file; an existing one is replaced as a whole.
@@ -128,7 +129,7 @@ def write_recipe(path: Path, values: Mapping[str, Any], run: Mapping[str, Any]) 
     """
     order = {key: place for place, key in enumerate([*argument_fields(), *training_defaults()])}
     known = sorted((key for key in values if key != "run"), key=lambda key: order.get(key, len(order)))
-    write_recipe_file(path, {key: values[key] for key in known}, run)
+    write_recipe_file(path, sources_without_secrets({key: values[key] for key in known}), run)
 
 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -142,10 +143,14 @@ def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         b: Values of the run to start.
     """
     old, new = _effective(a), _effective(b)
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _is_free(key)]
+    differing = [key for key in {**old, **new} if not _is_same(key, old.get(key), new.get(key)) and not _is_free(key)]
     if "max_steps" in differing and new["max_steps"] > old["max_steps"] > 0:
         differing.remove("max_steps")
     return differing
+
+
+def _is_same(key: str, old: Any, new: Any) -> bool:
+    return old == new or (key in SOURCE_KEYS and same_sources(old, new))
 
 
 def _is_free(key: str) -> bool:

@@ -16,6 +16,7 @@ import yaml
 
 from partialtune import __version__
 from partialtune.errors import RecipeError
+from partialtune.text.addresses import without_secrets
 
 # What YAML takes for its own syntax although a recipe means text: regex, selector with brackets, negation, glob.
 UNQUOTED = re.compile(
@@ -104,7 +105,7 @@ def parse_yaml(text: str) -> tuple[Any, dict[str, int], tuple[Problem, ...]]:
         lines, problems = _key_lines(node), tuple(_duplicate_keys(node))  # construct_document rewrites merged nodes
         return loader.construct_document(node) if node is not None else None, lines, problems
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(_describe_yaml_error(error, text)) from error
+        raise ValueError(without_secrets(_describe_yaml_error(error, text))) from error
 
 
 def _key_lines(node: yaml.Node | None) -> dict[str, int]:

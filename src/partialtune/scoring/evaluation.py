@@ -37,11 +37,13 @@ class ScoredText:
         windows: Non-overlapping windows with `input_ids`, shape (windows, block_size).
         text_tokens: Tokens of the whole text, those outside the windows too.
         text_bytes: Bytes of the whole text in UTF-8, after cleaning.
+        comes_back: Whether its tokens hold the whole text; else there are no bits per byte.
     """
 
     windows: Dataset
     text_tokens: int
     text_bytes: int
+    comes_back: bool = True
 
 
 def scored_text(
@@ -97,7 +99,8 @@ def score_text(
 
     Returns:
         `loss` (nats a token), `perplexity`, `bits_per_byte`, `next_token_accuracy`, `top5_accuracy` (shares), `tokens`
-        (scored), `bytes` and `text_tokens` (of the whole text). What is not finite is None.
+        (scored), `bytes` and `text_tokens` (of the whole text). What is not finite is None, and
+        so are the bits per byte of a text that does not come back from its tokens.
     """
     return score_tokens(model, scored, batch_size, description, watched=0, autocast_dtype=autocast_dtype)[0]
 
@@ -141,6 +144,8 @@ def score_tokens(
             kept |= {index: line.numpy().copy() for index, line in zip(batch, nats, strict=True) if index in keep}
             bar.update(min(len(batch) * processes, count - bar.n))
     figures = _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
+    if not scored.comes_back:
+        figures["bits_per_byte"] = None
     kept = dict(_gathered(list(kept.items())))
     return figures, np.array([kept[index] for index in wanted], dtype=np.float32)
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from partialtune.errors import TextError
+from partialtune.model.loading import check_ids
 from partialtune.model.modes import evaluating
 from partialtune.text.windows import tokenize_text
 
@@ -86,9 +87,11 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, co
 
     Raises:
         TextError: If a prompt has no token or more tokens than the model's context.
+        ModelError: If one has a token that the model has no place for.
     """
     for prompt in prompts:
-        _prompt_ids(prompt, tokenizer, _context_length(config))
+        ids = _prompt_ids(prompt, tokenizer, _context_length(config))
+        check_ids(config.name_or_path, config, {f"the prompt {prompt[:40]!r}": max(ids)})
 
 
 def compare_prompts(before: Sequence[PromptProbe], after: Sequence[PromptProbe]) -> list[dict]:

@@ -54,6 +54,7 @@ _GUTENBERG_WORDS = re.compile(
     rf"|{_FIELD}",
     re.I | re.M,
 )
+_NUMBER = re.compile(r"\[e-?(?:text|book)\s*#\s*\d+\]", re.I)  # the oldest headers have no fields, but this
 _HEADER_PROOF = re.compile(
     r"^(?:Title|Release date|Character set encoding)[ \t]*:|\[e-?(?:text|book)\s*#|small print"
     r"|copyright laws are changing|e-?(?:text|book) is for the use of anyone|plain vanilla"
@@ -75,6 +76,11 @@ _CREDIT = re.compile(
     r"|credits?\s*:|scanned\s+images\s+provided"
     r"|note:\s+(?:project\s+gutenberg|images?\s+of\s+the\s+original|the\s+original\s+\w+\s+(?:of|for)\s+this)"
     r")",
+    re.I,
+)
+_EDITION_TITLE = re.compile(  # The Project Gutenberg Etext of Candide; Project Gutenberg's Candide, by Voltaire
+    r"\W*(?:(?:this|here)\s+is\s+)?(?:the\s+)?pro\w{3,6}\s+gutenberg"
+    r"(?:['’]s\s[^\n]*(?:\n[^\n]*)?\bby\s|\W{0,4}(?:e-?text|e-?book|edition)\b)[^\n]*(?:\n[^\n]+){0,2}(?<![.!?])\n?",
     re.I,
 )
 _MAKERS = re.compile(
@@ -127,10 +133,17 @@ def clean_gutenberg(text: str) -> Cleaned:
 
 def book_limits(text: str) -> tuple[int, int]:
     """Where the book begins and ends in a text with unified lines. Only ENDS characters at either end matter."""
-    start = _skip_credits(text, _header_end(text[:ZONE]))
-    end = _footer_start(text[max(start, len(text) - ZONE) :]) + max(start, len(text) - ZONE)
+    start, before = _header_end(text[:ZONE]), 0
+    while start > before:  # an older edition's header may stand inside the newer one, before or behind its credits
+        before = start
+        start += _header_end(text[start:ZONE])
+        start = _skip_credits(text, start) if start == before else start
+    first = max(start, len(text) - ZONE)
+    end = first + _footer_start(text[first:])
     if start > 0 or end < len(text):
         end = _drop_last_credits(text, start, end)
+        while (inner := first + _inner_footer_start(text[first:end])) < end:
+            end = _drop_last_credits(text, start, inner)
         start, end = _skip_first_notes(text, start, end), _drop_last_notes(text, start, end)
     return start, end
 
@@ -189,11 +202,12 @@ def _marker_end(head: str, marker: re.Match[str]) -> int:
 
 
 def _unmarked_header_end(head: str) -> int:
-    """The end of a header without markers: its last field, or the last of its small print."""
+    """The end of a header without markers: its last field, its number, or the last of its small print."""
     opening = _OPENING.search(head[:1500])
-    if not opening or head[: opening.start()].count("\n\n") > 2 or not _HEADER_PROOF.search(head[:FRONT]):
+    if not opening or head[: opening.start()].strip("\n").count("\n\n") > 2 or not _HEADER_PROOF.search(head[:FRONT]):
         return 0
-    ending = _GUTENBERG_WORDS if _SMALL_PRINT_START.search(head) else _FIELDS
+    has_fields = _FIELDS.search(head[:FRONT])
+    ending = _GUTENBERG_WORDS if _SMALL_PRINT_START.search(head) else _FIELDS if has_fields else _NUMBER
     end = last = 0
     for paragraph in _PARAGRAPH.finditer(head):
         if paragraph.start() - last > WIDEST_GAP // 3:
@@ -221,6 +235,8 @@ def _skip_credits(text: str, start: int) -> int:
 
 
 def _is_credit(paragraph: str) -> bool:
+    if _EDITION_TITLE.fullmatch(paragraph):
+        return True
     return paragraph.count("\n") <= 15 and bool(_CREDIT.match(paragraph) or _MAKERS.search(paragraph))
 
 
@@ -230,15 +246,22 @@ def _footer_start(foot: str) -> int:
     Args:
         foot: The last characters of the text, from the end of its header at the earliest.
     """
+    if (start := _inner_footer_start(foot)) < len(foot):
+        return start
     markers = list(_END_MARKER.finditer(foot))
-    candidates = sorted([*markers, *_FOOTER_LINE.finditer(foot)], key=re.Match.start)
-    for match in candidates:
+    if markers and len(foot) - markers[-1].end() < max(2_000, len(foot) // 8):
+        return markers[-1].start()
+    return len(foot)
+
+
+def _inner_footer_start(foot: str) -> int:
+    """Where the first footer line stands that has little but Project Gutenberg's words after it."""
+    markers = list(_END_MARKER.finditer(foot))
+    for match in sorted([*markers, *_FOOTER_LINE.finditer(foot)], key=re.Match.start):
         after = foot[match.end() :].strip()
         word = _GUTENBERG_WORDS.search(after)
         if len(after) < 300 or (word and word.start() < 400 and _is_boilerplate(after)):
             return match.start()
-    if markers and len(foot) - markers[-1].end() < max(2_000, len(foot) // 8):
-        return markers[-1].start()
     return len(foot)
 
 

@@ -36,6 +36,11 @@ _FILE_KINDS = {
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x08\x1a\x1b"))
 _HTML_START = re.compile(rb"\s*(?:<!--.*?-->\s*)*(?:<\?xml[^>]*>\s*)?(?:<!doctype\s+html|<html[\s>])", re.I | re.S)
 _GUTENBERG_CHARSET = re.compile(rb"^character set encoding:[ \t]*([^\r\n]+)", re.I | re.M)
+# Python calls these text encodings, and no file is written in them: some know no "replace", one no text at all.
+# https://docs.python.org/3/library/codecs.html#text-encodings
+_NO_CHARSETS = frozenset(
+    {"idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "palmos"}
+)
 SNIFFED_BYTES = 1 << 20  # bytes at the start by which a text is told from something else
 _HEADER_BYTES = 20_000  # a Gutenberg header's charset line lies within
 
@@ -210,7 +215,7 @@ def _decodes(chunks: Iterable[bytes], encoding: str) -> bool:
         for chunk in chunks:
             decoder.decode(chunk)
         decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
+    except UnicodeError:  # that of some codecs is no UnicodeDecodeError
         return False
     return True
 
@@ -244,7 +249,7 @@ def python_encoding(charset: str) -> str | None:
             codec = codecs.lookup(spelling)
         except (LookupError, ValueError):
             continue
-        if codec._is_text_encoding:
+        if codec._is_text_encoding and codec.name not in _NO_CHARSETS:
             return codec.name
     return None
 

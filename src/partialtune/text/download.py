@@ -4,6 +4,7 @@ Beside each file a JSON record says where it came from. A file appears in the ca
 and synced, and a lock keeps two processes from fetching the same address at once.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urldefrag, urlsplit
 
 from partialtune.errors import TextError
-from partialtune.text.transfer import Limits, Received, TryAgainError, receive, without_password
+from partialtune.text.addresses import without_secrets
+from partialtune.text.transfer import Limits, Received, TryAgainError, receive
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PARTIALTUNE_CACHE") or "~/.cache/partialtune").expanduser() / "texts"
 
 
+def opened_without_links(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+    """A file of the cache, opened. Others may be able to write there: a link that they put there is an OSError."""
+    mode = "rb" if flags == os.O_RDONLY else "r+b"
+    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), mode)
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A file of the cache to write, made anew: what lay in its place is removed, and written to by no means."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+
+
 def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) -> Download:
     """Fetch a text once; later calls find it in the cache and need no network.
 
@@ -48,13 +63,13 @@ def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) ->
         limits: Time-outs, tries and the largest size.
 
     Returns:
-        The cached file. Its `url` carries no password.
+        The cached file. Its `url` carries no secret.
 
     Raises:
         TextError: If the address, the network, the server or what it sent is no good, or the cache cannot be written.
     """
     url = _checked_address(url)
-    shown = without_password(url)
+    shown = without_secrets(url)
     folder = folder or cache_folder()
     body = folder / f"{hashlib.sha256(url.encode()).hexdigest()}.txt"
     try:
@@ -64,7 +79,7 @@ def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) ->
         with _lock(body.with_suffix(".lock"), shown):
             if cached := _read_cache(body, shown):
                 return cached
-            if body.with_suffix(".json").exists():
+            if os.path.lexists(body.with_suffix(".json")):
                 logger.warning("%s is no longer what was fetched from %s: fetching it again.", body, shown)
             return _fetch_into_cache(url, body, limits or Limits())
     except OSError as error:
@@ -83,13 +98,15 @@ def _checked_address(url: str) -> str:
             return url
     except ValueError:
         pass  # urlsplit on something like http://[: said below
-    raise TextError(f"{url!r} is no address to fetch a text from: write http://HOST/... or https://HOST/...")
+    raise TextError(
+        f"{without_secrets(url)!r} is no address to fetch a text from: write http://HOST/... or https://HOST/..."
+    )
 
 
 @contextmanager
 def _lock(path: Path, shown: str) -> Iterator[None]:
     """Hold a file's lock, which the system lets go of if the process dies."""
-    with path.open("w") as file:
+    with opened_without_links(path, os.O_RDWR | os.O_CREAT) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,12 +118,17 @@ def _lock(path: Path, shown: str) -> Iterator[None]:
 def _read_cache(body: Path, shown: str) -> Download | None:
     """The cached file if it is still what its record says, else None."""
     try:
-        record = json.loads(body.with_suffix(".json").read_text(encoding="utf-8"))
-        with body.open("rb") as file:
+        with opened_without_links(body.with_suffix(".json")) as file:
+            record = json.loads(file.read())
+        with opened_without_links(body) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != record["sha256"]:
             return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a record that cannot be read vouches for nothing
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):  # a record that cannot be read vouches for nothing
         return None
     logger.info("%s: taken from the cache, %s", shown, body)
     return Download(body, shown, sha256, body.stat().st_size, record.get("charset"))
@@ -115,7 +137,7 @@ def _read_cache(body: Path, shown: str) -> Download | None:
 def _fetch_into_cache(url: str, body: Path, limits: Limits) -> Download:
     """Write the text aside, then put it and its record in place. What a failed try wrote is removed."""
     part = body.with_suffix(".part")
-    shown = without_password(url)
+    shown = without_secrets(url)
     try:
         received = _receive_with_retries(url, part, limits)
         part.replace(body)
@@ -138,7 +160,7 @@ def _receive_with_retries(url: str, part: Path, limits: Limits) -> Received:
     """Try as often as allowed, waiting longer each time or as long as the server asks."""
     for attempt in range(1, limits.tries + 1):
         try:
-            with part.open("wb") as file:
+            with new_file(part) as file:
                 received = receive(url, file, limits)
                 file.flush()
                 os.fsync(file.fileno())
@@ -152,13 +174,13 @@ def _receive_with_retries(url: str, part: Path, limits: Limits) -> Received:
             wait = limits.first_wait_seconds * 2 ** (attempt - 1) if asked is None else asked
             logger.warning("%s Trying again in %.1f s.", error, wait)
             time.sleep(wait)
-    raise TextError(f"{without_password(url)} was not fetched: {limits.tries} tries are allowed, it takes at least 1.")
+    raise TextError(f"{without_secrets(url)} was not fetched: {limits.tries} tries are allowed, it takes at least 1.")
 
 
 def _write_record(path: Path, record: dict[str, str | int | None]) -> None:
     aside = path.with_suffix(".json.part")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
+    with new_file(aside) as file:
+        file.write(json.dumps(record, indent=2).encode())
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -3,15 +3,13 @@
 import difflib
 import glob
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from partialtune.errors import TextError
+from partialtune.text.addresses import ADDRESS, LEFT_OUT, lacks_secrets, without_secrets
 
 logger = logging.getLogger(__name__)
-
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 
 
 def expand_all(sources: Sequence[str]) -> list[str]:
@@ -26,7 +24,7 @@ def expand_all(sources: Sequence[str]) -> list[str]:
             continue
         repeated = [name for name in expanded if name in names]
         if repeated:
-            logger.warning("Named more than once, read once: %s", ", ".join(repeated))
+            logger.warning("Named more than once, read once: %s", ", ".join(map(without_secrets, repeated)))
         names.update(dict.fromkeys(expanded))
     if problems:
         raise TextError("\n".join(problems))
@@ -40,9 +38,15 @@ def _expand(source: str) -> list[str]:
     if source.startswith(("builtin:", "hf:")):
         return [source]
     if address := ADDRESS.match(source):
+        if lacks_secrets(source):
+            raise TextError(
+                f"{source} was written down without its password or token: {LEFT_OUT} stands in their place. Give the "
+                "whole address again, as the first recipe had it: --text 'ADDRESS', --eval_texts '{NAME: ADDRESS}'."
+            )
         if address[0].lower() in ("http://", "https://"):
             return [source]
-        raise TextError(f"{source}: texts are fetched over http and https only. Download it and give the file's path.")
+        shown = without_secrets(source)
+        raise TextError(f"{shown}: texts are fetched over http and https only. Download it and give the file's path.")
     path = Path(source).expanduser()
     if path.is_file():
         return [str(path)]

@@ -2,14 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
 
 from partialtune.errors import TextError
+from partialtune.text.addresses import ADDRESS
 from partialtune.text.decoding import Chunks, Encoding
-from partialtune.text.names import ADDRESS
 
 CHUNK_BYTES = 4 << 20  # read at once
 ROWS_AT_ONCE = 1000  # of a dataset
+# Endings of files with columns, and how `datasets` loads them: braces, names and \\n of a JSONL are no text to learn.
+TABLES: dict[str, dict[str, str]] = {
+    **{ending: {"path": "json"} for ending in (".jsonl", ".ndjson", ".json")},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".parquet": {"path": "parquet"},
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,15 @@ def raw_text(name: str, text_column: str) -> RawText:
         return RawText(name, _dataset_chunks(name, text_column), encoding=Encoding("utf-8", "dataset"))
     charset = None
     path = Path(name)
+    table = TABLES.get(PurePosixPath(urlsplit(name).path if ADDRESS.match(name) else name).suffix.lower())
     if ADDRESS.match(name):
         from partialtune.text.download import fetch  # requests is not needed for files
 
         download = fetch(name)
         name, path, charset = download.url, download.path, download.charset
+    if table:
+        chunks = _column_chunks(name, text_column, data_files=[str(path)], split="train", **table)
+        return RawText(name, chunks, encoding=Encoding("utf-8", f"column {text_column}"))
     return RawText(name, _file_chunks(path, name), charset)
 
 
@@ -74,20 +87,26 @@ def _builtin_text(name: str) -> str:
 
 def _dataset_chunks(name: str, text_column: str) -> Chunks:
     """The rows of a dataset's text column, one after another, each ended by a line end, in UTF-8."""
-    import datasets
-
     path, config, split = [*name.removeprefix("hf:").split(":", 2), "", ""][:3]
     if not path:
         raise TextError(f"{name} names no dataset: write hf:DATASET[:CONFIG[:SPLIT]].")
+    return _column_chunks(name, text_column, path=path, name=config or None, split=split or None)
+
+
+def _column_chunks(name: str, text_column: str, /, **settings: Any) -> Chunks:
+    """As `_dataset_chunks`, of what `datasets.load_dataset(**settings)` loads; `name` is what messages call it."""
+    import datasets
+
     try:
-        loaded = datasets.load_dataset(path, config or None, split=split or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        loaded = datasets.load_dataset(**settings)
+    except Exception as error:  # a library's that reads others' files: an empty JSONL is a StopIteration
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
         raise TextError(f"{name} cannot be loaded: {reason}") from error
     rows = _choose_split(loaded, name)
     if text_column not in rows.column_names:
         raise TextError(
             f"{name} has no column {text_column!r}. Set text_column to one of {', '.join(rows.column_names)}."
+            + (" To train on the file as it is, give it the ending .txt." if "data_files" in settings else "")
         )
 
     def chunks() -> Iterator[bytes]:

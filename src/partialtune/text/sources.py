@@ -18,7 +18,14 @@ from partialtune.text.decoding import Damage, Encoding, choose_encoding, decoded
 from partialtune.text.names import expand_all
 from partialtune.text.raw import RawText, raw_text
 from partialtune.text.store import stored
-from partialtune.text.streams import Pieces, StoredText, clean_gutenberg_pieces, looks_like_gutenberg, write_pieces
+from partialtune.text.streams import (
+    Pieces,
+    StoredText,
+    clean_gutenberg_pieces,
+    looks_like_gutenberg,
+    with_line_feeds,
+    write_pieces,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,7 @@ class SourceText:
         raw_bytes: Size of the file before decoding.
         encoding: How the bytes were decoded, a Python encoding.
         encoding_from: What that rests on: byte order mark, HTTP header, Gutenberg header, ...
-        cleaning: What was done: `gutenberg` or `none`.
+        cleaning: What was done: `gutenberg`, or `none`, which under `auto` is LF for line ends and no byte order mark.
         removed_head: Characters cut before the book.
         removed_foot: Characters cut after it.
         damaged: U+FFFD characters in the decoded text.
@@ -66,8 +73,8 @@ def load_text(source: str | Path, cleaning: str = "auto") -> str:
     Args:
         source: See the module's description.
         cleaning: `auto` cleans what carries a header or footer of Project Gutenberg and leaves other texts as they
-            are, `gutenberg` also joins the hard-wrapped lines of other texts, `none` keeps every character, a byte
-            order mark and CRLF too.
+            are but for a byte order mark and line ends, which become LF; `gutenberg` also joins the hard-wrapped lines
+            of other texts; `none` keeps every character, a byte order mark and CRLF too.
 
     Raises:
         TextError: If the text cannot be fetched, read or decoded, or nothing is left of it.
@@ -161,7 +168,7 @@ def _prepare(raw: RawText, cleaning: str) -> _Prepared:
         facts |= {"cleaning": "gutenberg", "removed_head": cleaned.removed_head, "removed_foot": cleaned.removed_foot}
         return _Prepared(_not_blank(cleaned.pieces, raw.name), facts)
     facts |= {"cleaning": "none", "removed_head": 0, "removed_foot": 0}
-    kept = pieces() if cleaning == "none" else _without_byte_order_mark(pieces)
+    kept = pieces() if cleaning == "none" else with_line_feeds(_without_byte_order_mark(pieces))
     return _Prepared(_not_blank(kept, raw.name), facts)
 
 
@@ -186,7 +193,7 @@ def _log_decisions(source: SourceText, cleaning: str) -> None:
             f"cut {source.removed_head:,} characters at the head and {source.removed_foot:,} at the foot, lines joined"
         )
     elif cleaning == "auto":
-        done = "left as it is, no header or footer of Project Gutenberg"
+        done = "left as it is but for line ends (LF), no header or footer of Project Gutenberg"
     else:
         done = "left as it is"
     logger.info(

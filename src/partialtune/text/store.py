@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import TextError
-from partialtune.text.download import cache_folder
+from partialtune.text.download import cache_folder, new_file, opened_without_links
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,25 @@ def stored(kind: str, suffix: str, made_of: Mapping[str, Any], build: Callable[[
 
 
 def _read(path: Path) -> Stored | None:
-    """The stored file if it is what its record says. Its content is read only if it was touched since."""
+    """The stored file if it is what its record says. Its content is read if it was touched since, or is not ours."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        status = path.stat()
+        with opened_without_links(path.with_suffix(".json")) as file:
+            record, owners = json.loads(file.read()), {os.fstat(file.fileno()).st_uid}
+        with opened_without_links(path) as file:
+            status = os.fstat(file.fileno())
+        ours = owners | {status.st_uid} == {os.geteuid()}
         entry = Stored(path, record["sha256"], record["facts"])
         if status.st_size != record["bytes"]:
             return None
-        if status.st_mtime_ns != record["mtime_ns"] and _sha256(path) != entry.sha256:
+        if (not ours or status.st_mtime_ns != record["mtime_ns"]) and _sha256(path) != entry.sha256:
             return None
-    except (OSError, ValueError, KeyError, TypeError):  # a record that cannot be read vouches for nothing
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # such a record vouches for nothing
         return None
     with suppress(OSError):  # a shared cache may be read-only
         os.utime(path.with_suffix(".json"))  # a record's time is that of its last use
@@ -97,6 +106,7 @@ def _build(path: Path, build: Callable[[Path], dict[str, Any]]) -> Stored:
         logger.warning("%s is damaged or was left unfinished: it is made again.", path)
         record_path.unlink(missing_ok=True)
     try:
+        new_file(part).close()
         facts = build(part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
@@ -107,20 +117,21 @@ def _build(path: Path, build: Callable[[Path], dict[str, Any]]) -> Stored:
     entry = Stored(path, _sha256(path), facts)
     record = {"sha256": entry.sha256, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "facts": facts}
     aside = path.with_suffix(".json.part")
-    aside.write_text(json.dumps(record), encoding="utf-8")
+    with new_file(aside) as file:
+        file.write(json.dumps(record).encode())
     aside.replace(record_path)
     return entry
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with opened_without_links(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold a file's lock, which the system lets go of if the process dies."""
-    with path.open("w") as file:
+    with opened_without_links(path, os.O_RDWR | os.O_CREAT) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ The pieces of a text, joined, are the text; where it is cut into pieces means no
 """
 
 import bisect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from partialtune.text.unwrapping import indent_of, joined_lines, learn_wrap_widt
 
 PIECE_CHARACTERS = 1 << 20
 PIECE_BYTES = 1 << 20
+
+_LINE_END = re.compile(r"\r{0,2}\n|\r")
 
 Pieces = Callable[[], Iterator[str]]  # the pieces of a text from its beginning, at every call
 
@@ -164,6 +167,19 @@ def unified_pieces(pieces: Iterable[str]) -> Iterator[str]:
     last = "".join(rest)
     if last or first:
         yield unify_lines(last if first else "\n" + last)[0 if first else 1 :]
+
+
+def with_line_feeds(pieces: Iterable[str]) -> Iterator[str]:
+    """The text with LF for its line ends CR LF, CR and CR CR LF (a CR LF that was converted once more)."""
+    held = ""  # CRs at the end of a piece, whose line end may go on in the next one
+    for piece in pieces:
+        whole = held + piece
+        text = whole.rstrip("\r")
+        held = whole[len(text) :]
+        if text:
+            yield _LINE_END.sub("\n", text) if "\r" in text else text
+    if held:
+        yield held.replace("\r", "\n")
 
 
 def _after_last_line(piece: str) -> int:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from partialtune import __version__
 from partialtune.errors import TextError
 from partialtune.progress import progress_bar
+from partialtune.text.addresses import without_secrets
 from partialtune.text.decoding import refuse_non_text
 
 CHUNK_BYTES = 1 << 16
@@ -71,19 +72,13 @@ def receive(url: str, file: BinaryIO, limits: Limits) -> Received:
         TextError: If the address does not bring a text, and would not another time.
         TryAgainError: If it may another time.
     """
-    shown = without_password(url)
+    shown = without_secrets(url)
     with _request(url, shown, limits) as response:
         _check_answer(response, shown)
         content_type = response.headers.get("Content-Type", "")
         # only what is said: HTTP's old default, ISO-8859-1, is the truth about few texts
         charset = re.search(r"charset\s*=\s*[\"']?([^\s;\"']+)", content_type, re.I)
         return _stream(response, file, shown, content_type, charset[1] if charset else None, limits)
-
-
-def without_password(url: str) -> str:
-    """The address without a user name and password, for messages and records."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _request(url: str, shown: str, limits: Limits) -> requests.Response:
@@ -97,15 +92,26 @@ def _request(url: str, shown: str, limits: Limits) -> requests.Response:
     except requests.ReadTimeout as error:
         raise TryAgainError(f"{shown} stalled: no answer within {limits.read_seconds:g} s.") from error
     except requests.exceptions.SSLError as error:
-        raise TextError(f"{shown}: the secure connection failed ({error}). Is the machine's clock right?") from error
+        raise TextError(
+            f"{shown}: the secure connection failed ({_reason(error)}). Is the machine's clock right?"
+        ) from error
     except requests.exceptions.ProxyError as error:
-        raise TextError(f"{shown}: the proxy cannot be used ({error}). Check HTTP_PROXY and HTTPS_PROXY.") from error
+        raise TextError(
+            f"{shown}: the proxy cannot be used ({_reason(error)}). Check HTTP_PROXY and HTTPS_PROXY."
+        ) from error
     except requests.TooManyRedirects as error:
         raise TextError(f"{shown} redirects in a circle. Give the address that a browser ends up at.") from error
     except requests.ConnectionError as error:
         raise TryAgainError(_explain_no_connection(shown, error)) from error
-    except requests.RequestException as error:  # e.g. a redirect to an address that is none
-        raise TextError(f"{shown} cannot be fetched: {error}") from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+        # e.g. a redirect to an address that is none, which some layers refuse with a plain ValueError
+        raise TextError(f"{shown} cannot be fetched: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, without the address around it: that may be one that a redirect led to, with its token."""
+    inner = getattr(error.args[0], "reason", None) if error.args else None
+    return without_secrets(str(inner or error))
 
 
 def _explain_no_connection(shown: str, error: requests.ConnectionError) -> str:
@@ -114,7 +120,7 @@ def _explain_no_connection(shown: str, error: requests.ConnectionError) -> str:
         return f"{shown}: no network, or there is no host called {host}. A text on this machine is given by its path."
     if "refused" in str(error):
         return f"{shown}: {host} refuses the connection."
-    return f"{shown}: the connection failed ({error})."
+    return f"{shown}: the connection failed ({_reason(error)})."
 
 
 def _check_answer(response: requests.Response, shown: str) -> None:
@@ -139,12 +145,17 @@ def _check_answer(response: requests.Response, shown: str) -> None:
 def _retry_after(response: requests.Response) -> float | None:
     """Seconds that the server asks to wait, given as a number or a date; None if it does not say."""
     value = response.headers.get("Retry-After", "")
-    if value.isdigit():
-        return float(value)
+    if (seconds := _count(value)) is not None:
+        return float(seconds)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         return None
+
+
+def _count(value: str) -> int | None:
+    """A number in a header; None where there is none. `isdigit` alone takes \u00b2, and `int` no 5,000 digits."""
+    return int(value[:18]) if value.isascii() and value.isdigit() else None  # 10^17 is beyond any limit, as more is
 
 
 def _stream(
@@ -152,13 +163,12 @@ def _stream(
 ) -> Received:
     """Write the body to a file while checking what it is and how much."""
     max_bytes = limits.max_bytes or _largest_download()
-    announced = response.headers.get("Content-Length", "")
-    expected = int(announced) if announced.isdigit() else 0
+    expected = _count(response.headers.get("Content-Length", "")) or 0
     if expected > max_bytes:
         raise _too_large(shown, expected, max_bytes)
     digest, size, head = hashlib.sha256(), 0, b""
     with progress_bar(expected or None, Path(urlsplit(shown).path).name, "B", unit_scale=True) as bar:
-        for data in _unpacked(response, _on_the_wire(response, expected, shown, limits, bar), shown):
+        for data in _unpacked(response, _on_the_wire(response, expected, max_bytes, shown, limits, bar), shown):
             if size < SNIFFED_BYTES <= size + len(data):
                 refuse_non_text(head + data, shown, charset)
             head = (head + data)[:SNIFFED_BYTES]
@@ -174,7 +184,7 @@ def _stream(
 def _largest_download() -> int:
     """Bytes that a download may have where no limit is given."""
     megabytes = os.environ.get("PARTIALTUNE_MAX_DOWNLOAD_MB", "4096")
-    if not megabytes.isdigit():
+    if _count(megabytes) is None:
         raise TextError(f"PARTIALTUNE_MAX_DOWNLOAD_MB is {megabytes!r}: give a whole number of MiB, such as 4096.")
     return int(megabytes) * 2**20
 
@@ -186,13 +196,21 @@ def _too_large(shown: str, size: int, max_bytes: int) -> TextError:
     )
 
 
-def _on_the_wire(response: requests.Response, expected: int, shown: str, limits: Limits, bar: tqdm) -> Iterator[bytes]:
-    """The body's bytes as they arrive; raises if they stop, trickle, or end before the length that was announced."""
+def _on_the_wire(
+    response: requests.Response, expected: int, max_bytes: int, shown: str, limits: Limits, bar: tqdm
+) -> Iterator[bytes]:
+    """The body's bytes as they arrive.
+
+    Raises if they stop, trickle, end before the length that was announced, or are more than `max_bytes`: packed data
+    may go on for ever and unpack to nothing.
+    """
     received, start = 0, time.monotonic()
     try:
         # read1 gives what has arrived; read would wait for a full chunk, and a trickle would never be noticed
         while data := response.raw.read1(CHUNK_BYTES, decode_content=False):
             received += len(data)
+            if received > max_bytes:
+                raise _too_large(shown, received, max_bytes)
             bar.update(len(data))
             yield data
             seconds = time.monotonic() - start
@@ -203,7 +221,7 @@ def _on_the_wire(response: requests.Response, expected: int, shown: str, limits:
     except urllib3.exceptions.ReadTimeoutError as error:
         raise TryAgainError(f"{shown} stalled after {received:,} bytes for {limits.read_seconds:g} s.") from error
     except urllib3.exceptions.HTTPError as error:
-        raise TryAgainError(f"{shown} broke off after {received:,} bytes ({error}).") from error
+        raise TryAgainError(f"{shown} broke off after {received:,} bytes ({_reason(error)}).") from error
     if received < expected:
         raise TryAgainError(f"{shown} broke off: {received:,} of {expected:,} bytes came.")
 
@@ -216,13 +234,19 @@ def _unpacked(response: requests.Response, wire: Iterator[bytes], shown: str) ->
         return
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise TextError(f"{shown} comes packed as {encoding!r}, which was not asked for and cannot be unpacked.")
-    unpacker = zlib.decompressobj(wbits=47)  # 32 + 15: gzip or zlib, whichever it is
+    unpacker, members = zlib.decompressobj(wbits=47), 0  # 32 + 15: gzip or zlib, whichever it is
     try:
         for data in wire:
             while data:
+                if unpacker.eof:  # gzip files may be joined, and zlib stops at the end of the first
+                    data = data.lstrip(b"\0")  # what tapes and blocks are filled up with
+                    if not data:
+                        break
+                    unpacker, members = zlib.decompressobj(wbits=31), members + 1  # 16 + 15: gzip alone
                 yield unpacker.decompress(data, 1 << 20)  # at most so many bytes at a time: a bomb meets the size limit
-                data = unpacker.unconsumed_tail
+                data = unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail
     except zlib.error as error:
-        raise TryAgainError(f"{shown}: its {encoding} data is damaged ({error}).") from error
+        where = f" behind the end of its part {members}" if members else ""
+        raise TryAgainError(f"{shown}: its {encoding} data is damaged{where} ({error}).") from error
     if not unpacker.eof:
         raise TryAgainError(f"{shown} broke off: its {encoding} data has no end.")
