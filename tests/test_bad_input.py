@@ -242,6 +242,48 @@ def test_ctrl_c_before_training_ends_with_130_and_writes_nothing(tmp_path, capfd
     assert snapshot(tmp_path) == before
 
 
+def test_ctrl_c_in_any_phase_before_the_first_step_leaves_a_folder_that_the_same_command_takes(
+    tmp_path, caplog, monkeypatch
+):
+    import partialtune.train
+    from partialtune.proof.audit import FreezeAuditCallback
+    from partialtune.scoring import look
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    words = ["train", write_recipe(tmp_path, {"prompts": ["It was"], "report_to": "none", "block_size": 64})]
+    phases = {
+        "text": (partialtune.train, "prepare_data"),
+        "loading": (partialtune.train, "load_model"),
+        "the folder": (partialtune.train, "begin_folder"),
+        "scoring": (look, "probe_prompts"),
+        "training's set-up": (FreezeAuditCallback, "on_train_begin"),
+    }
+    for phase, place in phases.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, interrupted)
+            assert main(words) == 130, phase
+    caplog.clear()
+    monkeypatch.setattr(look, "score_tokens", scored_after := scored_once_more(look.score_tokens))
+    assert main(words) == 0
+    assert "ended before its first optimizer step: it starts again" in caplog.text
+    assert "used again: validation, training, prompts" in caplog.text
+    assert scored_after.labels == ["validation, after", "training, after"]
+    assert main(words) == 0  # finished: nothing to do
+
+
+def scored_once_more(score_tokens):
+    """`score_tokens` that keeps the labels of what it scored; learning curves have none."""
+
+    def scored(model, text, batch_size, label, *args, **kwargs):
+        scored.labels.append(label)
+        return score_tokens(model, text, batch_size, label, *args, **kwargs)
+
+    scored.labels = []
+    return scored
+
+
 def test_the_quickstart_with_a_typo_on_the_command_line_is_refused(capfd):
     words = ["plan", str(REPOSITORY / "recipes" / "quickstart.yaml"), "--trainabel", "head"]
     assert "trainable" in refused(capfd, words)

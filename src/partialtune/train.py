@@ -77,6 +77,8 @@ def train(recipe: Recipe) -> Path:
     if standing is Standing.FINISHED:
         logger.info("%s holds this run, finished: nothing to do.", folder)
         return folder
+    if standing is Standing.UNSTARTED:
+        logger.info("%s holds this run, ended before its first optimizer step: it starts again.", folder)
     check_precision(recipe.training)
     checkpoint, begun = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
     args = training_arguments(with_choices(recipe.training, begun))
@@ -109,7 +111,7 @@ def train(recipe: Recipe) -> Path:
         begin_folder(folder, recipe, plan, run_record(args, model, data, prefix), checkpoint)
         check_shared(folder, RECIPE_FILE)
         apply_plan(model, plan)
-        before = look.at(model.to(args.device), "before")
+        before = look.before(model.to(args.device), folder, origin["base"]["sha256"])
 
         set_seed(args.seed)
         trainer = make_trainer(recipe, plan, model, args, data, prefix, origin)

@@ -39,7 +39,7 @@ from partialtune.training.optimizer_state import key_by_name
 from partialtune.training.origin import write_origin
 from partialtune.training.performance import StepTimer
 from partialtune.training.phases import PhaseCallback, split_by_phase
-from partialtune.training.progress import TrainingProgress
+from partialtune.training.progress import FirstStepRecord, TrainingProgress
 from partialtune.training.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class PartialTrainer(Trainer):
         if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
             kwargs["args"].ddp_find_unused_parameters = True
         self.fast = self._fast_paths(fast_paths, prefix or [PrefixPhase(0, 0, 0, "off")], kwargs)
-        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop]
+        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop, FirstStepRecord()]
         self._use_cache = getattr(kwargs["model"].config, "use_cache", None)
         super().__init__(callbacks=callbacks, **kwargs)
         if self.is_fsdp_enabled and len(plan.phases) > 1:
