@@ -52,6 +52,7 @@ def make_trainer(
     origin: Mapping[str, Any],
 ) -> PartialTrainer:
     """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
+    scored = data.scored.get("validation")
     return PartialTrainer(
         plan=plan,
         delta_steps=recipe.freeze.delta_steps,
@@ -60,6 +61,7 @@ def make_trainer(
         fast_paths=recipe.speed.fast_paths,
         prefix=prefix,
         origin=origin,
+        tokens_per_byte=scored.text_tokens / scored.text_bytes if scored and scored.text_bytes else None,
         model=model,
         args=args,
         train_dataset=data.train,

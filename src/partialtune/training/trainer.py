@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.cost.flops import FORMULAS
@@ -44,6 +45,8 @@ from partialtune.training.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
+LARGEST_EXPONENT = 700  # exp of more is no number
+
 
 class PartialTrainer(Trainer):
     """Trainer that carries out a plan, phase by phase, measures one step's arithmetic, stops at a non-finite loss and
@@ -56,6 +59,7 @@ class PartialTrainer(Trainer):
         decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
         fast_paths: Of `loss`, `gelu`, `casts`.
         prefix: What each phase does with its frozen prefix.
+        tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
         origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
         Others: As for `transformers.Trainer`.
 
@@ -76,6 +80,7 @@ class PartialTrainer(Trainer):
         fast_paths: Collection[str] = (),
         prefix: Sequence[PrefixPhase] = (),
         origin: Mapping[str, Any] | None = None,
+        tokens_per_byte: float | None = None,
         **kwargs,
     ) -> None:
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
@@ -84,6 +89,7 @@ class PartialTrainer(Trainer):
         self.plan = plan
         self.decay_everything = decay_everything
         self.origin = origin or {}
+        self.tokens_per_byte = tokens_per_byte
         self.batch = BatchWatch(kwargs.get("train_dataset"))
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
@@ -179,6 +185,17 @@ class PartialTrainer(Trainer):
         scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step, and goes on
         self.batch.end_step(self.state.global_step, norm, self._get_learning_rate(), stop=not scaled)
         return norm
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """With the metric that chooses the best model, where it is one of ours: made of the loss, of the same order."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, wanted = output.metrics.get(f"{metric_key_prefix}_loss"), self.args.metric_for_best_model or ""
+        name = wanted.removeprefix("eval_")
+        if nats is not None and name == "bits_per_byte" and self.tokens_per_byte:
+            output.metrics[f"{metric_key_prefix}_{name}"] = nats / math.log(2) * self.tokens_per_byte
+        elif nats is not None and name == "perplexity":
+            output.metrics[f"{metric_key_prefix}_{name}"] = math.exp(min(nats, LARGEST_EXPONENT))
+        return output
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
