@@ -34,7 +34,8 @@ from partialtune.launch import (
     one_device_a_process,
     peers_watched,
 )
-from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.files import check_finite, check_weights
+from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer, model_location
 from partialtune.model.statement import stated_by
 from partialtune.output_dir import (
     RECIPE_FILE,
@@ -87,8 +88,9 @@ def train(recipe: Recipe) -> Path:
     one_device_a_process(args)
     check_engine(args)
     base = same_base(recipe.model, begun)
-    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    check_weights(base.model_name_or_path, model_location(base.model_name_or_path), config)
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
     check_prompts(recipe.evaluation.prompts, tokenizer, config)
     if recipe.training.get("push_to_hub"):
@@ -97,6 +99,7 @@ def train(recipe: Recipe) -> Path:
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    check_finite(base.model_name_or_path, model)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)

@@ -18,6 +18,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
 from partialtune.launch import one_device_a_process, use_all_cores
+from partialtune.model.files import check_finite
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
@@ -64,6 +65,7 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         one_device_a_process(args)
         suit_length(args, {**recipe.training, "eval_strategy": "no"}, len(data.train), held_out=False)
         model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+        check_finite(base.model_name_or_path, model)
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
         prefix = prefix_phases(recipe, plan, model, args, data, begun=None)

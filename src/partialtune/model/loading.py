@@ -23,6 +23,7 @@ from partialtune.builtin import builtin_folder
 from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.dropout import set_dropout
+from partialtune.model.files import check_loaded, check_weights, context_of, refuse_adapter, without_safetensors
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -38,6 +39,7 @@ def model_location(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            refuse_adapter(name, str(path))
             raise ModelError(f"model_name_or_path: {name} is a folder without config.json, so it holds no model.")
         return str(path)
     if path.exists():
@@ -60,6 +62,7 @@ def load_config(
         ModelError: If there is none, or it belongs to no causal language model.
     """
     with _loading(name, revision):
+        refuse_adapter(name, model_location(name), revision)
         config = AutoConfig.from_pretrained(
             model_location(name), revision=revision, trust_remote_code=trust_remote_code
         )
@@ -98,6 +101,7 @@ def load_model(
     """
     if is_delta(Path(model_location(name))):
         raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
+    check_weights(name, model_location(name), config)
     with _loading(name, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),
@@ -109,12 +113,7 @@ def load_model(
             output_loading_info=True,
         )
     model.config.name_or_path = name
-    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lost:
-        raise ModelError(
-            f"{name}: the weight file lacks {len(lost)} of the model's tensors, {lost[0]} first. "
-            f"They would start at random; use a complete checkpoint."
-        )
+    check_loaded(name, model, report)
     return model
 
 
@@ -140,7 +139,7 @@ def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: 
         ModelError: In either case.
     """
     text_config = config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None)
+    context = context_of(config)
     if context and block_size > context:
         raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
     if vocabulary > text_config.vocab_size:
@@ -160,6 +159,8 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
     except SafetensorError as error:
         raise ModelError(f"{name}: a weight file is damaged ({error}). Fetch the model again.") from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if what == "model" and "safetensors" in str(error) and "file named" in str(error):  # of a Hub id
+            raise without_safetensors(name, name, has_pickle=True) from error
         where = f" at revision {revision}" if revision != "main" else ""
         raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
 

@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from partialtune.data import prepare_data
 from partialtune.errors import RecipeError
+from partialtune.model.files import check_finite
 from partialtune.model.loading import check_fit, load_config, load_model, load_tokenizer
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import Ranking, rank
@@ -36,6 +37,7 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     data = prepare_data(recipe.text, {}, tokenizer, said.get("data_seed", seed))
     windows = draw_windows(data.train, batches * batch_size, seed)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    check_finite(base.model_name_or_path, model)
     set_seed(seed)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     return rank(probe(model, windows, batch_size, recipe.freeze.head), top)

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from partialtune.errors import TextError
+from partialtune.model.files import context_of
 from partialtune.model.modes import evaluating
 from partialtune.text.windows import tokenize_text
 
@@ -78,7 +79,7 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, co
         TextError: If a prompt has no token or more tokens than the model's context.
     """
     for prompt in prompts:
-        _prompt_ids(prompt, tokenizer, _context_length(config))
+        _prompt_ids(prompt, tokenizer, context_of(config))
 
 
 def compare_prompts(before: Sequence[PromptProbe], after: Sequence[PromptProbe]) -> list[dict]:
@@ -117,7 +118,7 @@ def _probe(
     new_tokens: int,
     device: torch.device,
 ) -> PromptProbe:
-    ids = _prompt_ids(prompt, tokenizer, _context_length(model.config))
+    ids = _prompt_ids(prompt, tokenizer, context_of(model.config))
     input_ids = torch.tensor([ids], device=device)  # (1, T)
     logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     log_probabilities = logits[0, -1].cpu().double().log_softmax(-1)  # (V,); fp64 on the CPU: MPS has none
@@ -151,15 +152,11 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, context_length:
     return ids
 
 
-def _context_length(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def _continue(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, new_tokens: int, greedy: bool
 ) -> list[int]:
     """Ids of the continuation of input_ids (1, T)."""
-    context_length = _context_length(model.config)
+    context_length = context_of(model.config)
     if context_length is not None:
         new_tokens = min(new_tokens, context_length - input_ids.shape[1])
     if new_tokens < 1:
