@@ -273,9 +273,10 @@ def test_a_file_of_more_blocks_than_the_config_is_refused_under_either_of_its_na
 
 
 def test_a_config_that_sets_no_limit_takes_windows_of_any_length():
-    for limit in (-1, 0, None):
-        config = GPT2Config(n_positions=64, vocab_size=128)
-        config.n_positions = limit  # what max_position_embeddings is read from; XLNet's own says -1
+    from transformers import XLNetConfig
+
+    unlimited = [XLNetConfig(vocab_size=128), *(GPT2Config(n_positions=limit, vocab_size=128) for limit in (-1, 0))]
+    for config in unlimited:  # XLNet's says -1
         check_fit("m", config, block_size=4096, vocabulary=128)
 
 
