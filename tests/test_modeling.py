@@ -13,7 +13,14 @@ from partialtune.cli import main
 from partialtune.builtin import builtin_folder
 from partialtune.errors import ModelError
 from partialtune.model.dropout import is_dropout, set_dropout
-from partialtune.model.loading import check_fit, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.loading import (
+    check_fit,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+)
 
 
 @pytest.fixture
@@ -261,6 +268,25 @@ def test_what_the_model_has_no_place_for_is_a_warning_and_remains_of_old_files_a
 
 def ours(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("partialtune")]
+
+
+def test_what_transformers_says_is_passed_on_once_and_what_means_nothing_here_is_not(caplog):
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        quiet_libraries()
+        library = transformers_logging.get_logger("transformers.models.some")
+        for words in (
+            "If you want to use `X` as standalone,\nadd `is_decoder=True.`",
+            "`loss_type=None` was set in it",
+        ):
+            library.warning(words)
+            library.warning(words)
+        library.info("for its own sake")
+        assert ours(caplog) == ["transformers says: If you want to use `X` as standalone, add `is_decoder=True.`"]
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def test_a_file_of_more_blocks_than_the_config_is_refused_under_either_of_its_names(tmp_path):

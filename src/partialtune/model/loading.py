@@ -1,5 +1,6 @@
 """Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.dropout import set_dropout
 from partialtune.model.files import check_loaded, check_weights, context_of, refuse_adapter, without_safetensors
+
+logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -165,13 +168,43 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
         raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
 
 
-def _first_sentences(error: Exception, longest: int = 300) -> str:
+def _first_sentences(error: Exception | str, longest: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
 
 
+# Warnings of transformers that mean nothing in the way it is used here.
+MEANINGLESS = (
+    "LOAD REPORT",  # a table of what files and model do not share: `check_loaded` says it, or refuses
+    "`loss_type=None` was set",  # transformers writes that null itself; the loss of a causal LM is what is meant
+    "There were missing keys in the checkpoint model loaded",  # the best model's: a tied head is stored once
+    "Token indices sequence length is longer",  # the whole text is tokenised, and cut into windows afterwards
+    "`use_cache=True` is incompatible with",  # what it then does, switching the cache off for training, is right
+)
+
+
+class _PassedOn(logging.Handler):
+    """Says what transformers says in one line of ours, once each: it is often what explains what happens next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = _first_sentences(record.getMessage())
+        if words not in self._said and not any(part in words for part in MEANINGLESS):
+            self._said.add(words)
+            logger.log(record.levelno, "transformers says: %s", words)
+
+
 def quiet_libraries() -> None:
-    """Keep what the libraries print for their own sake out of the output; errors stay."""
-    transformers_logging.set_verbosity_error()
+    """Keep what the libraries print for their own sake out of the output; warnings of transformers are passed on."""
+    transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.disable_propagation()  # CI switches it on, and each line would come twice
+    library = logging.getLogger("transformers")
+    for handler in [handler for handler in library.handlers if isinstance(handler, _PassedOn)]:
+        library.removeHandler(handler)
+    library.addHandler(_PassedOn())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
