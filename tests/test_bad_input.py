@@ -292,6 +292,14 @@ def test_a_command_that_takes_no_keys_refuses_them(tmp_path, capfd):
     assert "finished run" in refused(capfd, ["report", str(tmp_path)])
 
 
+def test_finite_weights_with_scores_that_are_not_are_said_so_before_training_diverges(tmp_path, capfd, caplog):
+    recipe = write_recipe(tmp_path, {**SMALL_MODEL, "prompts": ["It was"], "report_to": "none"})
+    damaged(spoil(3e38))(tmp_path)
+    assert main(["train", recipe]) == 4
+    assert "The loss of the base is not a finite number, before any training, on: validation, training." in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_ctrl_c_before_training_ends_with_130_and_writes_nothing(tmp_path, capfd, monkeypatch):
     import partialtune.train
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, OPTConfig
 
 from conftest import tiny_gpt2
-from partialtune.cli import main
 from partialtune.builtin import builtin_folder
+from partialtune.cli import main
 from partialtune.errors import ModelError
 from partialtune.model.dropout import is_dropout, set_dropout
 from partialtune.model.loading import (

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 # In files of older versions of transformers, made anew from the config: what masks are filled with, rotary frequencies,
 # position ids. The masks themselves (h.0.attn.bias of GPT-2) are left out of the report by their model's class.
 MADE_ANEW = re.compile(r"(.*\.)?(masked_bias|inv_freq|position_ids)")
+PLAIN = re.compile(r"[\w.:/~ +@=,-]+")  # characters that mean nothing to a shell within quotes, nor to Python
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -43,7 +45,7 @@ def refuse_adapter(name: str, location: str, revision: str = "main") -> None:
         base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
-    base = base if isinstance(base, str) else None
+    base = base if isinstance(base, str) and PLAIN.fullmatch(base) else None
     holds = f"{name} holds an adapter of {base or 'a model that it does not name'}"
     if (Path(location) / "config.json").is_file():
         raise ModelError(
@@ -54,13 +56,21 @@ def refuse_adapter(name: str, location: str, revision: str = "main") -> None:
 
 
 def _merge_command(adapter: str, base: str | None) -> str:
-    base = str(builtin_folder(base)) if base and base.startswith("builtin:") else base or "BASE"
+    if base and base.startswith("builtin:"):
+        with suppress(ModelError):  # of another version of this package
+            base = str(builtin_folder(base))
+    base, adapter = in_command(base or "BASE", "BASE"), in_command(adapter, "ADAPTER")
     return (
         'python -c "from peft import PeftModel; '
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"PeftModel.from_pretrained(M.from_pretrained('{base}'), '{adapter}').merge_and_unload()"
         f".save_pretrained('MERGED'); T.from_pretrained('{base}').save_pretrained('MERGED')\""
     )
+
+
+def in_command(place: str, else_this: str) -> str:
+    """A folder or Hub id in a command that is advised; another word where a shell would read more into it."""
+    return place if PLAIN.fullmatch(place) else else_this
 
 
 def check_weights(name: str, location: str, config: PretrainedConfig) -> None:
@@ -91,12 +101,13 @@ def without_safetensors(name: str, location: str, has_pickle: bool) -> ModelErro
     """The error on a model whose weights do not lie in safetensors files."""
     if not has_pickle:
         return ModelError(f"The model {name} cannot be loaded: there is no *.safetensors file beside its config.json.")
+    place = in_command(location, "MODEL")
     return ModelError(
         f"{name} has its weights in *.bin files alone. These are pickles, which can run code when they are opened; "
         f"partialtune opens safetensors files only. Where you trust it, convert it first, with: "
         f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"M.from_pretrained('{location}', use_safetensors=False).save_pretrained('CONVERTED'); "
-        f"T.from_pretrained('{location}').save_pretrained('CONVERTED')\""
+        f"M.from_pretrained('{place}', use_safetensors=False).save_pretrained('CONVERTED'); "
+        f"T.from_pretrained('{place}').save_pretrained('CONVERTED')\""
     )
 
 

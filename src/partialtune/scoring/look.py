@@ -45,7 +45,13 @@ class Look:
         kept = KeptScores(folder / KEPT_FILE, basis)
         if kept.used:
             logger.info("Scores of the base, taken by an earlier start, are used again: %s.", ", ".join(kept.used))
-        return self.at(model, "before", kept)
+        sight = self.at(model, "before", kept)
+        spoilt = [name for name, scores in sight.scores.items() if scores["loss"] is None]
+        if spoilt:
+            logger.warning(
+                "The loss of the base is not a finite number, before any training, on: %s.", ", ".join(spoilt)
+            )
+        return sight
 
     def at(self, model: PreTrainedModel, moment: str, kept: KeptScores | None = None) -> Sight:
         """What the model makes of them; `kept` gives back what was scored before, and keeps what is scored now."""

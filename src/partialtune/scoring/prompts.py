@@ -122,6 +122,11 @@ def _probe(
     input_ids = torch.tensor([ids], device=device)  # (1, T)
     logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
     log_probabilities = logits[0, -1].cpu().double().log_softmax(-1)  # (V,); fp64 on the CPU: MPS has none
+
+    def continuation(greedy: bool) -> str:
+        return decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy), tokenizer)
+
+    spoilt = bool(log_probabilities.isnan().any())  # nothing can be drawn, and generating raises
     best = log_probabilities.topk(min(top_k, len(log_probabilities)))
     return PromptProbe(
         prompt=prompt,
@@ -134,8 +139,8 @@ def _probe(
             }
             for value, token_id in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ],
-        continuation=decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy=True), tokenizer),
-        sample=decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy=False), tokenizer),
+        continuation="" if spoilt else continuation(greedy=True),
+        sample="" if spoilt else continuation(greedy=False),
     )
 
 
