@@ -100,7 +100,9 @@ def check_weights(name: str, location: str, config: PretrainedConfig) -> None:
 def without_safetensors(name: str, location: str, has_pickle: bool) -> ModelError:
     """The error on a model whose weights do not lie in safetensors files."""
     if not has_pickle:
-        return ModelError(f"The model {name} cannot be loaded: there is no *.safetensors file beside its config.json.")
+        return ModelError(
+            f"The model {name} cannot be loaded: beside its config.json is no file named model.safetensors."
+        )
     place = in_command(location, "MODEL")
     return ModelError(
         f"{name} has its weights in *.bin files alone. These are pickles, which can run code when they are opened; "
