@@ -33,7 +33,7 @@ def write_recipe(tmp_path, changes=None, without=(), raw=None):
 def model_folder(tmp_path, damage):
     """A tiny model beside the recipe, with something wrong."""
     folder = tmp_path / "model"
-    tiny_gpt2().save_pretrained(folder)
+    tiny_gpt2(vocab_size=4096).save_pretrained(folder)
     damage(folder)
 
 
@@ -61,6 +61,43 @@ def pickle_only(folder):
     (folder / "model.safetensors").unlink()
 
 
+def save_adapter(folder):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "openai-community/gpt2", "target_modules": ["c_attn"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def adapter_alone(folder):
+    save_adapter(folder)
+    (folder / "config.json").unlink()
+
+
+def spoil(value):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["transformer.h.1.ln_2.weight"][3] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        whole_vocabulary(folder)
+
+    return damage
+
+
+def whole_vocabulary(folder):
+    """Of the size of lilliput's tokenizer, which is put beside it."""
+    from partialtune.builtin import builtin_folder
+
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((builtin_folder("builtin:lilliput") / file).read_bytes())
+
+
+def change_config(**changes):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        whole_vocabulary(folder)
+
+    return damage
+
+
 def other_architecture(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
 
@@ -70,6 +107,7 @@ def damaged(damage):
 
 
 MODEL = {"model_name_or_path": "{tmp}/model"}
+SMALL_MODEL = {**MODEL, "block_size": 32, "prompts": []}
 
 # name: (recipe changes, what to prepare beside it, words that the message must hold)
 CASES = {
@@ -121,7 +159,33 @@ CASES = {
     "a model without weights": (MODEL, damaged(lambda f: (f / "model.safetensors").unlink()), ["model"]),
     "a damaged weight file": (MODEL, damaged(cut_weights), ["model"]),
     "a weight file with a hole": (MODEL, damaged(lose_a_tensor), ["model"]),
-    "a pickle": (MODEL, damaged(pickle_only), ["model"]),
+    "a pickle": (MODEL, damaged(pickle_only), ["*.bin files alone", "use_safetensors=False", "CONVERTED"]),
+    "an adapter beside a base": (
+        MODEL,
+        damaged(save_adapter),
+        ["holds an adapter of openai-community/gpt2", "Move the files adapter_*", "merge them first, with: python -c"],
+    ),
+    "an adapter alone": (
+        MODEL,
+        damaged(adapter_alone),
+        ["holds an adapter of openai-community/gpt2. Merge it first, with: python -c", "merge_and_unload"],
+    ),
+    "a NaN in the base": (
+        SMALL_MODEL,
+        damaged(spoil(float("nan"))),
+        ["transformer.h.1.ln_2.weight holds 1 values that are NaN or infinite"],
+    ),
+    "an infinity in the base": (SMALL_MODEL, damaged(spoil(float("-inf"))), ["transformer.h.1.ln_2.weight"]),
+    "fewer blocks in config.json than in the file": (
+        SMALL_MODEL,
+        damaged(change_config(n_layer=2)),
+        ["tensors of blocks that its config.json does not have, transformer.h.2."],
+    ),
+    "a quantised model": (
+        SMALL_MODEL,
+        damaged(change_config(quantization_config={"quant_method": "gptq", "bits": 4})),
+        ["is quantised (gptq)", "full precision"],
+    ),
     "no language model": (MODEL, damaged(other_architecture), ["model"]),
     "a window above the context": ({"block_size": 100_000}, None, ["100000", "context"]),
     "a prompt above the context": ({"prompts": ["word " * 9000]}, None, ["prompt"]),
@@ -228,6 +292,14 @@ def test_a_command_that_takes_no_keys_refuses_them(tmp_path, capfd):
     assert "finished run" in refused(capfd, ["report", str(tmp_path)])
 
 
+def test_finite_weights_with_scores_that_are_not_are_said_so_before_training_diverges(tmp_path, capfd, caplog):
+    recipe = write_recipe(tmp_path, {**SMALL_MODEL, "prompts": ["It was"], "report_to": "none"})
+    damaged(spoil(3e38))(tmp_path)
+    assert main(["train", recipe]) == 4
+    assert "The loss of the base is not a finite number, before any training, on: validation, training." in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_ctrl_c_before_training_ends_with_130_and_writes_nothing(tmp_path, capfd, monkeypatch):
     import partialtune.train
 
@@ -240,6 +312,48 @@ def test_ctrl_c_before_training_ends_with_130_and_writes_nothing(tmp_path, capfd
     assert main(["train", recipe]) == 130
     assert "Interrupted" in capfd.readouterr().err
     assert snapshot(tmp_path) == before
+
+
+def test_ctrl_c_in_any_phase_before_the_first_step_leaves_a_folder_that_the_same_command_takes(
+    tmp_path, caplog, monkeypatch
+):
+    import partialtune.train
+    from partialtune.proof.audit import FreezeAuditCallback
+    from partialtune.scoring import look
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    words = ["train", write_recipe(tmp_path, {"prompts": ["It was"], "report_to": "none", "block_size": 64})]
+    phases = {
+        "text": (partialtune.train, "prepare_data"),
+        "loading": (partialtune.train, "load_model"),
+        "the folder": (partialtune.train, "begin_folder"),
+        "scoring": (look, "probe_prompts"),
+        "training's set-up": (FreezeAuditCallback, "on_train_begin"),
+    }
+    for phase, place in phases.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, interrupted)
+            assert main(words) == 130, phase
+    caplog.clear()
+    monkeypatch.setattr(look, "score_tokens", scored_after := scored_once_more(look.score_tokens))
+    assert main(words) == 0
+    assert "ended before its first optimizer step: it starts again" in caplog.text
+    assert "used again: validation, training, prompts" in caplog.text
+    assert scored_after.labels == ["validation, after", "training, after"]
+    assert main(words) == 0  # finished: nothing to do
+
+
+def scored_once_more(score_tokens):
+    """`score_tokens` that keeps the labels of what it scored; learning curves have none."""
+
+    def scored(model, text, batch_size, label, *args, **kwargs):
+        scored.labels.append(label)
+        return score_tokens(model, text, batch_size, label, *args, **kwargs)
+
+    scored.labels = []
+    return scored
 
 
 def test_the_quickstart_with_a_typo_on_the_command_line_is_refused(capfd):

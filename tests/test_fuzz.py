@@ -18,7 +18,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MarianConfig, MarianForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MarianConfig, MarianForCausalLM, SchedulerType
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
@@ -131,6 +131,54 @@ def test_a_recipe_of_any_keys_and_values_is_taken_or_refused(stubbed, changes):
     (stubbed / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, **changes}), encoding="utf-8")
     code_of(["train", "recipe.yaml"])
     assert [path.name for path in stubbed.iterdir()] == ["recipe.yaml"]
+
+
+SCHEDULE_KEYS = ["min_lr", "min_lr_rate", "num_decay_steps", "num_decay_step", "num_cycles", "power", "lr_end", "mode"]
+SCHEDULE_KEYS += [
+    "warmup_type",
+    "timescale",
+    "factor",
+    "last_epoch",
+    "num_warmup_steps",
+    "num_stable_steps",
+    "optimizer",
+]
+
+
+@fuzz(60)
+@given(
+    kind=st.sampled_from([kind.value for kind in SchedulerType]),
+    kwargs=st.dictionaries(st.sampled_from(SCHEDULE_KEYS), SCALARS, max_size=3),
+    metric=st.sampled_from(["loss", "eval_bits_per_byte", "perplexity", "accuracy", "eval_", ""]),
+    warmup=st.sampled_from([0, 0.5, 10**9]),
+)
+@example(kind="polynomial", kwargs={"power": 1e400}, metric="loss", warmup=0)
+@example(kind="cosine_with_restarts", kwargs={"num_cycles": 0}, metric="loss", warmup=0)
+@example(kind="inverse_sqrt", kwargs={"timescale": 0}, metric="loss", warmup=0)
+@example(kind="warmup_stable_decay", kwargs={"num_decay_steps": -1, "num_stable_steps": 0}, metric="loss", warmup=0)
+def test_a_schedule_of_any_arguments_and_any_best_metric_are_taken_or_refused(stubbed, kind, kwargs, metric, warmup):
+    changes = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": kwargs, "warmup_steps": warmup, "max_steps": 9}
+    changes |= {"metric_for_best_model": metric}
+    (stubbed / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, **changes}), encoding="utf-8")
+    code_of(["train", "recipe.yaml"])
+
+
+@fuzz(40)
+@given(content=st.binary(max_size=40) | VALUES.map(lambda value: json.dumps(value).encode()))
+@example(content=b"[" * 100_000)
+@example(content=b'{"base_model_name_or_path": ["builtin:lilliput"]}')
+@example(content=b'{"base_model_name_or_path": "builtin:absent"}')
+@example(content=b'{"base_model_name_or_path": "`touch here`"}')
+def test_a_folder_with_any_adapter_is_refused(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    for _ in range(2):
+        model, error = outcome(lambda: load_config(str(tmp_path)))
+        assert model is None
+        assert error.exit_code == 2
+        assert "holds an adapter" in str(error)
+        assert "`" not in str(error)
+        (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "config.json").unlink()
 
 
 @fuzz(60)

@@ -101,6 +101,11 @@ def test_a_signal_before_the_first_step_ends_with_143_and_the_reason_in_exit_jso
     os.kill(process, signal.SIGTERM)
     assert warm.end() == 143
     assert "SIGTERM: stopped" in json.loads((run / "exit.json").read_text())["reason"]
+    log_before = len(warm.log.read_text())
+    words = ["train", str(home / "recipe.yaml"), "--output_dir", str(run), "--save_steps", "1"]  # no word of resuming
+    assert warm.run(words) == 0, warm.log.read_text()
+    assert "it starts again" in warm.log.read_text()[log_before:]
+    assert fingerprint(run)["weights"] == fingerprint(home / "whole")["weights"]
 
 
 def test_a_base_that_moved_on_the_hub_is_taken_at_the_commit_that_the_run_began_with(hub, home, warm, tmp_path):

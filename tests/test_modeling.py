@@ -9,10 +9,19 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, OPTConfig
 
 from conftest import tiny_gpt2
+from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import ModelError
 from partialtune.model.dropout import is_dropout, set_dropout
-from partialtune.model.loading import check_fit, check_ids, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.loading import (
+    check_fit,
+    check_ids,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_libraries,
+)
 
 
 @pytest.fixture
@@ -226,6 +235,108 @@ def test_windows_longer_than_the_context_and_ids_beyond_the_model_are_refused(ca
     check_ids("m", config, {"text": 127})
     with pytest.raises(ModelError, match=r"eval_texts b has a token with the id 128, .* 0 to 127"):
         check_ids("m", config, {"text": 127, "eval_texts b": 128})
+
+
+def advised_code(name):
+    """The code of the `python -c` command with which a refusal ends."""
+    with pytest.raises(ModelError) as caught:
+        load_model(str(name), load_config(str(name)))
+    return str(caught.value).split('python -c "')[1].removesuffix('"')
+
+
+def save_tokenizer(folder):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(builtin_folder("builtin:lilliput") / file, folder / file)
+
+
+def test_the_conversion_that_is_advised_for_pickles_gives_a_folder_that_loads_the_same(folder, tmp_path, monkeypatch):
+    original = load(folder).state_dict()
+    save_tokenizer(folder)
+    torch.save(original, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    exec(advised_code(folder), {})
+    converted = load(tmp_path / "CONVERTED").state_dict()
+    assert all(torch.equal(converted[name], values) for name, values in original.items())
+    load_tokenizer(str(tmp_path / "CONVERTED"))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside its base"])
+def test_the_merge_that_is_advised_for_adapters_gives_a_folder_that_loads(folder, tmp_path, monkeypatch, beside):
+    peft = pytest.importorskip("peft")
+    save_tokenizer(folder)
+    config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(load(folder), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapter = folder if beside else tmp_path / "alone"
+    with torch.random.fork_rng():
+        adapted.save_pretrained(adapter)
+    code = advised_code(adapter)
+    if beside:
+        (tmp_path / "ADAPTER").mkdir()
+        for file in folder.glob("adapter_*"):
+            file.rename(tmp_path / "ADAPTER" / file.name)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    ids = torch.arange(12)[None]
+    merged = load(tmp_path / "MERGED")
+    assert torch.allclose(merged(ids).logits, adapted.eval()(ids).logits, atol=1e-5)
+    assert not torch.allclose(merged(ids).logits, load(folder)(ids).logits, atol=1e-2)
+
+
+def add_to_file(folder, **tensors):
+    whole = load_file(folder / "model.safetensors") | tensors
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_the_model_has_no_place_for_is_a_warning_and_remains_of_old_files_are_not(folder, caplog):
+    rename_to_hub(folder)
+    add_to_file(folder, **{"h.0.attn.masked_bias": torch.tensor(-1e4)})
+    load(folder)
+    assert ours(caplog) == []
+    add_to_file(folder, **{"score.weight": torch.ones(2, 32)})
+    load(folder)
+    assert "1 tensors that the causal language model has no place for, score.weight first" in ours(caplog)[0]
+
+
+def ours(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("partialtune")]
+
+
+def test_what_transformers_says_is_passed_on_once_and_what_means_nothing_here_is_not(caplog):
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        quiet_libraries()
+        library = transformers_logging.get_logger("transformers.models.some")
+        for words in (
+            "If you want to use `X` as standalone,\nadd `is_decoder=True.`",
+            "`loss_type=None` was set in it",
+        ):
+            library.warning(words)
+            library.warning(words)
+        library.info("for its own sake")
+        assert ours(caplog) == ["transformers says: If you want to use `X` as standalone, add `is_decoder=True.`"]
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def test_a_file_of_more_blocks_than_the_config_is_refused_under_either_of_its_names(tmp_path):
+    tiny_gpt2(n_layer=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    refused(tmp_path, r"holds 22 tensors of blocks .* transformer\.h\.2\.")  # the class itself drops c_attn.bias
+    rename_to_hub(tmp_path)
+    refused(tmp_path, r"holds 22 tensors of blocks .* h\.2\.")
+
+
+def test_a_config_that_sets_no_limit_takes_windows_of_any_length():
+    from transformers import XLNetConfig
+
+    unlimited = [XLNetConfig(vocab_size=128), *(GPT2Config(n_positions=limit, vocab_size=128) for limit in (-1, 0))]
+    for config in unlimited:  # XLNet's says -1
+        check_fit("m", config, block_size=4096, vocabulary=128)
 
 
 def test_the_weights_are_not_read_from_a_copy_that_was_deleted(folder):

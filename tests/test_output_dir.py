@@ -23,7 +23,14 @@ def begun(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**VALUES, "run": {"versions": {}}}))
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
     return folder
+
+
+@pytest.fixture
+def unstarted(begun):
+    (begun / "trainer_state.json").unlink()
+    return begun
 
 
 def test_an_absent_and_an_empty_folder_are_new(tmp_path):
@@ -36,6 +43,37 @@ def test_a_folder_that_only_a_lock_was_left_in_is_new(tmp_path):
     with locked(tmp_path):
         pass
     assert standing_of(tmp_path, VALUES, None) is Standing.NEW
+
+
+def test_a_folder_that_was_left_before_its_recipe_was_written_is_new(tmp_path):
+    with locked(tmp_path):
+        write_exit(tmp_path, 130, "KeyboardInterrupt")
+    (tmp_path / ".recipe.yaml.4711").write_text("half a reci")
+    assert standing_of(tmp_path, VALUES, None) is Standing.NEW
+
+
+def test_a_run_in_which_no_step_was_taken_starts_again_with_the_same_command(unstarted):
+    assert standing_of(unstarted, VALUES, None) is Standing.UNSTARTED
+    write_exit(unstarted, 3, "a violation before the first step")
+    (unstarted / "trainer_state.json").write_text('{"global_step": 0}')
+    assert standing_of(unstarted, VALUES, None) is Standing.UNSTARTED
+    assert standing_of(unstarted, VALUES, "auto") is Standing.UNSTARTED
+    with pytest.raises(RecipeError, match=r"differ in .*trainable"):
+        standing_of(unstarted, {**VALUES, "trainable": ["final_norm"]}, None)
+
+
+@pytest.mark.parametrize("left", ["checkpoint-1/complete.json", "trainer_state.json"])
+def test_what_only_a_step_leaves_and_a_state_that_cannot_be_read_are_a_run_that_was_begun(unstarted, left):
+    (unstarted / left).parent.mkdir(exist_ok=True)
+    (unstarted / left).write_text("{")
+    with pytest.raises(RecipeError, match="--resume_from_checkpoint auto"):
+        standing_of(unstarted, VALUES, None)
+
+
+def test_a_recipe_that_somebody_wrote_into_its_own_folder_is_not_written_over(unstarted):
+    (unstarted / "recipe.yaml").write_text(yaml.safe_dump(VALUES))  # no key `run`
+    with pytest.raises(RecipeError, match="begun and not finished"):
+        standing_of(unstarted, VALUES, None)
 
 
 def test_a_begun_run_is_refused_with_the_flag_that_goes_on(begun):

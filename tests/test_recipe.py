@@ -91,6 +91,33 @@ BAD = [
     ("method: lora\nschedule: [{from_step: 2, trainable: mlp}]", [], ["schedule: method lora trains its adapters"]),
     ("eval_strategy: epochs", [], ["eval_strategy: got 'epochs'", "no, steps or epoch", "Did you mean epoch?"]),
     ("lr_scheduler_type: cosin", [], ["lr_scheduler_type: got 'cosin'", "Did you mean cosine?"]),
+    ("lr_scheduler_type: warmup_stable_decay", [], ["lr_scheduler_type: warmup_stable_decay needs num_decay_steps"]),
+    ("lr_scheduler_type: cosine_with_min_lr", [], ["lr_scheduler_type: cosine_with_min_lr", "min_lr"]),
+    (
+        "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_step: 2}",
+        [],
+        ["lr_scheduler_kwargs: warmup_stable_decay does not know 'num_decay_step'", "Did you mean num_decay_steps?"],
+    ),
+    ("lr_scheduler_kwargs: {min_lr: 1e-6}", [], ["lr_scheduler_kwargs: linear does not know 'min_lr'", "takes none"]),
+    (
+        "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1}",
+        [],
+        ["lr_scheduler_kwargs: polynomial: transformers says: lr_end"],
+    ),
+    (
+        "lr_scheduler_type: reduce_lr_on_plateau\nlr_scheduler_kwargs: {patiens: 2}",
+        [],
+        ["lr_scheduler_kwargs: reduce_lr_on_plateau: transformers says", "patiens"],
+    ),
+    (
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: low}",
+        [],
+        ["lr_scheduler_kwargs: cosine_with_min_lr: transformers says"],
+    ),
+    ("optim_args: betas", [], ["optim_args: refused", "adam_beta1"]),
+    ("metric_for_best_model: accuracy", [], ["metric_for_best_model: got 'accuracy'", "bits_per_byte"]),
+    ("metric_for_best_model: eval_los", [], ["metric_for_best_model: got 'eval_los'", "Did you mean loss?"]),
+    ("metric_for_best_model: loss\ngreater_is_better: true", [], ["greater_is_better: true: of loss, less is better"]),
     ("log_level: loud", [], ["log_level: got 'loud'", "passive"]),
     # impossible values
     ("learning_rate: .nan", [], ["learning_rate: got nan, which is not finite"]),
@@ -117,6 +144,7 @@ BAD = [
     ("dropout: 1.0", [], ["dropout: got 1.0", "model or a number"]),
     ("dropout: none", [], ["dropout: got 'none'", "model or a number"]),
     ("eval_texts: {validation: a.txt}", [], ["eval_texts: got {'validation': 'a.txt'}", "validation and training"]),
+    ("eval_texts: {prompts: a.txt}", [], ["eval_texts: got {'prompts': 'a.txt'}", "prompts"]),
     ("prompts: ['']", [], ["prompts: got ['']", "none empty"]),
     ("text: []", [], ["text: got []", "one or more"]),
     ("text: ['a.txt', '']", [], ["text: got ['a.txt', '']", "none empty"]),
@@ -312,6 +340,12 @@ QUIRKS = [
         "lr_scheduler_kwargs",
         {"min_lr": 1e-6},
     ),
+    (
+        "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 2}",
+        "lr_scheduler_kwargs",
+        {"num_decay_steps": 2},
+    ),
+    ("metric_for_best_model: eval_bits_per_byte", "metric_for_best_model", "eval_bits_per_byte"),
     ("max_steps: -1\nnum_train_epochs: 2", "num_train_epochs", 2.0),
     ("optim: sgd", "optim", "sgd"),
     ("load_best_model_at_end: true\nlogging_steps: 30", "load_best_model_at_end", True),
@@ -429,6 +463,7 @@ RICH = {
     "eval_strategy": "no",
     "run_name": "1e5",
     "save_total_limit": None,
+    "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr": 1e-06},
 }
 

@@ -436,6 +436,20 @@ def test_the_best_model_is_what_is_saved_audited_and_measured(recipe, tmp_path):
     assert {line["l2_delta"] for line in lines if line["step"] == steps[-1] and line["name"] in mlp} == {0.0}
 
 
+@pytest.mark.parametrize("metric", ["bits_per_byte", "eval_perplexity"])
+def test_the_best_model_may_be_chosen_by_bits_per_byte_or_perplexity_of_which_less_is_better(recipe, tmp_path, metric):
+    words = ["--load_best_model_at_end", "true", "--metric_for_best_model", metric, "--schedule", "[]"]
+    assert main(["train", recipe, *words, "--max_steps", "4"]) == 0
+    state = read(tmp_path / "run", "trainer_state.json")
+    key = f"eval_{metric.removeprefix('eval_')}"
+    found = {entry["step"]: entry[key] for entry in state["log_history"] if key in entry}
+    assert state["best_metric"] == min(found.values())
+    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{min(found, key=found.get)}"
+    if metric == "bits_per_byte":
+        scored = read(tmp_path / "run", "evaluation.json")["validation"]["after"]["bits_per_byte"]
+        assert state["best_metric"] == pytest.approx(scored, rel=1e-5)
+
+
 def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_path, monkeypatch):
     from partialtune.training.trainer import PartialTrainer
 

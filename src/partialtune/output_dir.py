@@ -18,12 +18,14 @@ from partialtune.text.addresses import without_secrets
 RECIPE_FILE = "recipe.yaml"
 EXIT_FILE = "exit.json"
 LOCK_FILE = ".lock"
+STATE_FILE = "trainer_state.json"  # Trainer's; written after the first step, and at the end
 
 
 class Standing(Enum):
     """What an output folder means for a run that wants to use it."""
 
     NEW = "absent or empty"
+    UNSTARTED = "holds this run, interrupted before its first optimizer step"
     BEGUN = "holds this run, not finished"
     FINISHED = "holds this run, finished"
 
@@ -40,14 +42,14 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
         RecipeError: If it holds anything but this run, or this run without leave to go on, or cannot be written.
     """
     check_writable(folder)
-    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
+    if not folder.is_dir() or all(_is_left_by_a_start(path.name) for path in folder.iterdir()):
         return Standing.NEW
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(
             f"output_dir: {folder} is not empty and holds no run of partialtune. "
             f"Name another folder: --output_dir {folder}-2. Nothing was touched."
         )
-    earlier = _flat_recipe(folder / RECIPE_FILE)
+    earlier, is_ours = _flat_recipe(folder / RECIPE_FILE)
     different = same_run(earlier, values)
     if different:
         raise RecipeError(
@@ -56,6 +58,8 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
         )
     if _is_finished(folder) and not _goes_further(earlier, values):
         return Standing.FINISHED
+    if is_ours and not _has_taken_a_step(folder):
+        return Standing.UNSTARTED
     if resume is None:
         raise RecipeError(
             f"output_dir: {folder} holds this run, begun and not finished. Go on with it: "
@@ -86,14 +90,31 @@ def check_writable(folder: Path, name: str = "output_dir") -> None:
         raise RecipeError(f"{name}: {nearest} is not writable. Name a folder that is.")
 
 
-def _flat_recipe(file: Path) -> dict[str, Any]:
+def _is_left_by_a_start(name: str) -> bool:
+    """Whether a run leaves a file of this name before it has written its recipe."""
+    return name in (LOCK_FILE, EXIT_FILE) or name.startswith(f".{RECIPE_FILE}.")
+
+
+def _has_taken_a_step(folder: Path) -> bool:
+    """Whether a run's folder holds anything that only an optimizer step leaves, or a state that cannot be read."""
+    state = folder / STATE_FILE
+    if any(folder.glob("checkpoint-*")):
+        return True
+    try:
+        return state.exists() and read_json(state)["global_step"] != 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _flat_recipe(file: Path) -> tuple[dict[str, Any], bool]:
+    """A run's recipe, and whether a run wrote it: then it has the key `run`."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"output_dir: {file} cannot be read ({error}). Name another folder.") from error
     if not isinstance(values, dict):
         raise RecipeError(f"output_dir: {file} is no recipe. Name another folder.")
-    return {key: value for key, value in values.items() if key != "run"}
+    return {key: value for key, value in values.items() if key != "run"}, "run" in values
 
 
 def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

@@ -35,7 +35,16 @@ from partialtune.launch import (
     peers_watched,
 )
 from partialtune.model.conformance import Conformance, check_conformance
-from partialtune.model.loading import check_fit, check_ids, empty_model, load_config, load_model, load_tokenizer
+from partialtune.model.files import check_finite, check_weights
+from partialtune.model.loading import (
+    check_fit,
+    check_ids,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_location,
+)
 from partialtune.model.statement import stated_by
 from partialtune.output_dir import (
     RECIPE_FILE,
@@ -78,6 +87,8 @@ def train(recipe: Recipe) -> Path:
     if standing is Standing.FINISHED:
         logger.info("%s holds this run, finished: nothing to do.", folder)
         return folder
+    if standing is Standing.UNSTARTED:
+        logger.info("%s holds this run, ended before its first optimizer step: it starts again.", folder)
     check_precision(recipe.training)
     checkpoint, begun = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
     args = training_arguments(with_choices(recipe.training, begun))
@@ -86,8 +97,9 @@ def train(recipe: Recipe) -> Path:
     one_device_a_process(args)
     check_engine(args)
     base = same_base(recipe.model, begun)
-    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    check_weights(base.model_name_or_path, model_location(base.model_name_or_path), config)
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
     check_prompts(recipe.evaluation.prompts, tokenizer, config)
     if recipe.training.get("push_to_hub"):
@@ -98,6 +110,7 @@ def train(recipe: Recipe) -> Path:
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     conformance = check_conformance(model, recipe.text.block_size)
+    check_finite(base.model_name_or_path, model)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
@@ -112,7 +125,7 @@ def train(recipe: Recipe) -> Path:
         begin_folder(folder, recipe, plan, run_record(args, model, data, prefix, conformance), checkpoint)
         check_shared(folder, RECIPE_FILE)
         apply_plan(model, plan)
-        before = look.at(model.to(args.device), "before")
+        before = look.before(model.to(args.device), folder, origin["base"]["sha256"])
 
         set_seed(args.seed)
         trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)

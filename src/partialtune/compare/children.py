@@ -136,12 +136,13 @@ def ended_with(job: Job) -> int | None:
     if standing is Standing.FINISHED:
         return 0
     code = exit_code_of(job.folder)
-    if standing is Standing.BEGUN and code == 0:
+    holds_it = standing is not Standing.NEW
+    if holds_it and code == 0:
         raise RecipeError(
             f"{job.folder} holds a run that ended after fewer max_steps. Going on with it would not be what a run of "
             f"this length is. Name another --output_dir."
         )
-    return code if standing is Standing.BEGUN and code in FAILURES else None
+    return code if holds_it and code in FAILURES else None
 
 
 def wait_for_lock(folder: Path, title: str) -> None:

@@ -19,6 +19,7 @@ from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
 from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.conformance import check_conformance
+from partialtune.model.files import check_finite
 from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
@@ -73,6 +74,7 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         suit_length(args, {**recipe.training, "eval_strategy": "no"}, len(data.train), held_out=False)
         model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
         conformance = check_conformance(model, recipe.text.block_size)
+        check_finite(base.model_name_or_path, model)
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
         prefix = prefix_phases(recipe, plan, model, args, data, begun=None)

@@ -26,6 +26,7 @@ from partialtune.builtin import builtin_folder
 from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.dropout import set_dropout
+from partialtune.model.files import check_loaded, check_weights, context_of, refuse_adapter, without_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def model_location(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            refuse_adapter(name, str(path))
             raise ModelError(f"model_name_or_path: {name} is a folder without config.json, so it holds no model.")
         return str(path)
     if path.exists():
@@ -65,6 +67,7 @@ def load_config(
         ModelError: If there is none, or it belongs to no causal language model.
     """
     with _loading(name, revision):
+        refuse_adapter(name, model_location(name), revision)
         config = AutoConfig.from_pretrained(
             model_location(name), revision=revision, trust_remote_code=trust_remote_code
         )
@@ -112,6 +115,7 @@ def load_model(
     """
     if is_delta(Path(model_location(name))):
         raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
+    check_weights(name, model_location(name), config)
     with _loading(name, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),
@@ -123,12 +127,7 @@ def load_model(
             output_loading_info=True,
         )
     model.config.name_or_path = name
-    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lost:
-        raise ModelError(
-            f"{name}: the weight file lacks {len(lost)} of the model's tensors, {lost[0]} first. "
-            f"They would start at random; use a complete checkpoint."
-        )
+    check_loaded(name, model, report)
     if not trust_remote_code and type(model.config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(
             f"{name} is a {config.model_type} model, of which the text part alone would be saved, as a "
@@ -203,7 +202,7 @@ def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: 
         ModelError: If the windows are too long.
     """
     text_config = config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None)
+    context = context_of(config)
     if context and block_size > context:
         raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
     if vocabulary > text_config.vocab_size:
@@ -244,18 +243,50 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
     except SafetensorError as error:
         raise ModelError(f"{name}: a weight file is damaged ({error}). Fetch the model again.") from error
     except Exception as error:  # all inside is a library's that reads others' files: with 0 heads it divides by zero
+        if what == "model" and "safetensors" in str(error) and "file named" in str(error):  # of a Hub id
+            raise without_safetensors(name, name, has_pickle=True) from error
         where = f" at revision {revision}" if revision != "main" else ""
         raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
 
 
-def _first_sentences(error: Exception, longest: int = 300) -> str:
+def _first_sentences(error: Exception | str, longest: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if isinstance(error, OSError | ValueError | RuntimeError) else f"{text} ({type(error).__name__})"
     return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
 
 
+# Warnings of transformers that mean nothing in the way it is used here.
+MEANINGLESS = (
+    "LOAD REPORT",  # a table of what files and model do not share: `check_loaded` says it, or refuses
+    "`loss_type=None` was set",  # transformers writes that null itself; the loss of a causal LM is what is meant
+    "There were missing keys in the checkpoint model loaded",  # the best model's: a tied head is stored once
+    "Token indices sequence length is longer",  # the whole text is tokenised, and cut into windows afterwards
+    "`use_cache=True` is incompatible with",  # what it then does, switching the cache off for training, is right
+)
+
+
+class _PassedOn(logging.Handler):
+    """Says what transformers says in one line of ours, once each: it is often what explains what happens next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = _first_sentences(record.getMessage())
+        if words not in self._said and not any(part in words for part in MEANINGLESS):
+            self._said.add(words)
+            logger.log(record.levelno, "transformers says: %s", words)
+
+
 def quiet_libraries() -> None:
-    """Keep what the libraries print for their own sake out of the output; errors stay."""
-    transformers_logging.set_verbosity_error()
+    """Keep what the libraries print for their own sake out of the output; warnings of transformers are passed on."""
+    transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.disable_propagation()  # CI switches it on, and each line would come twice
+    library = logging.getLogger("transformers")
+    for handler in [handler for handler in library.handlers if isinstance(handler, _PassedOn)]:
+        library.removeHandler(handler)
+    library.addHandler(_PassedOn())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -9,6 +9,7 @@ from transformers import set_seed
 from partialtune.data import prepare_data
 from partialtune.errors import RecipeError
 from partialtune.model.conformance import check_conformance
+from partialtune.model.files import check_finite
 from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import Ranking, rank
@@ -39,6 +40,7 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     windows = draw_windows(data.train, batches * batch_size, seed)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_conformance(model, recipe.text.block_size)
+    check_finite(base.model_name_or_path, model)
     set_seed(seed)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     return rank(probe(model, windows, batch_size, recipe.freeze.head), top)

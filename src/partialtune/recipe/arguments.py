@@ -33,8 +33,10 @@ MODEL_OR_SHARE = Bound(BELOW_ONE.words, lambda value: value == "model" or BELOW_
 SOURCES = Bound("one or more, none empty", lambda sources: bool(sources) and all(map(str.strip, sources)))
 ENTRIES = Bound("none empty", lambda entries: all(map(str.strip, entries)))
 NAMED_SOURCES = Bound(
-    "none empty; the names validation and training are taken",
-    lambda named: all(map(str.strip, [*named, *named.values()])) and not {"validation", "training"} & set(named),
+    "none empty; the names validation and training are taken, and prompts",
+    lambda named: (
+        all(map(str.strip, [*named, *named.values()])) and not {"validation", "training", "prompts"} & set(named)
+    ),
 )
 
 

@@ -15,6 +15,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.schedules import read_schedule
 from partialtune.recipe.arguments import allowed, argument_fields, default_of
 from partialtune.recipe.command_words import Words, word_value
+from partialtune.recipe.optimization import metric_problems, schedule_problems
 from partialtune.recipe.rules import (
     ALIASES,
     LENGTHS,
@@ -78,7 +79,7 @@ def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(said["schedule"].origin, "schedule", message) for message in wrong]
     found = [*_missing(said, values), *_contradictions(values)]
-    wrong_keys = {key for key, _ in found} | {problem.key for problem in problems}
+    wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
     if not wrong_keys & training_defaults().keys():
         found += _training_problems(values)
     problems += [Problem(said[key].origin if key in said else "", key, message) for key, message in found]
@@ -228,13 +229,16 @@ def _training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if training.get("fp16") and training["use_cpu"]:
         yield "fp16", "needs a GPU. Leave it out, or take bf16: auto."
         return
-    refusal = _refusal(training)
+    yield from metric_problems(training.get("metric_for_best_model"), training.get("greater_is_better"))
+    args, refusal = _built(training)
     if refusal:
         yield next((key for key in values if key in refusal), "TrainingArguments"), f"transformers says: {refusal}"
+    else:
+        yield from schedule_problems(args)
 
 
-def _refusal(training: Mapping[str, Any]) -> str | None:
-    """The words in which TrainingArguments refuses keywords, or None."""
+def _built(training: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """TrainingArguments of these keywords, and None; or None, and the words in which it refuses them."""
     import torch
     from transformers import TrainingArguments
 
@@ -244,12 +248,11 @@ def _refusal(training: Mapping[str, Any]) -> str | None:
     log = logging.getLogger(TrainingArguments.__module__)
     was_silent, log.disabled = log.disabled, True  # its warnings come once, when the run builds the real one
     try:
-        Checked(**copy.deepcopy(dict(training)))  # a copy: it rewrites the mappings that it is given
+        return Checked(**copy.deepcopy(dict(training))), None  # a copy: it rewrites the mappings that it is given
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        return " ".join(str(error).split())
+        return None, " ".join(str(error).split())
     finally:
         log.disabled = was_silent
-    return None
 
 
 def _wrong_trackers(report_to: str | list[str] | None) -> Iterator[tuple[str, str]]:

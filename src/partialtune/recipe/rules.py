@@ -111,6 +111,7 @@ REFUSED = {
     "parallelism_config": "a launcher sets it: see accelerate_config.yaml",
     "local_rank": "a launcher sets it: see accelerate_config.yaml",
     "enable_jit_checkpoint": "a run that is terminated always writes a checkpoint first, so that it does nothing here",
+    "optim_args": "none of the optimizers that are taken here reads it. Say adam_beta1, adam_beta2 or adam_epsilon",
     "optim_target_modules": "it belongs to optimizers that are refused. Say what trains with trainable",
     "do_train": "the command says it: `partialtune train` trains",
     "do_eval": "`partialtune train` always evaluates before and after. eval_strategy says when in between",

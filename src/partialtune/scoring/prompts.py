@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from partialtune.errors import TextError
+from partialtune.model.files import context_of
 from partialtune.model.loading import check_ids
 from partialtune.model.modes import evaluating
 from partialtune.text.windows import tokenize_text
@@ -90,7 +91,7 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, co
         ModelError: If one has a token that the model has no place for.
     """
     for prompt in prompts:
-        ids = _prompt_ids(prompt, tokenizer, _context_length(config))
+        ids = _prompt_ids(prompt, tokenizer, context_of(config))
         check_ids(config.name_or_path, config, {f"the prompt {prompt[:40]!r}": max(ids)})
 
 
@@ -130,10 +131,15 @@ def _probe(
     new_tokens: int,
     device: torch.device,
 ) -> PromptProbe:
-    ids = _prompt_ids(prompt, tokenizer, _context_length(model.config))
+    ids = _prompt_ids(prompt, tokenizer, context_of(model.config))
     input_ids = torch.tensor([ids], device=device)  # (1, T)
     logits = _logits(model, input_ids)
     log_probabilities = logits[0, -1].cpu().double().log_softmax(-1)  # (V,); fp64 on the CPU: MPS has none
+
+    def continuation(greedy: bool) -> str:
+        return decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy), tokenizer)
+
+    spoilt = bool(log_probabilities.isnan().any())  # nothing can be drawn, and generating raises
     best = log_probabilities.topk(min(top_k, len(log_probabilities)))
     return PromptProbe(
         prompt=prompt,
@@ -146,8 +152,8 @@ def _probe(
             }
             for value, token_id in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ],
-        continuation=decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy=True), tokenizer),
-        sample=decode_after(ids, _continue(model, tokenizer, input_ids, new_tokens, greedy=False), tokenizer),
+        continuation="" if spoilt else continuation(greedy=True),
+        sample="" if spoilt else continuation(greedy=False),
     )
 
 
@@ -164,15 +170,11 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, context_length:
     return ids
 
 
-def _context_length(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def _continue(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, new_tokens: int, greedy: bool
 ) -> list[int]:
     """Ids of the continuation of input_ids (1, T)."""
-    context_length = _context_length(model.config)
+    context_length = context_of(model.config)
     if context_length is not None:
         new_tokens = min(new_tokens, context_length - input_ids.shape[1])
     if new_tokens < 1:

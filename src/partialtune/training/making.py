@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.data import RunData
+from partialtune.errors import RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
@@ -63,9 +64,27 @@ def make_trainer(
         prefix=prefix,
         origin=origin,
         conformance=conformance,
+        tokens_per_byte=tokens_per_byte(args, data),
         model=model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.held_out,
         data_collator=collate_windows,
     )
+
+
+def tokens_per_byte(args: TrainingArguments, data: RunData) -> float | None:
+    """Tokens per byte of the held-out text, None where nothing is held out or its tokens do not hold the text.
+
+    Raises:
+        RecipeError: If the best model is to be chosen by bits per byte and there are none.
+    """
+    scored = data.scored.get("validation")
+    if scored is not None and scored.comes_back and scored.text_bytes:
+        return scored.text_tokens / scored.text_bytes
+    if (args.metric_for_best_model or "").removeprefix("eval_") == "bits_per_byte":
+        raise RecipeError(
+            "metric_for_best_model is bits_per_byte, and the held-out text has none: it does not come back from its "
+            "tokens. Take loss, which is in nats a token."
+        )
+    return None

@@ -28,6 +28,8 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     if settings.get("load_best_model_at_end") and settings.get("save_strategy", "steps") == "steps":
         settings.setdefault("eval_strategy", "steps")  # `suit_length` would say so too late for TrainingArguments
         settings.setdefault("eval_steps", settings.get("save_steps", 500))
+    if settings.get("metric_for_best_model"):
+        settings.setdefault("greater_is_better", False)  # transformers knows so of names that end in loss alone
     settings |= {
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would average non-finite losses away

@@ -61,6 +61,8 @@ def ended_by_signals() -> Iterator[None]:
 class StopOnSignal(TrainerCallback):
     """Turns Ctrl-C, SIGTERM and SIGUSR1 into a checkpoint and an orderly end. A second Ctrl-C ends at once.
 
+    Before the first step there is nothing to save: the signal ends the run as it does outside of training.
+
     Use as a context manager around `trainer.train()`.
     """
 
@@ -68,6 +70,7 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
         self.agreed = False  # whether all processes know of it, so that all save and stop
         self._saved = False
+        self._stepping = False  # whether a step of this process has begun
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -82,12 +85,17 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, signal.SIG_IGN if done else handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.received is None:
+        if not self._stepping and callable(self._before[number]):
+            self._before[number](number, frame)
+        elif self.received is None:
             self.received = number
             name = signal.Signals(number).name
             print(f"\n{name}: saving a checkpoint after this step.", file=sys.stderr, flush=True)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._stepping = True
 
     def on_step_end(self, args, state, control, **kwargs):
         self._stop_if_asked(args, control)

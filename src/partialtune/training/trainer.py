@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import IntervalStrategy, PretrainedConfig, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.cost.flops import FORMULAS
@@ -40,10 +41,12 @@ from partialtune.training.optimizer_state import key_by_name
 from partialtune.training.origin import write_origin
 from partialtune.training.performance import StepTimer
 from partialtune.training.phases import PhaseCallback, split_by_phase
-from partialtune.training.progress import TrainingProgress
+from partialtune.training.progress import FirstStepRecord, TrainingProgress
 from partialtune.training.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
+
+LARGEST_EXPONENT = 700  # exp of more is no number
 
 
 class PartialTrainer(Trainer):
@@ -57,6 +60,7 @@ class PartialTrainer(Trainer):
         decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
         fast_paths: Of `loss`, `gelu`, `casts`.
         prefix: What each phase does with its frozen prefix.
+        tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
         origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
         conformance: Whether the model's own loss is used, and what its saved config says where the run changed it.
         Others: As for `transformers.Trainer`.
@@ -79,6 +83,7 @@ class PartialTrainer(Trainer):
         prefix: Sequence[PrefixPhase] = (),
         origin: Mapping[str, Any] | None = None,
         conformance: Conformance | None = None,
+        tokens_per_byte: float | None = None,
         **kwargs,
     ) -> None:
         self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
@@ -88,6 +93,7 @@ class PartialTrainer(Trainer):
         self.plan = plan
         self.decay_everything = decay_everything
         self.origin = origin or {}
+        self.tokens_per_byte = tokens_per_byte
         self.batch = BatchWatch(kwargs.get("train_dataset"))
         self.flops_per_step: int | None = None
         self._saving_in: str | None = None
@@ -98,7 +104,7 @@ class PartialTrainer(Trainer):
             kwargs["compute_loss_func"] = next_token_loss
             fast_paths = set(fast_paths) - {"loss"}  # which stands in for a loss that the model takes itself
         self.fast = self._fast_paths(fast_paths, prefix or [PrefixPhase(0, 0, 0, "off")], kwargs)
-        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop]
+        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop, FirstStepRecord()]
         use_cache = getattr(kwargs["model"].config, "use_cache", None)
         self._config_as_loaded = {**conformance.config_as_loaded, "use_cache": use_cache}
         super().__init__(callbacks=callbacks, **kwargs)
@@ -190,6 +196,17 @@ class PartialTrainer(Trainer):
         scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step, and goes on
         self.batch.end_step(self.state.global_step, norm, self._get_learning_rate(), stop=not scaled)
         return norm
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """With the metric that chooses the best model, where it is one of ours: made of the loss, of the same order."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, wanted = output.metrics.get(f"{metric_key_prefix}_loss"), self.args.metric_for_best_model or ""
+        name = wanted.removeprefix("eval_")
+        if nats is not None and name == "bits_per_byte" and self.tokens_per_byte:
+            output.metrics[f"{metric_key_prefix}_{name}"] = nats / math.log(2) * self.tokens_per_byte
+        elif nats is not None and name == "perplexity":
+            output.metrics[f"{metric_key_prefix}_{name}"] = math.exp(min(nats, LARGEST_EXPONENT))
+        return output
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for

@@ -1,0 +1,80 @@
+"""What Trainer finds out at the first step or evaluation only, asked before: learning-rate schedule and best metric.
+
+In: `TrainingArguments` that were built from the recipe. Out: (key, message) of what would stop the run.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from partialtune.recipe.values import nearest
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# What an evaluation during training can give for metric_for_best_model, all of one order: less is better.
+BEST_METRICS = ("loss", "bits_per_byte", "perplexity")
+GIVEN_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+STEPS_TRIED = 1000  # where the recipe counts epochs
+
+
+def schedule_problems(args: "TrainingArguments") -> Iterator[tuple[str, str]]:
+    """A schedule without arguments that it needs, with one that it does not know, or whose rate is no number.
+
+    transformers builds it after the base was scored, and leaves out the arguments of the schedules that take none.
+    """
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    kind, kwargs = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        own = {name: entry for name, entry in parameters.items() if name not in GIVEN_BY_TRAINER}
+        strange = [name for name in kwargs if name not in own]
+        if strange:
+            near = nearest(strange[0], own)
+            advice = f" Did you mean {near}?" if near else ""
+            allowed = f"allowed: {', '.join(own)}" if own else "it takes none. Take lr_scheduler_kwargs out"
+            yield "lr_scheduler_kwargs", f"{kind} does not know {strange[0]!r}; {allowed}.{advice}"
+            return
+        missing = [name for name, entry in own.items() if entry.default is entry.empty and name not in kwargs]
+        if missing:
+            example = f"lr_scheduler_kwargs: {{{missing[0]}: 10}}"
+            yield "lr_scheduler_type", f"{kind} needs {' and '.join(missing)}. Write, for instance, {example}."
+            return
+    wrong = _refusal_of_schedule(args, kwargs)
+    if wrong:
+        yield "lr_scheduler_kwargs" if kwargs else "lr_scheduler_type", f"{kind}: transformers says: {wrong}"
+
+
+def _refusal_of_schedule(args: "TrainingArguments", kwargs: Mapping[str, Any]) -> str | None:
+    """What stands against a schedule that is built on an optimizer of one number, at its ends and in its middle."""
+    import torch
+    from transformers import get_scheduler
+
+    steps = args.max_steps if args.max_steps > 0 else STEPS_TRIED
+    warmup = args.get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, dict(kwargs))
+        for factor in getattr(scheduler, "lr_lambdas", []):
+            for step in sorted({0, 1, warmup, warmup + 1, steps // 2, steps - 1, steps}):
+                value = factor(step)
+                if isinstance(value, complex) or not math.isfinite(value) or value < 0:
+                    return f"the learning rate would be multiplied by {value} at step {step}."
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def metric_problems(metric: str | None, greater_is_better: bool | None) -> Iterator[tuple[str, str]]:
+    """A metric for the best model that no evaluation gives, or one taken for better the larger it is."""
+    if metric is None:
+        return
+    name = metric.removeprefix("eval_")
+    if name not in BEST_METRICS:
+        near = nearest(name, BEST_METRICS)
+        advice = f" Did you mean {near}?" if near else ""
+        yield "metric_for_best_model", f"got {metric!r}; allowed: {', '.join(BEST_METRICS)}.{advice}"
+    elif greater_is_better:
+        yield "greater_is_better", f"true: of {name}, less is better, and the worst model would be kept. Take it out."
