@@ -62,7 +62,7 @@ from partialtune.scoring.prompts import check_prompts
 from partialtune.text.sources import IN_MEMORY_BYTES
 from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.checkpoints import damage_of, newest_whole_checkpoint
-from partialtune.training.making import make_trainer, prefix_phases
+from partialtune.training.making import make_trainer, prefix_phases, tokens_per_byte
 from partialtune.training.optimizer_state import check_checkpoint
 from partialtune.training.origin import check_origin, origin_of, read_origin, same_base, with_choices
 from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
@@ -108,6 +108,7 @@ def train(recipe: Recipe) -> Path:
     decided_by_main(lambda: check_ids(base.model_name_or_path, config, data.largest_ids))
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
+    tokens_per_byte(args, data)  # refuses a metric that this text has not, before anything is written
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     conformance = check_conformance(model, recipe.text.block_size)
     check_finite(base.model_name_or_path, model)

@@ -251,7 +251,8 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
 
 def _first_sentences(error: Exception | str, longest: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    text = text if isinstance(error, OSError | ValueError | RuntimeError) else f"{text} ({type(error).__name__})"
+    if not isinstance(error, str | OSError | ValueError | RuntimeError):  # KeyError('x') alone says nothing
+        text = f"{text} ({type(error).__name__})"
     return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
 
 
