@@ -1,6 +1,5 @@
 """A run's folder: may the run start there, its lock, and the JSON files that it holds."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from partialtune.errors import RecipeError, UploadIncomplete
+from partialtune.files import lock, write_whole
 from partialtune.recipe.reading import same_run
 
 RECIPE_FILE = "recipe.yaml"
@@ -111,8 +111,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases with the process.
 
     Raises:
-        RecipeError: If another run holds it.
+        RecipeError: If another process holds it: a run, a push or a comparison.
     """
+
+    def busy() -> None:
+        raise RecipeError(f"output_dir: another run is writing to {folder}. Wait for it, or name another.")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a")
@@ -120,21 +124,14 @@ def locked(folder: Path) -> Iterator[None]:
         raise RecipeError(
             f"output_dir: nothing can be written in {folder} ({error.strerror}). Name another folder."
         ) from error
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(
-                f"output_dir: another run is writing to {folder}. Wait for it, or name another."
-            ) from error
+    with file:
+        lock(file, busy)
         yield
 
 
 def write_json(file: Path, content: Any) -> None:
     """Write UTF-8 JSON, indent 2, no NaN; aside and renamed, so that a reader never meets half a file."""
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_json(file: Path) -> Any:

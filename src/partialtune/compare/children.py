@@ -3,7 +3,6 @@
 A run that is finished is not repeated, one that was begun goes on, one that failed stays failed.
 """
 
-import fcntl
 import json
 import logging
 import signal
@@ -25,8 +24,10 @@ from partialtune.errors import (
     RecipeError,
     TrainingDiverged,
 )
+from partialtune.files import lock
 from partialtune.output_dir import EXIT_FILE, LOCK_FILE, Standing, read_json, standing_of
 from partialtune.progress import progress_bar
+from partialtune.training.stopping import hears_signals
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +149,8 @@ def wait_for_lock(folder: Path, title: str) -> None:
     """Return when no process holds the lock of a run's folder."""
     if not (folder / LOCK_FILE).is_file():
         return
-    with (folder / LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / LOCK_FILE).open("a") as file:
+        lock(file, lambda: logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder))
 
 
 def exit_code_of(folder: Path) -> int | None:
@@ -205,7 +202,8 @@ def passed_on(child: subprocess.Popen) -> Iterator[list[int]]:
         received.append(number)
         child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if hears_signals() else ()
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield received
     finally:

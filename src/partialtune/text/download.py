@@ -4,7 +4,6 @@ Beside each file a JSON record says where it came from. A file appears in the ca
 and synced, and a lock keeps two processes from fetching the same address at once.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
 from partialtune.errors import TextError
+from partialtune.files import lock
 from partialtune.text.transfer import Limits, Received, TryAgainError, receive, without_password
 
 logger = logging.getLogger(__name__)
@@ -90,11 +90,7 @@ def _checked_address(url: str) -> str:
 def _lock(path: Path, shown: str) -> Iterator[None]:
     """Hold a file's lock, which the system lets go of if the process dies."""
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process fetches %s: waiting for it.", shown)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, lambda: logger.info("Another process fetches %s: waiting for it.", shown))
         yield
 
 
