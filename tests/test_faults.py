@@ -8,6 +8,8 @@ import json
 import re
 import resource
 import shutil
+import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from cluster import fingerprint, small_recipe
 from partialtune import train
 from partialtune.cli import main
+from partialtune.compare.children import run_child
 from partialtune.errors import RecipeError, TextError
 from partialtune.output_dir import Standing, locked
 from partialtune.recipe.reading import read_recipe
@@ -299,3 +302,26 @@ def _tokenizer(place):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(place / "base")
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_worker_thread_works_without_signals(home, place):
+    codes = []
+    words = ["train", str(place / "recipe.yaml"), *RESUME]
+    thread = threading.Thread(target=lambda: codes.append(main(words)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert fingerprint(place / "run") == fingerprint(home / "run")
+
+
+def test_a_child_of_a_comparison_is_run_from_a_worker_thread_too(tmp_path):
+    codes = []
+    command = [sys.executable, "-c", "print('it ran')"]
+    thread = threading.Thread(target=lambda: codes.append(run_child(command, tmp_path / "log", lambda: None)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert (tmp_path / "log").read_text() == "it ran\n"

@@ -23,10 +23,11 @@ def lock(file: IO, busy: Callable[[], None]) -> None:
         busy: Called where another process holds it: raises, or returns to wait for that process.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        busy()
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         _say_once(file, error)
 
