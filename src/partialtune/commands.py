@@ -124,12 +124,15 @@ def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.output_dir import exit_code_of
     from partialtune.pages.card import write_card
     from partialtune.pages.figures import draw_figures
     from partialtune.pages.report import write_report
 
     _refuse(overrides)
     folder = Path(known.run)
+    if folder.is_dir() and exit_code_of(folder) is None:
+        logger.warning("The run in %s has not ended: its scores may be those of fewer steps than its weights.", folder)
     draw_figures(folder)
     write_card(folder)
     print(write_report(folder))

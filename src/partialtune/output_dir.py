@@ -53,7 +53,7 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
             f"output_dir: {folder} holds a run of another recipe; they differ in {', '.join(different)}. "
             f"Name another folder: --output_dir {folder}-2. Nothing was touched."
         )
-    if _is_finished(folder) and not _goes_further(earlier, values):
+    if is_finished(folder) and not _goes_further(earlier, values):
         return Standing.FINISHED
     if resume is None:
         raise RecipeError(
@@ -99,30 +99,42 @@ def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool
     return int(values.get("max_steps", -1)) > int(earlier.get("max_steps", -1))
 
 
-def _is_finished(folder: Path) -> bool:
+def exit_code_of(folder: Path) -> int | None:
+    """The code in a run's `exit.json`, None where there is none: it is written last, and taken away by what goes on."""
     try:
-        return read_json(folder / EXIT_FILE)["code"] in (0, UploadIncomplete.exit_code)  # a push can follow any time
+        return int(read_json(folder / EXIT_FILE)["code"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end; a push that did not can follow at any time."""
+    return exit_code_of(folder) in (0, UploadIncomplete.exit_code)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the folder's lock, which the system releases with the process.
+
+    Args:
+        folder: Made where it is missing.
+        name: What messages call it.
 
     Raises:
         RecipeError: If another process holds it: a run, a push or a comparison.
     """
 
     def busy() -> None:
-        raise RecipeError(f"output_dir: another run is writing to {folder}. Wait for it, or name another.")
+        raise RecipeError(
+            f"{name}: another run is writing to {folder}, or a push is reading it. Wait for it, or name another."
+        )
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a")
     except OSError as error:
         raise RecipeError(
-            f"output_dir: nothing can be written in {folder} ({error.strerror}). Name another folder."
+            f"{name}: nothing can be written in {folder} ({error.strerror}). Name another folder."
         ) from error
     with file:
         lock(file, busy)

@@ -25,7 +25,7 @@ from partialtune.errors import (
     TrainingDiverged,
 )
 from partialtune.files import lock
-from partialtune.output_dir import EXIT_FILE, LOCK_FILE, Standing, read_json, standing_of
+from partialtune.output_dir import LOCK_FILE, Standing, exit_code_of, standing_of
 from partialtune.progress import progress_bar
 from partialtune.training.stopping import hears_signals
 
@@ -151,14 +151,6 @@ def wait_for_lock(folder: Path, title: str) -> None:
         return
     with (folder / LOCK_FILE).open("a") as file:
         lock(file, lambda: logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder))
-
-
-def exit_code_of(folder: Path) -> int | None:
-    """The code in a run's `exit.json`, None where there is none."""
-    try:
-        return int(read_json(folder / EXIT_FILE)["code"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +12,8 @@ from typing import Any
 
 from huggingface_hub.hf_api import RepoFile
 
-from partialtune.errors import InputError
+from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
+from partialtune.output_dir import EXIT_FILE, exit_code_of
 from partialtune.pages.run_files import read_run
 
 # Decide which weights `from_pretrained` loads: of these nothing may stay behind from what was in the repository before.
@@ -77,7 +79,27 @@ def gap_between(local: Mapping[str, LocalFile], remote: Iterable[RepoFile]) -> G
 
 
 def check_finished(run: Path, allow_failed_audit: bool) -> None:
-    """Make sure that a folder holds a whole run that may be published.
+    """Make sure that a folder holds a whole run that came to its end and may be published.
+
+    A run that goes on with more steps replaces the files of its earlier end one by one, and `exit.json` last: where
+    that is missing, the weights may be newer than the scores.
+
+    Raises:
+        InputError: If it does not.
+    """
+    check_whole(run, allow_failed_audit)
+    code = exit_code_of(run)
+    ended = (0, UploadIncomplete.exit_code, *([FreezeViolation.exit_code] if allow_failed_audit else []))
+    if code not in ended:
+        why = f"{EXIT_FILE} says {code}" if code is not None else f"it has no {EXIT_FILE}"
+        raise InputError(
+            f"The newest run in {run} did not finish ({why}): its files may come from different steps. "
+            f"Finish it first: {_finishing(run)}"
+        )
+
+
+def check_whole(run: Path, allow_failed_audit: bool) -> None:
+    """Make sure that a folder holds all files of a run that may be published.
 
     Raises:
         InputError: If it does not.
@@ -88,14 +110,19 @@ def check_finished(run: Path, allow_failed_audit: bool) -> None:
         lacking.append("the digests after training in freeze_plan.json")
     if lacking:
         raise InputError(
-            f"{run} holds no finished run: it lacks {', '.join(lacking)}. Finish it first: "
-            f"partialtune train {run / 'recipe.yaml'} --resume_from_checkpoint auto"
+            f"{run} holds no finished run: it lacks {', '.join(lacking)}. Finish it first: {_finishing(run)}"
         )
     if files.audit.get("passed") is not True and not allow_failed_audit:
         raise InputError(
             f"{run}: the freeze audit of this run failed (audit.json says why), so it is not published. "
             f"With --allow_failed_audit it is, and the card says so on top."
         )
+
+
+def _finishing(run: Path) -> str:
+    """The command that goes on with a run; its folder may have moved since."""
+    words = ["partialtune", "train", str(run / "recipe.yaml"), "--output_dir", str(run)]
+    return shlex.join([*words, "--resume_from_checkpoint", "auto"])
 
 
 def _lacking_weights(run: Path) -> list[str]:
