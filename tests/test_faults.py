@@ -34,6 +34,7 @@ from partialtune.output_dir import Standing, locked, write_exit
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.text.download import fetch
+from partialtune.text.sources import check_kept
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
 from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
@@ -116,6 +117,35 @@ def test_a_checkpoint_of_another_run_is_refused_and_what_differs_is_named(name, 
     assert again(place, *words, *new) == 2
     assert said in capfd.readouterr().err
     assert not (place / "new").exists()
+
+
+def test_a_finished_run_is_not_said_to_be_done_where_its_text_was_edited(place, capfd, caplog):
+    run, text = place / "run", place / "text.txt"
+    write_exit(run, 0, "done")
+    before, content = marks(run), text.read_bytes()
+    assert again(place) == 0
+    assert "nothing to do" in caplog.text
+    text.write_bytes(content.replace(b"wisdom", b"folly"))
+    for words in ([], RESUME):
+        assert again(place, *words) == 2
+    assert f"its text is not what it was: {text}: sha256" in capfd.readouterr().err
+    text.write_bytes(content)
+    assert again(place, *RESUME) == 0
+    text.unlink()
+    assert again(place) == 0
+    assert f"nothing to do. Not looked at again: {text}." in caplog.text
+    assert marks(run) == before
+
+
+def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    kept = [{"name": str(tmp_path / "a.txt"), "sha256": digest}, {"name": "https://host.invalid/b.txt", "sha256": "0"}]
+    sources = [str(tmp_path / "*.txt"), "https://host.invalid/b.txt", "hf:nobody/nothing"]
+    assert check_kept(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
+    (tmp_path / "c.txt").write_text("a third")
+    with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
+        check_kept(kept, sources, tmp_path)
 
 
 def test_a_base_that_changed_in_its_place_stops_the_run_that_goes_on_and_leaves_it_as_it_was(place, capfd):

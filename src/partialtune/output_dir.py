@@ -85,14 +85,26 @@ def check_writable(folder: Path, name: str = "output_dir") -> None:
         raise RecipeError(f"{name}: {nearest} is not writable. Name a folder that is.")
 
 
+def recorded_sources(folder: Path) -> list[Mapping[str, Any]]:
+    """The texts of the run in a folder, as `recipe.yaml` keeps them under `run`: `name`, `sha256`, ..."""
+    record = _recipe(folder / RECIPE_FILE).get("run")
+    sources = record.get("sources") if isinstance(record, dict) else None
+    listed = sources if isinstance(sources, list) else []
+    return [source for source in listed if isinstance(source, dict) and {"name", "sha256"} <= source.keys()]
+
+
 def _flat_recipe(file: Path) -> dict[str, Any]:
+    return {key: value for key, value in _recipe(file).items() if key != "run"}
+
+
+def _recipe(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"output_dir: {file} cannot be read ({error}). Name another folder.") from error
     if not isinstance(values, dict):
         raise RecipeError(f"output_dir: {file} is no recipe. Name another folder.")
-    return {key: value for key, value in values.items() if key != "run"}
+    return values
 
 
 def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

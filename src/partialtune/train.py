@@ -41,6 +41,7 @@ from partialtune.output_dir import (
     Standing,
     begin_writing,
     locked,
+    recorded_sources,
     standing_of,
     write_exit,
 )
@@ -49,7 +50,7 @@ from partialtune.recipe.reading import Recipe, write_recipe
 from partialtune.results import save_model, write_insight, write_performance, write_plan, write_results
 from partialtune.scoring.look import Look
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.sources import IN_MEMORY_BYTES
+from partialtune.text.sources import IN_MEMORY_BYTES, check_kept
 from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.checkpoints import damage_of, newest_whole_checkpoint
 from partialtune.training.making import make_trainer, prefix_phases
@@ -75,7 +76,8 @@ def train(recipe: Recipe) -> Path:
     folder = Path(recipe.training["output_dir"])
     standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
     if standing is Standing.FINISHED:
-        logger.info("%s holds this run, finished: nothing to do.", folder)
+        unread = decided_by_main(lambda: check_kept(recorded_sources(folder), recipe.text.text, folder))
+        logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared(unread))
         return folder
     check_precision(recipe.training)
     checkpoint, begun = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
@@ -131,6 +133,11 @@ def train(recipe: Recipe) -> Path:
         if recipe.training.get("push_to_hub"):
             push(folder, recipe.training, recipe.freeze.allow_failed_audit)
     return folder
+
+
+def not_compared(unread: Sequence[str]) -> str:
+    """What was not looked at again before a run was said to be finished."""
+    return f" Not looked at again: {', '.join(unread)}." if unread else ""
 
 
 def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:

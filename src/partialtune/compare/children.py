@@ -25,8 +25,10 @@ from partialtune.errors import (
     TrainingDiverged,
 )
 from partialtune.files import lock
-from partialtune.output_dir import LOCK_FILE, Standing, exit_code_of, standing_of
+from partialtune.output_dir import LOCK_FILE, Standing, exit_code_of, recorded_sources, standing_of
+from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
+from partialtune.text.sources import check_kept
 from partialtune.training.stopping import hears_signals
 
 logger = logging.getLogger(__name__)
@@ -135,6 +137,7 @@ def ended_with(job: Job) -> int | None:
     except RecipeError as error:
         raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
     if standing is Standing.FINISHED:
+        check_kept(recorded_sources(job.folder), as_list(job.values["text"]), job.folder)
         return 0
     code = exit_code_of(job.folder)
     if standing is Standing.BEGUN and code == 0:

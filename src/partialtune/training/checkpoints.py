@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from partialtune.errors import DiskError, InputError
+from partialtune.proof.processes import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def read_with_care(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(what: str, run: Path) -> Iterator[None]:
-    """Say in one sentence why something could not be saved.
+    """Say in one sentence why something could not be saved, and give back the room that a half checkpoint takes.
 
     Args:
         what: What is being saved.
@@ -154,6 +155,8 @@ def disk_errors(what: str, run: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in CANNOT_WRITE):
             raise
+        if is_main():  # which may still be writing where another process failed: it clears when all have stopped
+            clear_aside(run)
         whole = [path.name for path in checkpoints_in(run) if not damage_of(path, read=False)]
         kept = f"{whole[-1]} is complete" if whole else "There is no complete checkpoint yet"
         raise DiskError(

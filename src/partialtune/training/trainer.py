@@ -289,7 +289,7 @@ class PartialTrainer(Trainer):
             done_together(lambda: self._finish_checkpoint(name))
         except Exception:
             if self.args.should_save:
-                clear_aside(run)  # gives back the room that half a checkpoint takes
+                clear_aside(run)  # of which this process may have written a part while another one failed
             raise
         finally:
             self._saving_in = None
