@@ -140,9 +140,10 @@ def test_a_finished_run_is_not_said_to_be_done_where_its_text_was_edited(place, 
 def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     digest = hashlib.sha256(b"one").hexdigest()
-    kept = [{"name": str(tmp_path / "a.txt"), "sha256": digest}, {"name": "https://host.invalid/b.txt", "sha256": "0"}]
+    kept = {str(tmp_path / "a.txt"): digest, "https://host.invalid/b.txt": "0"}
     sources = [str(tmp_path / "*.txt"), "https://host.invalid/b.txt", "hf:nobody/nothing"]
     assert check_kept(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
+    assert check_kept({}, sources, tmp_path) == sources
     (tmp_path / "c.txt").write_text("a third")
     with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
         check_kept(kept, sources, tmp_path)

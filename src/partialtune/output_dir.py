@@ -85,12 +85,13 @@ def check_writable(folder: Path, name: str = "output_dir") -> None:
         raise RecipeError(f"{name}: {nearest} is not writable. Name a folder that is.")
 
 
-def recorded_sources(folder: Path) -> list[Mapping[str, Any]]:
-    """The texts of the run in a folder, as `recipe.yaml` keeps them under `run`: `name`, `sha256`, ..."""
+def recorded_sources(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of the texts of the run in a folder, as `recipe.yaml` keeps them under `run`."""
     record = _recipe(folder / RECIPE_FILE).get("run")
     sources = record.get("sources") if isinstance(record, dict) else None
-    listed = sources if isinstance(sources, list) else []
-    return [source for source in listed if isinstance(source, dict) and {"name", "sha256"} <= source.keys()]
+    entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
+    pairs = [(entry.get("name"), entry.get("sha256")) for entry in entries]
+    return {name: sha256 for name, sha256 in pairs if isinstance(name, str) and isinstance(sha256, str)}
 
 
 def _flat_recipe(file: Path) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def exit_code_of(folder: Path) -> int | None:
     """The code in a run's `exit.json`, None where there is none: it is written last, and taken away by what goes on."""
     try:
         return int(read_json(folder / EXIT_FILE)["code"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

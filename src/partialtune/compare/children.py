@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -79,11 +79,18 @@ class RunQueue:
     def search(self, search: Search) -> list[Trial]:
         """Try the learning rates of a policy, those left out that were tried before.
 
-        A process that crashed leaves rates without a trial; those say so.
+        A process that crashed leaves rates without a trial; those say so. One that outlived a comparison which was
+        killed is waited for: it has inherited the lock.
 
         Raises:
             As `run`.
         """
+        search.file.parent.mkdir(parents=True, exist_ok=True)
+        with search.file.with_suffix(".lock").open("a") as held:
+            lock(held, lambda: logger.info("%s: a process is still at work. Waiting for it.", search.title))
+            return self._search(search, held)
+
+    def _search(self, search: Search, held: IO) -> list[Trial]:
         missing, steps = search.missing(), steps_of(search.values)
         self._leave_out(steps * (len(search.rates) - len(missing)))
         if missing:
@@ -93,6 +100,7 @@ class RunQueue:
                 search.log,
                 steps * len(missing),
                 lambda: steps * (len(missing) - len(search.missing())),
+                held,
             )
             if code:
                 failure = f"exit code {code}: {last_words(search.log)}"
@@ -105,10 +113,12 @@ class RunQueue:
         self._bar.total -= steps
         self._bar.refresh()
 
-    def _child(self, title: str, command: Sequence[str], log: Path, steps: int, done: Callable[[], int]) -> int:
+    def _child(
+        self, title: str, command: Sequence[str], log: Path, steps: int, done: Callable[[], int], *held: IO
+    ) -> int:
         at_start = self._bar.n
         self._bar.set_postfix_str(title, refresh=False)
-        code = run_child(command, log, lambda: self._show(at_start + min(steps, done())))
+        code = run_child(command, log, lambda: self._show(at_start + min(steps, done())), *held)
         self._show(at_start + steps)
         if code == InputError.exit_code:
             raise InputError(f"{title}: {last_words(log)}")
@@ -156,13 +166,14 @@ def wait_for_lock(folder: Path, title: str) -> None:
         lock(file, lambda: logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder))
 
 
-def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> int:
+def run_child(command: Sequence[str], log: Path, look: Callable[[], None], *held: IO) -> int:
     """Run a command in a process of its own and return its exit code, 128 + N where signal N killed it.
 
     Args:
         command: The program and its arguments.
         log: File to which everything goes that the process prints, written anew.
         look: Called about every second while it runs.
+        held: Locked files that it keeps open: the lock ends with the last process that does.
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came; the process was told once for each and has ended.
@@ -171,7 +182,12 @@ def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> in
     with log.open("wb") as output:
         # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on exactly once
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=[file.fileno() for file in held],
         )
         with passed_on(child) as received:
             code = None

@@ -16,16 +16,21 @@ from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
 from partialtune.output_dir import EXIT_FILE, exit_code_of
 from partialtune.pages.run_files import read_run
 
-# Decide which weights `from_pretrained` loads: of these nothing may stay behind from what was in the repository before.
+# Decide what `from_pretrained` loads, and how: see `gap_between`.
 WEIGHTS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_model.safetensors", "adapter_config.json", "delta.safetensors", "delta.json"),
 )
+# Of these and of WEIGHTS nothing may stay behind from another model that was in the repository before: beside the
+# configuration of a whole model a repository of adapters looks like that model.
+CONFIGURATIONS = ("config.json", "generation_config.json")
+OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 # Everything that is sent. Not in it, and so never sent: checkpoints, optimizer and scheduler state, caches,
 # training_args.bin, Trainer's log.
 SENT = (
     *WEIGHTS,
-    *("config.json", "generation_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *CONFIGURATIONS,
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("README.md", "report.html", "figures/*.png", "recipe.yaml", "freeze_plan.json", "audit.json", "evaluation.json"),
@@ -52,7 +57,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Gap:
-    """What makes a revision on the Hub another than the run: names of files to send, and of weights to take away."""
+    """What makes a revision on the Hub another than the run: names of files to send, and of those to take away."""
 
     missing: tuple[str, ...]
     stale: tuple[str, ...]
@@ -71,10 +76,14 @@ def files_to_send(run: Path) -> dict[str, LocalFile]:
 
 
 def gap_between(local: Mapping[str, LocalFile], remote: Iterable[RepoFile]) -> Gap:
-    """Compare the run with what a revision on the Hub holds. Other files there are let be."""
+    """Compare the run with what a revision on the Hub holds.
+
+    Weights and configurations of another model are to go: a whole model, a delta and adapters have different ones, and
+    any of them can follow any other. Other files there are let be.
+    """
     there = {file.path: file for file in remote if isinstance(file, RepoFile)}
     missing = tuple(name for name, file in local.items() if not file.equals(there.get(name)))
-    stale = tuple(name for name in there if _is_weights(name) and name not in local)
+    stale = tuple(name for name in there if _is_of_a_model(name) and name not in local)
     return Gap(missing, stale)
 
 
@@ -144,8 +153,9 @@ def _shards(index: Path) -> set[str]:
         raise InputError(f"{index} is damaged: {error}. Run the recipe again.") from error
 
 
-def _is_weights(name: str) -> bool:
-    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
+def _is_of_a_model(name: str) -> bool:
+    patterns = (*WEIGHTS, *CONFIGURATIONS, *OTHER_WEIGHTS)
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _local_file(path: Path) -> LocalFile:

@@ -48,7 +48,7 @@ class PushReport:
         url: The repository's page, at the branch.
         files, bytes: The run's files there, and their size.
         sent: Names of the files that this push sent; empty where nothing differed.
-        removed: Names of another model's weight files that it took away.
+        removed: Names of another model's weights and configurations that it took away.
     """
 
     commit: str
@@ -178,7 +178,7 @@ class _Upload:
         size = sum(local[name].size for name in gap.missing)
         logger.info("Sending %d files, %.1f MB, to %s.", len(gap.missing), size / 1e6, self.target.repo_id)
         if gap.stale:
-            logger.info("Taking away weights of another model: %s.", ", ".join(gap.stale))
+            logger.info("Taking away files of another model: %s.", ", ".join(gap.stale))
         self.sent.update(gap.missing)
         self.removed.update(gap.stale)
         try:

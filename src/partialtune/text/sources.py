@@ -102,21 +102,22 @@ def read_texts(
     return texts
 
 
-def check_kept(recorded: Sequence[Mapping[str, Any]], sources: Sequence[str], run: Path) -> list[str]:
+def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path) -> list[str]:
     """Stop where a text is not the one that a run was trained on. Nothing is fetched: only what lies here is read.
 
     Args:
-        recorded: `name` and `sha256` of each text, as `recipe.yaml` keeps them under `run`.
+        recorded: Name -> sha256 of each text, as the run kept them. Where it kept none, nothing is compared.
         sources: What the recipe names now.
         run: The run's folder, for the message.
 
     Returns:
-        Names of recorded texts that were not compared: on the network, or not there any more.
+        Names of texts that were not compared: on the network, or not there any more.
 
     Raises:
         TextError: Names the texts that differ.
     """
-    digests = {entry["name"]: entry["sha256"] for entry in recorded}
+    if not recorded:
+        return list(sources)
     present: set[str] = set()
     different = []
     for source in sources:
@@ -126,15 +127,15 @@ def check_kept(recorded: Sequence[Mapping[str, Any]], sources: Sequence[str], ru
             for name in expand_all([source]):
                 present.add(name)
                 found = _sha256(raw_text(name, text_column=""))
-                if digests.get(name) != found:
-                    was = f"sha256 {digests[name][:12]} then" if name in digests else "not among its texts"
+                if recorded.get(name) != found:
+                    was = f"sha256 {recorded[name][:12]} then" if name in recorded else "not among its texts"
                     different.append(f"{name}: {was}, {found[:12]} now")
     if different:
         raise TextError(
             f"The run in {run} is finished, and its text is not what it was: {'; '.join(different)}. "
             f"For a run on the present text name another folder: --output_dir {run}-2. Nothing was touched."
         )
-    return [name for name in digests if name not in present]
+    return [name for name in recorded if name not in present]
 
 
 def _sha256(raw: RawText) -> str:
