@@ -143,7 +143,7 @@ def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
     kept = {str(tmp_path / "a.txt"): digest, "https://host.invalid/b.txt": "0"}
     sources = [str(tmp_path / "*.txt"), "https://host.invalid/b.txt", "hf:nobody/nothing"]
     assert check_kept(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
-    assert check_kept({}, sources, tmp_path) == sources
+    assert check_kept({}, sources, tmp_path) == ["its texts"]
     (tmp_path / "c.txt").write_text("a third")
     with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
         check_kept(kept, sources, tmp_path)
@@ -334,7 +334,9 @@ def test_a_run_that_goes_on_is_not_taken_for_finished_any_more(place, monkeypatc
         train.standing_of(place / "run", recipe.values, None)
 
 
-def test_a_run_that_went_on_and_was_killed_while_scoring_is_not_pushed_under_its_old_scores(place, monkeypatch, capfd):
+def test_a_run_that_went_on_and_was_killed_while_scoring_is_not_pushed_under_its_old_scores(
+    place, monkeypatch, capfd, caplog
+):
     run, words = place / "more", ["--lr_scheduler_type", "constant", "--output_dir", str(place / "more")]
     assert again(place, *words) == 0
     check_finished(run, allow_failed_audit=False)
@@ -352,6 +354,8 @@ def test_a_run_that_went_on_and_was_killed_while_scoring_is_not_pushed_under_its
     assert "did not finish" in capfd.readouterr().err
     with pytest.raises(InputError, match="has not ended"):
         read_outcome(run)
+    assert main(["report", str(run)]) == 0
+    assert f"The run in {run} has not ended" in caplog.text
     command = shlex.split(str(refused.value).rpartition("Finish it first: ")[2])
     assert main(command[1:]) == 0
     check_finished(run, allow_failed_audit=False)
@@ -382,8 +386,10 @@ def test_a_model_that_finds_no_room_leaves_the_whole_one_of_before(place, monkey
     assert {name: (run / name).read_bytes() for name in before} == before
     assert json.loads((run / "exit.json").read_text())["code"] == 2
     assert not (run / ASIDE).exists()
+    (run / "delta.json").write_text("{}")  # as of an end at which the model was saved in another way
     assert again(place, *words, "--max_steps", "10", *RESUME) == 0
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert not (run / "delta.json").exists()
 
 
 def _no_room():

@@ -11,6 +11,7 @@ from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
+from partialtune.hub.files import WEIGHTS
 from partialtune.insight.run_insight import sampled_continuations
 from partialtune.launch import decided_by_main, done_together, main_process_only
 from partialtune.output_dir import write_json
@@ -48,7 +49,11 @@ def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedToken
         if trainer.args.should_save:
             with disk_errors("The model", folder):
                 tokenizer.save_pretrained(aside)
+                written = {path.name for path in aside.iterdir()}
                 move_all(aside, folder)
+                for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
+                    if path.name not in written:
+                        path.unlink()  # of an earlier end, saved in another way: it would be loaded in its place
 
     try:
         decided_by_main(lambda: clear_aside(folder))

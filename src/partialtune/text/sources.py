@@ -117,7 +117,7 @@ def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path) -
         TextError: Names the texts that differ.
     """
     if not recorded:
-        return list(sources)
+        return ["its texts"]
     present: set[str] = set()
     different = []
     for source in sources:
