@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there; the newest complete one is found; rotation spares the last good one."""
 
 import errno
+import shutil
 
 import pytest
 from safetensors import SafetensorError
@@ -136,3 +137,32 @@ def test_rotation_never_removes_the_only_complete_one_for_newer_incomplete_ones(
         write_checkpoint(tmp_path, step, complete=False)
     rotate_checkpoints(tmp_path, keep=1, spare=None)
     assert not damage_of(tmp_path / "checkpoint-1")
+
+
+def test_a_link_to_a_checkpoint_is_let_be_and_a_checkpoint_that_cannot_be_deleted_is_no_reason_to_end(
+    tmp_path, monkeypatch, caplog
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in (1, 2, 3):
+        write_checkpoint(run, step)
+    write_checkpoint(elsewhere, 0)
+    (run / "checkpoint-0").symlink_to(elsewhere / "checkpoint-0", target_is_directory=True)
+    with monkeypatch.context() as refused:
+        refused.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        rotate_checkpoints(run, keep=2, spare=None)
+    assert "could not be deleted (Permission denied): it stays" in caplog.text
+    rotate_checkpoints(run, keep=1, spare=None)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-3"]
+    assert damage_of(elsewhere / "checkpoint-0") == []
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_checkpoint_takes_the_place_of_a_link_and_what_the_link_named_stays(target, tmp_path):
+    run = tmp_path / "run"
+    write_checkpoint(tmp_path / "elsewhere", 4)
+    run.mkdir()
+    (run / "checkpoint-4").symlink_to(tmp_path / target / "checkpoint-4", target_is_directory=True)
+    write_checkpoint(run, 4)
+    assert not (run / "checkpoint-4").is_symlink()
+    assert damage_of(run / "checkpoint-4") == damage_of(tmp_path / "elsewhere" / "checkpoint-4") == []
+    assert not (run / ASIDE).exists()

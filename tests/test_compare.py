@@ -26,9 +26,10 @@ from partialtune.compare.frontier import draw_frontier
 from partialtune.compare.ground import check_recipes
 from partialtune.compare.page import subtitle
 from partialtune.compare.policies import changed_words, read_policies, value_words
-from partialtune.compare.rates import Trial, at_the_end_of_the_list, best_rate
+from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate
 from partialtune.compare.results import Spread, grouped, read_outcome, unique_names
 from partialtune.errors import InputError, Interrupted, RecipeError
+from partialtune.output_dir import locked
 from partialtune.pages.themes import LIGHT
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder
@@ -424,7 +425,7 @@ def in_this_process(monkeypatch):
     """Runs in this process, which costs no imports; the list of commands that were run."""
     commands = []
 
-    def run_here(command, log, look):
+    def run_here(command, log, look, *held):
         commands.append(command[2:])
         look()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -515,7 +516,7 @@ def test_a_comparison_of_longer_runs_is_not_made_of_shorter_ones(recipes, tmp_pa
 def test_trials_that_crash_are_told_and_the_runs_go_on(recipes, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def crash_in_trials(command, log, look):
+    def crash_in_trials(command, log, look, *held):
         asked.append(command[2])
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("Killed" if command[2].endswith("trying") else "Traceback ...\nMemoryError: none left")
@@ -590,6 +591,54 @@ def test_a_run_that_another_process_is_writing_is_waited_for(tmp_path):
     assert holder.stdout.readline() == "held\n"
     children.wait_for_lock(tmp_path, "norms, seed 0")
     assert holder.wait() == 0  # it had ended
+
+
+def test_a_second_comparison_in_a_folder_is_refused(recipes, tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        assert main(["compare", *recipes.values(), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "another run is writing to" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(recipes, tmp_path):
+    """The comparison's process is killed, the one that tries rates goes on: the next comparison takes what it finds."""
+    trial = tmp_path / "trial.py"
+    trial.write_text(
+        "import sys, time; from pathlib import Path; from partialtune.compare.rates import Trial, keep_trial\n"
+        "from partialtune.recipe.reading import read_recipe\n"
+        "Path(sys.argv[1] + '.begun').touch()\n"
+        "time.sleep(2)\n"
+        "values = read_recipe(sys.argv[3], sys.argv[4:]).values\n"
+        "for rate in sys.argv[2].split(','): keep_trial(Path(sys.argv[1]), values, Trial(float(rate), 2.0))\n"
+    )
+    search = Search(
+        read_policies([recipes["norms"]])[0],
+        [1e-3, 1e-2],
+        [tmp_path / "text.txt"],
+        0,
+        None,
+        tmp_path / "rates" / "norms.json",
+        tmp_path / "log",
+    )
+    begin = (
+        "import sys; from partialtune.compare import children; from partialtune.files import lock\n"
+        "with open(sys.argv[1], 'a') as held:\n"
+        "    lock(held, sys.exit)\n"
+        f"    words = [sys.executable, {str(trial)!r}, *sys.argv[3:]]\n"
+        "    children.run_child(words, children.Path(sys.argv[2]), int, held)\n"
+    )
+    search.file.parent.mkdir()
+    words = [str(search.file.with_suffix(".lock")), str(tmp_path / "first.log"), *search.command(search.rates)[3:]]
+    comparison = subprocess.Popen([sys.executable, "-c", begin, *words])
+    deadline = time.monotonic() + 120
+    while not Path(f"{search.file}.begun").exists() and comparison.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    comparison.kill()
+    comparison.wait()
+    with children.RunQueue(8) as queue:
+        assert [trial.bits_per_byte for trial in queue.search(search)] == [2.0, 2.0]
+    assert not search.log.exists()  # nothing was tried again
 
 
 # --- small parts

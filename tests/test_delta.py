@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,6 +315,23 @@ def test_a_frozen_weight_that_changed_all_the_same_is_in_the_delta(tmp_path, gpt
     write_delta(tmp_path / "delta", model, plan, before, digests(model), Base(str(gpt2)))
     model.save_pretrained(tmp_path / "whole")
     check_rebuilt(tmp_path / "whole", tmp_path / "delta", tmp_path / "out")
+
+
+def test_an_empty_folder_is_filled_where_it_cannot_be_replaced(runs, tmp_path, monkeypatch):
+    for name in ("here", "behind"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "behind", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "here")
+    partialtune.apply_delta(runs / "delta", ".")
+    partialtune.apply_delta(runs / "delta", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("here", "behind")]
+    assert names[0] == names[1]
+    assert {"config.json", "model.safetensors"} <= set(names[0])
+    assert Path.cwd().is_dir()  # a shell that stands there still does
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"is a link to .*nowhere, which is not there"):
+        partialtune.apply_delta("nothing/is-asked-for", tmp_path / "lost")
 
 
 def test_a_delta_is_no_base_to_load_without_apply_and_the_message_says_so(tmp_path, gpt2):

@@ -1,7 +1,9 @@
 """Several processes give the answer of one: same losses, weights, deltas, audit, and one set of files."""
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,15 +14,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster import WarmProcess, small_recipe, wait_for
 from conftest import REPOSITORY
 from partialtune.cli import main
-from partialtune.errors import EndedElsewhere, InputError
-from partialtune.launch import check_engine, peers_watched
+from partialtune.errors import EndedElsewhere, InputError, Interrupted, code_of, disk_words, is_disk_fault
+from partialtune.launch import check_engine, decided_by_main, done_together, first_on_each_node, peers_watched
+from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
 from test_download import Server
+from two_processes import on_two_processes
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 
@@ -212,6 +217,90 @@ def test_when_one_process_is_killed_the_other_ends_within_a_minute_in_words_and_
     assert "Traceback" not in said
     if killed == 1:  # the main process writes the reason down
         assert "Another process" in read(run, "exit.json")["reason"]
+
+
+def how_all_end() -> dict[str, list]:
+    """Errors of one of two processes: what this one raises, its words and its exit code."""
+    rank = PartialState(cpu=True).process_index
+
+    def fail(on: int, error: Exception) -> None:
+        if rank == on:
+            raise error
+
+    no_room = OSError(errno.ENOSPC, "No space left on device", "a.json")
+    return {
+        "the main one's disk": ended(decided_by_main, lambda: fail(0, no_room)),
+        "the main one's own": ended(decided_by_main, lambda: fail(0, OSError(errno.ESTALE, "Stale file handle"))),
+        "a bug of the main one": ended(decided_by_main, lambda: fail(0, KeyError("x"))),
+        "a bug of the first of a node": ended(first_on_each_node, lambda: fail(0, KeyError("x"))),
+        "the other one's disk": ended(done_together, lambda: fail(1, no_room)),
+        "words of the other one": ended(done_together, lambda: fail(1, Interrupted("stopped", 143))),
+        "a bug of the other one": ended(done_together, lambda: fail(1, ZeroDivisionError("by 0"))),
+        "nothing": ended(done_together, lambda: fail(2, KeyError("x"))),
+    }
+
+
+def ended(together, make) -> list:
+    try:
+        together(make)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is looked at)
+        return [type(error).__name__, disk_words(error) if is_disk_fault(error) else str(error), code_of(error)]
+    return []
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_whatever_it_is_ends_both_with_one_code_and_its_words_once():
+    main_one, other = on_two_processes(how_all_end)
+    full = "No space left on device: a.json. Make room on the disk, or name another folder."
+    assert main_one["the main one's disk"] == ["OSError", full, 2]
+    assert other["the main one's disk"] == ["EndedElsewhere", "", 2]
+    assert main_one["the main one's own"][2] == other["the main one's own"][2] == 2
+    for case in ("a bug of the main one", "a bug of the first of a node"):
+        assert main_one[case] == ["KeyError", "'x'", 1]
+        assert other[case] == ["EndedElsewhere", "", 1]
+    assert main_one["the other one's disk"] == ["EndedElsewhere", full, 2]
+    assert other["the other one's disk"] == ["EndedElsewhere", "", 2]
+    assert main_one["words of the other one"] == ["EndedElsewhere", "stopped", 143]
+    assert other["words of the other one"] == ["EndedElsewhere", "", 143]
+    assert "failed, and says more: ZeroDivisionError: by 0" in main_one["a bug of the other one"][1]
+    assert other["a bug of the other one"] == ["ZeroDivisionError", "by 0", 1]
+    assert main_one["nothing"] == other["nothing"] == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_both_with_2_and_leaves_whole_checkpoints(warm, tmp_path):
+    words = small_recipe(tmp_path, max_steps=3000, schedule=[], logging_steps=100, eval_strategy="no", save_steps=5)
+    run, before = tmp_path / "run", len(warm.log.read_text()) if warm.log.exists() else 0
+    processes = warm.start_all(words, 2)
+    wait_for((run / "checkpoint-5").is_dir, warm.parent)
+    resource.prlimit(processes[0], resource.RLIMIT_FSIZE, (200_000, 200_000))  # the model has more
+    assert warm.end_all() == [2, 2]
+    said = warm.log.read_text()[before:]
+    assert said.count("could not be saved") == 1
+    assert "Traceback" not in said
+    assert read(run, "exit.json")["code"] == 2
+    assert not (run / ASIDE).exists()
+    assert checkpoints_in(run)
+    assert [damage_of(checkpoint) for checkpoint in checkpoints_in(run)] == [[]] * len(checkpoints_in(run))
+
+
+@pytest.mark.slow
+def test_a_process_that_was_stopped_is_waited_for_as_long_as_ddp_timeout_and_the_other_ends_in_words(warm, tmp_path):
+    words = small_recipe(
+        tmp_path, max_steps=3000, logging_steps=100, eval_strategy="no", save_steps=5, ddp_timeout=20, schedule=[]
+    )
+    run, before = tmp_path / "run", len(warm.log.read_text()) if warm.log.exists() else 0
+    processes = warm.start_all(words, 2)
+    wait_for((run / "checkpoint-5").is_dir, warm.parent)
+    os.kill(processes[1], signal.SIGSTOP)
+    wait_for((run / "exit.json").is_file, warm.parent, seconds=90)
+    os.kill(processes[1], signal.SIGCONT)
+    assert warm.end_all() == [1, 1]
+    said = warm.log.read_text()[before:]
+    assert "Another process of this run did not answer for 20 seconds (ddp_timeout)" in said
+    assert "Another process of this run ended" in said  # of the one that woke up
+    assert "Traceback" not in said
+    assert "did not answer for 20 seconds" in read(run, "exit.json")["reason"]
 
 
 def test_an_error_that_is_no_lost_process_stays_what_it_is():

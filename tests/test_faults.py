@@ -3,11 +3,16 @@
 In each of them the run ends in words, and what was saved before is whole.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 import resource
+import shlex
 import shutil
+import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +23,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster import fingerprint, small_recipe
-from partialtune import train
+from partialtune import results, train
 from partialtune.cli import main
-from partialtune.errors import RecipeError, TextError
-from partialtune.output_dir import Standing, locked
+from partialtune.compare.children import run_child
+from partialtune.compare.results import read_outcome
+from partialtune.errors import InputError, RecipeError, TextError
+from partialtune.hub import push
+from partialtune.hub.files import check_finished
+from partialtune.output_dir import Standing, locked, write_exit
+from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.text.download import fetch
+from partialtune.text.sources import check_kept
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
 from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
@@ -108,6 +119,36 @@ def test_a_checkpoint_of_another_run_is_refused_and_what_differs_is_named(name, 
     assert not (place / "new").exists()
 
 
+def test_a_finished_run_is_not_said_to_be_done_where_its_text_was_edited(place, capfd, caplog):
+    run, text = place / "run", place / "text.txt"
+    write_exit(run, 0, "done")
+    before, content = marks(run), text.read_bytes()
+    assert again(place) == 0
+    assert "nothing to do" in caplog.text
+    text.write_bytes(content.replace(b"wisdom", b"folly"))
+    for words in ([], RESUME):
+        assert again(place, *words) == 2
+    assert f"its text is not what it was: {text}: sha256" in capfd.readouterr().err
+    text.write_bytes(content)
+    assert again(place, *RESUME) == 0
+    text.unlink()
+    assert again(place) == 0
+    assert f"nothing to do. Not looked at again: {text}." in caplog.text
+    assert marks(run) == before
+
+
+def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    kept = {str(tmp_path / "a.txt"): digest, "https://host.invalid/b.txt": "0"}
+    sources = [str(tmp_path / "*.txt"), "https://host.invalid/b.txt", "hf:nobody/nothing"]
+    assert check_kept(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
+    assert check_kept({}, sources, tmp_path) == ["its texts"]
+    (tmp_path / "c.txt").write_text("a third")
+    with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
+        check_kept(kept, sources, tmp_path)
+
+
 def test_a_base_that_changed_in_its_place_stops_the_run_that_goes_on_and_leaves_it_as_it_was(place, capfd):
     other_base(place)
     before = marks(place / "run")
@@ -190,6 +231,56 @@ def test_a_disk_that_is_full_while_saving_ends_the_run_and_the_last_checkpoint_i
     assert fingerprint(run) == fingerprint(home / "run")
 
 
+def test_a_report_that_finds_no_room_is_written_at_the_next_save(home, place, monkeypatch, caplog):
+    write, tries = WeightDeltaCallback._write_lines, []
+
+    def full_once(self, args):
+        tries.append(len(self._unwritten))
+        if len(tries) > 1:
+            return write(self, args)
+        with files_up_to(self._file(args).stat().st_size + 1000):  # room for half of the lines
+            return write(self, args)
+
+    monkeypatch.setattr(WeightDeltaCallback, "_write_lines", full_once)
+    assert again(place, *RESUME) == 0
+    assert tries[:2] == [40, 40]  # at step 8, then at its checkpoint
+    assert "File too large. Its 40 new lines are tried again at the next save." in caplog.text
+    assert fingerprint(place / "run") == fingerprint(home / "run")
+
+
+@pytest.mark.parametrize("name", ["weight_deltas.jsonl", "audit.json", "trainer_state.json", "evaluation.json"])
+def test_a_file_of_the_run_that_finds_no_room_ends_it_with_one_code_and_it_can_be_gone_on_with(
+    name, home, place, monkeypatch, capfd
+):
+    run = place / "run"
+    with monkeypatch.context() as full:
+        full_for(name, full)
+        assert again(place, *RESUME) == 2
+    err = capfd.readouterr().err
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    said = json.loads((run / "exit.json").read_text())
+    assert said["code"] == 2
+    assert "No space left on device" in said["reason"]
+    assert not list(run.glob(".*.part"))
+    assert again(place, *RESUME) == 0
+    assert fingerprint(run) == fingerprint(home / "run")
+
+
+def full_for(name, patch):
+    """A disk that has no room for files of this name."""
+    replace, opened = os.replace, Path.open
+
+    def refuse(one, other, *args):
+        return _no_room() if Path(other).name == name else replace(one, other, *args)
+
+    def refuse_to_append(path, mode="r", *args, **kwargs):
+        return _no_room() if (path.name, mode) == (name, "ab") else opened(path, mode, *args, **kwargs)
+
+    patch.setattr(os, "replace", refuse)
+    patch.setattr(Path, "open", refuse_to_append)
+
+
 def _limited(save, *args, **kwargs):
     with files_up_to(100):
         return save(*args, **kwargs)
@@ -241,6 +332,68 @@ def test_a_run_that_goes_on_is_not_taken_for_finished_any_more(place, monkeypatc
     assert train.standing_of(place / "run", recipe.values, "auto") is Standing.BEGUN
     with pytest.raises(RecipeError, match="--resume_from_checkpoint auto"):
         train.standing_of(place / "run", recipe.values, None)
+
+
+def test_a_run_that_went_on_and_was_killed_while_scoring_is_not_pushed_under_its_old_scores(
+    place, monkeypatch, capfd, caplog
+):
+    run, words = place / "more", ["--lr_scheduler_type", "constant", "--output_dir", str(place / "more")]
+    assert again(place, *words) == 0
+    check_finished(run, allow_failed_audit=False)
+    scores = (run / "evaluation.json").read_bytes()
+    with monkeypatch.context() as killed:  # a killed process leaves no exit.json
+        killed.setattr(train, "write_insight", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(train, "write_exit", lambda *args: None)
+        assert again(place, *words, "--max_steps", "10", *RESUME) == 130
+    assert (run / "evaluation.json").read_bytes() == scores  # of 8 steps, beside the weights of 10
+    for allowed in (False, True):
+        with pytest.raises(InputError, match="did not finish") as refused:
+            check_finished(run, allow_failed_audit=allowed)
+    capfd.readouterr()
+    assert main(["push", str(run), "--repo_id", "me/run"]) == 2
+    assert "did not finish" in capfd.readouterr().err
+    with pytest.raises(InputError, match="has not ended"):
+        read_outcome(run)
+    assert main(["report", str(run)]) == 0
+    assert f"The run in {run} has not ended" in caplog.text
+    command = shlex.split(str(refused.value).rpartition("Finish it first: ")[2])
+    assert main(command[1:]) == 0
+    check_finished(run, allow_failed_audit=False)
+    assert (run / "evaluation.json").read_bytes() != scores
+
+
+def test_a_push_and_a_run_exclude_each_other(place, monkeypatch, capfd):
+    run = place / "run"
+    with locked(run):
+        assert main(["push", str(run), "--repo_id", "me/run"]) == 2
+    assert "RUN: another run is writing to" in capfd.readouterr().err
+    write_exit(run, 0, "done")
+    codes = []
+    monkeypatch.setattr(push, "_push", lambda *args: codes.append(again(place, "--max_steps", "12", *RESUME)))
+    assert main(["push", str(run), "--repo_id", "me/run"]) == 0
+    assert codes == [2]
+    assert "or a push is reading it" in capfd.readouterr().err
+
+
+def test_a_model_that_finds_no_room_leaves_the_whole_one_of_before(place, monkeypatch, capfd):
+    run, words = place / "more", ["--lr_scheduler_type", "constant", "--output_dir", str(place / "more")]
+    assert again(place, *words) == 0
+    before = {name: (run / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")}
+    with monkeypatch.context() as full:
+        full.setattr(results, "move_all", lambda *args: _no_room())
+        assert again(place, *words, "--max_steps", "10", *RESUME) == 2
+    assert "The model could not be saved" in capfd.readouterr().err
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert json.loads((run / "exit.json").read_text())["code"] == 2
+    assert not (run / ASIDE).exists()
+    (run / "delta.json").write_text("{}")  # as of an end at which the model was saved in another way
+    assert again(place, *words, "--max_steps", "10", *RESUME) == 0
+    assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert not (run / "delta.json").exists()
+
+
+def _no_room():
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---- what is not finite ---------------------------------------------------------------------------------------------
@@ -299,3 +452,26 @@ def _tokenizer(place):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(place / "base")
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_a_worker_thread_works_without_signals(home, place):
+    codes = []
+    words = ["train", str(place / "recipe.yaml"), *RESUME]
+    thread = threading.Thread(target=lambda: codes.append(main(words)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert fingerprint(place / "run") == fingerprint(home / "run")
+
+
+def test_a_child_of_a_comparison_is_run_from_a_worker_thread_too(tmp_path):
+    codes = []
+    command = [sys.executable, "-c", "print('it ran')"]
+    thread = threading.Thread(target=lambda: codes.append(run_child(command, tmp_path / "log", lambda: None)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert (tmp_path / "log").read_text() == "it ran\n"

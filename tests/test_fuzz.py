@@ -26,18 +26,20 @@ from partialtune import results, train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.data import prepare_data
+from partialtune.environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.conformance import check_conformance
 from partialtune.model.dropout import set_dropout
 from partialtune.model.loading import load_config, load_model
+from partialtune.output_dir import exit_code_of, is_finished, recorded_sources
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.verify import verify
 from partialtune.proof.weights import digests
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.text.addresses import without_secrets
-from partialtune.text.sources import read_texts
+from partialtune.text.sources import check_kept, read_texts
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
 from tiny_models import tiny_config
 
@@ -484,3 +486,41 @@ def test_any_model_is_taken_or_refused_in_words_and_keeps_its_weights(model_type
     found, error = outcome(lambda: check_conformance(model, block_size))
     assert found is not None or len(str(error)) > 40
     assert digests(model) == before
+
+
+# ---- what others leave in the environment and in a run's folder -----------------------------------------------------
+
+VARIABLES = st.dictionaries(
+    st.sampled_from([*SIZES, *SIZES.values(), PLACE, ADDRESS]),
+    st.sampled_from(["", " ", "0", "1", "2", "-1", "two", "²", "1e9", "9" * 5000, "2\n"]) | st.text(max_size=3),
+)
+
+
+@fuzz(200)
+@given(VARIABLES)
+def test_whatever_a_launcher_left_is_named_or_believed(variables):
+    found = left_over(variables)
+    assert found.keys() <= variables.keys()
+    if not found:  # torch and accelerate can make numbers of what is left
+        assert all(int(variables[name]) >= -1 for name in (*SIZES, PLACE) if variables.get(name, "").strip())
+
+
+@fuzz(60)
+@given(st.one_of(st.text(max_size=20), VALUES.map(lambda value: json.dumps({"code": value}))))
+@example('{"code": Infinity}')
+@example('{"code": NaN}')
+@example("[" * 5000)
+def test_whatever_exit_json_holds_only_a_run_that_ended_is_finished(tmp_path, content):
+    (tmp_path / "exit.json").write_text(content, encoding="utf-8", errors="replace")
+    code = exit_code_of(tmp_path)
+    assert code is None or isinstance(code, int)
+    assert is_finished(tmp_path) == (code in (0, 5))
+
+
+@fuzz(60)
+@given(VALUES)
+def test_whatever_a_recipe_says_of_its_texts_is_compared_or_let_be(tmp_path, value):
+    for run in (value, {"sources": value}, {"sources": [value]}, {"sources": [{"name": value, "sha256": value}]}):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"run": run}), encoding="utf-8")
+        _, error = outcome(lambda: check_kept(recorded_sources(tmp_path), ["builtin:python-docs"], tmp_path))
+        assert error is None or "is not what it was" in str(error)

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.hf_api import RepoFile
 
 from conftest import tiny_gpt2
 from faulty_http import Fault
 from hub_server import Account, Blob, HubServer
 from partialtune.builtin import builtin_folder
 from partialtune.errors import InputError
-from partialtune.hub.files import check_finished, files_to_send
+from partialtune.hub.files import check_finished, files_to_send, gap_between
 from partialtune.pages.card import UNNAMED
 from run_folder import write_run_folder
 
@@ -382,6 +383,39 @@ def test_weights_of_another_model_are_taken_away_and_other_files_stay(desk, run)
     outcome = desk.push(run)
     assert outcome["removed"] == ["adapter_config.json", "model.safetensors"]
     assert on_hub(desk) == {**on_disk(run), "LICENSE": b"MIT", "figures/mine.png": b"png"}
+
+
+KINDS = {
+    "full": ("config.json", "generation_config.json", "model.safetensors"),
+    "sharded": ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"),
+    "delta": ("config.json", "generation_config.json", "delta.json", "delta.safetensors"),
+    "lora": ("adapter_config.json", "adapter_model.safetensors"),
+    "older": ("config.json", "pytorch_model.bin"),
+}
+
+
+@pytest.mark.parametrize("after", ["full", "delta", "lora"])
+@pytest.mark.parametrize("before", KINDS)
+def test_what_one_kind_of_model_leaves_is_taken_away_by_the_next(before, after, tmp_path):
+    for name in (*KINDS[after], "README.md"):
+        (tmp_path / name).write_text("after")
+    there = [RepoFile(path=name, size=6, oid="0" * 40) for name in (*KINDS[before], "README.md", "LICENSE")]
+    gap = gap_between(files_to_send(tmp_path), there)
+    assert set(gap.stale) == set(KINDS[before]) - set(KINDS[after])
+    assert set(gap.missing) == {*KINDS[after], "README.md"}
+
+
+def test_adapters_over_a_whole_model_go_in_one_commit_that_takes_its_configuration_away(desk, run, tmp_path):
+    theirs = {"config.json": b"{}", "generation_config.json": b"{}", "model.safetensors": b"old", "LICENSE": b"MIT"}
+    desk.hub.create("me/gulliver").commit("main", {n: Blob(len(c), c) for n, c in theirs.items()}, "a whole model")
+    for name in ("config.json", "generation_config.json", *(path.name for path in run.glob("model*"))):
+        (run / name).unlink(missing_ok=True)
+    (run / "adapter_config.json").write_text("{}")
+    (run / "adapter_model.safetensors").write_bytes(b"adapters")
+    outcome = desk.push(run)
+    assert outcome["removed"] == ["config.json", "generation_config.json", "model.safetensors"]
+    assert desk.hub.count("POST", "/commit/") == 1
+    assert on_hub(desk) == {**on_disk(run), "LICENSE": b"MIT"}
 
 
 def test_branches_and_organisations_can_be_pushed_to(desk, run):

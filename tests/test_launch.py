@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
+from partialtune.cli import main
+from partialtune.environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.errors import InputError
 from partialtune.launch import check_precision, check_processes, one_device_a_process, use_all_cores
 
@@ -83,6 +87,68 @@ def test_processes_that_do_not_find_each_other_are_stopped(monkeypatch):
     with pytest.raises(InputError, match="each runs alone"):
         check_processes(SimpleNamespace(world_size=1))
     check_processes(SimpleNamespace(world_size=2))
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+LEFT_OVER = {
+    "torchrun's": ({"WORLD_SIZE": "2"}, "unset WORLD_SIZE"),
+    "OpenMPI's": ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "unset OMPI_COMM_WORLD_SIZE"),
+    "MPICH's": ({"PMI_SIZE": "2"}, "unset PMI_SIZE"),
+    "MVAPICH's": ({"MV2_COMM_WORLD_SIZE": "2"}, "unset MV2_COMM_WORLD_SIZE"),
+    "two of them": ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "unset WORLD_SIZE LOCAL_RANK"),
+    "a place alone": ({"LOCAL_RANK": "0"}, "unset LOCAL_RANK"),
+    "an address without a rank": ({"WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, "RANK or .* is not set"),
+    "no number": ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is no whole number"),
+    "a number in other digits": ({"WORLD_SIZE": "²"}, "WORLD_SIZE is no whole number"),
+    "zero": ({"WORLD_SIZE": "0"}, "unset WORLD_SIZE"),
+}
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """An environment in which no launcher has left anything."""
+    for name in (*SIZES, *SIZES.values(), PLACE, ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", LEFT_OVER)
+def test_variables_of_a_launcher_that_did_not_start_us_are_named_before_anything_is_loaded(
+    name, no_launcher, monkeypatch, capfd
+):
+    variables, said = LEFT_OVER[name]
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("partialtune.recipe.reading.read_recipe", lambda *args: pytest.fail("it went on"))
+    assert main(["train", "recipe.yaml"]) == 2
+    err = capfd.readouterr().err
+    assert re.search(said, err), err
+    assert "accelerate launch" in err
+
+
+def test_variables_of_a_launcher_that_did_start_us_are_believed(no_launcher):
+    assert left_over({}) == left_over({"WORLD_SIZE": "1"}) == left_over({"WORLD_SIZE": ""}) == {}
+    assert left_over(TORCHRUN) == left_over({**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "2"}) == {}
+    mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "MASTER_ADDR": "node1"}
+    assert left_over(mpi) == {}
+
+
+def test_commands_of_one_process_forget_what_a_launcher_left(no_launcher, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert main(["report", "there/is/no/run"]) == 2
+    assert "there/is/no/run" in capfd.readouterr().err
+    assert "WORLD_SIZE" not in os.environ
+    assert "OMPI_COMM_WORLD_SIZE" not in os.environ
+
+
+def test_processes_of_which_some_never_come_are_waited_for_no_longer_than_ddp_timeout(no_launcher):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from partialtune.launch import join_processes; join_processes({'use_cpu': True, 'ddp_timeout': 1})"
+    variables = {**os.environ, **TORCHRUN, "MASTER_PORT": str(port)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120)
+    assert "InputError: The 2 processes of this run (WORLD_SIZE) did not find each other within 1 seconds" in run.stderr
 
 
 def test_one_process_that_sees_several_gpus_uses_one_and_says_how_to_use_all(caplog):

@@ -1,6 +1,5 @@
 """The command line: words -> one command -> exit code."""
 
-import errno
 import gc
 import logging
 import os
@@ -9,10 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from partialtune.commands import COMMANDS
-from partialtune.errors import PartialtuneError
+from partialtune.environment import forget_left_over
+from partialtune.errors import PartialtuneError, code_of, disk_words, is_disk_fault
 from partialtune.parser import make_parser
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run() -> NoReturn:
@@ -38,6 +36,8 @@ def main(words: Sequence[str]) -> int:
         parser.print_help()
         return 2
     _set_up_logging()
+    if known.command != "train":
+        forget_left_over()
     try:
         COMMANDS[known.command](known, overrides)
     except PartialtuneError as error:
@@ -46,10 +46,9 @@ def main(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
         return 0
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if not is_disk_fault(error):
             raise
-        where = f": {error.filename}" if error.filename else ""
-        return _say(f"{error.strerror}{where}. Make room on the disk, or name another folder.", 2)
+        return _say(disk_words(error), code_of(error))
     except KeyboardInterrupt:
         return _say("Interrupted. What was saved before is in the run's folder.", 130)
     return 0

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from partialtune.environment import check_launched
 from partialtune.errors import InputError, ModelError
 
 logger = logging.getLogger(__name__)
 
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    check_launched()
     with _importing():
-        from partialtune.launch import check_launcher, join_processes, peers_watched, use_all_cores
+        from partialtune.launch import DDP_TIMEOUT, check_launcher, join_processes, peers_watched, use_all_cores
         from partialtune.model.loading import quiet_libraries
         from partialtune.recipe.reading import read_recipe
         from partialtune.training.stopping import ended_by_signals
@@ -23,13 +25,14 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     use_all_cores()
     quiet_libraries()
     check_launcher()
-    with ended_by_signals(), peers_watched():
+    with ended_by_signals():
         recipe = read_recipe(_recipe_path(known.recipe), overrides)
         with _importing():
             from partialtune.train import train  # four seconds, which a mistake in the recipe need not wait for
 
-        join_processes(recipe.training)
-        train(recipe)
+        with peers_watched(recipe.training.get("ddp_timeout", DDP_TIMEOUT)):
+            join_processes(recipe.training)
+            train(recipe)
 
 
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -121,12 +124,15 @@ def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from partialtune.output_dir import exit_code_of
     from partialtune.pages.card import write_card
     from partialtune.pages.figures import draw_figures
     from partialtune.pages.report import write_report
 
     _refuse(overrides)
     folder = Path(known.run)
+    if folder.is_dir() and exit_code_of(folder) is None:
+        logger.warning("The run in %s has not ended: its scores may be those of fewer steps than its weights.", folder)
     draw_figures(folder)
     write_card(folder)
     print(write_report(folder))

@@ -1,5 +1,6 @@
 """Errors that end a run: each carries the exit code that the command line returns for it."""
 
+import errno
 from pathlib import Path
 from traceback import walk_tb
 
@@ -72,3 +73,30 @@ def is_ours(error: BaseException) -> bool:
     """Whether this package's code raised a caught error, and not that of a model or a library which it called."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
+
+
+# what a disk, a network file system or its owner can do to us: no bug, and no traceback
+DISK_FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENXIO, errno.ENODEV),
+)
+
+
+def is_disk_fault(error: BaseException) -> bool:
+    """Whether the system could not read or write a file, for a reason that lies in the machine."""
+    return isinstance(error, OSError) and error.errno in DISK_FAULTS
+
+
+def disk_words(error: OSError) -> str:
+    """What the system said, of which file, and what to do."""
+    where = f": {error.filename}" if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    do = "Make room on the disk, or name another folder" if full else "Check the disk and who may write there"
+    return f"{error.strerror}{where}. {do}."
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that the command line returns for an error; 1 is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return InputError.exit_code if is_disk_fault(error) else getattr(error, "exit_code", 1)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from partialtune.errors import EndedElsewhere, InputError, PartialtuneError
+from partialtune.errors import EndedElsewhere, InputError, PartialtuneError, code_of, disk_words, is_disk_fault
 
 logger = logging.getLogger(__name__)
 
 Decision = TypeVar("Decision")
+
+DDP_TIMEOUT = 1800  # seconds, Trainer's default
 
 
 def use_all_cores() -> None:
@@ -45,12 +48,24 @@ def join_processes(said: Mapping[str, Any]) -> None:
 
     Args:
         said: Fields of `TrainingArguments` that the recipe names.
+
+    Raises:
+        InputError: If some of them are not there.
     """
     on_cpu = said.get("use_cpu") or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if on_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-        PartialState(timeout=timedelta(seconds=said.get("ddp_timeout", 1800)))
+        seconds = said.get("ddp_timeout", DDP_TIMEOUT)
+        try:
+            PartialState(timeout=timedelta(seconds=seconds))
+        except dist.DistError as error:
+            promised, place = os.environ["WORLD_SIZE"], os.environ.get("MASTER_ADDR")
+            raise InputError(
+                f"The {promised} processes of this run (WORLD_SIZE) did not find each other within {seconds:g} seconds "
+                f"(ddp_timeout): {str(error).splitlines()[0]} Start all of them, with MASTER_ADDR (now {place}) "
+                f"naming the machine of the first; or unset WORLD_SIZE for one process."
+            ) from error
 
 
 def check_launcher() -> None:
@@ -152,32 +167,31 @@ def check_precision(said: Mapping[str, Any]) -> None:
 
 
 def main_process_only(function: Callable[..., None]) -> Callable[..., None]:
-    """Let one process of a run do what must be done once; the others pass by."""
+    """Let one process of a run do what must be done once, while the others wait: where it fails, all end alike."""
 
     @functools.wraps(function)
     def on_main_process(*args, **kwargs) -> None:
-        if PartialState().is_main_process:
-            function(*args, **kwargs)
+        decided_by_main(lambda: function(*args, **kwargs))
 
     return on_main_process
 
 
 def decided_by_main(decide: Callable[[], Decision]) -> Decision:
-    """What `decide` gives on the main process, on every process; likewise the error that it raises there.
+    """What `decide` gives on the main process, on every process.
 
     Several processes that look at one folder while one of them begins to write would not see the same.
+
+    Raises:
+        Exception: What `decide` raised, on the main process; whatever it is, the others do not wait for ever.
+        EndedElsewhere: On the others, with the exit code that the main process ends with.
     """
-    outcome: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            outcome = [decide(), None]
-        except PartialtuneError as error:
-            outcome = [None, error]
-    if _several():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1] if PartialState().is_main_process else EndedElsewhere("", outcome[1].exit_code)
-    return outcome[0]
+    made = _or_error(decide) if PartialState().is_main_process else None
+    if not _several():
+        return _or_raise(made)
+    outcome = [_failure_of(made), None if isinstance(made, _Failed) else made]
+    dist.broadcast_object_list(outcome, src=0)
+    _end_together(made, outcome[0])
+    return outcome[1]
 
 
 def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
@@ -206,33 +220,89 @@ def first_on_each_node(make: Callable[[], Decision]) -> Decision:
     """What `make` gives, on every process; the first one of each machine goes first, so that others find its files.
 
     Raises:
-        PartialtuneError: What any process raised, on all of them; the main process says it.
+        Exception: What any process raised, on all of them; the main process says it.
     """
     state = PartialState()
     if not _several():
         return make()
     made = _or_error(make) if state.is_local_main_process else None
-    _end_together(made)
+    _end_together(made, _first_failure(made))
     if not state.is_local_main_process:
         made = _or_error(make)
-    _end_together(made)
+    _end_together(made, _first_failure(made))
     return made
 
 
-def _or_error(make: Callable[[], Decision]) -> Decision | PartialtuneError:
+def done_together(make: Callable[[], Decision]) -> Decision:
+    """What `make` gives on each process; an error on one of them, a full disk for example, ends all of them alike.
+
+    Every process has to call this together, and `make` may hold no collective operation that a process which failed
+    in it would miss.
+
+    Raises:
+        Exception: As `first_on_each_node`.
+    """
+    if not _several():
+        return make()
+    made = _or_error(make)
+    _end_together(made, _first_failure(made))
+    return made
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What other processes are told of an error: not the error, which need not survive pickling."""
+
+    words: str
+    code: int
+
+
+def _or_error(make: Callable[[], Decision]) -> Decision | _Failed:
     try:
         return make()
-    except PartialtuneError as error:
-        return error
+    except Exception as error:  # noqa: BLE001  (raised again, whatever it is, when the others know)
+        return _Failed(error)
 
 
-def _end_together(made: Any) -> None:
-    """Raise on every process what one of them has to say, in its own words on the main process alone."""
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, made if isinstance(made, PartialtuneError) else None)
-    first = next((error for error in errors if error is not None), None)
-    if first is not None:
-        raise first if PartialState().is_main_process else EndedElsewhere("", first.exit_code)
+def _or_raise(made: Any) -> Any:
+    if isinstance(made, _Failed):
+        raise made.error
+    return made
+
+
+def _failure_of(made: Any) -> _Failure | None:
+    if not isinstance(made, _Failed):
+        return None
+    error = made.error
+    if isinstance(error, PartialtuneError):
+        return _Failure(str(error), error.exit_code)
+    if is_disk_fault(error):
+        return _Failure(disk_words(error), code_of(error))
+    return _Failure(
+        f"Another process of this run failed, and says more: {type(error).__name__}: {error}", code_of(error)
+    )
+
+
+def _first_failure(made: Any) -> _Failure | None:
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, _failure_of(made))
+    return next((failure for failure in failures if failure is not None), None)
+
+
+def _end_together(made: Any, failure: _Failure | None) -> None:
+    """Raise on every process what one of them failed with: in words once, on the main process; a bug where it is."""
+    if failure is None:
+        return
+    main_process = PartialState().is_main_process
+    cause = made.error if isinstance(made, _Failed) else None
+    if cause is not None and (main_process or not (isinstance(cause, PartialtuneError) or is_disk_fault(cause))):
+        raise cause
+    raise EndedElsewhere(failure.words if main_process else "", failure.code) from cause
 
 
 def _several() -> bool:
@@ -240,11 +310,24 @@ def _several() -> bool:
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+# gloo's own waits, those for its store, and NCCL's
+STALLED = (
+    "Timed out waiting",
+    "Timed out after",
+    "Socket Timeout",
+    "wait timeout after",
+    "timed out after",
+    "timeout of",
+)
+GO_ON = "What was saved before is in the run's folder; go on with: --resume_from_checkpoint auto"
 
 
 @contextmanager
-def peers_watched() -> Iterator[None]:
-    """Say in words that another process of the run is gone.
+def peers_watched(patience_seconds: float = DDP_TIMEOUT) -> Iterator[None]:
+    """Say in words that another process of the run is gone, or does not answer any more.
+
+    Args:
+        patience_seconds: The recipe's `ddp_timeout`, which the message names.
 
     Raises:
         EndedElsewhere: In the place of what torch.distributed raises.
@@ -252,9 +335,14 @@ def peers_watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (_several() and any(words in str(error) for words in LOST)):
+        said = str(error)
+        if _several() and any(words in said for words in LOST):
+            words = f"Another process of this run ended: it was killed, or says why above. {GO_ON}"
+        elif _several() and any(words in said for words in STALLED):
+            words = (
+                f"Another process of this run did not answer for {patience_seconds:g} seconds (ddp_timeout): it was "
+                f"stopped, its machine is out of reach, or it is slower than that. {GO_ON}"
+            )
+        else:
             raise
-        raise EndedElsewhere(
-            "Another process of this run ended: it was killed, or says why above. What was saved before is in the "
-            "run's folder; go on with: --resume_from_checkpoint auto"
-        ) from error
+        raise EndedElsewhere(words) from error

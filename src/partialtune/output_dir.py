@@ -1,6 +1,5 @@
 """A run's folder: may the run start there, its lock, and the JSON files that it holds."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from partialtune.errors import RecipeError, UploadIncomplete
+from partialtune.files import lock, write_whole
 from partialtune.recipe.reading import same_run
 from partialtune.text.addresses import without_secrets
 
@@ -56,7 +56,7 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
             f"output_dir: {folder} holds a run of another recipe; they differ in {', '.join(different)}. "
             f"Name another folder: --output_dir {folder}-2. Nothing was touched."
         )
-    if _is_finished(folder) and not _goes_further(earlier, values):
+    if is_finished(folder) and not _goes_further(earlier, values):
         return Standing.FINISHED
     if is_ours and not _has_taken_a_step(folder):
         return Standing.UNSTARTED
@@ -106,57 +106,80 @@ def _has_taken_a_step(folder: Path) -> bool:
         return True
 
 
+def recorded_sources(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of the texts of the run in a folder, as `recipe.yaml` keeps them under `run`."""
+    record = _recipe(folder / RECIPE_FILE).get("run")
+    sources = record.get("sources") if isinstance(record, dict) else None
+    entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
+    pairs = [(entry.get("name"), entry.get("sha256")) for entry in entries]
+    return {name: sha256 for name, sha256 in pairs if isinstance(name, str) and isinstance(sha256, str)}
+
+
 def _flat_recipe(file: Path) -> tuple[dict[str, Any], bool]:
     """A run's recipe, and whether a run wrote it: then it has the key `run`."""
+    values = _recipe(file)
+    return {key: value for key, value in values.items() if key != "run"}, "run" in values
+
+
+def _recipe(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"output_dir: {file} cannot be read ({error}). Name another folder.") from error
     if not isinstance(values, dict):
         raise RecipeError(f"output_dir: {file} is no recipe. Name another folder.")
-    return {key: value for key, value in values.items() if key != "run"}, "run" in values
+    return values
 
 
 def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return int(values.get("max_steps", -1)) > int(earlier.get("max_steps", -1))
 
 
-def _is_finished(folder: Path) -> bool:
+def exit_code_of(folder: Path) -> int | None:
+    """The code in a run's `exit.json`, None where there is none: it is written last, and taken away by what goes on."""
     try:
-        return read_json(folder / EXIT_FILE)["code"] in (0, UploadIncomplete.exit_code)  # a push can follow any time
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return int(read_json(folder / EXIT_FILE)["code"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end; a push that did not can follow at any time."""
+    return exit_code_of(folder) in (0, UploadIncomplete.exit_code)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the folder's lock, which the system releases with the process.
 
+    Args:
+        folder: Made where it is missing.
+        name: What messages call it.
+
     Raises:
-        RecipeError: If another run holds it.
+        RecipeError: If another process holds it: a run, a push or a comparison.
     """
+
+    def busy() -> None:
+        raise RecipeError(
+            f"{name}: another run is writing to {folder}, or a push is reading it. Wait for it, or name another."
+        )
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a")
     except OSError as error:
         raise RecipeError(
-            f"output_dir: nothing can be written in {folder} ({error.strerror}). Name another folder."
+            f"{name}: nothing can be written in {folder} ({error.strerror}). Name another folder."
         ) from error
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(
-                f"output_dir: another run is writing to {folder}. Wait for it, or name another."
-            ) from error
+    with file:
+        lock(file, busy)
         yield
 
 
 def write_json(file: Path, content: Any) -> None:
     """Write UTF-8 JSON, indent 2, no NaN; aside and renamed, so that a reader never meets half a file."""
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_json(file: Path) -> Any:

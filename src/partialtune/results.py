@@ -9,14 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
+from partialtune.hub.files import WEIGHTS
 from partialtune.insight.run_insight import sampled_continuations
-from partialtune.launch import (
-    main_process_only,
-)
-from partialtune.output_dir import (
-    write_json,
-)
+from partialtune.launch import decided_by_main, done_together, main_process_only
+from partialtune.output_dir import write_json
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
 from partialtune.pages.report import write_report
@@ -26,7 +24,7 @@ from partialtune.recipe.reading import Recipe
 from partialtune.scoring.look import Look, Sight
 from partialtune.scoring.prompts import compare_prompts, format_prompts
 from partialtune.summary import closing_words
-from partialtune.training.checkpoints import disk_errors
+from partialtune.training.checkpoints import ASIDE, clear_aside, disk_errors
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
 from partialtune.training.trainer import PartialTrainer
@@ -41,25 +39,48 @@ def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> No
 
 
 def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`."""
-    with disk_errors("The model", folder):
+    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`.
+
+    All is written aside and then renamed, so that a run which ended before and goes on keeps a whole model till then.
+    """
+    aside = folder / ASIDE / "model"
+
+    def finish() -> None:
+        if trainer.args.should_save:
+            with disk_errors("The model", folder):
+                tokenizer.save_pretrained(aside)
+                written = {path.name for path in aside.iterdir()}
+                move_all(aside, folder)
+                for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
+                    if path.name not in written:
+                        path.unlink()  # of an earlier end, saved in another way: it would be loaded in its place
+
+    try:
+        decided_by_main(lambda: clear_aside(folder))
         if recipe.freeze.checkpoint_format == "full":
-            trainer.save_model(str(folder))
+            trainer.save_model(str(aside))
         elif trainer.audit.result.changed_buffers:
             logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
-            trainer.save_model(str(folder))
+            trainer.save_model(str(aside))
         else:
-            save_delta(folder, trainer, recipe.model)
+            save_delta(aside, trainer, recipe.model)
+        done_together(finish)
+    finally:
         if trainer.args.should_save:
-            tokenizer.save_pretrained(folder)
+            clear_aside(folder)
 
 
 def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> None:
     """Only what was trained, with the digests of base and result."""
     model, audit = trainer.model, trainer.audit
     origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
-    with trainer.config_as_loaded():
-        write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
+
+    def save() -> None:
+        with trainer.config_as_loaded(), disk_errors("The model", Path(trainer.args.output_dir)):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
+
+    done_together(save)
 
 
 @main_process_only

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from partialtune.data import RunData, prepare_data
-from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError
+from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError, code_of, disk_words, is_disk_fault
 from partialtune.fast.prefix_choice import PrefixPhase, prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
@@ -51,6 +51,7 @@ from partialtune.output_dir import (
     Standing,
     begin_writing,
     locked,
+    recorded_sources,
     standing_of,
     write_exit,
 )
@@ -59,7 +60,7 @@ from partialtune.recipe.reading import Recipe, write_recipe
 from partialtune.results import save_model, write_insight, write_performance, write_plan, write_results
 from partialtune.scoring.look import Look
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.sources import IN_MEMORY_BYTES
+from partialtune.text.sources import IN_MEMORY_BYTES, check_kept
 from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.checkpoints import damage_of, newest_whole_checkpoint
 from partialtune.training.making import make_trainer, prefix_phases, tokens_per_byte
@@ -85,7 +86,8 @@ def train(recipe: Recipe) -> Path:
     folder = Path(recipe.training["output_dir"])
     standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
     if standing is Standing.FINISHED:
-        logger.info("%s holds this run, finished: nothing to do.", folder)
+        unread = decided_by_main(lambda: check_kept(recorded_sources(folder), recipe.text.text, folder))
+        logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared(unread))
         return folder
     if standing is Standing.UNSTARTED:
         logger.info("%s holds this run, ended before its first optimizer step: it starts again.", folder)
@@ -121,7 +123,7 @@ def train(recipe: Recipe) -> Path:
         decided_by_main(lambda: check_same_run(checkpoint, plan, begun, origin))
     look = Look(tokenizer, data.scored, recipe.evaluation.prompts, args.per_device_eval_batch_size)
 
-    with ExitStack() as held, exit_recorded(folder), peers_watched():
+    with ExitStack() as held, exit_recorded(folder), peers_watched(args.ddp_timeout):
         decided_by_main(lambda: take_folder(held, folder, recipe, standing))
         begin_folder(folder, recipe, plan, run_record(args, model, data, prefix, conformance), checkpoint)
         check_shared(folder, RECIPE_FILE)
@@ -148,6 +150,11 @@ def train(recipe: Recipe) -> Path:
         if recipe.training.get("push_to_hub"):
             push(folder, recipe.training, recipe.freeze.allow_failed_audit)
     return folder
+
+
+def not_compared(unread: Sequence[str]) -> str:
+    """What was not looked at again before a run was said to be finished."""
+    return f" Not looked at again: {', '.join(unread)}." if unread else ""
 
 
 def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, dict[str, Any] | None]:
@@ -232,7 +239,9 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
             raise
         return violation
     finally:
-        trainer.save_state()
+        with suppress(OSError):  # what ends the run has the word
+            trainer.save_state()
+    decided_by_main(trainer.save_state)
     trainer.stop.raise_if_stopped(trainer.args)
     return None
 
@@ -292,10 +301,10 @@ def check_hub(said: Mapping[str, Any]) -> None:
     check_access(push_target(said))
 
 
-@main_process_only
 def push(folder: Path, said: Mapping[str, Any], allow_failed_audit: bool) -> None:
-    """Upload the finished run and verify what arrived; everything is on disk by now."""
-    print(push_after_training(folder, push_target(said), allow_failed_audit), flush=True)
+    """Upload the finished run and verify what arrived; everything is on disk by now, so that no process waits."""
+    if PartialState().is_main_process:
+        print(push_after_training(folder, push_target(said), allow_failed_audit), flush=True)
 
 
 def push_target(said: Mapping[str, Any]) -> Target:
@@ -308,15 +317,12 @@ def exit_recorded(folder: Path) -> Iterator[None]:
     """Leave `exit.json`: 0 at the end, else the code and reason. Not for bad input, which writes nothing."""
     try:
         yield
-    except InputError as error:
-        if isinstance(error, DiskError) and PartialState().is_main_process:
-            with suppress(OSError):  # there may be no room for it either
-                write_exit(folder, error.exit_code, str(error))
-        raise
     except BaseException as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-        if PartialState().is_main_process:
-            write_exit(folder, code, str(error) or type(error).__name__)
+        if not isinstance(error, InputError) or isinstance(error, DiskError):
+            reason = disk_words(error) if is_disk_fault(error) else str(error) or type(error).__name__
+            if PartialState().is_main_process:
+                with suppress(OSError):  # there may be no room for it either
+                    write_exit(folder, code_of(error), reason)
         raise
     if PartialState().is_main_process:
         write_exit(folder, 0, "done")

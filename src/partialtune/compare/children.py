@@ -3,7 +3,6 @@
 A run that is finished is not repeated, one that was begun goes on, one that failed stays failed.
 """
 
-import fcntl
 import json
 import logging
 import signal
@@ -11,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -25,8 +24,12 @@ from partialtune.errors import (
     RecipeError,
     TrainingDiverged,
 )
-from partialtune.output_dir import EXIT_FILE, LOCK_FILE, Standing, read_json, standing_of
+from partialtune.files import lock
+from partialtune.output_dir import LOCK_FILE, Standing, exit_code_of, recorded_sources, standing_of
+from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
+from partialtune.text.sources import check_kept
+from partialtune.training.stopping import hears_signals
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +79,18 @@ class RunQueue:
     def search(self, search: Search) -> list[Trial]:
         """Try the learning rates of a policy, those left out that were tried before.
 
-        A process that crashed leaves rates without a trial; those say so.
+        A process that crashed leaves rates without a trial; those say so. One that outlived a comparison which was
+        killed is waited for: it has inherited the lock.
 
         Raises:
             As `run`.
         """
+        search.file.parent.mkdir(parents=True, exist_ok=True)
+        with search.file.with_suffix(".lock").open("a") as held:
+            lock(held, lambda: logger.info("%s: a process is still at work. Waiting for it.", search.title))
+            return self._search(search, held)
+
+    def _search(self, search: Search, held: IO) -> list[Trial]:
         missing, steps = search.missing(), steps_of(search.values)
         self._leave_out(steps * (len(search.rates) - len(missing)))
         if missing:
@@ -90,6 +100,7 @@ class RunQueue:
                 search.log,
                 steps * len(missing),
                 lambda: steps * (len(missing) - len(search.missing())),
+                held,
             )
             if code:
                 failure = f"exit code {code}: {last_words(search.log)}"
@@ -102,10 +113,12 @@ class RunQueue:
         self._bar.total -= steps
         self._bar.refresh()
 
-    def _child(self, title: str, command: Sequence[str], log: Path, steps: int, done: Callable[[], int]) -> int:
+    def _child(
+        self, title: str, command: Sequence[str], log: Path, steps: int, done: Callable[[], int], *held: IO
+    ) -> int:
         at_start = self._bar.n
         self._bar.set_postfix_str(title, refresh=False)
-        code = run_child(command, log, lambda: self._show(at_start + min(steps, done())))
+        code = run_child(command, log, lambda: self._show(at_start + min(steps, done())), *held)
         self._show(at_start + steps)
         if code == InputError.exit_code:
             raise InputError(f"{title}: {last_words(log)}")
@@ -134,6 +147,7 @@ def ended_with(job: Job) -> int | None:
     except RecipeError as error:
         raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
     if standing is Standing.FINISHED:
+        check_kept(recorded_sources(job.folder), as_list(job.values["text"]), job.folder)
         return 0
     code = exit_code_of(job.folder)
     holds_it = standing is not Standing.NEW
@@ -149,29 +163,18 @@ def wait_for_lock(folder: Path, title: str) -> None:
     """Return when no process holds the lock of a run's folder."""
     if not (folder / LOCK_FILE).is_file():
         return
-    with (folder / LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / LOCK_FILE).open("a") as file:
+        lock(file, lambda: logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder))
 
 
-def exit_code_of(folder: Path) -> int | None:
-    """The code in a run's `exit.json`, None where there is none."""
-    try:
-        return int(read_json(folder / EXIT_FILE)["code"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> int:
+def run_child(command: Sequence[str], log: Path, look: Callable[[], None], *held: IO) -> int:
     """Run a command in a process of its own and return its exit code, 128 + N where signal N killed it.
 
     Args:
         command: The program and its arguments.
         log: File to which everything goes that the process prints, written anew.
         look: Called about every second while it runs.
+        held: Locked files that it keeps open: the lock ends with the last process that does.
 
     Raises:
         Interrupted: If SIGINT or SIGTERM came; the process was told once for each and has ended.
@@ -180,7 +183,12 @@ def run_child(command: Sequence[str], log: Path, look: Callable[[], None]) -> in
     with log.open("wb") as output:
         # a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on exactly once
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=[file.fileno() for file in held],
         )
         with passed_on(child) as received:
             code = None
@@ -206,7 +214,8 @@ def passed_on(child: subprocess.Popen) -> Iterator[list[int]]:
         received.append(number)
         child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if hears_signals() else ()
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield received
     finally:

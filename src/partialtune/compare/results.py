@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from partialtune.compare.children import FAILURES, exit_code_of
+from partialtune.compare.children import FAILURES
 from partialtune.compare.rates import Trial
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
-from partialtune.output_dir import EXIT_FILE, read_json
+from partialtune.output_dir import EXIT_FILE, exit_code_of, read_json
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
 from partialtune.recipe.reading import same_run
 from partialtune.recipe.rules import training_defaults
@@ -203,9 +203,9 @@ def ended(folder: Path) -> tuple[int, str]:
         InputError: If it has not ended, or in a way that leaves nothing to compare.
     """
     code = exit_code_of(folder)
-    if code is None and not (folder / "evaluation.json").is_file():
+    if code is None:  # scores that are there may be those of an earlier end, from before it went on
         raise InputError(f"{folder} holds a run that has not ended. Finish it: --resume_from_checkpoint auto.")
-    if code in (None, 0, UploadIncomplete.exit_code):
+    if code in (0, UploadIncomplete.exit_code):
         return 0, ""
     reason = str(read_json(folder / EXIT_FILE).get("reason", ""))
     if code in FAILURES:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from partialtune.delta.checkpoint import Delta, read_delta
 from partialtune.errors import InputError, ModelError
+from partialtune.files import move_all
 from partialtune.freeze.apply import untie_head
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.output_dir import check_writable
@@ -44,7 +45,8 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
 
     Args:
         delta: As for `load`.
-        out: A folder that is absent or empty. It appears whole or not at all.
+        out: A folder that is absent or empty. An absent one appears whole or not at all; an empty one, which may be
+            `.`, a link's or a mount point and so cannot be replaced, is filled, `config.json` last.
         base: As for `load`.
 
     Raises:
@@ -52,20 +54,31 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
         ModelError: As for `load`; nothing is written.
     """
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"{out} is a link to {os.readlink(out)}, which is not there. Name a folder.")
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty:
         raise InputError(f"{out} exists and is no empty folder. Name another one for the rebuilt model.")
+    out = out.resolve()
     check_writable(out, "OUT")
     folder, name = checkpoint_folder(os.fspath(delta), TOKENIZER_FILES)
     model = _rebuild(read_delta(folder, name), base)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+    beside = out if empty else out.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{out.name}-") as aside:
         whole = Path(aside) / "model"
         model.save_pretrained(whole)
         if (folder / "tokenizer_config.json").is_file():
             load_tokenizer(str(folder)).save_pretrained(whole)
         if (folder / PLAN_FILE).is_file():
             shutil.copyfile(folder / PLAN_FILE, whole / PLAN_FILE)
-        os.replace(whole, out)
+        try:
+            if empty:
+                move_all(whole, out)
+            else:
+                os.replace(whole, out)
+        except OSError as error:
+            raise InputError(f"{out} could not be written: {error.strerror or error}. Name another folder.") from error
     return out
 
 

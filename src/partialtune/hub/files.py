@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,19 +12,25 @@ from typing import Any
 
 from huggingface_hub.hf_api import RepoFile
 
-from partialtune.errors import InputError
+from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
+from partialtune.output_dir import EXIT_FILE, exit_code_of
 from partialtune.pages.run_files import read_run
 
-# Decide which weights `from_pretrained` loads: of these nothing may stay behind from what was in the repository before.
+# Decide what `from_pretrained` loads, and how: see `gap_between`.
 WEIGHTS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_model.safetensors", "adapter_config.json", "delta.safetensors", "delta.json"),
 )
+# Of these and of WEIGHTS nothing may stay behind from another model that was in the repository before: beside the
+# configuration of a whole model a repository of adapters looks like that model.
+CONFIGURATIONS = ("config.json", "generation_config.json")
+OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 # Everything that is sent. Not in it, and so never sent: checkpoints, optimizer and scheduler state, caches,
 # training_args.bin, Trainer's log.
 SENT = (
     *WEIGHTS,
-    *("config.json", "generation_config.json", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *CONFIGURATIONS,
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("README.md", "report.html", "figures/*.png", "recipe.yaml", "freeze_plan.json", "audit.json", "evaluation.json"),
@@ -50,7 +57,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Gap:
-    """What makes a revision on the Hub another than the run: names of files to send, and of weights to take away."""
+    """What makes a revision on the Hub another than the run: names of files to send, and of those to take away."""
 
     missing: tuple[str, ...]
     stale: tuple[str, ...]
@@ -69,15 +76,39 @@ def files_to_send(run: Path) -> dict[str, LocalFile]:
 
 
 def gap_between(local: Mapping[str, LocalFile], remote: Iterable[RepoFile]) -> Gap:
-    """Compare the run with what a revision on the Hub holds. Other files there are let be."""
+    """Compare the run with what a revision on the Hub holds.
+
+    Weights and configurations of another model are to go: a whole model, a delta and adapters have different ones, and
+    any of them can follow any other. Other files there are let be.
+    """
     there = {file.path: file for file in remote if isinstance(file, RepoFile)}
     missing = tuple(name for name, file in local.items() if not file.equals(there.get(name)))
-    stale = tuple(name for name in there if _is_weights(name) and name not in local)
+    stale = tuple(name for name in there if _is_of_a_model(name) and name not in local)
     return Gap(missing, stale)
 
 
 def check_finished(run: Path, allow_failed_audit: bool) -> None:
-    """Make sure that a folder holds a whole run that may be published.
+    """Make sure that a folder holds a whole run that came to its end and may be published.
+
+    A run that goes on with more steps replaces the files of its earlier end one by one, and `exit.json` last: where
+    that is missing, the weights may be newer than the scores.
+
+    Raises:
+        InputError: If it does not.
+    """
+    check_whole(run, allow_failed_audit)
+    code = exit_code_of(run)
+    ended = (0, UploadIncomplete.exit_code, *([FreezeViolation.exit_code] if allow_failed_audit else []))
+    if code not in ended:
+        why = f"{EXIT_FILE} says {code}" if code is not None else f"it has no {EXIT_FILE}"
+        raise InputError(
+            f"The newest run in {run} did not finish ({why}): its files may come from different steps. "
+            f"Finish it first: {_finishing(run)}"
+        )
+
+
+def check_whole(run: Path, allow_failed_audit: bool) -> None:
+    """Make sure that a folder holds all files of a run that may be published.
 
     Raises:
         InputError: If it does not.
@@ -88,14 +119,19 @@ def check_finished(run: Path, allow_failed_audit: bool) -> None:
         lacking.append("the digests after training in freeze_plan.json")
     if lacking:
         raise InputError(
-            f"{run} holds no finished run: it lacks {', '.join(lacking)}. Finish it first: "
-            f"partialtune train {run / 'recipe.yaml'} --resume_from_checkpoint auto"
+            f"{run} holds no finished run: it lacks {', '.join(lacking)}. Finish it first: {_finishing(run)}"
         )
     if files.audit.get("passed") is not True and not allow_failed_audit:
         raise InputError(
             f"{run}: the freeze audit of this run failed (audit.json says why), so it is not published. "
             f"With --allow_failed_audit it is, and the card says so on top."
         )
+
+
+def _finishing(run: Path) -> str:
+    """The command that goes on with a run; its folder may have moved since."""
+    words = ["partialtune", "train", str(run / "recipe.yaml"), "--output_dir", str(run)]
+    return shlex.join([*words, "--resume_from_checkpoint", "auto"])
 
 
 def _lacking_weights(run: Path) -> list[str]:
@@ -117,8 +153,9 @@ def _shards(index: Path) -> set[str]:
         raise InputError(f"{index} is damaged: {error}. Run the recipe again.") from error
 
 
-def _is_weights(name: str) -> bool:
-    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
+def _is_of_a_model(name: str) -> bool:
+    patterns = (*WEIGHTS, *CONFIGURATIONS, *OTHER_WEIGHTS)
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _local_file(path: Path) -> LocalFile:

@@ -6,6 +6,8 @@ all or nothing, the branch holds either what it held before or the whole run, ho
 """
 
 import logging
+import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +29,9 @@ from partialtune.hub.client import (
     time_limits,
     without_xet,
 )
-from partialtune.hub.files import Gap, LocalFile, check_finished, files_to_send, gap_between
+from partialtune.hub.files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
 from partialtune.hub.target import DEFAULT_BRANCH, Target
+from partialtune.output_dir import locked
 from partialtune.pages.card import name_repository
 
 __all__ = ["Patience", "PushReport", "Target", "check_access", "push_after_training", "push_run"]
@@ -45,7 +48,7 @@ class PushReport:
         url: The repository's page, at the branch.
         files, bytes: The run's files there, and their size.
         sent: Names of the files that this push sent; empty where nothing differed.
-        removed: Names of another model's weight files that it took away.
+        removed: Names of another model's weights and configurations that it took away.
     """
 
     commit: str
@@ -67,6 +70,8 @@ def push_run(
 ) -> PushReport:
     """Upload a finished run and verify what arrived. Running it again sends only what is missing.
 
+    The run's lock is held: nothing may train there meanwhile.
+
     Args:
         run: Folder of a finished run.
         target: The repository and branch.
@@ -77,8 +82,17 @@ def push_run(
         InputError: If the folder holds no run that may be published, or the Hub refuses the token. Nothing was sent.
         UploadIncomplete: If the upload did not come to its end; the message gives the command that resumes it.
     """
-    patience = patience or Patience()
-    check_finished(run, allow_failed_audit)
+    with _held(run):
+        check_finished(run, allow_failed_audit)
+        return _push(run, target, allow_failed_audit, patience or Patience())
+
+
+def _held(run: Path) -> AbstractContextManager:
+    """The run's lock; none where nobody may write, or nothing is."""
+    return locked(run, "RUN") if run.is_dir() and os.access(run, os.W_OK) else nullcontext()
+
+
+def _push(run: Path, target: Target, allow_failed_audit: bool, patience: Patience) -> PushReport:
     again = target.command(run, allow_failed_audit)
     try:
         check_access(target, patience)
@@ -98,15 +112,16 @@ def push_run(
 def push_after_training(
     run: Path, target: Target, allow_failed_audit: bool = False, patience: Patience | None = None
 ) -> PushReport:
-    """`push_run` at the end of a run: access that was lost since `check_access` is no bad input any more.
+    """`push_run` at the end of a run, which holds its lock and has not ended yet: access that was lost since
+    `check_access` is no bad input any more.
 
     Raises:
         InputError: If the folder holds no run that may be published.
         UploadIncomplete: If the upload did not come to its end, for whatever reason.
     """
-    check_finished(run, allow_failed_audit)
+    check_whole(run, allow_failed_audit)
     try:
-        return push_run(run, target, allow_failed_audit, patience)
+        return _push(run, target, allow_failed_audit, patience or Patience())
     except InputError as error:
         again = target.command(run, allow_failed_audit)
         raise UploadIncomplete(_what_is_safe(run, target, str(error), again)) from error
@@ -163,7 +178,7 @@ class _Upload:
         size = sum(local[name].size for name in gap.missing)
         logger.info("Sending %d files, %.1f MB, to %s.", len(gap.missing), size / 1e6, self.target.repo_id)
         if gap.stale:
-            logger.info("Taking away weights of another model: %s.", ", ".join(gap.stale))
+            logger.info("Taking away files of another model: %s.", ", ".join(gap.stale))
         self.sent.update(gap.missing)
         self.removed.update(gap.stale)
         try:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from partialtune.delta import is_delta
+from partialtune.files import write_whole
 from partialtune.model.statement import STATED
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.run_files import RunFiles, read_run
@@ -45,7 +46,7 @@ def write_card(run: str | os.PathLike) -> Path:
     """
     files = read_run(run)
     card = files.folder / "README.md"
-    card.write_text(str(ModelCard(render_card(files))), encoding="utf-8", errors="replace")
+    write_whole(card, str(ModelCard(render_card(files))).encode(errors="replace"))
     return card
 
 
@@ -54,12 +55,7 @@ def name_repository(run: Path, repo_id: str) -> None:
     card = run / "README.md"
     text = card.read_text(encoding="utf-8")
     if UNNAMED in text:
-        aside = card.with_name(".README.md.part")  # on a full disk the card stays as it is
-        try:
-            aside.write_text(text.replace(UNNAMED, repo_id), encoding="utf-8")
-            aside.replace(card)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_whole(card, text.replace(UNNAMED, repo_id).encode())
 
 
 def render_card(run: RunFiles) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from partialtune.files import write_whole
 from partialtune.pages import (
     curve_figure,
     delta_lines,
@@ -139,7 +140,7 @@ def draw_figures(run: str | os.PathLike) -> list[Path]:
     figures = describe_figures(files)
     (files.folder / "figures").mkdir(exist_ok=True)
     for figure in figures:
-        figure.path.write_bytes(render_figure(files, figure))
+        write_whole(figure.path, render_figure(files, figure))
     return [figure.path for figure in figures]
 
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from partialtune.files import write_whole
 from partialtune.pages.curve_figure import learning_curves
 from partialtune.pages.figures import KINDS, Figure, describe_figures, render_figure
 from partialtune.pages.html import data_uri, html_environment, style_and_script
@@ -42,7 +43,7 @@ def write_report(run: str | os.PathLike) -> Path:
     """
     files = read_run(run)
     page = files.folder / "report.html"
-    page.write_text(render_report(files), encoding="utf-8", errors="replace")  # a token may hold half a surrogate pair
+    write_whole(page, render_report(files).encode(errors="replace"))  # a token may hold half a surrogate pair
     return page
 
 

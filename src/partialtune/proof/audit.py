@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from partialtune.errors import FreezeViolation
+from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.proof.audit_result import (
     CANNOT_BE_TOLD,
@@ -24,7 +25,7 @@ from partialtune.proof.audit_result import (
     Audit,
 )
 from partialtune.proof.due_updates import DueUpdates
-from partialtune.proof.processes import from_all, from_main, is_main
+from partialtune.proof.processes import from_all, from_main, is_main, raise_disk_error
 from partialtune.proof.snapshots import (
     Snapshot,
     buffer_digests,
@@ -279,10 +280,7 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
     def _conclude(self, args, state, audit: Audit) -> None:
         """Keep and write the result, say what is wrong, and stop the run if it must stop."""
         self.result = audit
-        if state.is_world_process_zero:
-            file = self._folder(args) / AUDIT_FILE
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(audit.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        refused = self._write(args, audit) if state.is_world_process_zero else None
         for sentence in audit.warnings():
             logger.warning("%s", sentence)
         if not audit.passed:
@@ -290,6 +288,20 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
             if self.stop_on_violation:
                 raise FreezeViolation(message)
             logger.error(message)
+        if state.global_step >= state.max_steps:  # one of an earlier step is followed by another
+            raise_disk_error(refused)
+
+    def _write(self, args, audit: Audit) -> str | None:
+        """Write the result. Returns why that failed, which a violation must not be hidden by."""
+        file = self._folder(args) / AUDIT_FILE
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, (json.dumps(audit.to_json(), indent=2, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            refused = f"{file} could not be written: {error.strerror or error}. Make room on the disk."
+            logger.warning("%s", refused)
+            return refused
+        return None
 
 
 def _missing_and_new(known: Iterable[str], named: Named) -> tuple[list[str], list[str]]:

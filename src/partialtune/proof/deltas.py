@@ -4,12 +4,15 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
+from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.distances import ParameterDelta, unknown
+from partialtune.proof.processes import raise_disk_error
 from partialtune.proof.snapshots import Snapshot, measure_deltas, take_snapshot
 from partialtune.proof.stopwatch import Stopwatch
 
@@ -28,6 +31,9 @@ class WeightDeltaCallback(TrainerCallback):
     Works in any `transformers.Trainer`: `Trainer(..., callbacks=[WeightDeltaCallback(plan)])`. Trackers such as
     TensorBoard see the values where `attach(trainer)` was called, since Trainer calls them before other callbacks.
 
+    Lines that a full disk does not take are kept and written at the next report or save; only at the end of training
+    they are an error.
+
     Args:
         plan: The plan that was applied to the model.
         delta_steps: Steps between two reports.
@@ -44,6 +50,7 @@ class WeightDeltaCallback(TrainerCallback):
         self.snapshot: Snapshot | None = None
         self._watch = Stopwatch()
         self._reported_at = -1
+        self._unwritten: list[str] = []
         self._log: Callable[[dict[str, float]], None] | None = None
 
     @property
@@ -66,8 +73,7 @@ class WeightDeltaCallback(TrainerCallback):
                     state.global_step,
                 )
             self._take_snapshot(args, model)
-        if state.is_world_process_zero:
-            self._keep_lines_up_to(state.global_step, self._file(args))
+        self._keep_lines_up_to(state.global_step, args, state)
         self._reported_at = state.global_step
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -78,12 +84,17 @@ class WeightDeltaCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._reported_at != state.global_step:
             self._report(args, state, control, model)
+        refused = self._write_lines(args) if state.is_world_process_zero else None
+        raise_disk_error(refused and f"{refused} Make room on the disk, then go on from the last checkpoint.")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._write_lines(args)
 
     def report_again(self, args, state) -> None:
         """Take back the report of this step: another model has taken the place of the one that it was about."""
         self._reported_at = None
-        if state.is_world_process_zero:
-            self._keep_lines_up_to(state.global_step - 1, self._file(args))
+        self._keep_lines_up_to(state.global_step - 1, args, state)
 
     def _file(self, args) -> Path:
         return Path(self.output_dir or args.output_dir) / DELTAS_FILE
@@ -92,13 +103,46 @@ class WeightDeltaCallback(TrainerCallback):
         with self._watch:
             self.snapshot = take_snapshot(model, self.plan, self._file(args).parent)
 
-    @staticmethod
-    def _keep_lines_up_to(step: int, file: Path) -> None:
+    def _keep_lines_up_to(self, step: int, args, state) -> None:
         """A resumed run reports the steps after its checkpoint again: their old lines go."""
+        refused = None
+        if state.is_world_process_zero:
+            self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
+            try:
+                self._rewrite(step, self._file(args))
+            except OSError as error:
+                refused = f"{self._file(args)} could not be written: {error.strerror or error}. Make room on the disk."
+        raise_disk_error(refused)
+
+    @staticmethod
+    def _rewrite(step: int, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
+        write_whole(file, "".join(kept).encode())
+
+    def _write_lines(self, args) -> str | None:
+        """Append the lines that are not written yet; where that fails, all of them stay for the next time.
+
+        Returns:
+            Why it failed.
+        """
+        if not self._unwritten:
+            return None
+        file, size = self._file(args), None
+        try:
+            with file.open("ab") as out:
+                size = out.tell()
+                out.write("".join(self._unwritten).encode())
+        except OSError as error:
+            with suppress(OSError):
+                if size is not None:
+                    os.truncate(file, size)  # half of the lines may have found room
+            refused = f"{file} could not be written: {error.strerror or error}."
+            logger.warning("%s Its %d new lines are tried again at the next save.", refused, len(self._unwritten))
+            return refused
+        self._unwritten = []
+        return None
 
     def _report(self, args, state, control, model) -> None:
         with self._watch:
@@ -106,8 +150,8 @@ class WeightDeltaCallback(TrainerCallback):
             deltas |= {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
             self._reported_at = state.global_step
             if state.is_world_process_zero:
-                with self._file(args).open("a", encoding="utf-8") as file:
-                    file.writelines(self._lines(state.global_step, deltas))
+                self._unwritten.extend(self._lines(state.global_step, deltas))
+                self._write_lines(args)
             values = self.group_deltas(deltas)
         if self._log is not None:
             wanted = control.should_log

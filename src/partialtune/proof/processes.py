@@ -4,6 +4,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from partialtune.errors import DiskError, EndedElsewhere
+
 Value = TypeVar("Value")
 
 
@@ -28,6 +30,20 @@ def from_all(value: Value) -> list[Value]:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def raise_disk_error(words: str | None) -> None:
+    """End all processes where the main one could not write; every process has to call this together.
+
+    Args:
+        words: Of the main process: what could not be written, None where all was.
+
+    Raises:
+        DiskError: On the main process; EndedElsewhere on the others, with the same exit code.
+    """
+    said = from_main(words)
+    if said is not None:
+        raise DiskError(said) if is_main() else EndedElsewhere("", DiskError.exit_code)
 
 
 def _several() -> bool:

@@ -5,7 +5,6 @@ nothing to read on (no file, no UTF-8, no YAML, no mapping) is raised here. Need
 """
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import yaml
 
 from partialtune import __version__
 from partialtune.errors import RecipeError
+from partialtune.files import write_whole
 from partialtune.text.addresses import without_secrets
 
 # What YAML takes for its own syntax although a recipe means text: regex, selector with brackets, negation, glob.
@@ -217,6 +217,4 @@ def write_recipe_file(path: Path, values: Mapping[str, Any], run: Mapping[str, A
     header = (
         f"# Written by partialtune {__version__}. `run` tells what happened and is ignored by `partialtune train`.\n"
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(header + text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, (header + text).encode())

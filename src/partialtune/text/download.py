@@ -5,7 +5,6 @@ and synced, and a lock keeps two processes from fetching the same address at onc
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ from typing import BinaryIO
 from urllib.parse import urldefrag, urlsplit
 
 from partialtune.errors import TextError
+from partialtune.files import lock
 from partialtune.text.addresses import without_secrets
 from partialtune.text.transfer import Limits, Received, TryAgainError, receive
 
@@ -107,11 +107,7 @@ def _checked_address(url: str) -> str:
 def _lock(path: Path, shown: str) -> Iterator[None]:
     """Hold a file's lock, which the system lets go of if the process dies."""
     with opened_without_links(path, os.O_RDWR | os.O_CREAT) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process fetches %s: waiting for it.", shown)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, lambda: logger.info("Another process fetches %s: waiting for it.", shown))
         yield
 
 

@@ -6,7 +6,8 @@ by piece: small texts are put together in memory, what exceeds IN_MEMORY_BYTES g
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from partialtune.errors import TextError
 from partialtune.text import cleaning as cleaning_code
 from partialtune.text import decoding, streams, unwrapping
 from partialtune.text.decoding import Damage, Encoding, choose_encoding, decoded_pieces
-from partialtune.text.names import expand_all
+from partialtune.text.names import ADDRESS, expand_all
 from partialtune.text.raw import RawText, raw_text
 from partialtune.text.store import stored
 from partialtune.text.streams import (
@@ -106,6 +107,49 @@ def read_texts(
         in_memory_bytes -= text.raw_bytes if isinstance(text.content, str) else 0
         texts.append(text)
     return texts
+
+
+def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path) -> list[str]:
+    """Stop where a text is not the one that a run was trained on. Nothing is fetched: only what lies here is read.
+
+    Args:
+        recorded: Name -> sha256 of each text, as the run kept them. Where it kept none, nothing is compared.
+        sources: What the recipe names now.
+        run: The run's folder, for the message.
+
+    Returns:
+        Names of texts that were not compared: on the network, or not there any more.
+
+    Raises:
+        TextError: Names the texts that differ.
+    """
+    if not recorded:
+        return ["its texts"]
+    present: set[str] = set()
+    different = []
+    for source in sources:
+        if source.startswith("hf:") or ADDRESS.match(source):
+            continue
+        with suppress(TextError):  # it is gone, and so is not another one
+            for name in expand_all([source]):
+                present.add(name)
+                found = _sha256(raw_text(name, text_column=""))
+                if recorded.get(name) != found:
+                    was = f"sha256 {recorded[name][:12]} then" if name in recorded else "not among its texts"
+                    different.append(f"{name}: {was}, {found[:12]} now")
+    if different:
+        raise TextError(
+            f"The run in {run} is finished, and its text is not what it was: {'; '.join(different)}. "
+            f"For a run on the present text name another folder: --output_dir {run}-2. Nothing was touched."
+        )
+    return [name for name in recorded if name not in present]
+
+
+def _sha256(raw: RawText) -> str:
+    digest = hashlib.sha256()
+    for chunk in raw.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_source(raw: RawText, cleaning: str, in_memory_bytes: int) -> SourceText:

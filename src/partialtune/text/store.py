@@ -7,7 +7,6 @@ nothing that a later one would trust. A lock keeps two processes from making the
 used for LIFETIME_DAYS is removed when something new is made; the folder may be deleted at any other time, too.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import TextError
+from partialtune.files import lock
 from partialtune.text.download import cache_folder, new_file, opened_without_links
 
 logger = logging.getLogger(__name__)
@@ -132,11 +132,7 @@ def _sha256(path: Path) -> str:
 def _lock(path: Path) -> Iterator[None]:
     """Hold a file's lock, which the system lets go of if the process dies."""
     with opened_without_links(path, os.O_RDWR | os.O_CREAT) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process makes %s: waiting for it.", path.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, lambda: logger.info("Another process makes %s: waiting for it.", path.with_suffix("")))
         yield
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from partialtune.errors import DiskError, InputError
+from partialtune.proof.processes import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -97,23 +98,29 @@ def finish_checkpoint(aside: Path, final: Path) -> None:
     (aside / MARKER).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
     for path in (*paths, aside / MARKER, aside):
         _sync(path)
-    if final.exists():
-        os.replace(final, aside.parent / REPLACED)
+    if os.path.lexists(final):
+        os.replace(final, aside.parent / REPLACED)  # of a link the link; what it names stays where it is
     os.replace(aside, final)
     _sync(final.parent)
     shutil.rmtree(aside.parent)
 
 
 def rotate_checkpoints(run: Path, keep: int | None, spare: str | None) -> None:
-    """Delete the oldest checkpoints beyond `keep` of them; never the newest complete one, never `spare` (the best)."""
+    """Delete the oldest checkpoints beyond `keep` of them; never the newest complete one, never `spare` (the best).
+
+    A link is not ours to delete, nor what it names: it is let be and not counted. One that cannot be deleted stays.
+    """
     if not keep:
         return
-    complete = [path for path in checkpoints_in(run) if not damage_of(path, read=False)]
+    complete = [path for path in checkpoints_in(run) if not path.is_symlink() and not damage_of(path, read=False)]
     protected = {path.name for path in complete[-1:]} | ({Path(spare).name} if spare else set())
     surplus = len(complete) - max(keep, len(protected & {path.name for path in complete}))
     for checkpoint in [path for path in complete if path.name not in protected][: max(0, surplus)]:
         logger.info("Deleting %s: save_total_limit is %d.", checkpoint.name, keep)
-        shutil.rmtree(checkpoint)
+        try:
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            logger.warning("%s could not be deleted (%s): it stays.", checkpoint, error.strerror or error)
 
 
 @contextmanager
@@ -148,7 +155,8 @@ def disk_errors(what: str, run: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in CANNOT_WRITE):
             raise
-        clear_aside(run)
+        if is_main():  # which may still be writing where another process failed: it clears when all have stopped
+            clear_aside(run)
         whole = [path.name for path in checkpoints_in(run) if not damage_of(path, read=False)]
         kept = f"{whole[-1]} is complete" if whole else "There is no complete checkpoint yet"
         raise DiskError(

@@ -26,6 +26,11 @@ def exit_code_of(number: int) -> int:
     return 130 if number == signal.SIGINT else 143
 
 
+def hears_signals() -> bool:
+    """Whether Python lets this thread handle signals; those of notebooks' and web servers' workers it does not."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class _Ended(BaseException):
     """Ends the run where it is. No Exception: libraries would catch it and go on."""
 
@@ -41,7 +46,7 @@ def ended_by_signals() -> Iterator[None]:
     Raises:
         Interrupted: In the place of a signal.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not hears_signals():
         yield
         return
 
@@ -63,7 +68,7 @@ class StopOnSignal(TrainerCallback):
 
     Before the first step there is nothing to save: the signal ends the run as it does outside of training.
 
-    Use as a context manager around `trainer.train()`.
+    Use as a context manager around `trainer.train()`. In a thread that is not the main one it hears nothing.
     """
 
     def __init__(self) -> None:
@@ -74,7 +79,7 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        numbers = (signal.SIGINT, *PREEMPTIONS)
+        numbers = (signal.SIGINT, *PREEMPTIONS) if hears_signals() else ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 

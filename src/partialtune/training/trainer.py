@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.launch import shards_parameters
+from partialtune.launch import done_together, shards_parameters
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
@@ -224,6 +225,27 @@ class PartialTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Where one process cannot write, all end here: Trainer would let them wait for it at its next barrier."""
+        what = f"checkpoint-{self.state.global_step}" if self._saving_in else "The model"
+
+        def save() -> None:
+            with disk_errors(what, Path(self.args.output_dir)):
+                super(PartialTrainer, self).save_model(output_dir, _internal_call)
+
+        done_together(save)
+
+    def save_state(self) -> None:
+        """The log, as a whole or not at all."""
+        if self.is_world_process_zero():
+            file = Path(self.args.output_dir) / TRAINER_STATE_NAME
+            aside = file.with_name(f".{file.name}.part")
+            try:
+                self.state.save_to_json(str(aside))
+                os.replace(aside, file)
+            finally:
+                aside.unlink(missing_ok=True)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as the model was loaded, and without the pickle; of LoRA the adapters alone."""
         folder = Path(output_dir or self.args.output_dir)
@@ -289,21 +311,32 @@ class PartialTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving_in = str(run / ASIDE)
         try:
-            with disk_errors(name, run):
-                super()._save_checkpoint(model, trial)
+            done_together(lambda: self._write_checkpoint(name, model, trial))
+            self.accelerator.wait_for_everyone()
+            best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+            self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+            done_together(lambda: self._finish_checkpoint(name))
+        except Exception:
+            if self.args.should_save:
+                clear_aside(run)  # of which this process may have written a part while another one failed
+            raise
         finally:
             self._saving_in = None
-        self.accelerator.wait_for_everyone()
-        best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-        self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
         if self.args.should_save:
-            aside = run / ASIDE / name
-            with disk_errors(name, run):
-                self.state.save_to_json(str(aside / "trainer_state.json"))
-                write_origin(aside, self.origin)
-                finish_checkpoint(aside, run / name)
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, name: str, model: nn.Module, trial) -> None:
+        with disk_errors(name, Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+
+    def _finish_checkpoint(self, name: str) -> None:
+        if self.args.should_save:
+            run = Path(self.args.output_dir)
+            with disk_errors(name, run):
+                self.state.save_to_json(str(run / ASIDE / name / TRAINER_STATE_NAME))
+                write_origin(run / ASIDE / name, self.origin)
+                finish_checkpoint(run / ASIDE / name, run / name)
 
 
 def _set_all(config: PretrainedConfig, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,76 @@
+"""Files and folders that are there as a whole or not at all, and the locks that keep two processes apart."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+_without_locks: set[int] = set()  # file systems of which it was said that they have none
+
+
+def lock(file: IO, busy: Callable[[], None]) -> None:
+    """Lock an open file until it is closed; the system lets go of it if the process dies.
+
+    Some network file systems have no locks (NFS without its lock service, Lustre without `flock`, mounted cloud
+    storage): there it is said once, and nothing keeps a second process away.
+
+    Args:
+        file: Open for writing, which NFS asks for.
+        busy: Called where another process holds it: raises, or returns to wait for that process.
+    """
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        _say_once(file, error)
+
+
+def _say_once(file: IO, error: OSError) -> None:
+    device = os.fstat(file.fileno()).st_dev
+    if device not in _without_locks:
+        _without_locks.add(device)
+        logger.warning(
+            "The file system of %s has no locks (%s), so nothing stops a second process from writing to the same "
+            "folder. Start one at a time.",
+            Path(file.name).absolute().parent,
+            error.strerror or error,
+        )
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file aside and rename it: a reader, or a process that is killed, never leaves or meets half of it.
+
+    Raises:
+        OSError: If it cannot be written. What was there stays as it was, and nothing is left beside it.
+    """
+    aside = file.with_name(f".{file.name}.part")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def move_all(source: Path, folder: Path, last: str = "config.json") -> None:
+    """Move the files of a folder, and of those in it, into another one; every file is synced before the first moves.
+
+    Args:
+        source: Where they were written.
+        folder: Where they belong, on the same file system. Files of the same names are replaced.
+        last: Name of the file that moves last: without it nothing in the folder can be loaded.
+    """
+    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name == last)
+    for file in files:
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    for file in files:
+        place = folder / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
