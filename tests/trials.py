@@ -151,7 +151,7 @@ class Trial:
         model = self.load()
         self.conformance: Conformance = check_conformance(model, block_size)
         self.before = _weights(model)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = min(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
         self.ids = torch.from_numpy(np.random.default_rng(0).integers(3, vocabulary, size=(WINDOWS, block_size)))
         self.has_final_norm = any(info.component == "final_norm" for info in read_structure(model).parameters)
         if "final_norm" in trainable and not self.has_final_norm:
