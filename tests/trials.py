@@ -230,7 +230,9 @@ class Trial:
             model = self.load()
             conformance = check_conformance(model, self.block_size)
             windows = Dataset.from_dict({"input_ids": self.ids.tolist()})
-            data = RunData(sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1))
+            data = RunData(
+                sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1), largest_ids={}
+            )
             prefix = prefix_phases(recipe, self.plan, model, args, data, begun=None)
             apply_plan(model, self.plan)
             trainer = make_trainer(recipe, self.plan, model, args, data, prefix, {}, conformance)
