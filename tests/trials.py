@@ -151,7 +151,7 @@ class Trial:
         model = self.load()
         self.conformance: Conformance = check_conformance(model, block_size)
         self.before = _weights(model)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = min(model.get_input_embeddings().weight.shape[0], model.config.get_text_config().vocab_size)
         self.ids = torch.from_numpy(np.random.default_rng(0).integers(3, vocabulary, size=(WINDOWS, block_size)))
         self.has_final_norm = any(info.component == "final_norm" for info in read_structure(model).parameters)
         if "final_norm" in trainable and not self.has_final_norm:
@@ -230,7 +230,9 @@ class Trial:
             model = self.load()
             conformance = check_conformance(model, self.block_size)
             windows = Dataset.from_dict({"input_ids": self.ids.tolist()})
-            data = RunData(sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1))
+            data = RunData(
+                sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1), largest_ids={}
+            )
             prefix = prefix_phases(recipe, self.plan, model, args, data, begun=None)
             apply_plan(model, self.plan)
             trainer = make_trainer(recipe, self.plan, model, args, data, prefix, {}, conformance)

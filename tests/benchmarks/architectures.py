@@ -3,8 +3,8 @@
     python tests/benchmarks/architectures.py [--types gpt2 bart ...] [--again]
 
 Writes tests/benchmarks/architectures.csv, a row a type, as soon as it is known; a second start goes on where the first
-one ended, unless it is to be done `--again`. About 200 types, ... minutes on one core. Types that read ahead are tried
-once more with the setting of their config that the refusal names. What a row says: see tests/trials.py.
+one ended, unless it is to be done `--again`. About 200 types, some 15 minutes on one core. Types that read ahead are
+tried once more with the setting of their config that the refusal names. What a row says: see tests/trials.py.
 
 Exit code 1 if a type is neither right nor refused in words.
 """
