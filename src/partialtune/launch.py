@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 Decision = TypeVar("Decision")
 
+# devices on which accelerate carries out FSDP; on others it runs something else without a word
+SHARDED_ON = ("cuda", "xpu", "npu", "mlu", "musa", "sdaa", "hpu", "neuron")
+
 
 def use_all_cores() -> None:
     """Undo `OMP_NUM_THREADS=1` which accelerate sets for one process too: without a GPU it would use one core.
@@ -84,7 +87,7 @@ def check_engine(args: TrainingArguments) -> None:
             f"FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2, as recipes/launch/fsdp2.yaml does."
         )
-    if args.device.type == "cpu":
+    if args.device.type not in SHARDED_ON:
         raise InputError(
             "FSDP needs GPUs: on CPUs accelerate runs DDP in its place without a word. "
             "Take recipes/launch/cpu_two_processes.yaml."

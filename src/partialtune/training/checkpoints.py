@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from partialtune.errors import DiskError, InputError
 
@@ -114,6 +116,19 @@ def rotate_checkpoints(run: Path, keep: int | None, spare: str | None) -> None:
     for checkpoint in [path for path in complete if path.name not in protected][: max(0, surplus)]:
         logger.info("Deleting %s: save_total_limit is %d.", checkpoint.name, keep)
         shutil.rmtree(checkpoint)
+
+
+def with_ties(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with one tensor for all names of a tied parameter: `save_pretrained` then writes it once.
+
+    FSDP gathers the tensor of each name by itself, and two equal ones would be saved as two.
+    """
+    names, tied = {}, dict(state_dict)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in tied and first in tied:
+            tied[name] = tied[first]
+    return tied
 
 
 @contextmanager
