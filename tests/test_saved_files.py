@@ -281,13 +281,13 @@ RECIPE = {"block_size": 32, "max_steps": 4, "per_device_train_batch_size": 2, "l
 
 
 class Rescaling(GPT2LMHeadModel):
-    """A model like RWKV, which divides weights in place when it is evaluated."""
+    """A model that divides weights in place when it is evaluated, as RWKV does, but on a whole batch only."""
 
-    def forward(self, *args, **kwargs):
-        if not self.training:
+    def forward(self, input_ids=None, **kwargs):
+        if not self.training and input_ids.shape == (8, 32):  # not yet in the look that is taken at loading
             with torch.no_grad():
                 self.get_parameter(f"transformer.{HALVED}").div_(2)
-        return super().forward(*args, **kwargs)
+        return super().forward(input_ids, **kwargs)
 
 
 def train_halving(tmp_path, text, monkeypatch, kind=Halving, **changes):
