@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 
 WARM = """\
-import json, os, sys
+import importlib, json, os, sys
 import torch, transformers, datasets
 import partialtune.train, partialtune.cli
 torch.set_num_threads(1)
@@ -86,6 +86,8 @@ def run(job, rank):
         os.environ["MASTER_PORT"] = str(job["port"])
     code = 1
     try:
+        for module, function in (name.split(":") for name in job["first"]):
+            getattr(importlib.import_module(module), function)()
         code = partialtune.cli.main(job["words"])
     finally:
         sys.stdout.flush()
@@ -114,6 +116,7 @@ class WarmProcess:
 
     def __enter__(self) -> "WarmProcess":
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
         self.parent = subprocess.Popen(
             [sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -124,12 +127,15 @@ class WarmProcess:
         self.parent.wait(timeout=60)
         self.parent.stdout.close()
 
-    def start_all(self, words: Sequence[str], processes: int) -> list[int]:
-        """Start a run of several processes, which find each other as those of a launcher do; their ids by rank."""
+    def start_all(self, words: Sequence[str], processes: int, first: Sequence[str] = ()) -> list[int]:
+        """Start a run of several processes, which find each other as those of a launcher do; their ids by rank.
+
+        `first` are functions that each of them calls before, as `module:function` of this folder.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {"log": str(self.log), "words": list(words), "processes": processes, "port": port}
+        job = {"log": str(self.log), "words": list(words), "processes": processes, "port": port, "first": list(first)}
         self.parent.stdin.write(json.dumps(job) + "\n")
         self.parent.stdin.flush()
         return json.loads(self.parent.stdout.readline())

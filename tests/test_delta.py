@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import partialtune
 from conftest import some_windows, tiny_gpt2
@@ -211,12 +211,61 @@ def test_damaged_deltas_are_refused_in_words(tmp_path, gpt2):
     refused("of format 2", delta)
 
 
+def change_config(delta, **changes):
+    file = delta / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_config_that_was_changed_is_refused_since_the_weights_would_compute_something_else(tmp_path, gpt2, capsys):
+    _, delta = write_trained(tmp_path, gpt2, ["final_norm"])
+    change_config(delta, n_head=4)
+    refused(r"its config\.json is not the one that the run ended with", delta)
+    assert main(["apply", str(delta), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    assert main(["verify", str(gpt2), str(delta), "--trainable", "final_norm"]) == 3
+    assert "n_head (2 -> 4)" in capsys.readouterr().err
+    for content in (b"{", b"[]", b"\xff"):
+        (delta / "config.json").write_bytes(content)
+        refused("config", delta)
+
+
+def test_a_config_that_was_changed_in_what_computes_nothing_loads(tmp_path, gpt2):
+    whole, delta = write_trained(tmp_path, gpt2, ["final_norm"])
+    change_config(delta, resid_pdrop=0.5, use_cache=False, transformers_version="5.20.0")
+    change_config(whole, resid_pdrop=0.5, use_cache=False, transformers_version="5.20.0")
+    ids = torch.tensor(some_windows(count=2, vocabulary=32)["input_ids"])
+    expected = AutoModelForCausalLM.from_pretrained(whole)(ids).logits
+    assert torch.equal(partialtune.load(delta)(ids).logits, expected)
+
+
+def test_a_delta_from_before_configs_were_digested_loads_with_a_warning(tmp_path, gpt2, caplog):
+    _, delta = write_trained(tmp_path, gpt2, ["final_norm"])
+    content = json.loads((delta / "delta.json").read_text())
+    del content["config_sha256"]
+    (delta / "delta.json").write_text(json.dumps(content))
+    partialtune.load(delta)
+    assert "that file is taken unchecked" in caplog.text
+
+
+def test_a_model_that_apply_cannot_write_as_it_is_is_not_left_behind(tmp_path, gpt2, monkeypatch, capsys):
+    _, delta = write_trained(tmp_path, gpt2, ["final_norm"])
+    kept = GPT2LMHeadModel.state_dict
+
+    def halved(self, *args, **kwargs):
+        return {name: values / 2 if "ln_f" in name else values for name, values in kept(self, *args, **kwargs).items()}
+
+    monkeypatch.setattr(GPT2LMHeadModel, "state_dict", halved)
+    assert main(["apply", str(delta), str(tmp_path / "out")]) == 2
+    assert "was not written: read back" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "delta", "whole"}
+
+
 # Size
 
 
 def test_norms_on_the_shape_of_gpt2_take_less_than_a_megabyte(tmp_path):
     """Of 124,439,808 parameters, 497.8 MB in fp32, 38,400 are norms: 153,600 bytes."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config
 
     with torch.device("meta"):
         empty = GPT2LMHeadModel(GPT2Config())

@@ -89,12 +89,18 @@ def other_base(place):
     tiny.save_pretrained(place / "base")
 
 
+def other_config(place):
+    file = place / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "n_head": 4}))
+
+
 def other_text(place):
     (place / "text.txt").write_text((place / "text.txt").read_text().replace("wisdom", "folly"))
 
 
 OTHERS = {
     "base": (other_base, [], "base: 1 of 40 parameters, transformer.h.1.mlp.c_fc.bias first"),
+    "config": (other_config, [], "base: its config.json, n_head (2 -> 4)"),
     "text": (other_text, [], "has another content than"),
     "windows": (None, ["--block_size", "16"], "block_size: 32 then, 16 now"),
     "share": (None, ["--validation_share", "0.2"], "validation_share: 0.1 then, 0.2 now"),

@@ -287,7 +287,7 @@ def trained_names(run):
     return [entry["name"] for entry in read(run, "freeze_plan.json")["parameters"] if entry["trainable"]]
 
 
-@pytest.mark.parametrize("fault", ["selectors", "another base", "another adapter", "another shape"])
+@pytest.mark.parametrize("fault", ["selectors", "another scale", "another base", "another adapter", "another shape"])
 def test_verify_finds_what_breaks_the_claim_of_adapters(run, tmp_path, capsys, fault):
     import shutil
 
@@ -295,7 +295,11 @@ def test_verify_finds_what_breaks_the_claim_of_adapters(run, tmp_path, capsys, f
     adapted.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "freeze_plan.json"):
         shutil.copy(run / name, adapted)
-    if fault == "selectors":
+    if fault == "another scale":
+        config = read(adapted, "adapter_config.json")
+        (adapted / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+        said = "lora_alpha / r ("
+    elif fault == "selectors":
         words, said = ["--trainable", "mlp"], "transformer.h.0.attn.c_attn.weight"
     elif fault == "another base":
         other = AutoModelForCausalLM.from_pretrained(base)

@@ -354,7 +354,7 @@ def test_a_buffer_that_changed_breaks_every_claim_and_is_noted_where_there_is_no
     assert "1 buffer changed" in " ".join(unclaimed.notes)
 
 
-def test_a_config_that_computes_otherwise_is_noted(base, adapt):
+def test_a_config_that_computes_otherwise_is_noted_where_nothing_is_claimed(base, adapt):
     comparison = compare(base, adapt(lambda model: setattr(model.config, "n_head", 4)))
     assert "config.json differs: n_head (2 -> 4)." in comparison.notes
 
@@ -466,6 +466,42 @@ def test_another_base_than_that_of_the_run_is_found_by_its_digests(base, run):
     comparison = compare(base, run)
     assert comparison.not_the_base == (MLP,)
     assert any("Name the base" in sentence for sentence in comparison.violations)
+
+
+def change_config(folder, **changes):
+    """Change keys of the folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_head": 4}, "n_head (2 -> 4)"),
+        ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon (1e-05 -> 0.001)"),
+        ({"scale_attn_weights": False}, "scale_attn_weights (True -> False)"),
+        ({"activation_function": "relu"}, "activation_function (gelu_new -> relu)"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings (True -> True, and the run left its head untied)"),
+    ],
+)
+def test_a_config_that_makes_another_function_of_the_weights_breaks_every_claim(base, run, changes, said):
+    change_config(run, **changes)
+    for trainable in (None, ["blocks[-1].mlp", "head"]):
+        comparison = compare(base, run, trainable)
+        if trainable and "tie_word_embeddings" in changes:  # without the run's plan nothing says what it was
+            continue
+        assert comparison.changed_config == (said,)
+        with pytest.raises(FreezeViolation, match=r"makes another function of the same weights") as caught:
+            comparison.raise_if_violated()
+        assert caught.value.exit_code == 3
+        assert said in str(caught.value)
+
+
+def test_a_config_that_differs_in_what_a_run_may_change_breaks_no_claim(base, run):
+    harmless = {"resid_pdrop": 0.0, "attn_pdrop": 0.3, "use_cache": False, "dtype": "bfloat16", "eos_token_id": 5}
+    change_config(run, **harmless, pad_token_id=3, transformers_version="5.20.0", summary_type="mean")
+    comparison = compare(base, run)
+    assert (comparison.passed, comparison.changed_config) == (True, ())
 
 
 def test_a_plan_without_digests_still_says_what_may_move(base, run):

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 Decision = TypeVar("Decision")
 
 DDP_TIMEOUT = 1800  # seconds, Trainer's default
+# devices on which accelerate carries out FSDP; on others it runs something else without a word
+SHARDED_ON = ("cuda", "xpu", "npu", "mlu", "musa", "sdaa", "hpu", "neuron")
 
 
 def use_all_cores() -> None:
@@ -99,7 +101,7 @@ def check_engine(args: TrainingArguments) -> None:
             f"FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2, as recipes/launch/fsdp2.yaml does."
         )
-    if args.device.type == "cpu":
+    if args.device.type not in SHARDED_ON:
         raise InputError(
             "FSDP needs GPUs: on CPUs accelerate runs DDP in its place without a word. "
             "Take recipes/launch/cpu_two_processes.yaml."

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from partialtune.cost.utilisation import needed_products, utilisation
 from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
 from partialtune.hub.files import WEIGHTS
@@ -83,6 +84,20 @@ def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> N
     done_together(save)
 
 
+def check_saved(folder: Path, trainer: PartialTrainer) -> FreezeViolation | None:
+    """Read the saved model back from disk and compare it with the digests of the audit, whose verdict it is a part of.
+
+    Returns:
+        The violation, if there is one: the run's files are still worth writing.
+    """
+    try:
+        found = trainer.read_back(folder, trainer.audit.digests_after)
+        trainer.audit.conclude_saved(trainer.args, trainer.state, found)
+    except FreezeViolation as violation:
+        return violation
+    return None
+
+
 @main_process_only
 def write_insight(folder: Path, look: Look, before: Sight, after: Sight, found: Mapping[str, Any]) -> None:
     """`insight.json`: what moved and what shifted, beyond the scores."""
@@ -100,7 +115,7 @@ def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedMo
     used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
     watched = trainer.deltas.seconds + trainer.audit.seconds
     content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched)
-    write_json(folder / "performance.json", content)
+    write_json(folder / "performance.json", {**content, "saved_files_check_seconds": trainer.reading_back.seconds})
 
 
 @main_process_only

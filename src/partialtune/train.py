@@ -57,7 +57,7 @@ from partialtune.output_dir import (
 )
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.reading import Recipe, write_recipe
-from partialtune.results import save_model, write_insight, write_performance, write_plan, write_results
+from partialtune.results import check_saved, save_model, write_insight, write_performance, write_plan, write_results
 from partialtune.scoring.look import Look
 from partialtune.scoring.prompts import check_prompts
 from partialtune.text.sources import IN_MEMORY_BYTES, check_kept
@@ -65,7 +65,7 @@ from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.checkpoints import damage_of, newest_whole_checkpoint
 from partialtune.training.making import make_trainer, prefix_phases, tokens_per_byte
 from partialtune.training.optimizer_state import check_checkpoint
-from partialtune.training.origin import check_origin, origin_of, read_origin, same_base, with_choices
+from partialtune.training.origin import check_origin, check_start, origin_of, read_origin, same_base, with_choices
 from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
 from partialtune.training.trainer import PartialTrainer
 
@@ -132,10 +132,12 @@ def train(recipe: Recipe) -> Path:
 
         set_seed(args.seed)
         trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
+        check_start(origin, trainer.audit.digests_before)
         curves = LearningCurves(data.scored, args.per_device_eval_batch_size).attach(trainer)
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, checkpoint)
         save_model(folder, trainer, tokenizer, recipe)
+        violation = check_saved(folder, trainer) or violation
         write_plan(folder, plan, trainer.audit)
 
         after = look.at(model, "after")

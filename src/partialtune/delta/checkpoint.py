@@ -5,6 +5,7 @@ not differences, so that no rounding stands between a delta and its model. `delt
 sha256 digests of all its parameters and of the result's: another base is refused, and the result is checked.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,10 +21,13 @@ from partialtune import __version__
 from partialtune.delta import DELTA_FILE, VALUES_FILE, is_delta
 from partialtune.errors import ModelError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.config_keys import config_digest
 from partialtune.output_dir import read_json, write_json
 from partialtune.proof.processes import is_main
 from partialtune.proof.snapshots import whole_on_main
 from partialtune.proof.weights import named_weights
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of both files; a reader refuses a later one
 
@@ -63,6 +67,8 @@ class Delta:
         before: sha256 of each parameter of the base by name, an untied head included.
         after: The same of the result.
         stored: Names of the parameters in `delta.safetensors`.
+        config: sha256 of the result's config.json, see `config_keys.config_digest`; None in deltas from before it was
+            written down.
     """
 
     folder: Path
@@ -72,6 +78,7 @@ class Delta:
     before: Mapping[str, str]
     after: Mapping[str, str]
     stored: frozenset[str]
+    config: str | None = None
 
     def read(self, parameter: str) -> torch.Tensor:
         """The values of a stored parameter, fp32."""
@@ -106,7 +113,8 @@ def write_delta(
     save_file(values, aside, metadata={"format": "pt"})
     os.replace(aside, folder / VALUES_FILE)
     _write_config(folder, model)
-    write_json(folder / DELTA_FILE, _description(plan, before, after, base))  # last: with it the delta is whole
+    content = {**_description(plan, before, after, base), "config_sha256": config_digest(folder / "config.json")}
+    write_json(folder / DELTA_FILE, content)  # last: with it the delta is whole
 
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
@@ -173,6 +181,7 @@ def read_delta(folder: Path, name: str) -> Delta:
             before={entry["name"]: entry["sha256_before"] for entry in content["parameters"]},
             after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
             stored=frozenset(shapes),
+            config=content.get("config_sha256"),
         )
         _check_texts(delta)
         declared = {entry["name"]: entry["shape"] for entry in content["parameters"]}
@@ -204,4 +213,28 @@ def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mappin
         raise ModelError(
             f"{delta.name}: {VALUES_FILE} and {DELTA_FILE} do not belong together, they differ in {wrong[0]}. "
             f"Fetch both again."
+        )
+
+
+def check_config(delta: Delta) -> None:
+    """Make sure that the delta's config.json is the one that the run ended with: it says what the weights compute.
+
+    Raises:
+        ModelError: If a key of it that changes the function has another value, or it cannot be read.
+    """
+    if delta.config is None:
+        logger.warning(
+            "%s was written before deltas held a digest of their config.json, so that file is taken unchecked. "
+            "Save the run again with this version to have it checked.",
+            delta.name,
+        )
+        return
+    try:
+        same = config_digest(delta.folder / "config.json") == delta.config
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{delta.name}: its config.json cannot be read ({error}). Fetch it again.") from error
+    if not same:
+        raise ModelError(
+            f"{delta.name}: its config.json is not the one that the run ended with (sha256 in {DELTA_FILE}), so its "
+            f"weights would compute something else. Fetch it again."
         )

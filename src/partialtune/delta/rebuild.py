@@ -10,21 +10,22 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from partialtune.delta.checkpoint import Delta, read_delta
+from partialtune.delta.checkpoint import Delta, check_config, read_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.files import move_all
 from partialtune.freeze.apply import untie_head
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.output_dir import check_writable
-from partialtune.pages.wording import joined
+from partialtune.pages.wording import counted, joined
 from partialtune.proof.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
-from partialtune.proof.weights import digests, digests_of
+from partialtune.proof.saved_files import saved_differences
+from partialtune.proof.weights import buffer_digest, digests, digests_of, persistent_buffers
 
 logger = logging.getLogger(__name__)
 
 
 def load(delta: str | os.PathLike, base: str | None = None) -> PreTrainedModel:
-    """The model that a delta checkpoint stands for, in fp32, in eval mode, every digest checked.
+    """The model that a delta checkpoint stands for, in fp32, in eval mode, every digest checked, its config's too.
 
     partialtune.load("outputs/gpt2-norms") -> GPT2LMHeadModel
 
@@ -34,7 +35,8 @@ def load(delta: str | os.PathLike, base: str | None = None) -> PreTrainedModel:
             `builtin:lilliput`.
 
     Raises:
-        ModelError: If either cannot be read, or the base is not the one that was trained.
+        ModelError: If either cannot be read, the base is not the one that was trained, or the delta not what was
+            saved.
     """
     folder, name = checkpoint_folder(os.fspath(delta))
     return _rebuild(read_delta(folder, name), base)
@@ -68,6 +70,7 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{out.name}-") as aside:
         whole = Path(aside) / "model"
         model.save_pretrained(whole)
+        _check_written(whole, model, out)
         if (folder / "tokenizer_config.json").is_file():
             load_tokenizer(str(folder)).save_pretrained(whole)
         if (folder / PLAN_FILE).is_file():
@@ -82,7 +85,19 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
     return out
 
 
+def _check_written(whole: Path, model: PreTrainedModel, out: Path) -> None:
+    """Read the files back: between a model and a disk stand its own `state_dict` and the writers of files."""
+    buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)}
+    different = saved_differences(whole, model, digests(model), buffers)
+    if different:
+        raise ModelError(
+            f"{out} was not written: read back, its files are not the model that was rebuilt. "
+            f"{counted(len(different), 'difference')}: {joined([str(one) for one in different], 240)}."
+        )
+
+
 def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
+    check_config(delta)
     place = base or delta.base.location
     try:
         location, base_name = checkpoint_folder(place)

@@ -153,6 +153,7 @@ class FreezePlan:
             "selectors": list(self.selectors),
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
+            **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,

@@ -79,6 +79,7 @@ def performance_rows(performance: Mapping[str, Any]) -> list[tuple[str, str]]:
         "time_shares": ("Time by part", time_by_part),
         "callback_share": ("Time of deltas and audit", percent),
         "prefix_cache": ("Frozen prefix cached", str),
+        "saved_files_check_seconds": ("Reading saved files back", lambda value: f"{significant(value, 3)} s"),
     }
     rows = []
     for key, value in performance.items():

@@ -146,7 +146,8 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
-    return [frozen_finding(run), trainable_finding(run), *held_out_finding(run), *forgetting_finding(run)]
+    weights = [frozen_finding(run), trainable_finding(run), *saved_finding(run)]
+    return [*weights, *held_out_finding(run), *forgetting_finding(run)]
 
 
 def frozen_finding(run: RunFiles) -> Finding:
@@ -184,9 +185,25 @@ def trainable_finding(run: RunFiles) -> Finding:
         relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
         detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
     explained = run.audit["frozen"]["changed"] or changed_buffers(run) or any(changed_names(run).values())
+    explained = explained or saved_otherwise(run)
     failed = audit["not_in_optimizer"] or not (run.audit["passed"] or explained)
     level = "bad" if failed else "warning" if audit["unmoved"] or audit["below_precision"] else "good"
     return Finding(level, "Trained part", f"L2 change {significant(audit['l2_delta'])}", f"{detail}.")
+
+
+def saved_finding(run: RunFiles) -> list[Finding]:
+    """What the saved files, read back, hold otherwise than was audited; nothing where there is no such thing."""
+    found = saved_otherwise(run)
+    if not found:
+        return []
+    names = joined([name for name, _ in found], 160)
+    detail = f"What was read back from disk is not what was audited in memory: {names}."
+    return [Finding("bad", "Saved files", counted(len(found), "difference"), detail)]
+
+
+def saved_otherwise(run: RunFiles) -> list[tuple[str, str]]:
+    """(tensor or file, what is wrong with it) of the saved files; runs from before they were read back name none."""
+    return [(one["name"], one["what"]) for one in run.audit.get("saved_files", {}).get("different", [])]
 
 
 def changed_buffers(run: RunFiles) -> list[str]:
@@ -215,6 +232,7 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
         *((name, "is trainable, but was not in the optimizer") for name in trainable["not_in_optimizer"]),
         *((entry["name"], f"is trainable, but did not move: {entry['reason']}") for entry in trainable["unmoved"]),
         *((name, "is trainable, but its updates are below its precision") for name in trainable["below_precision"]),
+        *saved_otherwise(run),
     ]
 
 

@@ -112,10 +112,13 @@ def claim_of_adapters(
     if not plan.is_file():
         return None, ()
     try:
-        entries = {entry["name"]: entry for entry in read_json(plan)["parameters"]}
+        content = read_json(plan)
+        entries = {entry["name"]: entry for entry in content["parameters"]}
+        adapter = content.get("adapter")
+        scale = adapter["alpha"] / adapter["rank"] if adapter else None
         planned = {name: entry["sha256_after"] for name, entry in entries.items() if entry["trainable"]}
         before = {name: entry["sha256_before"] for name, entry in entries.items() if name not in planned}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{adapters.name}: its {plan.name} cannot be read as a freeze plan ({error}).") from error
     others = {name for name in planned.keys() | adapters.tensors.keys() if not _is_as_planned(name, planned, adapters)}
     return (
@@ -124,6 +127,7 @@ def claim_of_adapters(
             f"says ({len(before):,} and {len(planned):,} digests)",
             trainable=frozenset(f"{name.partition('.lora_')[0]}.weight" for name in planned),
             before={name: sha256 for name, sha256 in before.items() if sha256 and name in base.structure.by_name},
+            scale=scale,
         ),
         tuple(sorted(others)),
     )

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from partialtune.proof.audit_result import (
     ONLY_SKIPPED,
     TOO_SMALL,
     Audit,
+    SavedDifference,
 )
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.processes import from_all, from_main, is_main, raise_disk_error
@@ -60,6 +62,7 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
         digests_before: sha256 of every parameter at the start.
+        buffers_before: sha256 of every persistent buffer at the start.
         digests_after: sha256 of every parameter at the end of training.
         seconds: Time spent in snapshot and checks so far.
     """
@@ -83,6 +86,10 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
     @property
     def digests_before(self) -> Mapping[str, str]:
         return self._snapshot.digests if self._snapshot else {}
+
+    @property
+    def buffers_before(self) -> Mapping[str, str]:
+        return self._snapshot.buffers if self._snapshot else {}
 
     @property
     def seconds(self) -> float:
@@ -181,6 +188,26 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
         if found:
             self._audit_everything(args, state, model)
 
+    def conclude_saved(self, args, state, differences: list[SavedDifference]) -> None:
+        """Take what the saved files hold otherwise than was audited into the verdict, and conclude anew.
+
+        Args:
+            differences: The same on every process, see `saved_files.saved_differences`.
+
+        Raises:
+            FreezeViolation: If there is a violation and `stop_on_violation` is set; `audit.json` is written before.
+        """
+        counts = len(self.plan.frozen), len(self.plan.trainable), len(self.buffers_before)
+        audit = replace(self.result or Audit(*counts), saved=differences)  # no result yet: at a checkpoint
+        if differences:
+            self._conclude(args, state, audit)
+        else:
+            self._keep(args, state, audit)
+
+    def known_digests(self, state) -> dict[str, str]:
+        """sha256 by name of what no step so far was to change, as it is in every checkpoint."""
+        return {name: self.digests_before[name] for name in self._kept(state)}
+
     def _audit_everything(self, args, state, model: nn.Module) -> None:
         with self._watch:
             self.digests_after = from_main(digests_on_main(named_weights(model)))
@@ -277,10 +304,14 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
                     names += [name] if moved < values.numel() / 2 else []
         return names
 
+    def _keep(self, args, state, audit: Audit) -> str | None:
+        """Keep and write the result. Returns why writing failed."""
+        self.result = audit
+        return self._write(args, audit) if state.is_world_process_zero else None
+
     def _conclude(self, args, state, audit: Audit) -> None:
         """Keep and write the result, say what is wrong, and stop the run if it must stop."""
-        self.result = audit
-        refused = self._write(args, audit) if state.is_world_process_zero else None
+        refused = self._keep(args, state, audit)
         for sentence in audit.warnings():
             logger.warning("%s", sentence)
         if not audit.passed:

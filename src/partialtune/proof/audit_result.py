@@ -1,6 +1,6 @@
 """What a freeze audit found, as data and in words."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
@@ -37,6 +37,7 @@ class Audit:
         below_precision: Trainable tensors in 16 bits, most of whose values kept every bit: a warning.
         not_in_optimizer: Trainable tensors that the optimizer does not hold: a violation.
         trainable_l2_delta: Distance of all trainable tensors from the start.
+        saved: What the saved files, read back, hold otherwise than was audited: a violation. None where none were read.
     """
 
     frozen_parameters: int
@@ -53,6 +54,7 @@ class Audit:
     below_precision: list[str] = field(default_factory=list)
     not_in_optimizer: list[str] = field(default_factory=list)
     trainable_l2_delta: float | None = 0.0
+    saved: "list[SavedDifference] | None" = None
 
     @property
     def other_names(self) -> list[str]:
@@ -61,13 +63,17 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        changed = self.changed or self.changed_buffers or self.other_names
+        changed = self.changed or self.changed_buffers or self.other_names or self.saved
         return not (changed or self.stuck or self.not_in_optimizer)
 
     def to_json(self) -> dict[str, Any]:
         reasons = {**dict.fromkeys(self.stuck, KEPT_EVERY_BIT), **self.unmoved}
         return {
             "passed": self.passed,
+            "saved_files": {
+                "read_back": self.saved is not None,
+                "different": [asdict(difference) for difference in self.saved or ()],
+            },
             "frozen": {
                 "parameters": self.frozen_parameters,
                 "changed": self.changed,
@@ -95,6 +101,7 @@ class Audit:
             ("persistent buffers in the model are new", self.new_buffers),
             ("trainable parameters were due an update larger than half the spacing, yet kept every bit", self.stuck),
             ("trainable parameters are missing from the optimizer", self.not_in_optimizer),
+            ("differences between what was audited and the saved files", [str(one) for one in self.saved or ()]),
         ]
         said = [f"{len(names)} {what}: {some(names)}" for what, names in parts if names]
         return "; ".join(said + [PLAN_AFTERWARDS] * bool(self.other_names))
@@ -114,6 +121,17 @@ class Audit:
                 f"round away: {some(self.below_precision)}. Load the model in fp32."
             )
         return sentences
+
+
+@dataclass(frozen=True)
+class SavedDifference:
+    """Something in saved files that is not what was proved: a tensor or a file by its name, and what is wrong."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.what}"
 
 
 def some(names: list[str], shown: int = 5) -> str:

@@ -20,12 +20,17 @@ class Claim:
         trainable: Names of the parameters that may move.
         before: sha256 of parameters of the base by name, as far as the claim speaks of them.
         after: The same for the adapted checkpoint.
+        head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None where nothing
+            says so.
+        scale: For LoRA, alpha / rank of the run; None where nothing says so.
     """
 
     text: str
     trainable: frozenset[str]
     before: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
+    head: str | None = None
+    scale: float | None = None
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -68,6 +73,7 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
         trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
         before=before,
         after=after,
+        head=read_json(file).get("head"),
     )
 
 

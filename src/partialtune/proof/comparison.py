@@ -52,6 +52,7 @@ class Comparison:
         parameters: Every parameter once, in the order of `named_parameters()`.
         claim: What says which of them may move; None where nothing does.
         changed_buffers: Persistent buffers that both hold and that differ; no claim lets a buffer change.
+        changed_config: Keys of config.json in which the two stand for other functions, as `n_head (2 -> 4)`.
         not_the_base: Parameters of the base that are not what the run says it started from.
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
         notes: What else a reader should know.
@@ -62,6 +63,7 @@ class Comparison:
     parameters: tuple[ComparedParameter, ...]
     claim: str | None = None
     changed_buffers: tuple[str, ...] = ()
+    changed_config: tuple[str, ...] = ()
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -91,6 +93,11 @@ class Comparison:
         if self.claim is not None and self.changed_buffers:
             names = joined(self.changed_buffers, 160)
             sentences.append(f"{counted(len(self.changed_buffers), 'buffer')} changed, which nothing trains: {names}.")
+        if self.claim is not None and self.changed_config:
+            sentences.append(
+                f"The config of {self.adapted} makes another function of the same weights: "
+                f"{joined(self.changed_config, 240)}."
+            )
         for checkpoint, names, moment, remedy in (
             (
                 self.base,
@@ -130,6 +137,7 @@ class Comparison:
             "changed_though_frozen": [parameter.name for parameter in self.changed_though_frozen],
             "unmoved": [parameter.name for parameter in self.unmoved],
             "changed_buffers": list(self.changed_buffers),
+            "changed_config": list(self.changed_config),
             "not_the_base": list(self.not_the_base),
             "not_the_result": list(self.not_the_result),
             "violations": self.violations,

@@ -14,10 +14,11 @@ import torch
 
 from partialtune.delta import is_delta
 from partialtune.errors import ModelError
+from partialtune.model.config_keys import config_differences
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.pages.wording import counted, joined
 from partialtune.progress import progress_bar
-from partialtune.proof.adapters import NOTE, claim_of_adapters, holds_adapters, merged, open_adapters
+from partialtune.proof.adapters import NOTE, Adapters, claim_of_adapters, holds_adapters, merged, open_adapters
 from partialtune.proof.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.proof.claims import Claim, claim_of_plan, claim_of_selectors
 from partialtune.proof.comparison import ComparedParameter, Comparison
@@ -69,12 +70,14 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
             digests_before[info.name] = digest(old) if parameter.changed else digests_after[info.name]
         if parameter.changed and _is_rounded(old, new):
             rounded.append(info.name)
+    changed_config = _changed_adapters(adapters, claim) if adapters else _changed_config(before, after, claim)
     comparison = Comparison(
         base=before.name,
         adapted=after.name,
         parameters=tuple(parameters),
         claim=None if claim is None else claim.text,
         changed_buffers=_changed_buffers(before, after),
+        changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
     )
@@ -182,6 +185,21 @@ def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
     common = sorted(before.buffers & after.buffers)
     pairs = ((name, before.read(name), after.read(name)) for name in common)
     return tuple(name for name, old, new in pairs if old.shape != new.shape or changed_values(new, old))
+
+
+def _changed_config(before: Weights, after: Weights, claim: Claim | None) -> list[str]:
+    """The keys in which the configs stand for other functions. A head is untied by its run, or not at all."""
+    changes = config_differences(before.config, after.config)
+    base, adapted = (getattr(w.config.get_text_config(), "tie_word_embeddings", None) for w in (before, after))
+    if claim is not None and claim.head is not None and bool(adapted) != (bool(base) and claim.head != "untied"):
+        changes.append(f"tie_word_embeddings ({base} -> {adapted}, and the run left its head {claim.head})")
+    return changes
+
+
+def _changed_adapters(adapters: Adapters, claim: Claim | None) -> list[str]:
+    if claim is None or claim.scale in (None, adapters.scale):
+        return []
+    return [f"lora_alpha / r ({claim.scale:g} -> {adapters.scale:g})"]
 
 
 def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:

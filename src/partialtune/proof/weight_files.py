@@ -1,22 +1,23 @@
 """A model's folder -> its weights by parameter name, one tensor at a time where its files allow that.
 
 Names in files are not parameter names: GPT-2's file on the Hub leaves out `transformer.`, a Mixtral's holds each expert
-by itself where the model fuses them. Names are mapped by transformers' own rules. Where these only rename, tensors
-are read from the files one by one; where they also split, fuse or permute, transformers loads the whole model.
+by itself where the model fuses them. Names are mapped and tensors are fused by transformers' own rules, parameter by
+parameter. Where a parameter has no tensor of its own even so, transformers loads the whole model.
 """
 
+import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from partialtune.errors import ModelError
@@ -54,13 +55,44 @@ class Weights:
     read: Callable[[str], torch.Tensor]
 
 
+@dataclass
+class Conversion:
+    """Tensors of a file that make up other tensors of the model: experts to be fused, a matrix to be split.
+
+    Attributes:
+        target: What transformers calls the group: the first of the tensors that it makes.
+        converter: Its rule.
+        sources: Names in the file, each with the pattern of the rule that it matches.
+    """
+
+    target: str
+    converter: WeightConverter
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+    def make(self, model: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of the model by name, as loading makes them."""
+        converter = copy.deepcopy(self.converter)
+        for name, pattern in self.sources:
+            converter.add_tensor(self.target, name, pattern, read(name))
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+
+
 @dataclass(frozen=True)
 class NameMap:
-    """What transformers makes of the names in a file: parameter or buffer -> its name in the file."""
+    """What transformers makes of the names in a file.
+
+    Attributes:
+        in_file: Parameter or buffer -> its name in the file, where nothing has to be done but rename it.
+        converted: Parameter or buffer -> what it is made by; empty where that cannot be told without loading.
+        unused: Names in the file that the model has no use for.
+        clear: Whether each tensor of the model is accounted for by at most one of these.
+    """
 
     in_file: dict[str, str]
+    converted: dict[str, Conversion]
     unused: tuple[str, ...]
-    renames_only: bool
+    clear: bool
 
 
 class TensorFiles:
@@ -90,32 +122,33 @@ class TensorFiles:
         return self._file_of[name].get_tensor(name)
 
 
-def open_weights(folder: Path, name: str) -> Weights:
+def open_weights(folder: Path, name: str, trust_remote_code: bool = False) -> Weights:
     """The weights of the model in a folder.
 
     Args:
         folder: Holds config.json and safetensors files, one or many.
         name: What messages call it.
+        trust_remote_code: Whether the model's code may come from the folder.
 
     Raises:
         ModelError: If the files are damaged, lack a parameter, do not fit config.json or are quantised.
     """
-    config = load_config(str(folder))
+    config = load_config(str(folder), trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name} is quantised: its values stand for others, so no bits of weights can be compared.")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{name} holds an adapter, not a whole model. Merge it into its base and save that.")
-    model = empty_model(config)
+    model = empty_model(config, trust_remote_code)
     model.config.name_or_path = name
     structure = read_structure(model)
     with _reading(name):
         files = TensorFiles(_weight_files(folder, config))
-        names = map_names(model, files.names)
+        names = map_names(model, files)
         _check_shapes(name, structure, names, files)
         if _can_stream(structure, names, files):
-            return _stream(folder, name, config, structure, names, files)
-        exact = all(files.dtype(in_file) in HELD_BY_FP32 for in_file in names.in_file.values())
-    return _load_whole(folder, name, config, names, torch.float32 if exact else torch.float64)
+            return _stream(folder, name, config, model, structure, names, files)
+        exact = all(files.dtype(in_file) in HELD_BY_FP32 for in_file in files.names)
+    return _load_whole(folder, name, config, trust_remote_code, names, torch.float32 if exact else torch.float64)
 
 
 def _weight_files(folder: Path, config: PretrainedConfig) -> Sequence[Path]:
@@ -135,36 +168,59 @@ def _weight_files(folder: Path, config: PretrainedConfig) -> Sequence[Path]:
         ) from error
 
 
-def map_names(model: PreTrainedModel, names_in_file: Sequence[str]) -> NameMap:
-    """Map the names in a model's files to those of its parameters and buffers, as loading it would.
+def map_names(model: PreTrainedModel, files: TensorFiles) -> NameMap:
+    """Map the tensors in a model's files to its parameters and buffers, as loading it would.
 
-    map_names(gpt2, ["wte.weight", "h.0.attn.bias"]) -> in_file {"transformer.wte.weight": "wte.weight"}, unused [...]
+    gpt2, ["wte.weight", "h.0.attn.bias"] -> in_file {"transformer.wte.weight": "wte.weight"}, unused ["h.0.attn.bias"]
 
     Args:
         model: On the meta device is enough.
-        names_in_file: All of them.
+        files: Of the model.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    rule_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
-    in_file, unused, renames_only = {}, [], True
-    for name in names_in_file:
+    in_file, groups, unused, clear = {}, {}, [], True
+    for name in sorted(files.names, key=dot_natural_key):  # expert 2 before expert 10, as loading takes them
         target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if target not in expected and name in expected:  # renamed without need; loading takes such a name as it is
             target, pattern = rename_source_key(name, [], [], prefix, expected)
-        if target not in expected and pattern is None:
+        if pattern is not None:
+            groups.setdefault(target, Conversion(target, rule_of[pattern])).sources.append((name, pattern))
+        elif target not in expected:
             unused.append(name)
-            continue
-        renames_only = renames_only and pattern is None and target not in in_file
-        in_file[target] = name
-    return NameMap(in_file, tuple(unused), renames_only)
+        else:
+            clear = clear and target not in in_file
+            in_file[target] = name
+    converted = _made_by(groups.values(), model, files)
+    clear = clear and converted is not None and not (converted.keys() & in_file.keys())
+    return NameMap(in_file, converted or {}, tuple(unused), clear)
+
+
+def _made_by(
+    conversions: Iterable[Conversion], model: PreTrainedModel, files: TensorFiles
+) -> dict[str, Conversion] | None:
+    """Name of a parameter or buffer -> what makes it, tried on tensors without values; None where that fails."""
+    expected, made_by = model.state_dict(), {}
+    for conversion in conversions:
+        try:
+            made = conversion.make(model, lambda name: torch.empty(files.shape(name), device="meta"))
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+            logger.debug("%s: %s", conversion.target, error)
+            return None
+        for name, values in made.items():
+            if name not in expected or name in made_by or values.shape != expected[name].shape:
+                return None
+            made_by[name] = conversion
+    return made_by
 
 
 def _check_shapes(name: str, structure: ModelStructure, names: NameMap, files: TensorFiles) -> None:
     for parameter, info in structure.by_name.items():
         in_file = names.in_file.get(parameter)
-        if names.renames_only and in_file is not None and files.shape(in_file) != info.shape:
+        if names.clear and in_file is not None and files.shape(in_file) != info.shape:
             raise ModelError(
                 f"{name}: {parameter} is {files.shape(in_file)} in the weight file and {info.shape} by config.json. "
                 f"The two do not belong together."
@@ -172,39 +228,58 @@ def _check_shapes(name: str, structure: ModelStructure, names: NameMap, files: T
 
 
 def _can_stream(structure: ModelStructure, names: NameMap, files: TensorFiles) -> bool:
-    """Whether every parameter has a tensor of its own in the files, in a dtype to take as it is.
+    """Whether every parameter has a tensor of its own in the files, in a dtype to take as it is, or is made of some.
 
     A file may hold several names of a tie. Where their values differ, loading makes two parameters of them.
     """
     for info in structure.parameters:
-        present = [names.in_file[place.name] for place in info.places if place.name in names.in_file]
-        if not present or any(files.dtype(name) not in READ_AS_THEY_ARE for name in present):
+        places = [place.name for place in info.places]
+        present = [names.in_file[place] for place in places if place in names.in_file]
+        sources = [name for place in places if place in names.converted for name, _ in names.converted[place].sources]
+        if not (present or sources) or any(files.dtype(name) not in READ_AS_THEY_ARE for name in present + sources):
             return False
         if len(present) > 1 and not all(torch.equal(files.read(present[0]), files.read(name)) for name in present[1:]):
             return False
-    return names.renames_only
+        if sources and (present or sum(place in names.converted for place in places) > 1):
+            return False
+    return names.clear
 
 
 def _stream(
-    folder: Path, name: str, config: PretrainedConfig, structure: ModelStructure, names: NameMap, files: TensorFiles
+    folder: Path,
+    name: str,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    structure: ModelStructure,
+    names: NameMap,
+    files: TensorFiles,
 ) -> Weights:
     def read(wanted: str) -> torch.Tensor:
         others = [place.name for place in structure.by_name[wanted].places] if wanted in structure.by_name else []
-        in_file = next(names.in_file[one] for one in (wanted, *others) if one in names.in_file)
+        present = next(one for one in (wanted, *others) if one in names.in_file or one in names.converted)
         with _reading(name):
-            return files.read(in_file)
+            if present in names.in_file:
+                return files.read(names.in_file[present])
+            return names.converted[present].make(model, lambda source: _widened(files.read(source)))[present]
 
-    buffers = frozenset(names.in_file.keys() - structure.by_name.keys())
+    buffers = frozenset((names.in_file.keys() | names.converted.keys()) - structure.by_name.keys())
     return Weights(folder, name, config, structure, buffers, names.unused, streamed=True, read=read)
 
 
-def _load_whole(folder: Path, name: str, config: PretrainedConfig, names: NameMap, dtype: torch.dtype) -> Weights:
+def _load_whole(
+    folder: Path, name: str, config: PretrainedConfig, remote_code: bool, names: NameMap, dtype: torch.dtype
+) -> Weights:
     logger.info("%s: its files hold other tensors than the model has parameters. Loading all of it.", name)
-    model = load_model(str(folder), config, dtype=dtype)
+    model = load_model(str(folder), config, trust_remote_code=remote_code, dtype=dtype)
     model.config.name_or_path = name
     tensors, structure = model.state_dict(), read_structure(model)
     buffers = frozenset(tensors.keys() - structure.by_name.keys())
     return Weights(folder, name, config, structure, buffers, names.unused, streamed=False, read=tensors.__getitem__)
+
+
+def _widened(values: torch.Tensor) -> torch.Tensor:
+    """16 bits as fp32, which is how a model is loaded to train; wider ones as they are."""
+    return values.float() if values.element_size() < 4 else values
 
 
 @contextmanager

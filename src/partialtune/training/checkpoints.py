@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from partialtune.errors import DiskError, InputError
 from partialtune.proof.processes import is_main
@@ -121,6 +123,19 @@ def rotate_checkpoints(run: Path, keep: int | None, spare: str | None) -> None:
             shutil.rmtree(checkpoint)
         except OSError as error:
             logger.warning("%s could not be deleted (%s): it stays.", checkpoint, error.strerror or error)
+
+
+def with_ties(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with one tensor for all names of a tied parameter: `save_pretrained` then writes it once.
+
+    FSDP gathers the tensor of each name by itself, and two equal ones would be saved as two.
+    """
+    names, tied = {}, dict(state_dict)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in tied and first in tied:
+            tied[name] = tied[first]
+    return tied
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a run began with, kept in each of its checkpoints: a run goes on only from a checkpoint of the same run.
 
-`origin.json` holds the base (commit and sha256 by parameter), the texts, the windows, how many of them make a step,
-what each phase trains, and what `auto` chose, which is kept and not chosen again.
+`origin.json` holds the base (commit, sha256 by parameter, config), the texts, the windows, how many of them make a
+step, what each phase trains, and what `auto` chose, which is kept and not chosen again.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from partialtune.errors import InputError
+from partialtune.errors import FreezeViolation, InputError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.proof.weights import digests
 from partialtune.recipe.arguments import ModelArguments, TextArguments
 from partialtune.scoring.evaluation import evenly_spaced
@@ -56,8 +57,9 @@ def origin_of(
     """
     settings = {key: getattr(text, key) for key in WINDOW_SETTINGS}
     commit = getattr(model.config, "_commit_hash", None)
+    config = function_keys(model.config.to_dict())
     return {
-        "base": {"name": base.model_name_or_path, "commit": commit, "sha256": digests(model)},
+        "base": {"name": base.model_name_or_path, "commit": commit, "sha256": digests(model), "config": config},
         "text": [{"name": source.name, "sha256": source.sha256} for source in sources],
         "windows": {**settings, "data_seed": data_seed, "windows a step": windows_a_step, **_sample(windows)},
         "phases": [{"from_step": phase.from_step, "trainable": list(phase.trainable)} for phase in plan.phases],
@@ -131,12 +133,40 @@ def check_origin(checkpoint: Path, saved: Mapping[str, Any], present: Mapping[st
         )
 
 
+def check_start(origin: Mapping[str, Any], digests_before: Mapping[str, str]) -> None:
+    """Make sure that what the audit takes for the start is the base as it was loaded: the "before" scores lie between.
+
+    Some models rescale their weights in place when they are evaluated (RWKV). The audit would then compare with the
+    rescaled ones, and a reload of what is saved would rescale them again.
+
+    Args:
+        origin: `origin_of` the run.
+        digests_before: sha256 by name of every parameter in the audit's snapshot, an untied head's too.
+
+    Raises:
+        FreezeViolation: If a parameter differs, whatever the recipe allows: no later verdict would mean anything.
+    """
+    loaded = origin["base"]["sha256"]
+    changed = [name for name, sha256 in loaded.items() if digests_before.get(name) != sha256]
+    if changed:
+        raise FreezeViolation(
+            f"{len(changed)} of {len(loaded)} parameters changed between loading and the first step, {changed[0]} "
+            f"first: this model changes its own weights when it is evaluated, so that what would be saved is not what "
+            f"is scored. It cannot be trained here. Take a setting of its config that switches this off."
+        )
+
+
 def _base_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     differing = [name for name, sha256 in now["sha256"].items() if then["sha256"].get(name) != sha256]
     if differing:
         bases = [f"{base['name']}{' at ' * bool(base['commit'])}{base['commit'] or ''}" for base in (then, now)]
         share = f"{len(differing)} of {len(now['sha256'])} parameters, {differing[0]} first"
         yield f"base: {share} ({bases[0]} then, {bases[1]} now)"
+    configs = [base.get("config", {}) for base in (then, now)]  # checkpoints from before it was kept have none
+    known = configs[0].keys() & configs[1].keys()  # another version of transformers knows other keys
+    changes = differences_between(*({key: config[key] for key in known} for config in configs))
+    if changes:
+        yield f"base: its config.json, {', '.join(changes)}"
 
 
 def _text_differences(then: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:

@@ -27,7 +27,10 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.launch import done_together, shards_parameters
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.proof.saved_files import saved_differences
+from partialtune.proof.stopwatch import Stopwatch
 from partialtune.training.batches import numbered
 from partialtune.training.checkpoints import (
     ASIDE,
@@ -36,6 +39,7 @@ from partialtune.training.checkpoints import (
     finish_checkpoint,
     read_with_care,
     rotate_checkpoints,
+    with_ties,
 )
 from partialtune.training.divergence import BatchWatch
 from partialtune.training.optimizer_state import key_by_name
@@ -69,6 +73,7 @@ class PartialTrainer(Trainer):
     Attributes:
         audit, deltas, timer, stop: Its callbacks.
         fast: Its fast paths.
+        reading_back: Time in which saved files were read back and compared with the audit's digests.
         flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
             attention's own included, counted in the first; None before it and under torch.compile.
     """
@@ -97,6 +102,7 @@ class PartialTrainer(Trainer):
         self.tokens_per_byte = tokens_per_byte
         self.batch = BatchWatch(kwargs.get("train_dataset"))
         self.flops_per_step: int | None = None
+        self.reading_back = Stopwatch()
         self._saving_in: str | None = None
         if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
             kwargs["args"].ddp_find_unused_parameters = True
@@ -247,11 +253,11 @@ class PartialTrainer(Trainer):
                 aside.unlink(missing_ok=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as the model was loaded, and without the pickle; of LoRA the adapters alone."""
+        """Save as the model was loaded, each tied tensor once, and without the pickle; of LoRA the adapters alone."""
         folder = Path(output_dir or self.args.output_dir)
         if self.plan.adapter is None:
             with self.config_as_loaded():
-                super()._save(output_dir, state_dict)
+                super()._save(output_dir, state_dict and with_ties(state_dict, self.model))
         elif self.args.should_save:
             save_adapters(self.model, folder, state_dict)
         if self.args.should_save:
@@ -301,6 +307,11 @@ class PartialTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return self._saving_in or super()._get_output_dir(trial)
 
+    def read_back(self, folder: Path, digests: Mapping[str, str]) -> list[SavedDifference]:
+        """What a folder that was just saved holds otherwise than these digests say; the same on every process."""
+        with self.reading_back:
+            return saved_differences(folder, self.model, digests, self.audit.buffers_before, self.plan)
+
     def _save_checkpoint(self, model, trial) -> None:
         """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
         self.audit.check_frozen(self.args, self.state, self.model)
@@ -313,6 +324,9 @@ class PartialTrainer(Trainer):
         try:
             done_together(lambda: self._write_checkpoint(name, model, trial))
             self.accelerator.wait_for_everyone()
+            found = self.read_back(run / ASIDE / name, self.audit.known_digests(self.state))
+            if found:
+                self.audit.conclude_saved(self.args, self.state, found)
             best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
             self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
             done_together(lambda: self._finish_checkpoint(name))

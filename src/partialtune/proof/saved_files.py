@@ -1,0 +1,138 @@
+"""What is proved is what is saved: a folder just written -> what its files hold otherwise than the audit states.
+
+The audit digests the weights in memory. Between them and the disk stand the model's own `state_dict`, hooks, renamings
+and the writer of the files. So the files are read back as a reader would read them, one tensor at a time, and digested.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+
+from partialtune.delta import VALUES_FILE, is_delta
+from partialtune.delta.checkpoint import check_config, read_delta
+from partialtune.errors import ModelError
+from partialtune.freeze.plan import FreezePlan
+from partialtune.model.config_keys import config_differences
+from partialtune.model.loading import load_config
+from partialtune.output_dir import read_json
+from partialtune.proof.audit_result import SavedDifference
+from partialtune.proof.processes import from_main, is_main
+from partialtune.proof.weight_files import TensorFiles, Weights, open_weights
+from partialtune.proof.weights import buffer_digest, digests_of, named_weights, plain_name
+
+OTHER_VALUES = "has other values in the saved files than it had when it was audited"
+NOT_SAVED = "is not in the saved files"
+REMOTE = "transformers_modules"  # the package of code that came with a model and was trusted when it was loaded
+NOT_OF_THE_MODEL = "is in the saved files, and is no tensor that was audited"
+
+
+def saved_differences(
+    folder: Path,
+    model: PreTrainedModel,
+    digests: Mapping[str, str],
+    buffers: Mapping[str, str],
+    plan: FreezePlan | None = None,
+) -> list[SavedDifference]:
+    """Read a saved model back and compare it with what is known of it; empty where the files hold that very model.
+
+    All processes of a run call this together and get the same; the main one reads.
+
+    Args:
+        folder: Holds the model as safetensors files, as a delta, or as adapters.
+        model: That was saved.
+        digests: sha256 by name of the parameters to compare: all of them, or those that are known.
+        buffers: sha256 by name of the persistent buffers, see `weights.buffer_digest`.
+        plan: Of the run, where there is one; says whether there are adapters.
+    """
+    return from_main(_differences(folder, model, digests, buffers, plan) if is_main() else [])
+
+
+def _differences(
+    folder: Path,
+    model: PreTrainedModel,
+    digests: Mapping[str, str],
+    buffers: Mapping[str, str],
+    plan: FreezePlan | None,
+) -> list[SavedDifference]:
+    remote_code = any(one.__module__.startswith(REMOTE) for one in type(model).__mro__)
+    try:
+        if is_delta(folder):
+            saved = load_config(str(folder), trust_remote_code=remote_code)
+            return [*_delta_differences(folder, digests), *_config_differences(model.config, saved)]
+        if plan is not None and plan.adapter is not None:
+            return [*_adapter_differences(folder, plan, digests)]
+        weights = open_weights(folder, folder.name, remote_code)
+        return [
+            *_weight_differences(weights, digests),
+            *_buffer_differences(weights, buffers),
+            *_unknown(weights, model),
+            *_config_differences(model.config, weights.config),
+        ]
+    except (ModelError, SafetensorError, OSError) as error:
+        return [SavedDifference(folder.name, f"cannot be read back: {error}")]
+
+
+def _weight_differences(weights: Weights, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
+    known = [name for name in digests if name in weights.structure.by_name]
+    found = digests_of((name, weights.read(name)) for name in known)
+    yield from _compared(digests, found)
+
+
+def _compared(digests: Mapping[str, str], found: Mapping[str, str]) -> Iterator[SavedDifference]:
+    for name, sha256 in digests.items():
+        if name not in found:
+            yield SavedDifference(name, NOT_SAVED)
+        elif found[name] != sha256:
+            yield SavedDifference(name, OTHER_VALUES)
+
+
+def _buffer_differences(weights: Weights, buffers: Mapping[str, str]) -> Iterator[SavedDifference]:
+    """Of the buffers that the files hold: others are made anew by the model, as no file has them."""
+    for name in sorted(weights.buffers & buffers.keys()):
+        if buffer_digest(weights.read(name)) != buffers[name]:
+            yield SavedDifference(name, OTHER_VALUES)
+
+
+def _unknown(weights: Weights, model: PreTrainedModel) -> Iterator[SavedDifference]:
+    """Parameters in the files that the model does not have, such as a head that is one of its own there."""
+    audited = {name for name, _ in named_weights(model)}
+    for info in weights.structure.parameters:
+        if info.name not in audited:
+            yield SavedDifference(info.name, NOT_OF_THE_MODEL)
+
+
+def _config_differences(audited: PretrainedConfig, saved: PretrainedConfig) -> Iterator[SavedDifference]:
+    for difference in config_differences(audited, saved):
+        yield SavedDifference("config.json", f"is of another model: {difference}")
+
+
+def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
+    """What is stored, from the file; the rest by what `delta.json` says of the base, which is digested at each load."""
+    delta = read_delta(folder, folder.name)
+    check_config(delta)
+    values = TensorFiles([folder / VALUES_FILE])
+    stored = digests_of((name, values.read(name)) for name in delta.stored)
+    of_base = {name: sha256 for name, sha256 in delta.before.items() if name not in stored}
+    yield from _compared(digests, {**of_base, **stored})
+    for name in delta.after.keys() - digests.keys():
+        yield SavedDifference(name, NOT_OF_THE_MODEL)
+    for name, sha256 in digests.items():
+        if delta.after.get(name) != sha256:
+            yield SavedDifference(name, "has another sha256_after in delta.json than it had when it was audited")
+
+
+def _adapter_differences(folder: Path, plan: FreezePlan, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
+    """Of the adapters, which are all that is saved: the base's own weights were compared in memory."""
+    file = TensorFiles([folder / ADAPTER_SAFE_WEIGHTS_NAME])
+    names = {plain_name(name): name for name in file.names}
+    trained = {name: digests[name] for name in plan.trainable if name in digests}
+    yield from _compared(trained, digests_of((name, file.read(names[name])) for name in trained if name in names))
+    for name in names.keys() - set(plan.trainable):
+        yield SavedDifference(name, NOT_OF_THE_MODEL)
+    config = read_json(folder / ADAPTER_CONFIG_NAME)
+    for key, value in (("r", plan.adapter.rank), ("lora_alpha", plan.adapter.alpha)):
+        if config.get(key) != value:
+            yield SavedDifference(ADAPTER_CONFIG_NAME, f"says {key} {config.get(key)}, and {value} was trained")
