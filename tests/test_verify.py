@@ -20,7 +20,8 @@ from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.model.loading import dtypes_in, load_config, load_model
+from partialtune.model.files import dtypes_in
+from partialtune.model.loading import load_config, load_model
 from partialtune.proof import weight_files
 from partialtune.proof.table import comparison_table
 from partialtune.proof.verify import changed_values, verify

@@ -112,8 +112,8 @@ def train(recipe: Recipe) -> Path:
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
     tokens_per_byte(args, data)  # refuses a metric that this text has not, before anything is written
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
-    conformance = check_conformance(model, recipe.text.block_size)
     check_finite(base.model_name_or_path, model)
+    conformance = check_conformance(model, recipe.text.block_size)
     check_support(args, model)
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)

@@ -11,8 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from partialtune.builtin import builtin_folder
@@ -172,6 +175,43 @@ def check_finite(name: str, model: nn.Module) -> None:
             f"{f', and so do {len(spoilt) - 1} further tensors' if len(spoilt) > 1 else ''}. "
             f"Its file is damaged, or its training diverged. Take another checkpoint."
         )
+
+
+def refuse_wider_than(dtype: torch.dtype, name: str, folder: Path) -> None:
+    """Stop where loading in `dtype` has rounded: then nothing that is said of the base's bits would be true.
+
+    Raises:
+        ModelError: If a tensor in the model's files is complex, or in fp64 and `dtype` is not.
+    """
+    found = dtypes_in(folder)
+    complex_ones = sorted(tensor for tensor, kind in found.items() if kind.startswith("C"))
+    if complex_ones:
+        raise ModelError(
+            f"{name} holds {len(complex_ones)} tensors of complex numbers, {complex_ones[0]} first. Loading them as a "
+            f"model's weights would drop their imaginary parts. Use a checkpoint in float32, bfloat16 or float16."
+        )
+    wide = sorted(tensor for tensor, kind in found.items() if kind == "F64")
+    if wide and dtype != torch.float64:
+        raise ModelError(
+            f"{name} holds {len(wide)} tensors in fp64, {wide[0]} first. Weights are trained, compared and saved in "
+            f"fp32, which would round them before anything is proved. Round them yourself and use the copy: "
+            f"AutoModelForCausalLM.from_pretrained({name!r}, dtype=torch.float32).save_pretrained(FOLDER), and put the "
+            f"tokenizer's files beside it."
+        )
+
+
+def dtypes_in(folder: Path) -> dict[str, str]:
+    """Tensor in a model's safetensors files -> its dtype as safetensors writes it. Only their headers are read."""
+    files = [folder / SAFE_WEIGHTS_NAME]
+    if not files[0].is_file():
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
+        files = [folder / name for name in sorted(names)]
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt", backend="pread") as opened:
+            found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return found
 
 
 def context_of(config: PretrainedConfig) -> int | None:

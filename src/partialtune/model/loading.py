@@ -1,6 +1,5 @@
 """Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
 
-import json
 import logging
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,14 +18,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
 from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.dropout import set_dropout
-from partialtune.model.files import check_loaded, check_weights, context_of, refuse_adapter, without_safetensors
+from partialtune.model.files import (
+    check_loaded,
+    check_weights,
+    context_of,
+    refuse_adapter,
+    refuse_wider_than,
+    without_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +89,15 @@ def load_config(
 
 def hub_commit(name: str, revision: str = "main") -> str | None:
     """The commit that a Hub id's revision was resolved to when its config was loaded; None for a folder."""
+    folder = files_folder(name, revision)
+    return None if folder == Path(model_location(name)) else folder.name
+
+
+def files_folder(name: str, revision: str = "main") -> Path:
+    """The folder that holds a model's files: its own, or the one of a Hub id in the cache once its config is there."""
     location = model_location(name)
-    if Path(location).is_dir():
-        return None
-    file = try_to_load_from_cache(location, "config.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else None
+    file = None if Path(location).is_dir() else try_to_load_from_cache(location, "config.json", revision=revision)
+    return Path(file).parent if isinstance(file, str) else Path(location)
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -134,48 +143,8 @@ def load_model(
             f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "
             f"result could not be used."
         )
-    refuse_wider_than(dtype, name, getattr(config, "_commit_hash", None) or revision)
+    refuse_wider_than(dtype, name, files_folder(name, getattr(config, "_commit_hash", None) or revision))
     return model
-
-
-def refuse_wider_than(dtype: torch.dtype, name: str, revision: str = "main") -> None:
-    """Stop where loading in `dtype` has rounded: then nothing that is said of the base's bits would be true.
-
-    Raises:
-        ModelError: If a tensor in the model's files is complex, or in fp64 and `dtype` is not.
-    """
-    location = model_location(name)
-    cached = try_to_load_from_cache(location, "config.json", revision=revision) if not Path(location).is_dir() else None
-    folder = Path(cached).parent if isinstance(cached, str) else Path(location)
-    found = dtypes_in(folder)
-    complex_ones = sorted(tensor for tensor, kind in found.items() if kind.startswith("C"))
-    if complex_ones:
-        raise ModelError(
-            f"{name} holds {len(complex_ones)} tensors of complex numbers, {complex_ones[0]} first. Loading them as a "
-            f"model's weights would drop their imaginary parts. Use a checkpoint in float32, bfloat16 or float16."
-        )
-    wide = sorted(tensor for tensor, kind in found.items() if kind == "F64")
-    if wide and dtype != torch.float64:
-        raise ModelError(
-            f"{name} holds {len(wide)} tensors in fp64, {wide[0]} first. Weights are trained, compared and saved in "
-            f"fp32, which would round them before anything is proved. Round them yourself and use the copy: "
-            f"AutoModelForCausalLM.from_pretrained({name!r}, dtype=torch.float32).save_pretrained(FOLDER), and put the "
-            f"tokenizer's files beside it."
-        )
-
-
-def dtypes_in(folder: Path) -> dict[str, str]:
-    """Tensor in a model's safetensors files -> its dtype as safetensors writes it. Only their headers are read."""
-    files = [folder / SAFE_WEIGHTS_NAME]
-    if not files[0].is_file():
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
-        files = [folder / name for name in sorted(names)]
-    found = {}
-    for file in files:
-        with safe_open(file, framework="pt", backend="pread") as opened:
-            found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-    return found
 
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
