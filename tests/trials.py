@@ -8,6 +8,7 @@ PyTorch over the same windows, in which the cross entropy of the next token is w
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,6 @@ def judge(model_type: str, setting: str = "") -> Verdict:
             config.save_pretrained(base)
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config)
-        except ImportError as error:
-            return Verdict(name, f"not built: {_one_line(error)}")
         except Exception as error:  # noqa: BLE001 - transformers' own, which ours has to say in words
             model = error
         try:
@@ -271,6 +270,9 @@ class Trial:
     def _check_saved(self, trainer: PartialTrainer, saved: str) -> None:
         """Read the saved folder back: the claim holds, and it is the model that was trained."""
         trainer.save_model(saved)
+        different = trainer.read_back(Path(saved), trainer.audit.digests_after, trainer.audit.buffers_after)
+        if different:
+            raise Wrong(f"the run would not know its own files: {different[0]}")
         verify(self.base, saved, self.trainable).raise_if_violated()
         present = _weights(trainer.model)
         try:

@@ -50,7 +50,7 @@ def write_whole(file: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written. What was there stays as it was, and nothing is left beside it.
     """
-    aside = file.with_name(f".{file.name}.part")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         aside.write_bytes(content)
         os.replace(aside, file)

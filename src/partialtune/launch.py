@@ -209,13 +209,17 @@ def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
     """
     PartialState().wait_for_everyone()
     end = time.monotonic() + patience_seconds
-    while not (folder / name).is_file():
-        if time.monotonic() > end:
-            raise InputError(
-                f"output_dir: {folder.absolute()} is not the same folder on every machine of this run. "
-                f"Name one on a file system that they share."
-            )
-        time.sleep(0.5)
+
+    def wait() -> None:
+        while not (folder / name).is_file():
+            if time.monotonic() > end:
+                raise InputError(
+                    f"output_dir: {folder.absolute()} is not the same folder on every machine of this run. "
+                    f"Name one on a file system that they share."
+                )
+            time.sleep(0.5)
+
+    done_together(wait)
 
 
 def first_on_each_node(make: Callable[[], Decision]) -> Decision:

@@ -78,7 +78,6 @@ def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> N
 
     def save() -> None:
         with trainer.config_as_loaded(), disk_errors("The model", Path(trainer.args.output_dir)):
-            folder.mkdir(parents=True, exist_ok=True)
             write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
 
     done_together(save)
@@ -91,7 +90,7 @@ def check_saved(folder: Path, trainer: PartialTrainer) -> FreezeViolation | None
         The violation, if there is one: the run's files are still worth writing.
     """
     try:
-        found = trainer.read_back(folder, trainer.audit.digests_after)
+        found = trainer.read_back(folder, trainer.audit.digests_after, trainer.audit.buffers_after)
         trainer.audit.conclude_saved(trainer.args, trainer.state, found)
     except FreezeViolation as violation:
         return violation

@@ -86,7 +86,9 @@ def train(recipe: Recipe) -> Path:
     folder = Path(recipe.training["output_dir"])
     standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
     if standing is Standing.FINISHED:
-        unread = decided_by_main(lambda: check_kept(recorded_sources(folder), recipe.text.text, folder))
+        unread = decided_by_main(
+            lambda: check_kept(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
+        )
         logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared(unread))
         return folder
     if standing is Standing.UNSTARTED:
@@ -110,7 +112,9 @@ def train(recipe: Recipe) -> Path:
     decided_by_main(lambda: check_ids(base.model_name_or_path, config, data.largest_ids))
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
-    tokens_per_byte(args, data)  # refuses a metric that this text has not, before anything is written
+    decided_by_main(
+        lambda: tokens_per_byte(args, data)
+    )  # refuses a metric that this text has not, before anything is written
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_finite(base.model_name_or_path, model)
     conformance = check_conformance(model, recipe.text.block_size)
@@ -218,7 +222,7 @@ def take_folder(held: ExitStack, folder: Path, recipe: Recipe, standing: Standin
     """
     held.enter_context(locked(folder))
     if standing_of(folder, recipe.values, recipe.resume) is not standing:
-        raise RecipeError(f"output_dir: another process has finished the run in {folder} meanwhile. Nothing was done.")
+        raise RecipeError(f"output_dir: another process has written to {folder} meanwhile. Start again to go on there.")
 
 
 def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> FreezeViolation | None:
@@ -226,7 +230,8 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
 
     Returns:
         A violation that the audit found after the last step: the run's files are still worth writing. One found
-        earlier is raised, and one about names: such a model is not the one that was planned.
+        earlier is raised, at the last step's checkpoint too; and one about names: such a model is not the one that was
+        planned.
 
     Raises:
         Interrupted: If a signal stopped it after a checkpoint.
@@ -237,7 +242,8 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
         with trainer.stop:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FreezeViolation as violation:
-        if trainer.state.global_step < trainer.state.max_steps or trainer.audit.result.other_names:
+        ended = trainer.state.global_step >= trainer.state.max_steps and trainer.audit.digests_after
+        if not ended or trainer.audit.result.other_names:
             raise
         return violation
     finally:

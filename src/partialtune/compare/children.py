@@ -147,7 +147,12 @@ def ended_with(job: Job) -> int | None:
     except RecipeError as error:
         raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
     if standing is Standing.FINISHED:
-        check_kept(recorded_sources(job.folder), as_list(job.values["text"]), job.folder)
+        check_kept(
+            recorded_sources(job.folder),
+            as_list(job.values["text"]),
+            job.folder,
+            job.values.get("text_column", "text"),
+        )
         return 0
     code = exit_code_of(job.folder)
     holds_it = standing is not Standing.NEW

@@ -7,7 +7,6 @@
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, bes
 from partialtune.compare.results import Outcome, Row, failed_early, grouped, read_outcome
 from partialtune.compare.table import comparison_csv, comparison_json
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
+from partialtune.files import write_whole
 from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.loading import empty_model, load_config
@@ -259,9 +259,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], notes: Sequence[str]) ->
         "comparison.html": page.encode("utf-8", errors="replace"),
         "comparison.csv": comparison_csv(rows).encode("utf-8", errors="replace"),
     }.items():
-        aside = folder / f".{name}.part"
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        write_whole(folder / name, content)
     write_json(folder / COMPARISON_FILE, comparison_json(rows, notes))
 
 

@@ -109,6 +109,7 @@ def write_delta(
     values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in gathered if tensor is not None}
     if not is_main():
         return
+    folder.mkdir(parents=True, exist_ok=True)  # after the gathering, which every process must reach
     aside = folder / f".{VALUES_FILE}.part"
     save_file(values, aside, metadata={"format": "pt"})
     os.replace(aside, folder / VALUES_FILE)

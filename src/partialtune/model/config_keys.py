@@ -69,7 +69,7 @@ def _names_a_pad_token(key: str, before: Any) -> bool:
 
 
 def config_digest(file: Path) -> str:
-    """sha256 over the `function_keys` of a config.json as canonical JSON, as the file says them, no default added.
+    """sha256 over the `function_keys` and the `model_type` of a config.json as canonical JSON, no default added.
 
     So it is the same with every version of transformers, whose defaults differ.
 
@@ -79,5 +79,6 @@ def config_digest(file: Path) -> str:
     content = json.loads(file.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} holds no JSON object")  # noqa: TRY004  (damage, as other JSON that is wrong)
-    canonical = json.dumps(function_keys(content), sort_keys=True, separators=(",", ":"))
+    keys = {"model_type": content.get("model_type"), **function_keys(content)}  # by it transformers chooses the class
+    canonical = json.dumps(keys, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

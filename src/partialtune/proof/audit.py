@@ -62,7 +62,7 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
         digests_before: sha256 of every parameter at the start.
-        buffers_before: sha256 of every persistent buffer at the start.
+        buffers_before, buffers_after: sha256 of every persistent buffer at the start, and at the end of training.
         digests_after: sha256 of every parameter at the end of training.
         seconds: Time spent in snapshot and checks so far.
     """
@@ -75,6 +75,7 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
         self.stop_on_violation = stop_on_violation
         self.result: Audit | None = None
         self.digests_after: dict[str, str] = {}
+        self.buffers_after: dict[str, str] = {}
         self._snapshot: Snapshot | None = None
         self._not_in_optimizer: list[str] = []
         self.interrupted: Callable[[], bool] = lambda: False
@@ -202,17 +203,23 @@ class FreezeAuditCallback(TrainerCallback, ExportableState):
         if differences:
             self._conclude(args, state, audit)
         else:
-            self._keep(args, state, audit)
+            raise_disk_error(self._keep(args, state, audit))
 
-    def known_digests(self, state) -> dict[str, str]:
-        """sha256 by name of what no step so far was to change, as it is in every checkpoint."""
-        return {name: self.digests_before[name] for name in self._kept(state)}
+    def known_digests(self, state) -> tuple[dict[str, str], dict[str, str]]:
+        """sha256 by name of the parameters and buffers that have to be in a checkpoint as they were at the start.
+
+        What is known to have changed, in a run that goes on all the same, is told already.
+        """
+        changed = {*self.result.changed, *self.result.changed_buffers} if self.result else set()
+        parameters = {name: self.digests_before[name] for name in self._kept(state) if name not in changed}
+        return parameters, {name: sha256 for name, sha256 in self.buffers_before.items() if name not in changed}
 
     def _audit_everything(self, args, state, model: nn.Module) -> None:
         with self._watch:
             self.digests_after = from_main(digests_on_main(named_weights(model)))
             audit = self._audit(model)
             audit.changed = self._changed(model, self._kept(state), self.digests_after)
+            self.buffers_after = from_main(buffer_digests(model))
             audit.changed_buffers = self._changed_buffers(model)
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))

@@ -32,7 +32,7 @@ def comparison_notes(comparison: Comparison, before: Weights, after: Weights, ro
         *_about_buffers(comparison),
         *_about_unused(before),
         *_about_unused(after),
-        *_about_configs(before, after),
+        *_about_configs(before, after, comparison.changed_config if comparison.claim else ()),
     ]
 
 
@@ -55,9 +55,11 @@ def _about_unused(weights: Weights) -> Iterator[str]:
         yield f"{weights.name} holds {unused}: not compared."
 
 
-def _about_configs(before: Weights, after: Weights) -> Iterator[str]:
+def _about_configs(before: Weights, after: Weights, told: Sequence[str]) -> Iterator[str]:
+    """Differing keys, but for those that are told as a violation."""
     one, other = before.config.to_dict(), after.config.to_dict()
     keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
     said = [f"{key} ({one.get(key)} -> {other.get(key)})" for key in keys if key not in SAYS_NOTHING_NEW]
+    said = [one for one in said if one not in told]
     if said:
         yield f"config.json differs: {joined(said, 200)}."

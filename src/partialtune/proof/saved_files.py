@@ -13,13 +13,12 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.delta import VALUES_FILE, is_delta
 from partialtune.delta.checkpoint import check_config, read_delta
-from partialtune.errors import ModelError
+from partialtune.errors import ModelError, is_disk_fault
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_differences
 from partialtune.model.loading import load_config
 from partialtune.output_dir import read_json
 from partialtune.proof.audit_result import SavedDifference
-from partialtune.proof.processes import from_main, is_main
 from partialtune.proof.weight_files import TensorFiles, Weights, open_weights
 from partialtune.proof.weights import buffer_digest, digests_of, named_weights, plain_name
 
@@ -38,7 +37,7 @@ def saved_differences(
 ) -> list[SavedDifference]:
     """Read a saved model back and compare it with what is known of it; empty where the files hold that very model.
 
-    All processes of a run call this together and get the same; the main one reads.
+    Only files are read and nothing is gathered: of several processes one is enough.
 
     Args:
         folder: Holds the model as safetensors files, as a delta, or as adapters.
@@ -47,16 +46,6 @@ def saved_differences(
         buffers: sha256 by name of the persistent buffers, see `weights.buffer_digest`.
         plan: Of the run, where there is one; says whether there are adapters.
     """
-    return from_main(_differences(folder, model, digests, buffers, plan) if is_main() else [])
-
-
-def _differences(
-    folder: Path,
-    model: PreTrainedModel,
-    digests: Mapping[str, str],
-    buffers: Mapping[str, str],
-    plan: FreezePlan | None,
-) -> list[SavedDifference]:
     remote_code = any(one.__module__.startswith(REMOTE) for one in type(model).__mro__)
     try:
         if is_delta(folder):
@@ -71,7 +60,9 @@ def _differences(
             *_unknown(weights, model),
             *_config_differences(model.config, weights.config),
         ]
-    except (ModelError, SafetensorError, OSError) as error:
+    except (ModelError, SafetensorError, OSError, ValueError, KeyError) as error:
+        if is_disk_fault(error):
+            raise  # of the machine, not of the files
         return [SavedDifference(folder.name, f"cannot be read back: {error}")]
 
 

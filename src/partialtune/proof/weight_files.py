@@ -136,8 +136,6 @@ def open_weights(folder: Path, name: str, trust_remote_code: bool = False) -> We
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name} is quantised: its values stand for others, so no bits of weights can be compared.")
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{name} holds an adapter, not a whole model. Merge it into its base and save that.")
     model = empty_model(config, trust_remote_code)
     model.config.name_or_path = name
     structure = read_structure(model)
@@ -146,7 +144,7 @@ def open_weights(folder: Path, name: str, trust_remote_code: bool = False) -> We
         names = map_names(model, files)
         _check_shapes(name, structure, names, files)
         if _can_stream(structure, names, files):
-            return _stream(folder, name, config, model, structure, names, files)
+            return _stream(folder, name, model.config, model, structure, names, files)
         exact = all(files.dtype(in_file) in HELD_BY_FP32 for in_file in files.names)
     return _load_whole(folder, name, config, trust_remote_code, names, torch.float32 if exact else torch.float64)
 
@@ -274,7 +272,9 @@ def _load_whole(
     model.config.name_or_path = name
     tensors, structure = model.state_dict(), read_structure(model)
     buffers = frozenset(tensors.keys() - structure.by_name.keys())
-    return Weights(folder, name, config, structure, buffers, names.unused, streamed=False, read=tensors.__getitem__)
+    return Weights(
+        folder, name, model.config, structure, buffers, names.unused, streamed=False, read=tensors.__getitem__
+    )
 
 
 def _widened(values: torch.Tensor) -> torch.Tensor:

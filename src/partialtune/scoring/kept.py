@@ -5,7 +5,6 @@ In: what the scores depend on. Out: a file that gives them back where that is st
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from partialtune.files import write_whole
 from partialtune.launch import decided_by_main
 from partialtune.scoring.evaluation import ScoredText
 from partialtune.scoring.prompts import PromptProbe
@@ -66,10 +66,8 @@ class KeptScores:
         self._tensors |= tensors
         if PartialState().is_main_process:
             metadata = {"basis": self.basis, "parts": json.dumps(self._parts, allow_nan=False)}
-            aside = self.file.with_name(f"{self.file.name}.part")
             with suppress(OSError, SafetensorError):  # they are taken again then
-                save_file(self._tensors, aside, metadata=metadata)
-                os.replace(aside, self.file)
+                write_whole(self.file, save(self._tensors, metadata))
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(self.file, "pt") as kept:
@@ -93,7 +91,7 @@ def basis_of(
     Args:
         base_sha256: Digest of each parameter of the base.
         config: Of the model; buffers are made from it.
-        tokenizer: Its vocabulary decides the prompts' tokens.
+        tokenizer: Decides the prompts' tokens, and what they read as.
         texts, prompts, batch_size: What is scored, and how much at once.
         device: Where.
     """
@@ -101,14 +99,24 @@ def basis_of(
     basis = {
         "base": dict(base_sha256),
         "config": config.to_json_string(use_diff=False),
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "texts": {name: [_digest(text), text.text_tokens, text.text_bytes] for name, text in texts.items()},
+        "tokenizer": _tokenizer_basis(tokenizer),
+        "texts": {name: _text_basis(text) for name, text in texts.items()},
         "prompts": list(prompts),
         "batch": [batch_size, state.num_processes, torch.get_num_threads()],
         "device": [device.type, torch.cuda.get_device_name(device) if device.type == "cuda" else ""],
         "versions": [version(name) for name in ("partialtune", "torch", "transformers")],
     }
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_basis(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All of a tokenizer that `tokenizers` runs, its way of cutting words too; of others the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+
+
+def _text_basis(text: ScoredText) -> list[Any]:
+    return [_digest(text), text.text_tokens, text.text_bytes, text.comes_back]
 
 
 def _digest(text: ScoredText) -> str:

@@ -109,13 +109,14 @@ def read_texts(
     return texts
 
 
-def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path) -> list[str]:
+def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path, text_column: str = "text") -> list[str]:
     """Stop where a text is not the one that a run was trained on. Nothing is fetched: only what lies here is read.
 
     Args:
         recorded: Name -> sha256 of each text, as the run kept them. Where it kept none, nothing is compared.
         sources: What the recipe names now.
         run: The run's folder, for the message.
+        text_column: Which column of files with columns is read.
 
     Returns:
         Names of texts that were not compared: on the network, or not there any more.
@@ -132,8 +133,8 @@ def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path) -
             continue
         with suppress(TextError):  # it is gone, and so is not another one
             for name in expand_all([source]):
+                found = _sha256(raw_text(name, text_column))
                 present.add(name)
-                found = _sha256(raw_text(name, text_column=""))
                 if recorded.get(name) != found:
                     was = f"sha256 {recorded[name][:12]} then" if name in recorded else "not among its texts"
                     different.append(f"{name}: {was}, {found[:12]} now")

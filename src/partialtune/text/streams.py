@@ -15,7 +15,6 @@ from partialtune.text.cleaning import ENDS, ZONE, book_limits, is_gutenberg, uni
 from partialtune.text.unwrapping import indent_of, joined_lines, learn_wrap_width, left_margin
 
 PIECE_CHARACTERS = 1 << 20
-PIECE_BYTES = 1 << 20
 
 _LINE_END = re.compile(r"\r{0,2}\n|\r")
 

@@ -83,8 +83,9 @@ def tokens_per_byte(args: TrainingArguments, data: RunData) -> float | None:
     if scored is not None and scored.comes_back and scored.text_bytes:
         return scored.text_tokens / scored.text_bytes
     if (args.metric_for_best_model or "").removeprefix("eval_") == "bits_per_byte":
+        why = "nothing is held out" if scored is None else "the held-out text does not come back from its tokens"
         raise RecipeError(
-            "metric_for_best_model is bits_per_byte, and the held-out text has none: it does not come back from its "
-            "tokens. Take loss, which is in nats a token."
+            f"metric_for_best_model is bits_per_byte, and there are none: {why}. Take loss, which is in nats a token, "
+            f"and a validation_share above 0."
         )
     return None

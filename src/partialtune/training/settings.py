@@ -12,6 +12,7 @@ from partialtune.launch import decided_by_main
 from partialtune.training.precision import bf16_pays
 
 LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them
+LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules that look at the held-out loss
 EVALUATIONS = 10  # per run, where held-out text exists
 
 
@@ -20,6 +21,9 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
 
     Args:
         said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
+
+    Raises:
+        RecipeError: If transformers refuses them.
     """
     on_cpu = not torch.accelerator.is_available()
     settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
@@ -28,6 +32,9 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     if settings.get("load_best_model_at_end") and settings.get("save_strategy", "steps") == "steps":
         settings.setdefault("eval_strategy", "steps")  # `suit_length` would say so too late for TrainingArguments
         settings.setdefault("eval_steps", settings.get("save_steps", 500))
+    if settings.get("lr_scheduler_type") in LED_BY_EVALUATIONS:
+        settings.setdefault("eval_strategy", "steps")  # likewise
+        settings.setdefault("eval_steps", 500)
     if settings.get("metric_for_best_model"):
         settings.setdefault("greater_is_better", False)  # transformers knows so of names that end in loss alone
     settings |= {
@@ -39,7 +46,10 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
             **(said.get("activation_checkpointing_kwargs") or {}),
         },
     }
-    return TrainingArguments(**settings)
+    try:
+        return TrainingArguments(**settings)
+    except ValueError as error:  # a recipe's values were tried before; these are those that a trial or `bench` changed
+        raise RecipeError(f"TrainingArguments, transformers says: {' '.join(str(error).split())}") from error
 
 
 def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, held_out: bool) -> None:

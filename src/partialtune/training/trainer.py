@@ -24,7 +24,7 @@ from partialtune.fast.paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.launch import done_together, shards_parameters
+from partialtune.launch import decided_by_main, done_together, shards_parameters
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import SavedDifference
@@ -307,10 +307,10 @@ class PartialTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return self._saving_in or super()._get_output_dir(trial)
 
-    def read_back(self, folder: Path, digests: Mapping[str, str]) -> list[SavedDifference]:
+    def read_back(self, folder: Path, digests: Mapping[str, str], buffers: Mapping[str, str]) -> list[SavedDifference]:
         """What a folder that was just saved holds otherwise than these digests say; the same on every process."""
-        with self.reading_back:
-            return saved_differences(folder, self.model, digests, self.audit.buffers_before, self.plan)
+        with self.reading_back, self.config_as_loaded():
+            return decided_by_main(lambda: saved_differences(folder, self.model, digests, buffers, self.plan))
 
     def _save_checkpoint(self, model, trial) -> None:
         """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
@@ -324,7 +324,7 @@ class PartialTrainer(Trainer):
         try:
             done_together(lambda: self._write_checkpoint(name, model, trial))
             self.accelerator.wait_for_everyone()
-            found = self.read_back(run / ASIDE / name, self.audit.known_digests(self.state))
+            found = self.read_back(run / ASIDE / name, *self.audit.known_digests(self.state))
             if found:
                 self.audit.conclude_saved(self.args, self.state, found)
             best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
