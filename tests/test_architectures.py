@@ -7,15 +7,17 @@ import csv
 import gc
 
 import pytest
+import transformers
 
 from conftest import REPOSITORY
 from tiny_models import MODEL_TYPES
 from trials import judge
 
 TABLE = REPOSITORY / "tests" / "benchmarks" / "architectures.csv"
+MADE_WITH = "5.24."  # the version of transformers whose types are in the table
 SAMPLE = (
-    *("gpt2", "llama", "qwen3", "gemma3_text", "mixtral", "opt", "falcon", "bloom", "rwkv", "mamba2", "jamba"),
-    *("bart", "marian", "whisper", "bert", "roberta", "xlnet", "cpmant", "reformer", "musicgen"),
+    *("gpt2", "llama", "qwen3", "gemma3_text", "mixtral", "opt", "falcon", "rwkv", "mamba2", "jamba"),
+    *("bart", "marian", "whisper", "bert", "roberta", "xlnet", "cpmant", "reformer", "musicgen", "pegasus"),
     *("deepseek_v4", "qwen3_5", "inkling2_text", "lfm3", "kolibri1"),  # the newest
 )
 
@@ -46,7 +48,10 @@ def test_a_tiny_model_of_the_type_gets_the_verdict_of_the_table(model_type, tabl
 
 
 def test_the_table_holds_every_type_and_each_is_right_or_refused_in_words(table):
-    assert {name.partition(",")[0] for name in table} >= set(MODEL_TYPES)
+    known = {name.partition(",")[0] for name in table}
+    strange = set(MODEL_TYPES) - known
+    if transformers.__version__.startswith(MADE_WITH):
+        assert not strange
+    assert len(strange) < 0.2 * len(MODEL_TYPES)  # of versions that came later
     verdicts = {name: row["verdict"].partition(":")[0] for name, row in table.items()}
-    assert set(verdicts.values()) <= {"right", "right with our loss", "refused", "not built"}
-    assert sum(verdict == "not built" for verdict in verdicts.values()) <= 3
+    assert set(verdicts.values()) <= {"right", "right with our loss", "refused"}

@@ -224,6 +224,8 @@ def test_a_config_that_was_changed_is_refused_since_the_weights_would_compute_so
     assert not (tmp_path / "out").exists()
     assert main(["verify", str(gpt2), str(delta), "--trainable", "final_norm"]) == 3
     assert "n_head (2 -> 4)" in capsys.readouterr().err
+    change_config(delta, n_head=2, model_type="gpt_bigcode")
+    refused(r"its config\.json is not the one that the run ended with", delta)
     for content in (b"{", b"[]", b"\xff"):
         (delta / "config.json").write_bytes(content)
         refused("config", delta)

@@ -34,6 +34,7 @@ from partialtune.output_dir import Standing, locked, write_exit
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.text.download import fetch
+from partialtune.text.raw import raw_text
 from partialtune.text.sources import check_kept
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
@@ -153,6 +154,17 @@ def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
     (tmp_path / "c.txt").write_text("a third")
     with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
         check_kept(kept, sources, tmp_path)
+
+
+def test_a_finished_run_on_a_file_with_columns_is_compared_by_its_column(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"body": "one"}\n')
+    raw = b"".join(raw_text(str(file), "body").chunks())
+    kept = {str(file): hashlib.sha256(raw).hexdigest()}
+    assert check_kept(kept, [str(file)], tmp_path, "body") == []
+    file.write_text('{"body": "another"}\n')
+    with pytest.raises(TextError, match=r"rows\.jsonl: sha256"):
+        check_kept(kept, [str(file)], tmp_path, "body")
 
 
 def test_a_base_that_changed_in_its_place_stops_the_run_that_goes_on_and_leaves_it_as_it_was(place, capfd):

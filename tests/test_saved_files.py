@@ -294,6 +294,8 @@ def train_halving(tmp_path, text, monkeypatch, kind=Halving, **changes):
     def loaded(*args, **kwargs):
         model = AutoModelForCausalLM.from_pretrained(Path(partialtune.__file__).parent / "builtin" / "lilliput")
         model.__class__ = kind
+        if kind is Counting:
+            model.register_buffer("passes", torch.zeros(1))
         model.config.name_or_path = BASE
         return model
 
@@ -335,6 +337,35 @@ def test_such_a_model_is_caught_at_its_first_checkpoint_and_no_checkpoint_is_lef
     assert [one["name"] for one in read(run, "audit.json")["saved_files"]["different"]] == [
         "transformer.h.1.attn.c_proj.weight"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_format", ["full", "delta"])
+def test_a_violation_at_the_checkpoint_of_the_last_step_is_no_pass(tmp_path, text, monkeypatch, checkpoint_format):
+    changes = {"trainable": ["blocks[-1]"], "save_steps": 4, "checkpoint_format": checkpoint_format}
+    code, run = train_halving(tmp_path, text, monkeypatch, **changes)
+    audit = read(run, "audit.json")
+    assert (code, audit["passed"], read(run, "exit.json")["code"]) == (3, False, 3)
+    assert [one["name"] for one in audit["saved_files"]["different"]] == ["transformer.h.1.attn.c_proj.weight"]
+    assert not (run / "model.safetensors").exists()
+
+
+class Counting(GPT2LMHeadModel):
+    """A model that counts its forward passes in train mode, in a buffer that is saved."""
+
+    def forward(self, input_ids=None, **kwargs):
+        if self.training:
+            self.passes += 1
+        return super().forward(input_ids, **kwargs)
+
+
+@pytest.mark.slow
+def test_what_changed_in_memory_and_is_saved_so_is_no_difference_of_the_files(tmp_path, text, monkeypatch):
+    changes = {"trainable": ["blocks[-1]"], "save_steps": 2, "allow_failed_audit": True}
+    code, run = train_halving(tmp_path, text, monkeypatch, kind=Counting, **changes)
+    audit = read(run, "audit.json")
+    assert (code, audit["passed"], audit["buffers"]["changed"]) == (0, False, ["passes"])
+    assert audit["saved_files"] == {"read_back": True, "different": []}
 
 
 @pytest.mark.slow

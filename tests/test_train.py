@@ -450,6 +450,19 @@ def test_the_best_model_may_be_chosen_by_bits_per_byte_or_perplexity_of_which_le
         assert state["best_metric"] == pytest.approx(scored, rel=1e-5)
 
 
+def test_a_learning_rate_that_follows_the_held_out_loss_needs_no_further_key(recipe, tmp_path):
+    words = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--schedule", "[]", "--max_steps", "2"]
+    assert main(["train", recipe, *words]) == 0
+    assert any("eval_loss" in entry for entry in read(tmp_path / "run", "trainer_state.json")["log_history"])
+
+
+def test_bits_per_byte_of_no_held_out_text_choose_no_best_model(recipe, tmp_path, capfd):
+    words = ["--metric_for_best_model", "bits_per_byte", "--validation_share", "0"]
+    assert main(["train", recipe, *words]) == 2
+    assert "there are none: nothing is held out" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_path, monkeypatch):
     from partialtune.training.trainer import PartialTrainer
 

@@ -50,7 +50,7 @@ class Verdict:
 
     Attributes:
         model_type: As transformers calls it, and a setting of its config where that was changed.
-        verdict: `right`, `right with our loss`, `refused: ...`, `not built: ...`, or `WRONG: ...`.
+        verdict: `right`, `right with our loss`, `refused: ...`, or `WRONG: ...`.
         parameters, blocks: Of the tiny model.
         prefix: `equal`, or why no prefix is kept.
         notes: What else there is to know.

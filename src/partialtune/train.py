@@ -112,9 +112,7 @@ def train(recipe: Recipe) -> Path:
     decided_by_main(lambda: check_ids(base.model_name_or_path, config, data.largest_ids))
     windows = len(data.train)
     suit_length(args, recipe.training, windows, held_out=data.held_out is not None)
-    decided_by_main(
-        lambda: tokens_per_byte(args, data)
-    )  # refuses a metric that this text has not, before anything is written
+    decided_by_main(lambda: tokens_per_byte(args, data))  # before anything is written: a metric that this text has not
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_finite(base.model_name_or_path, model)
     conformance = check_conformance(model, recipe.text.block_size)

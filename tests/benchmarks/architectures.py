@@ -140,7 +140,7 @@ def main() -> int:
     types = known.types or MODEL_TYPES
     run([name for name in types if known.again or known.types or name not in table.rows], table)
     verdicts = [row["verdict"] for rows in table.rows.values() for row in rows]
-    kinds = ("right", "right with our loss", "refused", "not built", "WRONG")
+    kinds = ("right", "right with our loss", "refused", "WRONG")
     counts = {kind: sum(verdict.partition(":")[0] == kind for verdict in verdicts) for kind in kinds}
     print(f"{len(table.rows)} types in {time.monotonic() - started:.0f} s:", counts)
     return 1 if counts["WRONG"] else 0

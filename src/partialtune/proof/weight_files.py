@@ -270,7 +270,7 @@ def _load_whole(
     logger.info("%s: its files hold other tensors than the model has parameters. Loading all of it.", name)
     model = load_model(str(folder), config, trust_remote_code=remote_code, dtype=dtype)
     model.config.name_or_path = name
-    tensors, structure = model.state_dict(), read_structure(model)
+    config, tensors, structure = model.config, model.state_dict(), read_structure(model)
     buffers = frozenset(tensors.keys() - structure.by_name.keys())
     return Weights(
         folder, name, model.config, structure, buffers, names.unused, streamed=False, read=tensors.__getitem__
