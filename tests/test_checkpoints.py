@@ -150,7 +150,7 @@ def test_a_link_to_a_checkpoint_is_let_be_and_a_checkpoint_that_cannot_be_delete
     with monkeypatch.context() as refused:
         refused.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         rotate_checkpoints(run, keep=2, spare=None)
-    assert "could not be deleted (Permission denied): it stays" in caplog.text
+    assert "could not be deleted (Permission denied)" in caplog.text
     rotate_checkpoints(run, keep=1, spare=None)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-3"]
     assert damage_of(elsewhere / "checkpoint-0") == []

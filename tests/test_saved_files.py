@@ -73,7 +73,7 @@ WRITERS = {
     "delta/checkpoint.py": "save_file",  # deltas
     "delta/rebuild.py": "model.save_pretrained",  # apply
     "freeze/lora.py": "save_file",  # adapters
-    "scoring/kept.py": "save_file",  # scores that a run goes on with, no weights
+    "training/trainer.py": "super(PartialTrainer, self).save_model",  # Trainer's own way, of checkpoints and results.py
     "builtin/model_folder.py": "model.to(kind).save_pretrained",  # how the bundled model was made, no run
 }
 

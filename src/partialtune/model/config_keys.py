@@ -50,7 +50,12 @@ def _flat(content: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
 
 
 def config_differences(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
-    """The keys in which two configs stand for other functions, each as `n_head (2 -> 4)`."""
+    """The keys in which two configs stand for other functions, each as `n_head (2 -> 4)`.
+
+    Of some models with further parts than text (Qwen 3.5) the text part alone is loaded and saved: it is compared then.
+    """
+    if before.model_type != after.model_type:
+        before, after = before.get_text_config(), after.get_text_config()
     return differences_between(function_keys(before.to_dict()), function_keys(after.to_dict()))
 
 

@@ -110,7 +110,8 @@ def finish_checkpoint(aside: Path, final: Path) -> None:
 def rotate_checkpoints(run: Path, keep: int | None, spare: str | None) -> None:
     """Delete the oldest checkpoints beyond `keep` of them; never the newest complete one, never `spare` (the best).
 
-    A link is not ours to delete, nor what it names: it is let be and not counted. One that cannot be deleted stays.
+    A link is not ours to delete, nor what it names: it is let be and not counted. One that cannot be deleted is no
+    reason to end.
     """
     if not keep:
         return
@@ -119,10 +120,13 @@ def rotate_checkpoints(run: Path, keep: int | None, spare: str | None) -> None:
     surplus = len(complete) - max(keep, len(protected & {path.name for path in complete}))
     for checkpoint in [path for path in complete if path.name not in protected][: max(0, surplus)]:
         logger.info("Deleting %s: save_total_limit is %d.", checkpoint.name, keep)
+        aside = run / ASIDE / checkpoint.name
         try:
-            shutil.rmtree(checkpoint)
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(checkpoint, aside)  # at once: what a kill leaves of it is removed before the next save
+            shutil.rmtree(aside.parent)
         except OSError as error:
-            logger.warning("%s could not be deleted (%s): it stays.", checkpoint, error.strerror or error)
+            logger.warning("%s could not be deleted (%s).", checkpoint, error.strerror or error)
 
 
 def with_ties(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
