@@ -189,6 +189,8 @@ def _continue(
         max_new_tokens=new_tokens,
         eos_token_id=own.eos_token_id,
         pad_token_id=next(token_id for token_id in pads if token_id is not None),
+        return_dict_in_generate=True,
+        output_logits=True,
         **({} if greedy else chosen),
     )
     model.generation_config = settings
@@ -211,8 +213,6 @@ def _generated(model: PreTrainedModel, input_ids: torch.Tensor, settings: Genera
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
-                return_dict_in_generate=True,
-                output_logits=True,
             )
         steps = torch.stack(found.logits, dim=1).to(input_ids.device)  # (1, n, V)
         whole = _logits(model, found.sequences[:, :-1])[:, input_ids.shape[1] - 1 :]
