@@ -1,5 +1,6 @@
 """What several test files share: texts and a tokenizer to read, and tiny models."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXCERPTS = Path(__file__).parent / "data"  # of real files: what tests/data/README.md tells
 WHOLE_FILES = REPOSITORY.parent / "shared" / "data"  # the same files in full, where somebody has them
 SOURCES = [EXCERPTS, WHOLE_FILES] if WHOLE_FILES.is_dir() else [EXCERPTS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A script that starts the tests in the background, `pytest &`, has its shell let them ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", params=SOURCES, ids=lambda folder: "whole" if folder == WHOLE_FILES else "excerpt")
