@@ -303,6 +303,21 @@ def test_a_process_that_was_stopped_is_waited_for_as_long_as_ddp_timeout_and_the
     assert "did not answer for 20 seconds" in read(run, "exit.json")["reason"]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 20000ms for send operation to complete",
+        "Application timeout caused pair closure",
+        "Socket Timeout",
+        "wait timeout after 20000ms, keys: /default_pg/0//cpu//0",
+    ],
+)
+def test_whatever_way_a_wait_ends_in_it_is_said_in_the_same_words(said, monkeypatch):
+    monkeypatch.setattr("partialtune.launch._several", lambda: True)
+    with pytest.raises(EndedElsewhere, match="did not answer for 20 seconds"), peers_watched(20):
+        raise RuntimeError(said)
+
+
 def test_an_error_that_is_no_lost_process_stays_what_it_is():
     with pytest.raises(RuntimeError, match="a bug"), peers_watched():
         raise RuntimeError("a bug")

@@ -316,9 +316,10 @@ def _several() -> bool:
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
-# gloo's own waits, those for its store, and NCCL's
+# gloo's own waits, the pair that it closes after one of them, those for its store, and NCCL's
 STALLED = (
     "Timed out waiting",
+    "Application timeout caused pair closure",
     "Timed out after",
     "Socket Timeout",
     "wait timeout after",
