@@ -32,8 +32,8 @@ from partialtune.fast.prefix_choice import (
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.dropout import set_dropout
-from partialtune.training.batches import collate_windows
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows
 from test_no_logits import IDS, build
 
 ALL_PATHS = ("loss", "gelu", "casts")

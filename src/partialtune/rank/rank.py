@@ -13,7 +13,7 @@ from partialtune.model.loading import check_fit, check_ids, load_config, load_mo
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import Ranking, rank
 from partialtune.recipe.reading import Recipe
-from partialtune.training.run_data import prepare_data
+from partialtune.training.training_data import prepare_data
 
 BATCHES = 4
 WINDOWS_A_BATCH = 8  # Trainer's default
