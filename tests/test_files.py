@@ -40,7 +40,7 @@ def test_a_file_system_without_locks_is_a_warning_and_all_goes_on(no_locks, tmp_
 
 
 def test_one_that_loses_its_locks_while_we_wait_is_a_warning_too(tmp_path, monkeypatch, caplog):
-    answers = [BlockingIOError(), OSError(errno.ENOLCK, "No locks available")]
+    answers = [BlockingIOError(errno.EAGAIN, "held"), OSError(errno.ENOLCK, "No locks available")]
 
     def refuse(file, operation):
         raise answers.pop(0)
