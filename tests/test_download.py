@@ -113,7 +113,7 @@ def test_a_second_fetch_needs_no_network(server, tmp_path):
 def test_a_cache_that_cannot_be_written_still_gives_what_it_holds(server, tmp_path, monkeypatch):
     url = server.serve("/book.txt", TEXT)
     first = fetch(url, tmp_path, QUICK)
-    monkeypatch.setattr("partialtune.text.download._lock", lambda *_: pytest.fail("a lock file was written"))
+    monkeypatch.setattr("partialtune.cache.lock", lambda *_: pytest.fail("a lock file was written"))
     assert fetch(url, tmp_path, QUICK) == first
 
 
@@ -486,7 +486,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     url = server.serve("/book.txt", TEXT)
-    monkeypatch.setattr("partialtune.text.download.os.fsync", interrupt)
+    monkeypatch.setattr("partialtune.cache.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch(url, tmp_path, QUICK)
     assert cached_files(tmp_path) == []

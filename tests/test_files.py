@@ -7,11 +7,11 @@ import os
 import pytest
 
 from partialtune import files
+from partialtune.cache import stored
 from partialtune.compare.children import wait_for_lock
 from partialtune.files import lock, move_all, write_whole
 from partialtune.output_dir import LOCK_FILE, locked
 from partialtune.text.download import fetch
-from partialtune.text.store import stored
 from test_download import Server
 
 

@@ -19,14 +19,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from conftest import REPOSITORY
 from partialtune import data
 from partialtune.builtin import builtin_folder
+from partialtune.cache import LIFETIME_DAYS, stored
 from partialtune.data import prepare_data
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
-from partialtune.text import prepared, raw, sources, store, streams, windows, words
+from partialtune.text import prepared, raw, sources, streams, windows, words
 from partialtune.text.cleaning import clean_gutenberg
 from partialtune.text.decoding import choose_encoding, decode_text, decoded_pieces
 from partialtune.text.sources import read_texts
-from partialtune.text.store import stored
 from partialtune.text.streams import Ends, StoredText, clean_gutenberg_pieces, unified_pieces, write_pieces
 from partialtune.text.windows import split_text, tokenize_text
 from partialtune.text.words import WordTokens, word_pattern
@@ -512,7 +512,7 @@ def test_an_entry_that_no_run_used_for_a_month_goes_when_another_is_made(cache):
     left_behind = dropped.path.with_name("killed.part")
     left_behind.write_bytes(b"half")
     for path in (*(one.path.with_suffix(".json") for one in (kept, dropped)), left_behind):
-        os.utime(path, times=(0, time.time() - (store.LIFETIME_DAYS + 1) * 86400))
+        os.utime(path, times=(0, time.time() - (LIFETIME_DAYS + 1) * 86400))
     assert entry("kept") == kept  # used: its month begins again
     another = entry("another")
     here = {file.name for file in (cache / "texts").iterdir() if file.suffix != ".lock"}

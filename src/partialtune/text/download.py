@@ -1,25 +1,19 @@
 """An http(s) address -> a text file in the cache, with its sha256; fetched once, whole, or not at all.
 
-Beside each file a JSON record says where it came from. A file appears in the cache by a rename after it was written
-and synced, and a lock keeps two processes from fetching the same address at once.
+Beside each file a JSON record says where it came from. See `partialtune.cache` for how it gets there.
 """
 
-import errno
 import hashlib
-import json
 import logging
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 from urllib.parse import urldefrag, urlsplit
 
+from partialtune.cache import cache_root, cached, new_file
 from partialtune.errors import TextError
-from partialtune.files import lock
 from partialtune.text.addresses import without_secrets
 from partialtune.text.transfer import Limits, Received, TryAgainError, receive
 
@@ -39,19 +33,7 @@ class Download:
 
 def cache_folder() -> Path:
     """Where texts are kept: $PARTIALTUNE_CACHE/texts or ~/.cache/partialtune/texts."""
-    return Path(os.environ.get("PARTIALTUNE_CACHE") or "~/.cache/partialtune").expanduser() / "texts"
-
-
-def opened_without_links(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
-    """A file of the cache, opened. Others may be able to write there: a link that they put there is an OSError."""
-    mode = "rb" if flags == os.O_RDONLY else "r+b"
-    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), mode)
-
-
-def new_file(path: Path) -> BinaryIO:
-    """A file of the cache to write, made anew: what lay in its place is removed, and written to by no means."""
-    path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+    return cache_root() / "texts"
 
 
 def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) -> Download:
@@ -70,23 +52,29 @@ def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) ->
     """
     url = _checked_address(url)
     shown = without_secrets(url)
-    folder = folder or cache_folder()
-    body = folder / f"{hashlib.sha256(url.encode()).hexdigest()}.txt"
-    try:
-        if cached := _read_cache(body, shown):  # without the lock: a shared cache may be read-only
-            return cached
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(body.with_suffix(".lock"), shown):
-            if cached := _read_cache(body, shown):
-                return cached
-            if os.path.lexists(body.with_suffix(".json")):
-                logger.warning("%s is no longer what was fetched from %s: fetching it again.", body, shown)
-            return _fetch_into_cache(url, body, limits or Limits())
-    except OSError as error:
-        raise TextError(
-            f"The cache folder {folder} cannot be used ({error.strerror or error}). "
-            f"Set PARTIALTUNE_CACHE to a folder on a disk with space where you may write."
-        ) from error
+    path = (folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()}.txt"
+
+    def build(part: Path) -> dict[str, Any]:
+        received = _receive_with_retries(url, part, limits or Limits())
+        return {
+            "url": shown,
+            "content_type": received.content_type,
+            "charset": received.charset,
+            "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    entry = cached(
+        path,
+        build,
+        waiting=f"Another process fetches {shown}: waiting for it.",
+        again=f"{path} is not whole, or no longer what was fetched from {shown}: fetching it again.",
+        advice="a folder on a disk with space where you may write",
+    )
+    if entry.is_new:
+        logger.info("%s: fetched %s bytes into %s", shown, f"{entry.size:,}", path)
+    else:
+        logger.info("%s: taken from the cache, %s", shown, path)
+    return Download(path, shown, entry.sha256, entry.size, entry.record.get("charset"))
 
 
 def _checked_address(url: str) -> str:
@@ -103,64 +91,12 @@ def _checked_address(url: str) -> str:
     )
 
 
-@contextmanager
-def _lock(path: Path, shown: str) -> Iterator[None]:
-    """Hold a file's lock, which the system lets go of if the process dies."""
-    with opened_without_links(path, os.O_RDWR | os.O_CREAT) as file:
-        lock(file, lambda: logger.info("Another process fetches %s: waiting for it.", shown))
-        yield
-
-
-def _read_cache(body: Path, shown: str) -> Download | None:
-    """The cached file if it is still what its record says, else None."""
-    try:
-        with opened_without_links(body.with_suffix(".json")) as file:
-            record = json.loads(file.read())
-        with opened_without_links(body) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != record["sha256"]:
-            return None
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError):  # a record that cannot be read vouches for nothing
-        return None
-    logger.info("%s: taken from the cache, %s", shown, body)
-    return Download(body, shown, sha256, body.stat().st_size, record.get("charset"))
-
-
-def _fetch_into_cache(url: str, body: Path, limits: Limits) -> Download:
-    """Write the text aside, then put it and its record in place. What a failed try wrote is removed."""
-    part = body.with_suffix(".part")
-    shown = without_secrets(url)
-    try:
-        received = _receive_with_retries(url, part, limits)
-        part.replace(body)
-    finally:
-        part.unlink(missing_ok=True)
-    record = {
-        "url": shown,
-        "sha256": received.sha256,
-        "bytes": received.size,
-        "content_type": received.content_type,
-        "charset": received.charset,
-        "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    _write_record(body.with_suffix(".json"), record)
-    logger.info("%s: fetched %s bytes into %s", shown, f"{received.size:,}", body)
-    return Download(body, shown, received.sha256, received.size, received.charset)
-
-
 def _receive_with_retries(url: str, part: Path, limits: Limits) -> Received:
     """Try as often as allowed, waiting longer each time or as long as the server asks."""
     for attempt in range(1, limits.tries + 1):
         try:
             with new_file(part) as file:
-                received = receive(url, file, limits)
-                file.flush()
-                os.fsync(file.fileno())
-            return received
+                return receive(url, file, limits)
         except TryAgainError as error:
             asked = error.wait_seconds
             if asked is not None and asked > limits.longest_wait_seconds:
@@ -171,12 +107,3 @@ def _receive_with_retries(url: str, part: Path, limits: Limits) -> Received:
             logger.warning("%s Trying again in %.1f s.", error, wait)
             time.sleep(wait)
     raise TextError(f"{without_secrets(url)} was not fetched: {limits.tries} tries are allowed, it takes at least 1.")
-
-
-def _write_record(path: Path, record: dict[str, str | int | None]) -> None:
-    aside = path.with_suffix(".json.part")
-    with new_file(aside) as file:
-        file.write(json.dumps(record, indent=2).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.text.store import stored
+from partialtune.cache import stored
 from partialtune.text.streams import StoredText
 from partialtune.text.windows import token_pieces, tokenize_text
 from partialtune.text.words import WordTokens

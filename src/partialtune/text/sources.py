@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from partialtune.cache import stored
 from partialtune.errors import TextError
 from partialtune.text import cleaning as cleaning_code
 from partialtune.text import decoding, streams, unwrapping
 from partialtune.text.decoding import Damage, Encoding, choose_encoding, decoded_pieces
 from partialtune.text.names import ADDRESS, expand_all
 from partialtune.text.raw import RawText, raw_text
-from partialtune.text.store import stored
 from partialtune.text.streams import (
     Pieces,
     StoredText,

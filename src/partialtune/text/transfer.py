@@ -1,6 +1,5 @@
 """One HTTP transfer of a text -> its bytes in a file; every way in which it can fail has a message of its own."""
 
-import hashlib
 import os
 import re
 import time
@@ -44,10 +43,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Received:
-    """What came: sha256 and size in bytes after unpacking, the Content-Type and the charset that it names, if any."""
+    """What the header says of the text: its Content-Type, and the charset that it names, if any."""
 
-    sha256: str
-    size: int
     content_type: str
     charset: str | None
 
@@ -78,7 +75,9 @@ def receive(url: str, file: BinaryIO, limits: Limits) -> Received:
         content_type = response.headers.get("Content-Type", "")
         # only what is said: HTTP's old default, ISO-8859-1, is the truth about few texts
         charset = re.search(r"charset\s*=\s*[\"']?([^\s;\"']+)", content_type, re.I)
-        return _stream(response, file, shown, content_type, charset[1] if charset else None, limits)
+        received = Received(content_type, charset[1] if charset else None)
+        _stream(response, file, shown, received.charset, limits)
+        return received
 
 
 def _request(url: str, shown: str, limits: Limits) -> requests.Response:
@@ -158,15 +157,13 @@ def _count(value: str) -> int | None:
     return int(value[:18]) if value.isascii() and value.isdigit() else None  # 10^17 is beyond any limit, as more is
 
 
-def _stream(
-    response: requests.Response, file: BinaryIO, shown: str, content_type: str, charset: str | None, limits: Limits
-) -> Received:
+def _stream(response: requests.Response, file: BinaryIO, shown: str, charset: str | None, limits: Limits) -> None:
     """Write the body to a file while checking what it is and how much."""
     max_bytes = limits.max_bytes or _largest_download()
     expected = _count(response.headers.get("Content-Length", "")) or 0
     if expected > max_bytes:
         raise _too_large(shown, expected, max_bytes)
-    digest, size, head = hashlib.sha256(), 0, b""
+    size, head = 0, b""
     with progress_bar(expected or None, Path(urlsplit(shown).path).name, "B", unit_scale=True) as bar:
         for data in _unpacked(response, _on_the_wire(response, expected, max_bytes, shown, limits, bar), shown):
             if size < SNIFFED_BYTES <= size + len(data):
@@ -175,10 +172,8 @@ def _stream(
             size += len(data)
             if size > max_bytes:
                 raise _too_large(shown, size, max_bytes)
-            digest.update(data)
             file.write(data)
     refuse_non_text(head, shown, charset)
-    return Received(digest.hexdigest(), size, content_type, charset)
 
 
 def _largest_download() -> int:
