@@ -5,7 +5,6 @@ Beside each file a JSON record says where it came from. See `partialtune.cache` 
 
 import hashlib
 import logging
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from urllib.parse import urldefrag, urlsplit
 from partialtune.cache import cache_root, cached, new_file
 from partialtune.errors import TextError
 from partialtune.text.addresses import without_secrets
+from partialtune.text.retries import with_retries
 from partialtune.text.transfer import Limits, Received, TryAgainError, receive
 
 logger = logging.getLogger(__name__)
@@ -93,17 +93,14 @@ def _checked_address(url: str) -> str:
 
 def _receive_with_retries(url: str, part: Path, limits: Limits) -> Received:
     """Try as often as allowed, waiting longer each time or as long as the server asks."""
-    for attempt in range(1, limits.tries + 1):
-        try:
-            with new_file(part) as file:
-                return receive(url, file, limits)
-        except TryAgainError as error:
-            asked = error.wait_seconds
-            if asked is not None and asked > limits.longest_wait_seconds:
-                raise TextError(f"{error} It asks to wait {asked:,.0f} s: try again later.") from error
-            if attempt == limits.tries:
-                raise TextError(f"{error} Tried {attempt} times: check the address and the network.") from error
-            wait = limits.first_wait_seconds * 2 ** (attempt - 1) if asked is None else asked
-            logger.warning("%s Trying again in %.1f s.", error, wait)
-            time.sleep(wait)
-    raise TextError(f"{without_secrets(url)} was not fetched: {limits.tries} tries are allowed, it takes at least 1.")
+
+    def attempt() -> Received:
+        with new_file(part) as file:  # from the beginning: what a try before this one wrote is gone
+            return receive(url, file, limits)
+
+    try:
+        return with_retries(attempt, limits, (TryAgainError,), lambda error: error.wait_seconds)
+    except TryAgainError as error:
+        if error.wait_seconds > limits.longest_wait_seconds:
+            raise TextError(f"{error} It asks to wait {error.wait_seconds:,.0f} s: try again later.") from error
+        raise TextError(f"{error} Tried {limits.tries} times: check the address and the network.") from error

@@ -6,8 +6,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -21,6 +19,7 @@ from partialtune.errors import TextError
 from partialtune.progress import progress_bar
 from partialtune.text.addresses import without_secrets
 from partialtune.text.decoding import refuse_non_text
+from partialtune.text.retries import retry_after, whole_number
 
 CHUNK_BYTES = 1 << 16
 SNIFFED_BYTES = 1024  # enough to tell an HTML page or an archive from a text
@@ -50,9 +49,9 @@ class Received:
 
 
 class TryAgainError(Exception):
-    """A failure that another try may mend; `wait_seconds` where the server said how long to wait."""
+    """A failure that another try may mend; `wait_seconds` is how long the server asks to wait, 0 if it does not say."""
 
-    def __init__(self, message: str, wait_seconds: float | None = None) -> None:
+    def __init__(self, message: str, wait_seconds: float = 0.0) -> None:
         super().__init__(message)
         self.wait_seconds = wait_seconds
 
@@ -127,7 +126,9 @@ def _check_answer(response: requests.Response, shown: str) -> None:
     status = response.status_code
     if status in RETRIED_STATUSES:
         reason = "too many requests" if status == 429 else response.reason
-        raise TryAgainError(f"{shown}: the server answers {status} ({reason}).", _retry_after(response))
+        raise TryAgainError(
+            f"{shown}: the server answers {status} ({reason}).", retry_after(response.headers.get("Retry-After", ""))
+        )
     if status in (404, 410):
         raise TextError(f"{shown}: there is no such text on the server ({status}). Check the address.")
     if status in (401, 403):
@@ -141,26 +142,10 @@ def _check_answer(response: requests.Response, shown: str) -> None:
         )
 
 
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds that the server asks to wait, given as a number or a date; None if it does not say."""
-    value = response.headers.get("Retry-After", "")
-    if (seconds := _count(value)) is not None:
-        return float(seconds)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError, LookupError, OverflowError):
-        return None
-
-
-def _count(value: str) -> int | None:
-    """A number in a header; None where there is none. `isdigit` alone takes \u00b2, and `int` no 5,000 digits."""
-    return int(value[:18]) if value.isascii() and value.isdigit() else None  # 10^17 is beyond any limit, as more is
-
-
 def _stream(response: requests.Response, file: BinaryIO, shown: str, charset: str | None, limits: Limits) -> None:
     """Write the body to a file while checking what it is and how much."""
     max_bytes = limits.max_bytes or _largest_download()
-    expected = _count(response.headers.get("Content-Length", "")) or 0
+    expected = whole_number(response.headers.get("Content-Length", "")) or 0
     if expected > max_bytes:
         raise _too_large(shown, expected, max_bytes)
     size, head = 0, b""
@@ -179,7 +164,7 @@ def _stream(response: requests.Response, file: BinaryIO, shown: str, charset: st
 def _largest_download() -> int:
     """Bytes that a download may have where no limit is given."""
     megabytes = os.environ.get("PARTIALTUNE_MAX_DOWNLOAD_MB", "4096")
-    if _count(megabytes) is None:
+    if whole_number(megabytes) is None:
         raise TextError(f"PARTIALTUNE_MAX_DOWNLOAD_MB is {megabytes!r}: give a whole number of MiB, such as 4096.")
     return int(megabytes) * 2**20
 
