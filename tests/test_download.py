@@ -16,9 +16,9 @@ from email.utils import format_datetime
 import pytest
 
 from partialtune.errors import TextError
-from partialtune.text.download import cache_folder, fetch
+from partialtune.net.download import cache_folder, fetch
+from partialtune.net.transfer import Limits
 from partialtune.text.sources import read_texts
-from partialtune.text.transfer import Limits
 
 TEXT = ("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400).encode()
 QUICK = Limits(connect_seconds=2, read_seconds=0.3, tries=2, first_wait_seconds=0.01, longest_wait_seconds=1)
@@ -269,7 +269,7 @@ def test_headers_that_no_server_should_send_are_taken_or_refused_in_words(server
 
     server.answers["/book.txt"] = answer
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr("partialtune.text.download.Limits", lambda: Limits(2, 0.3, tries=1))
+    monkeypatch.setattr("partialtune.net.download.Limits", lambda: Limits(2, 0.3, tries=1))
     with contextlib.suppress(TextError):
         assert read_texts([server.url + "/book.txt"])[0].text.startswith("Call me Ishmael.")
 
@@ -495,7 +495,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
 FETCH = """
 import sys
 from pathlib import Path
-from partialtune.text.download import fetch
+from partialtune.net.download import fetch
 print(fetch(sys.argv[1], Path(sys.argv[2])).sha256)
 """
 
