@@ -16,8 +16,7 @@ from email.utils import format_datetime
 import pytest
 
 from partialtune.errors import TextError
-from partialtune.net.download import cache_folder, fetch
-from partialtune.net.transfer import Limits
+from partialtune.net.download import Limits, cache_folder, fetch
 from partialtune.text.sources import read_texts
 
 TEXT = ("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400).encode()
