@@ -15,7 +15,6 @@ from partialtune.pages import (
     curve_figure,
     delta_lines,
     heatmap,
-    heatmap_series,
     loss_figure,
     rank_figure,
     shift_figure,
@@ -70,11 +69,11 @@ KINDS = {
     "deltas_over_time.png": Kind(
         "movement",
         "How the movement spread",
-        heatmap_series.draw_series,
-        heatmap_series.series_alt,
+        heatmap.draw_series,
+        heatmap.series_alt,
         "The same map at several steps, all in one scale of colours. It shows which parts moved first, and which went "
         "on moving.",
-        heatmap_series.has_series,
+        heatmap.has_series,
     ),
     "deltas_over_steps.png": Kind(
         "movement",
