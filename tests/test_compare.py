@@ -30,7 +30,7 @@ from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, bes
 from partialtune.compare.results import Spread, grouped, read_outcome, unique_names
 from partialtune.errors import InputError, Interrupted, RecipeError
 from partialtune.output_dir import locked
-from partialtune.pages.themes import LIGHT
+from partialtune.pages.figure_style import LIGHT
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder
 

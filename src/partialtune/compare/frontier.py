@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from partialtune.compare.results import Row, Spread
-from partialtune.pages.themes import DARK, LIGHT, Theme, write_title
+from partialtune.pages.figure_style import DARK, LIGHT, Theme, write_title
 from partialtune.pages.wording import joined, score
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def tick_words(value: float) -> str:
 
 
 # --- labels: each beside its point, none upon another
+# Not `adjustText` (tried, 1.4): it takes no account of the frontier's line and of bars, and put labels upon both.
 
 
 def label_all(canvas: "Canvas", panels: Sequence[tuple["Axes", Sequence[Point]]], theme: Theme) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from partialtune.pages.figure_style import WIDTH, Theme, write_title
 from partialtune.pages.heatmap_cells import (
     MARGIN,
     STATES,
@@ -20,7 +21,6 @@ from partialtune.pages.heatmap_cells import (
     lay_out,
 )
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.themes import WIDTH, Theme, write_title
 from partialtune.pages.wording import counted, joined, percent, trained_title
 
 if TYPE_CHECKING:

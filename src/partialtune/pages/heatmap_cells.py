@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partialtune.pages.figure_style import WIDTH, Theme, mixed
 from partialtune.pages.run_files import Group, RunFiles, forward_order
-from partialtune.pages.themes import WIDTH, Theme, mixed
 from partialtune.pages.wording import percent
 
 if TYPE_CHECKING:
