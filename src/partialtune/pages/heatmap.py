@@ -21,7 +21,8 @@ from partialtune.pages.heatmap_cells import (
     lay_out,
 )
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.wording import counted, joined, percent, trained_title
+from partialtune.pages.wording import trained_title
+from partialtune.words import counted, joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

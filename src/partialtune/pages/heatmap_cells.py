@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from partialtune.pages.figure_style import WIDTH, Theme, mixed
 from partialtune.pages.run_files import Group, RunFiles, forward_order
-from partialtune.pages.wording import percent
+from partialtune.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

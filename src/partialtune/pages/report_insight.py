@@ -7,7 +7,7 @@ from typing import Any
 from partialtune.pages.html import Cell
 from partialtune.pages.insight_figures import matrices, share_of_possible, shift, token_matrices
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.wording import change, count, counted, joined, percent, significant
+from partialtune.words import change, count, counted, joined, percent, significant
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from partialtune.pages.figure_style import MOST_LINES, WIDTH, Theme, label_ends, titled_axes, write_title
 from partialtune.pages.run_files import Group, RunFiles
-from partialtune.pages.wording import counted, joined, percent, score, score_change, text_label, trained_title
+from partialtune.pages.wording import score, score_change, text_label, trained_title
+from partialtune.words import counted, joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
