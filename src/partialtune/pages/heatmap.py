@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from partialtune.pages.figure_style import WIDTH, Theme, write_title
+from partialtune.pages.findings import trained_title
 from partialtune.pages.heatmap_cells import (
     MARGIN,
     STATES,
@@ -21,7 +22,6 @@ from partialtune.pages.heatmap_cells import (
     lay_out,
 )
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.wording import trained_title
 from partialtune.words import counted, joined, percent
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from partialtune.pages.figure_style import MOST_LINES, Theme, label_ends, titled_axes
+from partialtune.pages.findings import trained_title
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.wording import trained_title
 from partialtune.words import change, count, joined, percent
 
 if TYPE_CHECKING:

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partialtune.metrics import HEADLINE, METRICS
 from partialtune.pages.figure_style import MOST_LINES, WIDTH, Theme, label_ends, titled_axes, write_title
+from partialtune.pages.findings import text_label, trained_title
 from partialtune.pages.run_files import Group, RunFiles
-from partialtune.pages.wording import score, score_change, text_label, trained_title
 from partialtune.words import counted, joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-CURVE_KEYS = "bits_per_byte/"  # and the text's name: keys of the log
+nats = METRICS["loss"].words
+CURVE_KEYS = f"{HEADLINE.key}/"  # and the text's name: keys of the log
 MOST_PANELS, COLUMNS = 9, 3
 LEAST_RANGE = 0.04  # of the value at the start: a smaller change is not to look like a large one
 # inches
@@ -62,7 +64,7 @@ def draw_loss(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
         axes.plot(steps, running_mean(losses, window), color=theme.lines[0], linewidth=2.2, label=label)
     if held_out:
         (_, first), (_, last) = held_out[0], held_out[-1]
-        label = f"held-out text, {score('loss', first)} → {score('loss', last)}"
+        label = f"held-out text, {nats(first)} → {nats(last)}"
         points = {"marker": "o", "markersize": 4.5, "markeredgecolor": theme.ground, "markeredgewidth": 0.8}
         axes.plot(*zip(*held_out, strict=True), color=theme.lines[1], linewidth=1.8, label=label, **points)
     if spoilt:
@@ -84,10 +86,10 @@ def loss_alt(run: RunFiles) -> str:
     parts = []
     if finite:
         (first, high), (last, low) = finite[0], finite[-1]
-        parts.append(f"training loss {score('loss', high)} at step {first:,} and {score('loss', low)} at step {last:,}")
+        parts.append(f"training loss {nats(high)} at step {first:,} and {nats(low)} at step {last:,}")
     if held_out := held_out_losses(run):
         (first, high), (last, low) = held_out[0], held_out[-1]
-        parts.append(f"held-out loss {score('loss', high)} at step {first:,} and {score('loss', low)} at step {last:,}")
+        parts.append(f"held-out loss {nats(high)} at step {first:,} and {nats(low)} at step {last:,}")
     spoilt = len(training_losses(run)) - len(finite)
     parts += [f"{spoilt} training losses are not finite"] if spoilt else []
     return f"Line chart of the loss in nats per token: {'; '.join(parts) or 'no loss was logged'}."
@@ -118,8 +120,8 @@ class Curve:
     def words(self) -> str:
         """3.755 → 2.291 (−39.0%)."""
         first, last = self.values[0], self.values[-1]
-        pair = " → ".join(score("bits_per_byte", value) for value in (first, last))
-        return f"{pair} ({score_change('bits_per_byte', first, last)})"
+        pair = " → ".join(HEADLINE.words(value) for value in (first, last))
+        return f"{pair} ({HEADLINE.change_words(first, last)})"
 
 
 def learning_curves(run: RunFiles) -> list[Curve]:
@@ -132,7 +134,7 @@ def learning_curves(run: RunFiles) -> list[Curve]:
     held_out = points.get("validation")
     if held_out:  # Trainer does not evaluate before the first step; the score of the whole text is the same figure
         for step, side in ((0, "before"), (max(held_out), "after")):
-            value = run.texts.get("validation", {}).get(side, {}).get("bits_per_byte")
+            value = run.texts.get("validation", {}).get(side, {}).get(HEADLINE.key)
             if value is not None:
                 held_out.setdefault(step, value)
     sampled = run.insight.get("learning_curves", {}).get("windows", {})
