@@ -13,9 +13,12 @@ from typing import Any
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
 from partialtune.freeze.table import columns
-from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS
+from partialtune.grammar.named_selectors import WORDS
+from partialtune.model.layout import COMPONENTS
 from partialtune.rank.probe import Probe
 
+# Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
+PASTED = frozenset(COMPONENTS).intersection(WORDS)
 USUAL_SHARE = 4  # of its blocks one in so many is proposed, where nothing else is said
 
 
@@ -92,8 +95,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
 
 
 def _part_of(parameter: PlannedParameter) -> tuple[int | None, str] | None:
-    names = WORDS if parameter.block is None else BLOCK_PARTS
-    return (parameter.block, parameter.component) if parameter.component in names else None
+    return (parameter.block, parameter.component) if parameter.component in PASTED else None
 
 
 def _ordered(
