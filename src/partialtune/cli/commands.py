@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from partialtune.environment import check_launched
 from partialtune.errors import InputError, ModelError
+from partialtune.launcher_environment import check_launched
 
 logger = logging.getLogger(__name__)
 

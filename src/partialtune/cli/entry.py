@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from partialtune.cli.commands import COMMANDS
 from partialtune.cli.parser import make_parser
-from partialtune.environment import forget_left_over
 from partialtune.errors import PartialtuneError, code_of, disk_words, is_disk_fault
+from partialtune.launcher_environment import forget_left_over
 
 
 def run() -> NoReturn:
