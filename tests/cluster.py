@@ -73,7 +73,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 WARM = """\
 import gc, importlib, json, os, sys
 import torch, transformers, datasets
-import partialtune.train, partialtune.cli
+import partialtune.train.train, partialtune.cli
 torch.set_num_threads(1)
 gc.collect()
 gc.freeze()  # what was imported is not searched for garbage in each run

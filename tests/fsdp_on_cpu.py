@@ -29,7 +29,7 @@ def let_accelerate_shard() -> None:
     from accelerate.utils import DistributedType
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-    from partialtune import launch
+    from partialtune.training import launch
 
     free, plain = _fsdp_param.free_storage, AcceleratorState.__init__
 

@@ -7,14 +7,8 @@ from typing import Literal
 
 import pytest
 
-from partialtune.recipe.arguments import (
-    TextArguments,
-    argument_fields,
-    argument_types,
-    default_of,
-    describe_type,
-    recipe_help,
-)
+from partialtune.grammar.values import describe_type
+from partialtune.recipe.arguments import TextArguments, argument_fields, argument_types, default_of, recipe_help
 
 KEYS_AND_DEFAULTS = {
     "model_name_or_path": MISSING,

@@ -311,7 +311,7 @@ def test_a_table_that_the_model_computes_for_itself_may_change(tmp_path):
 
 
 def test_digests_are_made_at_the_start_at_saves_and_at_the_end_only(tmp_path, monkeypatch):
-    from partialtune.proof import weights
+    from partialtune.model import digests as weights
 
     made, digest = [], weights._digest_of_whole
     monkeypatch.setattr(weights, "_digest_of_whole", lambda values: made.append(1) or digest(values))

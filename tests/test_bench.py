@@ -6,7 +6,8 @@ import subprocess
 import pytest
 import yaml
 
-from partialtune.bench import command, run
+from partialtune.bench import bench as command
+from partialtune.bench import run
 from partialtune.bench.figure import bench_figure, seconds_by_part
 from partialtune.bench.measure import measure
 from partialtune.bench.run import run_variant, run_variants

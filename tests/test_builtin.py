@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from partialtune.builtin import builtin_folder, pretrain
-from partialtune.builtin.books import tidy
+import pretrain
+from books import tidy
+from partialtune.builtin import builtin_folder
 from partialtune.errors import ModelError, TextError
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.cleaning import clean_gutenberg

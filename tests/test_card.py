@@ -199,7 +199,7 @@ def test_the_check_that_the_card_offers_finds_a_changed_frozen_parameter(tmp_pat
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from partialtune.proof.weights import digests
+    from partialtune.model.digests import digests
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=16, vocab_size=32))
     run = write_run_folder(tmp_path / "run", blocks=2, width=8, steps=1)

@@ -6,7 +6,7 @@ from conftest import tiny_gpt2
 from partialtune.fast.casts import CastOnce
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.proof.weights import digests
+from partialtune.model.digests import digests
 from test_no_logits import IDS, build, labels
 
 

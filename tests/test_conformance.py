@@ -13,7 +13,7 @@ from conftest import tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import ModelError
 from partialtune.model.conformance import check_conformance, next_token_loss, probe_windows
-from partialtune.proof.weights import digests
+from partialtune.model.digests import digests
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.windows import split_text, tokenize_text
 from tiny_models import tiny_config

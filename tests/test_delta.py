@@ -20,8 +20,8 @@ from partialtune.errors import InputError, ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.hub.files import check_finished, files_to_send
+from partialtune.model.digests import digests
 from partialtune.model.loading import load_config, load_model
-from partialtune.proof.weights import digests
 from test_modeling import rename_to_hub
 from test_verify import flip_a_bit, hub, tiny_mixtral  # noqa: F401  (hub is a fixture)
 

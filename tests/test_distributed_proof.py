@@ -19,10 +19,10 @@ from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
+from partialtune.model.digests import bit_sums, digests, digests_on_main
+from partialtune.model.parameters import is_sharded, named_weights
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.proof.snapshots import digests_on_main
-from partialtune.proof.weights import bit_sums, digests, is_sharded, named_weights
 from test_deltas import make_trainer, read_lines
 from two_processes import on_two_processes
 

@@ -16,9 +16,9 @@ from email.utils import format_datetime
 import pytest
 
 from partialtune.errors import TextError
-from partialtune.text.download import cache_folder, fetch
+from partialtune.net.download import cache_folder, fetch
+from partialtune.net.transfer import Limits
 from partialtune.text.sources import read_texts
-from partialtune.text.transfer import Limits
 
 TEXT = ("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400).encode()
 QUICK = Limits(connect_seconds=2, read_seconds=0.3, tries=2, first_wait_seconds=0.01, longest_wait_seconds=1)
@@ -113,7 +113,7 @@ def test_a_second_fetch_needs_no_network(server, tmp_path):
 def test_a_cache_that_cannot_be_written_still_gives_what_it_holds(server, tmp_path, monkeypatch):
     url = server.serve("/book.txt", TEXT)
     first = fetch(url, tmp_path, QUICK)
-    monkeypatch.setattr("partialtune.text.download._lock", lambda *_: pytest.fail("a lock file was written"))
+    monkeypatch.setattr("partialtune.net.download._lock", lambda *_: pytest.fail("a lock file was written"))
     assert fetch(url, tmp_path, QUICK) == first
 
 
@@ -269,7 +269,7 @@ def test_headers_that_no_server_should_send_are_taken_or_refused_in_words(server
 
     server.answers["/book.txt"] = answer
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr("partialtune.text.download.Limits", lambda: Limits(2, 0.3, tries=1))
+    monkeypatch.setattr("partialtune.net.download.Limits", lambda: Limits(2, 0.3, tries=1))
     with contextlib.suppress(TextError):
         assert read_texts([server.url + "/book.txt"])[0].text.startswith("Call me Ishmael.")
 
@@ -486,7 +486,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     url = server.serve("/book.txt", TEXT)
-    monkeypatch.setattr("partialtune.text.download.os.fsync", interrupt)
+    monkeypatch.setattr("partialtune.net.download.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch(url, tmp_path, QUICK)
     assert cached_files(tmp_path) == []
@@ -495,7 +495,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
 FETCH = """
 import sys
 from pathlib import Path
-from partialtune.text.download import fetch
+from partialtune.net.download import fetch
 print(fetch(sys.argv[1], Path(sys.argv[2])).sha256)
 """
 

@@ -10,9 +10,9 @@ from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
 
 from conftest import tiny_gpt2
 from partialtune.errors import FreezeViolation
+from partialtune.model.digests import bit_sums
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT, ONLY_SKIPPED
 from partialtune.proof.due_updates import ELEMENTWISE, SAMPLED, DueUpdates, half_spacing, places_of_largest
-from partialtune.proof.weights import bit_sums
 from test_audit import audited_training
 
 

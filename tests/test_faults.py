@@ -23,19 +23,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster import fingerprint, small_recipe
-from partialtune import results, train
+from partialtune import train
 from partialtune.cli import main
 from partialtune.compare.children import run_child
 from partialtune.compare.results import read_outcome
 from partialtune.errors import InputError, RecipeError, TextError
 from partialtune.hub import push
 from partialtune.hub.files import check_finished
-from partialtune.output_dir import Standing, locked, write_exit
+from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
-from partialtune.text.download import fetch
+from partialtune.run_folder import Standing, locked, write_exit
 from partialtune.text.raw import raw_text
 from partialtune.text.sources import check_kept
+from partialtune.train import results
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
 from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of

@@ -9,8 +9,8 @@ import pytest
 from partialtune import files
 from partialtune.compare.children import wait_for_lock
 from partialtune.files import lock, move_all, write_whole
-from partialtune.output_dir import LOCK_FILE, locked
-from partialtune.text.download import fetch
+from partialtune.net.download import fetch
+from partialtune.run_folder import LOCK_FILE, locked
 from partialtune.text.store import stored
 from test_download import Server
 

@@ -22,25 +22,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Marian
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
-from partialtune import results, train
+from partialtune import train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.data import prepare_data
 from partialtune.environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.conformance import check_conformance
+from partialtune.model.digests import digests
 from partialtune.model.dropout import set_dropout
 from partialtune.model.loading import load_config, load_model
-from partialtune.output_dir import exit_code_of, is_finished, recorded_sources
+from partialtune.net.addresses import without_secrets
 from partialtune.proof.due_updates import DueUpdates
-from partialtune.proof.verify import verify
-from partialtune.proof.weights import digests
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
-from partialtune.text.addresses import without_secrets
+from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
 from partialtune.text.sources import check_kept, read_texts
+from partialtune.train import results
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
+from partialtune.training.run_data import prepare_data
+from partialtune.verify.verify import verify
 from tiny_models import tiny_config
 
 MORE = int(os.environ.get("PARTIALTUNE_FUZZ", "0"))

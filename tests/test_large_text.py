@@ -17,9 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import REPOSITORY
-from partialtune import data
 from partialtune.builtin import builtin_folder
-from partialtune.data import prepare_data
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
 from partialtune.text import prepared, raw, sources, store, streams, windows, words
@@ -30,6 +28,8 @@ from partialtune.text.store import stored
 from partialtune.text.streams import Ends, StoredText, clean_gutenberg_pieces, unified_pieces, write_pieces
 from partialtune.text.windows import split_text, tokenize_text
 from partialtune.text.words import WordTokens, word_pattern
+from partialtune.training import run_data as data
+from partialtune.training.run_data import prepare_data
 
 LLAMA_3_PATTERN = words._LLAMA_3
 WRAPPED = (
@@ -563,8 +563,8 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "from partialtune.text import prepared\n"
         "from partialtune.recipe.arguments import TextArguments\n"
         "from partialtune.builtin import builtin_folder\n"
-        "from partialtune.data import prepare_data\n"
-        "from partialtune.launch import first_on_each_node\n"
+        "from partialtune.training.run_data import prepare_data\n"
+        "from partialtune.training.launch import first_on_each_node\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
         "made, make = [], prepared.token_pieces\n"

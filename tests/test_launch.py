@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from partialtune.cli import main
 from partialtune.environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.errors import InputError
-from partialtune.launch import check_precision, check_processes, one_device_a_process, use_all_cores
+from partialtune.training.launch import check_precision, check_processes, one_device_a_process, use_all_cores
 
 CONFIG = REPOSITORY / "accelerate_config.yaml"
 
@@ -49,7 +49,7 @@ def test_multi_gpu_and_num_processes_win_over_the_configuration():
 @pytest.mark.slow
 def test_under_accelerate_a_cpu_only_machine_uses_all_its_cores():
     code = (
-        "from partialtune.launch import use_all_cores; import torch; use_all_cores(); "
+        "from partialtune.training.launch import use_all_cores; import torch; use_all_cores(); "
         "print('threads', torch.get_num_threads(), torch.accelerator.is_available())"
     )
     script = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--no_python"]
@@ -145,7 +145,7 @@ def test_processes_of_which_some_never_come_are_waited_for_no_longer_than_ddp_ti
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from partialtune.launch import join_processes; join_processes({'use_cpu': True, 'ddp_timeout': 1})"
+    code = "from partialtune.training.launch import join_processes; join_processes({'use_cpu': True, 'ddp_timeout': 1})"
     variables = {**os.environ, **TORCHRUN, "MASTER_PORT": str(port)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120)
     assert "InputError: The 2 processes of this run (WORLD_SIZE) did not find each other within 1 seconds" in run.stderr

@@ -23,7 +23,8 @@ from partialtune.freeze.lora import load_adapters, plan_lora, save_adapters
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.table import plan_table
 from partialtune.hub.files import check_finished, files_to_send
-from partialtune.proof.weights import digests, named_weights
+from partialtune.model.digests import digests
+from partialtune.model.parameters import named_weights
 from test_forecast import counted_in_a_real_step, small_gpt2, small_llama
 from test_modeling import rename_to_hub
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from partialtune.errors import RecipeError
-from partialtune.output_dir import Standing, locked, read_json, standing_of, write_exit, write_json
+from partialtune.run_folder import Standing, locked, read_json, standing_of, write_exit, write_json
 
 VALUES = {
     "model_name_or_path": "builtin:lilliput",

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.proof.weights import digests
+from partialtune.model.digests import digests
 from partialtune.rank.figure import draw_ranking
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import rank, ranking_table

@@ -12,7 +12,8 @@ from partialtune.pages.figures import describe_figures
 from partialtune.pages.html_text import flowing, visible
 from partialtune.pages.report import write_report
 from partialtune.pages.run_files import read_run
-from partialtune.pages.wording import count, percent, score, significant, verdict
+from partialtune.pages.wording import score, verdict
+from partialtune.words import count, percent, significant
 from run_folder import write_run_folder
 
 ATTACK = "<script>document.title = 'taken'</script>"

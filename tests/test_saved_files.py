@@ -18,11 +18,13 @@ import partialtune
 from cluster import WarmProcess
 from conftest import REPOSITORY, tiny_gpt2
 from partialtune.cli import main
-from partialtune.data import prepare_data
+from partialtune.grammar.values import choices_of
+from partialtune.model.digests import buffer_digest, digests
 from partialtune.model.loading import load_tokenizer
+from partialtune.model.parameters import persistent_buffers
 from partialtune.proof.saved_files import saved_differences
-from partialtune.proof.weights import buffer_digest, digests, persistent_buffers
-from partialtune.recipe.arguments import TextArguments, argument_types, choices_of
+from partialtune.recipe.arguments import TextArguments, argument_types
+from partialtune.training.run_data import prepare_data
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 BASE = "builtin:lilliput"
@@ -91,7 +93,7 @@ def save_in_shards() -> None:
 
 def draw_no_figures() -> None:
     """Most of such a run's seconds."""
-    from partialtune import results
+    from partialtune.train import results
 
     results.draw_figures = results.write_report = lambda folder: None
 
@@ -299,7 +301,7 @@ def train_halving(tmp_path, text, monkeypatch, kind=Halving, **changes):
         model.config.name_or_path = BASE
         return model
 
-    monkeypatch.setattr("partialtune.train.load_model", loaded)
+    monkeypatch.setattr("partialtune.train.train.load_model", loaded)
     values = {"model_name_or_path": BASE, "text": str(text), "output_dir": str(tmp_path / "run"), **RECIPE, **changes}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return main(["train", str(tmp_path / "recipe.yaml")]), tmp_path / "run"
@@ -416,7 +418,7 @@ def change_file(folder, change):
 
 
 def test_fused_experts_are_read_back_without_a_second_model(saved, monkeypatch):
-    monkeypatch.setattr("partialtune.proof.weight_files.load_model", lambda *a, **k: pytest.fail("a second model"))
+    monkeypatch.setattr("partialtune.model.weight_files.load_model", lambda *a, **k: pytest.fail("a second model"))
     model, folder = saved
     assert differences(model, folder) == []
 

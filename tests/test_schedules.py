@@ -30,10 +30,10 @@ from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.schedules import in_steps
 from partialtune.freeze.table import plan_table
+from partialtune.model.activation_checkpointing import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
-from partialtune.training.activation_checkpointing import check_support
 from partialtune.training.batches import collate_windows
 from partialtune.training.optimizer_state import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
@@ -666,7 +666,7 @@ import torch, torch.distributed as dist
 from transformers import TrainerCallback
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_gpt2
-from partialtune.proof.weights import digests
+from partialtune.model.digests import digests
 from test_schedules import PHASES, trainer_of
 
 class Compare(TrainerCallback):

@@ -16,11 +16,11 @@ from cluster import small_recipe
 from conftest import REPOSITORY
 from partialtune.cli import main
 from partialtune.errors import InputError, TextError
+from partialtune.net.addresses import lacks_secrets, without_secrets
+from partialtune.net.transfer import Limits
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import read_recipe, same_run
-from partialtune.text.addresses import lacks_secrets, without_secrets
 from partialtune.text.sources import read_texts
-from partialtune.text.transfer import Limits
 from partialtune.training.checkpoints import finish_checkpoint, newest_whole_checkpoint
 from partialtune.training.optimizer_state import check_checkpoint
 
@@ -94,7 +94,7 @@ def locked(monkeypatch):
 @pytest.mark.slow
 def test_secrets_of_a_texts_address_are_in_no_byte_of_what_a_run_leaves(tmp_path, monkeypatch, capfd, locked):
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("partialtune.text.download.Limits", lambda: Limits(tries=2, first_wait_seconds=0.01))
+    monkeypatch.setattr("partialtune.net.download.Limits", lambda: Limits(tries=2, first_wait_seconds=0.01))
     url, other = locked("/a.txt"), locked("/b.txt")
     recipe = small_recipe(
         tmp_path,

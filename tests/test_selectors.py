@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from partialtune.errors import RecipeError
-from partialtune.model.grammar import check_selector_syntax
+from partialtune.grammar.selector_syntax import check_selector_syntax
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import read_structure
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from partialtune.model.statement import stated_by
+from partialtune.model.base_card import stated_by
 
 
 @pytest.fixture
@@ -56,6 +56,6 @@ def test_a_hub_that_cannot_be_asked_is_no_reason_to_stop(monkeypatch, caplog):
     def unreachable(*_, **__):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("partialtune.model.statement.hf_hub_download", unreachable)
+    monkeypatch.setattr("partialtune.model.base_card.hf_hub_download", unreachable)
     assert stated_by("someone/model", "a" * 40) == {}
     assert "no network" in caplog.text

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError, RecipeError
+from partialtune.model.parameters import named_weights
 from partialtune.model.structure import read_structure
-from partialtune.proof.weights import named_weights
 
 SMALL = {
     "vocab_size": 99,

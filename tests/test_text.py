@@ -10,7 +10,7 @@ import pytest
 
 from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import TextError
-from partialtune.text.download import Download
+from partialtune.net.download import Download
 from partialtune.text.sources import load_text, read_texts
 from partialtune.text.streams import with_line_feeds
 
@@ -191,7 +191,7 @@ def test_an_address_is_fetched_and_its_charset_counts(folder, monkeypatch):
         fetched.append(url)
         return Download(path, "https://host/a.txt", "00", 6, "koi8-r")
 
-    monkeypatch.setattr("partialtune.text.download.fetch", fetch)
+    monkeypatch.setattr("partialtune.net.download.fetch", fetch)
     (text,) = read_texts(["https://me:secret@host/a.txt"])
     assert fetched == ["https://me:secret@host/a.txt"]
     assert (text.name, text.text, text.encoding_from) == ("https://host/a.txt", "Привет", "HTTP header")
@@ -283,7 +283,7 @@ def test_a_parquet_files_column_is_read_and_a_fetched_files_too(dataset, monkeyp
     cached = dataset.parent / "cached.txt"
     cached.write_text(FILES["rows.jsonl"])
     monkeypatch.setattr(
-        "partialtune.text.download.fetch", lambda url: Download(cached, "https://h/r.jsonl", "", 1, None)
+        "partialtune.net.download.fetch", lambda url: Download(cached, "https://h/r.jsonl", "", 1, None)
     )
     assert load_text("https://h/r.jsonl?token=abc") == load_text(file)
 

@@ -65,7 +65,7 @@ def test_quickstart_keeps_every_bit_of_the_frozen_part_and_moves_every_trainable
 
 @pytest.mark.slow
 def test_the_saved_model_reloads_with_the_digests_and_the_loss_of_the_run(quickstart):
-    from partialtune.proof.weights import digests
+    from partialtune.model.digests import digests
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(quickstart), AutoTokenizer.from_pretrained(quickstart)
     plan = {entry["name"]: entry["sha256_after"] for entry in read(quickstart, "freeze_plan.json")["parameters"]}

@@ -20,12 +20,12 @@ from partialtune.delta.checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
+from partialtune.model import weight_files
+from partialtune.model.digests import digests
 from partialtune.model.files import dtypes_in
 from partialtune.model.loading import load_config, load_model
-from partialtune.proof import weight_files
-from partialtune.proof.table import comparison_table
-from partialtune.proof.verify import changed_values, verify
-from partialtune.proof.weights import digests
+from partialtune.verify.comparison_table import comparison_table
+from partialtune.verify.verify import changed_values, verify
 from test_modeling import rename_to_hub
 
 pytestmark = pytest.mark.contract

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from conftest import tiny_gpt2
-from partialtune.proof import weights
-from partialtune.proof.weights import CHUNK, bit_sum, chunks_of, digest, named_weights, plain_name
+from partialtune.model import digests as weights
+from partialtune.model.digests import bit_sum, digest
+from partialtune.model.parameters import CHUNK, chunks_of, named_weights, plain_name
 
 
 def test_digest_is_sha256_over_little_endian_fp32_in_c_order():

@@ -21,20 +21,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from partialtune.data import RunData
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.model.conformance import CAUSAL_SETTINGS, Conformance, check_conformance
 from partialtune.model.loading import empty_model, load_config, load_model
 from partialtune.model.structure import read_structure
-from partialtune.proof.verify import verify
 from partialtune.recipe.reading import recipe_from_values
 from partialtune.scoring.evaluation import ScoredText, score_text
 from partialtune.scoring.prompts import probe_prompts
 from partialtune.training.making import make_trainer, prefix_phases
+from partialtune.training.run_data import RunData
 from partialtune.training.settings import training_arguments
 from partialtune.training.trainer import PartialTrainer
+from partialtune.verify.verify import verify
 from tiny_models import tiny_config
 
 STEPS, WINDOWS = 3, 4

@@ -47,9 +47,9 @@ def measure(address: str, tokenizer_folder: str, cleaning: str) -> dict:
     """One run from an address to its windows, in this process."""
     from transformers import AutoTokenizer
 
-    from partialtune.data import prepare_data
+    from partialtune.net.download import cache_folder
     from partialtune.recipe.arguments import TextArguments
-    from partialtune.text.download import cache_folder
+    from partialtune.training.run_data import prepare_data
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     start, processor, before = time.perf_counter(), time.process_time(), _peak_mb()

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialtune.model.loading import quiet_libraries
-from partialtune.rank.command import rank_recipe
+from partialtune.rank.rank import rank_recipe
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
-from partialtune.train import train
+from partialtune.train.train import train
 
 
 def score_of(recipe: Recipe, blocks: Sequence[int], folder: Path) -> tuple[float, float]:

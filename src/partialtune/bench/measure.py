@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 from partialtune.bench.variants import plan_of, runnable
 from partialtune.cost.utilisation import needed_products, utilisation
-from partialtune.data import RunData
 from partialtune.errors import PartialtuneError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import quiet_libraries
 from partialtune.recipe.reading import Recipe
 from partialtune.text.windows import chunked_windows
+from partialtune.training.launch import one_device_a_process, use_all_cores
 from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.performance import performance
 from partialtune.training.precision import compute_dtype, product_rate
+from partialtune.training.run_data import RunData
 from partialtune.training.settings import training_arguments
 from partialtune.training.trainer import PartialTrainer
 

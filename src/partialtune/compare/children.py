@@ -25,9 +25,9 @@ from partialtune.errors import (
     TrainingDiverged,
 )
 from partialtune.files import lock
-from partialtune.output_dir import LOCK_FILE, Standing, exit_code_of, recorded_sources, standing_of
 from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
+from partialtune.run_folder import LOCK_FILE, Standing, exit_code_of, recorded_sources, standing_of
 from partialtune.text.sources import check_kept
 from partialtune.training.stopping import hears_signals
 

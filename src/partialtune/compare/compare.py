@@ -25,8 +25,8 @@ from partialtune.files import write_whole
 from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.loading import empty_model, load_config
-from partialtune.output_dir import LOCK_FILE, locked, write_json
 from partialtune.recipe.rules import training_defaults
+from partialtune.run_folder import LOCK_FILE, locked, write_json
 
 logger = logging.getLogger(__name__)
 

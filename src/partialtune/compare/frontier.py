@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from partialtune.compare.results import Row, Spread
 from partialtune.pages.themes import DARK, LIGHT, Theme, write_title
-from partialtune.pages.wording import joined, score
+from partialtune.pages.wording import score
+from partialtune.words import joined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from typing import Any
 from partialtune.compare.policies import Policy
 from partialtune.compare.results import Outcome
 from partialtune.errors import InputError
+from partialtune.net.addresses import sources_without_secrets
 from partialtune.recipe.reading import same_run
-from partialtune.text.addresses import sources_without_secrets
 
 # What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
 NAMED = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")

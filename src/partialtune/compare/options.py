@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import InputError
+from partialtune.grammar.values import MORE_THAN_ZERO, convert_value
 from partialtune.recipe.command_words import group_words
-from partialtune.recipe.rules import MORE_THAN_ZERO, SEED
-from partialtune.recipe.values import convert_value
+from partialtune.recipe.rules import SEED
 
 OURS = {
     "resume_from_checkpoint": "a comparison always goes on by itself",

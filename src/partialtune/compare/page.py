@@ -8,7 +8,8 @@ from partialtune.compare.table import audit_words, by_quality, further_texts, me
 from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script
 from partialtune.pages.report import yaml_words
 from partialtune.pages.run_files import as_list
-from partialtune.pages.wording import Finding, change, count, counted, joined, percent, score, significant
+from partialtune.pages.wording import Finding, score
+from partialtune.words import change, count, counted, joined, percent, significant
 
 NUMBER = "number"
 RATE_WORDS = (

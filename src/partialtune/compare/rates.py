@@ -14,9 +14,9 @@ from typing import Any
 
 from partialtune.compare.policies import Policy, changed_values, changed_words
 from partialtune.errors import RecipeError
-from partialtune.output_dir import read_json, write_json
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.reading import same_run
+from partialtune.run_folder import read_json, write_json
 from partialtune.text.sources import read_texts
 from partialtune.text.streams import StoredText
 from partialtune.text.windows import split_text

@@ -14,11 +14,11 @@ import yaml
 from partialtune.compare.children import FAILURES
 from partialtune.compare.rates import Trial
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
-from partialtune.output_dir import EXIT_FILE, exit_code_of, read_json
+from partialtune.net.addresses import sources_without_secrets
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
 from partialtune.recipe.reading import same_run
 from partialtune.recipe.rules import training_defaults
-from partialtune.text.addresses import sources_without_secrets
+from partialtune.run_folder import EXIT_FILE, exit_code_of, read_json
 
 SEED = re.compile(r"(?<=.)-seed\d+$")  # endings that a comparison gives to the folders of its runs
 RATE_AND_SEED = re.compile(r"(?<=.)-lr[\d.e+-]+-seed\d+$|(?<=.)-seed\d+$")

@@ -8,7 +8,8 @@ from typing import Any
 
 from partialtune.compare.frontier import AXES, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
-from partialtune.pages.wording import UNKNOWN, change, count, joined, percent, score, significant
+from partialtune.pages.wording import score
+from partialtune.words import UNKNOWN, change, count, joined, percent, significant
 
 
 def with_deviation(spread: Spread | None, decimals: int, sign: bool = False) -> str:

@@ -12,19 +12,19 @@ from pathlib import Path
 from transformers import PretrainedConfig, set_seed
 
 from partialtune.compare.rates import Trial, keep_trial
-from partialtune.data import RunData, prepare_data
 from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
-from partialtune.launch import one_device_a_process, use_all_cores
 from partialtune.model.conformance import check_conformance
 from partialtune.model.files import check_finite
 from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.net.addresses import without_secrets
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
-from partialtune.text.addresses import without_secrets
+from partialtune.training.launch import one_device_a_process, use_all_cores
 from partialtune.training.making import make_trainer, prefix_phases
+from partialtune.training.run_data import RunData, prepare_data
 from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
 
 

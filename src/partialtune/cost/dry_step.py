@@ -23,9 +23,9 @@ from partialtune.fast.head_loss import rows_at_once
 from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.activation_checkpointing import recompute_from
 from partialtune.model.dropout import stop_layer_drop
 from partialtune.model.structure import read_structure
-from partialtune.training.activation_checkpointing import recompute_from
 
 
 @dataclass(frozen=True)

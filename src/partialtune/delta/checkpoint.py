@@ -7,7 +7,7 @@ sha256 digests of all its parameters and of the result's: another base is refuse
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from partialtune import __version__
-from partialtune.delta import DELTA_FILE, VALUES_FILE, is_delta
+from partialtune.distributed import is_main
 from partialtune.errors import ModelError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_digest
-from partialtune.output_dir import read_json, write_json
-from partialtune.proof.processes import is_main
-from partialtune.proof.snapshots import whole_on_main
-from partialtune.proof.weights import named_weights
+from partialtune.model.digests import digests_of, whole_on_main
+from partialtune.model.parameters import named_weights
+from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
+from partialtune.words import joined
 
 logger = logging.getLogger(__name__)
 
@@ -238,4 +238,38 @@ def check_config(delta: Delta) -> None:
         raise ModelError(
             f"{delta.name}: its config.json is not the one that the run ended with (sha256 in {DELTA_FILE}), so its "
             f"weights would compute something else. Fetch it again."
+        )
+
+
+def check_base(delta: Delta, name: str, found: dict[str, str]) -> None:
+    """Refuse a base other than the delta's.
+
+    Args:
+        delta: Says what the base's digests are.
+        name: What messages call the base at hand.
+        found: Its digests, an untied head included.
+
+    Raises:
+        ModelError: If a digest differs.
+    """
+    different = [name for name in delta.before.keys() | found.keys() if delta.before.get(name) != found.get(name)]
+    if different:
+        raise ModelError(
+            f"{delta.name} is a delta of {delta.base}, and {name} is another model: "
+            f"{len(different):,} of {len(delta.before):,} parameters differ ({joined(sorted(different), 160)}). "
+            f"Name the model that was trained with --base."
+        )
+
+
+def check_result(delta: Delta, stored: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Make sure that what the delta stores is what the run ended with.
+
+    Raises:
+        ModelError: If a digest differs.
+    """
+    damaged = [name for name, sha256 in digests_of(stored).items() if sha256 != delta.after[name]]
+    if damaged:
+        raise ModelError(
+            f"{delta.name}: the delta is damaged, {joined(sorted(damaged), 160)} is not what the run ended with. "
+            f"Fetch it again."
         )

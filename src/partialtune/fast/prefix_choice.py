@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
+from partialtune.distributed import shards_parameters
 from partialtune.errors import ModelError, RecipeError
 from partialtune.fast.prefix import try_prefix
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.launch import shards_parameters
 
 SHARE_OF_FREE_MEMORY = 0.5  # what the states may take at most under `auto`
 AGREEMENT = 1e-5  # distance at the head, relative, between a pass that starts from kept states and a whole one, in fp32

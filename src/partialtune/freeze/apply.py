@@ -10,7 +10,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.dropout import stop_layer_drop
-from partialtune.proof.weights import named_weights
+from partialtune.model.parameters import named_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@ Names in the plan are the base's own for its weights, whose digests are then tho
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,38 +17,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from partialtune.environment import HOW_TO_INSTALL, is_peft_installed
 from partialtune.errors import ModelError, RecipeError
-from partialtune.freeze.plan import FreezePlan, Phase, PlannedParameter
-from partialtune.model.grammar import parse_selector
+from partialtune.freeze.plan import Adapter, FreezePlan, Phase, PlannedParameter
+from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import model_location
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure, with_fixed
 
 ADAPTER = "default"  # peft's name for the only one
 IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensors`
-HOW_TO_INSTALL = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The LoRA adapters of a plan.
-
-    Attributes:
-        rank: Rows of A, columns of B.
-        alpha: What B A is multiplied with, times the rank.
-        modules: Paths of the matrices that get one.
-        seed: Of the start values of A.
-    """
-
-    rank: int
-    alpha: int
-    modules: tuple[str, ...]
-    seed: int
-
-
-def is_peft_installed() -> bool:
-    """Whether adapters can be made here."""
-    return find_spec("peft") is not None
 
 
 def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: int = 16, seed: int = 0) -> FreezePlan:

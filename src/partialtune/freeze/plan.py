@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.schedules import read_schedule
+from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
-
-if TYPE_CHECKING:
-    from partialtune.freeze.lora import Adapter
 
 HEAD_CHOICES = ("tied", "untied")
 
@@ -74,6 +71,23 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """The LoRA adapters of a plan.
+
+    Attributes:
+        rank: Rows of A, columns of B.
+        alpha: What B A is multiplied with, times the rank.
+        modules: Paths of the matrices that get one.
+        seed: Of the start values of A.
+    """
+
+    rank: int
+    alpha: int
+    modules: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
 class FreezePlan:
     """What trains and what stays, decided before anything is touched. Print it, save it, test it without weights.
 
@@ -95,7 +109,7 @@ class FreezePlan:
     parameters: tuple[PlannedParameter, ...]
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
-    adapter: "Adapter | None" = None
+    adapter: Adapter | None = None
 
     @property
     def total_parameters(self) -> int:

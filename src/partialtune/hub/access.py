@@ -9,8 +9,17 @@ from huggingface_hub import HfApi, constants, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
 from partialtune.errors import InputError
-from partialtune.hub.client import HUB_ERRORS, HubUnreachable, Patience, ask, hub_api, in_words, may_pass, time_limits
 from partialtune.hub.target import DEFAULT_BRANCH, Target
+from partialtune.net.hub_client import (
+    HUB_ERRORS,
+    HubUnreachable,
+    Patience,
+    ask,
+    hub_api,
+    in_words,
+    may_pass,
+    time_limits,
+)
 
 logger = logging.getLogger(__name__)
 

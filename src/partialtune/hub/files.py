@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub.hf_api import RepoFile
 
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
-from partialtune.output_dir import EXIT_FILE, exit_code_of
 from partialtune.pages.run_files import read_run
+from partialtune.run_folder import EXIT_FILE, exit_code_of
 
 # Decide what `from_pretrained` loads, and how: see `gap_between`.
 WEIGHTS = (

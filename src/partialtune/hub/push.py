@@ -16,7 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from partialtune.errors import InputError, UploadIncomplete
 from partialtune.hub.access import check_access
-from partialtune.hub.client import (
+from partialtune.hub.files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
+from partialtune.hub.target import DEFAULT_BRANCH, Target
+from partialtune.net.hub_client import (
     HUB_ERRORS,
     HubUnreachable,
     NotThereYet,
@@ -29,10 +31,8 @@ from partialtune.hub.client import (
     time_limits,
     without_xet,
 )
-from partialtune.hub.files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
-from partialtune.hub.target import DEFAULT_BRANCH, Target
-from partialtune.output_dir import locked
 from partialtune.pages.card import name_repository
+from partialtune.run_folder import locked
 
 __all__ = ["Patience", "PushReport", "Target", "check_access", "push_after_training", "push_run"]
 

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from partialtune.freeze.plan import FreezePlan, PlannedParameter
+from partialtune.model.parameters import CHUNK, named_weights, whole
 from partialtune.progress import progress_bar
-from partialtune.proof.weights import CHUNK, named_weights, whole
 
 logger = logging.getLogger(__name__)
 

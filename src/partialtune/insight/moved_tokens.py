@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from partialtune.freeze.plan import FreezePlan
 from partialtune.insight.tokens import TokenTexts
-from partialtune.proof.weights import CHUNK, named_weights, whole
+from partialtune.model.parameters import CHUNK, named_weights, whole
 from partialtune.text.windows import let_go
 
 SHOWN_TOKENS = 40

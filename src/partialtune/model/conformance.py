@@ -23,9 +23,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.errors import ModelError
+from partialtune.model.digests import bit_sums
 from partialtune.model.modes import evaluating
+from partialtune.model.parameters import named_weights, persistent_buffers
 from partialtune.model.structure import read_structure
-from partialtune.proof.weights import bit_sums, named_weights, persistent_buffers
 
 WINDOW = 24  # tokens
 CHANGED = (

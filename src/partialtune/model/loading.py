@@ -21,7 +21,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
-from partialtune.delta import is_delta
 from partialtune.errors import ModelError
 from partialtune.model.dropout import set_dropout
 from partialtune.model.files import (
@@ -32,6 +31,7 @@ from partialtune.model.files import (
     refuse_wider_than,
     without_safetensors,
 )
+from partialtune.run_folder import is_delta
 
 logger = logging.getLogger(__name__)
 

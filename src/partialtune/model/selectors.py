@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from partialtune.errors import RecipeError
-from partialtune.model.grammar import BLOCK_PARTS, WORDS, Selector, parse_selector, slice_as_written
+from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS, Selector, parse_selector, slice_as_written
 from partialtune.model.layout import Place
 from partialtune.model.structure import ModelStructure, ParameterInfo
 

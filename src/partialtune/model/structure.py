@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.layout import Layout, Place
-from partialtune.proof.weights import plain_name
+from partialtune.model.parameters import plain_name
 
 logger = logging.getLogger(__name__)
 

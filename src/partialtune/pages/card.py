@@ -9,22 +9,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from partialtune.delta import is_delta
 from partialtune.files import write_whole
-from partialtune.model.statement import STATED
+from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.pages.templating import page_environment
-from partialtune.pages.wording import (
-    audit_problems,
-    count,
-    percent,
-    score_changes,
-    significant,
-    text_label,
-    trained_share,
-    verdict,
-)
+from partialtune.pages.wording import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.run_folder import is_delta
+from partialtune.words import count, percent, significant
 
 UNNAMED = "NAMESPACE/NAME"  # stands for the repository of a run that was not pushed anywhere yet
 TAGS = ["partialtune", "partial-fine-tuning", "layer-freezing"]

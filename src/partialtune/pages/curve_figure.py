@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.themes import WIDTH, Theme, write_title
-from partialtune.pages.wording import counted, score, score_change, text_label
+from partialtune.pages.wording import score, score_change, text_label
+from partialtune.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,8 @@ from partialtune.pages.heatmap_key import STATES, centred, color_norm, corner_ma
 from partialtune.pages.heatmap_layout import TOP, Box, Cell, block_components, heatmap_cells, is_in_row, lay_out
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.themes import WIDTH, Theme, mixed, write_title
-from partialtune.pages.wording import counted, percent, trained_title
+from partialtune.pages.wording import trained_title
+from partialtune.words import counted, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from partialtune.pages.heatmap_layout import MARGIN, Box, Cell
 from partialtune.pages.themes import WIDTH, Theme
-from partialtune.pages.wording import percent
+from partialtune.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,8 @@ from partialtune.pages.heatmap_key import color_norm, draw_key
 from partialtune.pages.heatmap_layout import MARGIN, TOP, Box, Cell, heatmap_cells, is_in_row, lay_out
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.themes import WIDTH, Theme, mixed, write_title
-from partialtune.pages.wording import joined, percent, trained_title
+from partialtune.pages.wording import trained_title
+from partialtune.words import joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from partialtune.pages.html_text import flowing, visible
 from partialtune.pages.templating import page_environment
-from partialtune.pages.wording import count, percent, significant
+from partialtune.words import count, percent, significant
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from partialtune.pages.end_labels import label_ends
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.themes import Theme, titled_axes
-from partialtune.pages.wording import joined, percent, trained_title
+from partialtune.pages.wording import trained_title
+from partialtune.words import joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

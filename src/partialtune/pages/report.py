@@ -18,15 +18,8 @@ from partialtune.pages.report_insight import (
 )
 from partialtune.pages.report_tables import group_rows, parameter_row, performance_rows, provenance_rows
 from partialtune.pages.run_files import RunFiles, read_run
-from partialtune.pages.wording import (
-    audit_problems,
-    counted,
-    joined,
-    score_changes,
-    text_label,
-    trained_share,
-    verdict,
-)
+from partialtune.pages.wording import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.words import counted, joined
 
 
 def write_report(run: str | os.PathLike) -> Path:

@@ -9,7 +9,7 @@ from partialtune.pages.rank_figure import matrices, share_of_possible
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.shift_figure import shift
 from partialtune.pages.token_figure import token_matrices
-from partialtune.pages.wording import change, count, counted, joined, percent, significant
+from partialtune.words import change, count, counted, joined, percent, significant
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from partialtune.pages.html import Cell
 from partialtune.pages.html_text import yaml_words
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.wording import count, percent, significant
+from partialtune.words import count, percent, significant
 
 SHOWN_DIGITS = 8  # of a sha256 digest in a table; freeze_plan.json holds them whole
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.themes import Theme, titled_axes
-from partialtune.pages.wording import change, count, percent
+from partialtune.words import change, count, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from partialtune.pages.run_files import RunFiles
 from partialtune.pages.themes import Theme, titled_axes
-from partialtune.pages.wording import count, percent
+from partialtune.words import count, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,15 +1,11 @@
 """Numbers and findings of a run -> the words in which figures, report and card say them."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from partialtune.pages.run_files import RunFiles
-
-MINUS = "\u2212"
-SUPERSCRIPT = str.maketrans("-0123456789", "\u207b⁰¹²³⁴⁵⁶⁷⁸⁹")
-UNKNOWN = "\u2013"
+from partialtune.words import UNKNOWN, change, count, counted, joined, percent, significant
 
 WITHHELD = (
     "The text does not come back from its tokens: this tokenizer cannot write it, and bytes would be counted that no "
@@ -24,44 +20,6 @@ METRICS = {
     "top5_accuracy": "top-5 accuracy",
 }
 GAINS = ("next_token_accuracy", "top5_accuracy")  # more is better; of the others less is
-
-
-def count(value: float | None) -> str:
-    """39385344 -> 39,385,344."""
-    return UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """1 step, 2 steps, 1,234 steps."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def significant(value: float | None, digits: int = 4) -> str:
-    """0.119312 -> 0.1193, 12345.6 -> 12,346, 3.21e-07 -> 3.21 × 10⁻⁷; exactly 0 -> 0."""
-    if value is None or not math.isfinite(value):
-        return UNKNOWN if value is None else str(value)
-    if value == 0:
-        return "0"
-    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
-    if exponent < -4:
-        return f"{value / 10.0**exponent:.{digits - 1}f} × 10{str(exponent).translate(SUPERSCRIPT)}".replace("-", MINUS)
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
-
-
-def percent(share: float | None, digits: int = 2) -> str:
-    """0.3165 -> 31.7%, 0.0123 -> 1.2%, 0.00031 -> 0.031%, 2e-9 -> 2.0 × 10⁻⁷%; exactly 0 -> 0%."""
-    if share is None:
-        return UNKNOWN
-    if share == 1:
-        return "100%"
-    text = f"{100 * share:,.1f}".replace("-", MINUS) if abs(share) >= 0.0995 else significant(100 * share, digits)
-    return f"{text}%"
-
-
-def change(value: float, decimals: int = 3) -> str:
-    """A difference with its sign: -0.5 -> −0.500, 0.5 -> +0.500, 0 -> 0.000."""
-    text = f"{value:+,.{decimals}f}".replace("-", MINUS)
-    return text[1:] if float(f"{value:.{decimals}f}") == 0 else text
 
 
 def score(metric: str, value: float | None) -> str:
@@ -110,16 +68,6 @@ def score_change(metric: str, before: float | None, after: float | None) -> str:
 def text_label(name: str) -> str:
     """How a text of `evaluation.json` is called."""
     return {"validation": "held-out text", "training": "training text"}.get(name, name)
-
-
-def joined(words: Sequence[str], limit: int = 72) -> str:
-    """Words with commas; where they take more than `limit` characters, the rest is counted."""
-    shown = list(words)
-    while len(shown) > 1 and len(", ".join(shown)) > limit:
-        shown.pop()
-    text = ", ".join(shown)
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return text if len(shown) == len(words) else f"{text} and {len(words) - len(shown)} more"
 
 
 def trained_share(run: RunFiles) -> str:

@@ -13,9 +13,12 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from partialtune.distributed import from_all, from_main, is_main, raise_disk_error
 from partialtune.errors import FreezeViolation
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main, whole_on_main
+from partialtune.model.parameters import Named, is_sharded, named_weights, persistent_buffers
 from partialtune.proof.audit_result import (
     CANNOT_BE_TOLD,
     INTERRUPTED,
@@ -27,17 +30,8 @@ from partialtune.proof.audit_result import (
     SavedDifference,
 )
 from partialtune.proof.due_updates import DueUpdates
-from partialtune.proof.processes import from_all, from_main, is_main, raise_disk_error
-from partialtune.proof.snapshots import (
-    Snapshot,
-    buffer_digests,
-    digests_on_main,
-    measure_deltas,
-    take_snapshot,
-    whole_on_main,
-)
+from partialtune.proof.snapshots import Snapshot, measure_deltas, take_snapshot
 from partialtune.proof.stopwatch import Stopwatch
-from partialtune.proof.weights import Named, bit_sums, is_sharded, named_weights, persistent_buffers
 
 logger = logging.getLogger(__name__)
 

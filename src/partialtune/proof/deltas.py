@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
+from partialtune.distributed import raise_disk_error
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.distances import ParameterDelta, unknown
-from partialtune.proof.processes import raise_disk_error
 from partialtune.proof.snapshots import Snapshot, measure_deltas, take_snapshot
 from partialtune.proof.stopwatch import Stopwatch
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from partialtune.proof.weights import chunks_of, piece_size
+from partialtune.model.parameters import chunks_of, piece_size
 
 HAVE_FP64 = ("cpu", "cuda")  # MPS has none
 

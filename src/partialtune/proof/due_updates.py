@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from partialtune.errors import InputError
-from partialtune.proof.weights import bit_sums, is_sharded, numbers, piece_size, same_bits
+from partialtune.model.digests import bit_sums, same_bits
+from partialtune.model.parameters import is_sharded, numbers, piece_size
 
 logger = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.delta import VALUES_FILE, is_delta
 from partialtune.delta.checkpoint import check_config, read_delta
 from partialtune.errors import ModelError, is_disk_fault
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_differences
+from partialtune.model.digests import buffer_digest, digests_of
 from partialtune.model.loading import load_config
-from partialtune.output_dir import read_json
+from partialtune.model.parameters import named_weights, plain_name
+from partialtune.model.weight_files import TensorFiles, Weights, open_weights
 from partialtune.proof.audit_result import SavedDifference
-from partialtune.proof.weight_files import TensorFiles, Weights, open_weights
-from partialtune.proof.weights import buffer_digest, digests_of, named_weights, plain_name
+from partialtune.run_folder import VALUES_FILE, is_delta, read_json
 
 OTHER_VALUES = "has other values in the saved files than it had when it was audited"
 NOT_SAVED = "is not in the saved files"

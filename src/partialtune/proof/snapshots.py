@@ -4,7 +4,7 @@ Of several processes the main one holds the copies and what it saw counts for al
 weights, which the others may receive only later, as FSDP does it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -12,21 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from partialtune.distributed import from_main, is_main
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main, whole_on_main
+from partialtune.model.parameters import in_threads, is_sharded, named_weights, numbers
 from partialtune.proof.copies import room_for_copies
 from partialtune.proof.distances import ParameterDelta, change_sums, delta_from_sums, l2_norm, unknown
-from partialtune.proof.processes import from_main, is_main
-from partialtune.proof.weights import (
-    bit_sums,
-    buffer_digest,
-    digests_of,
-    in_threads,
-    is_sharded,
-    named_weights,
-    numbers,
-    persistent_buffers,
-    whole,
-)
 
 _TAKEN: "WeakKeyDictionary[nn.Module, Snapshot]" = WeakKeyDictionary()
 
@@ -113,20 +104,3 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
 
 def _shape_of(snapshot: Snapshot, name: str) -> torch.Size | None:
     return snapshot.copies[name].shape if name in snapshot.copies else None
-
-
-def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:
-    """All values of a parameter on the main process, None on others, which only take part where it is gathered."""
-    values = whole(parameter) if is_main() or is_sharded(parameter) else None
-    return values if is_main() else None
-
-
-def digests_on_main(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """sha256 by name on the main process, nothing on others, which only take part where a tensor is gathered."""
-    gathered = ((name, whole_on_main(tensor)) for name, tensor in named)
-    return digests_of((name, values) for name, values in gathered if values is not None)
-
-
-def buffer_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of each persistent buffer by name on the main process, nothing on others."""
-    return {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)} if is_main() else {}

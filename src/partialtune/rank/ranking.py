@@ -13,7 +13,7 @@ from typing import Any
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
 from partialtune.freeze.table import columns
-from partialtune.model.grammar import BLOCK_PARTS, WORDS
+from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS
 from partialtune.rank.probe import Probe
 
 USUAL_SHARE = 4  # of its blocks one in so many is proposed, where nothing else is said

@@ -6,25 +6,12 @@ help with unit, and the bound that a value must keep. The other keys of a recipe
 """
 
 import textwrap
-from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+from partialtune.grammar.values import Bound, allowed, at_least
 
 DEFAULT_PROMPTS = ("Once upon a time", "The first thing to know is", "It was a great surprise to")
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A condition on a value beyond its type, with the words that an error says it in."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(low: float) -> Bound:
-    """`low` or more."""
-    return Bound(f"{low} or more", lambda value: value >= low)
 
 
 BELOW_ONE = Bound("0 or more and below 1", lambda value: 0 <= value < 1)
@@ -224,32 +211,6 @@ def default_of(entry: Field) -> Any:
     return entry.default_factory() if entry.default_factory is not MISSING else entry.default
 
 
-def union_members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself as the only one."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def describe_type(hint: Any) -> str:
-    """A type in words that a recipe's author knows: `int | None` -> "a whole number or null"."""
-    words = [word for member in union_members(hint) for word in _type_words(member)]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _type_words(member: Any) -> list[str]:
-    kind = get_origin(member) or member
-    if kind is Literal:
-        return [str(choice) for choice in get_args(member)]
-    if kind is list:
-        return [f"a list, each entry {describe_type(get_args(member)[0])}"]
-    plain = {bool: ["true", "false"], int: ["a whole number"], float: ["a number"], str: ["text"]}
-    return plain.get(kind) or {NoneType: ["null"], dict: ["a mapping {name: value}"]}[kind]
-
-
-def choices_of(hint: Any) -> list[Any]:
-    """The values that the Literal members of a type list."""
-    return [choice for member in union_members(hint) if get_origin(member) is Literal for choice in get_args(member)]
-
-
 def recipe_help() -> str:
     """Our own recipe keys, a few lines each: key, what is allowed, default, help. Imports nothing heavy."""
     hints, sections = argument_types(), []
@@ -275,8 +236,3 @@ def _show_default(default: Any) -> str:
     if isinstance(default, list | tuple):
         return "; ".join(default) or "none"
     return str(default) if default else "none"
-
-
-def allowed(hint: Any, bound: Bound | None) -> str:
-    """What a key may hold, in words: its type, and its bound where it has one."""
-    return describe_type(hint) + (f", {bound.words}" if bound else "")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.schedules import read_schedule
-from partialtune.recipe.arguments import allowed, argument_fields, default_of
+from partialtune.grammar.schedule_syntax import read_schedule
+from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
+from partialtune.net.addresses import without_secrets
+from partialtune.recipe.arguments import argument_fields, default_of
 from partialtune.recipe.command_words import Words, word_value
 from partialtune.recipe.optimization import metric_problems, schedule_problems
 from partialtune.recipe.rules import (
@@ -27,9 +29,7 @@ from partialtune.recipe.rules import (
     training_defaults,
     unknown_key,
 )
-from partialtune.recipe.values import convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.recipe.yaml_file import Problem
-from partialtune.text.addresses import without_secrets
 
 REQUIRED = {
     "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
@@ -158,7 +158,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    from partialtune.model.grammar import check_selector_syntax
+    from partialtune.grammar.selector_syntax import check_selector_syntax
 
     trainable = values.get("trainable")
     if values.get("method") == "full":
@@ -197,7 +197,7 @@ def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if key in values:
                 yield key, f"is for method: lora, and method is {values.get('method', 'partial')}. Take it out."
         return
-    from partialtune.freeze.lora import HOW_TO_INSTALL, is_peft_installed
+    from partialtune.environment import HOW_TO_INSTALL, is_peft_installed
 
     if not is_peft_installed():
         yield "method", HOW_TO_INSTALL

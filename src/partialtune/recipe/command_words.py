@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any, get_origin
 
-from partialtune.recipe.arguments import describe_type, union_members
+from partialtune.grammar.values import describe_type, union_members
 from partialtune.recipe.yaml_file import Problem, parse_yaml
 
 COMMAND_LINE = "command line"

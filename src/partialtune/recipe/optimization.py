@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from partialtune.recipe.values import nearest
+from partialtune.grammar.values import nearest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from partialtune.net.addresses import SOURCE_KEYS, same_sources, sources_without_secrets
 from partialtune.recipe.arguments import (
     EvaluationArguments,
     FreezeArguments,
@@ -23,7 +24,6 @@ from partialtune.recipe.checks import Entry, checked_values, with_present_names
 from partialtune.recipe.command_words import COMMAND_LINE, Words, group_words
 from partialtune.recipe.rules import LENGTHS, training_defaults
 from partialtune.recipe.yaml_file import read_recipe_file, write_recipe_file
-from partialtune.text.addresses import SOURCE_KEYS, same_sources, sources_without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,9 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from partialtune.recipe.arguments import (
-    BELOW_ONE,
-    NOT_EMPTY,
-    Bound,
-    argument_fields,
-    argument_types,
-    at_least,
-    default_of,
-    union_members,
-)
+from partialtune.grammar.values import MORE_THAN_ZERO, Bound, at_least, union_members
+from partialtune.recipe.arguments import BELOW_ONE, NOT_EMPTY, argument_fields, argument_types, default_of
 
-MORE_THAN_ZERO = Bound("more than 0", lambda value: value > 0)
 SEED = Bound("0 to 4,294,967,295", lambda value: 0 <= value < 2**32)
 STEPS = Bound(
     "either whole steps from 1 or a share of the run between 0 and 1",

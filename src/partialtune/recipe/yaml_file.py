@@ -16,7 +16,7 @@ import yaml
 from partialtune import __version__
 from partialtune.errors import RecipeError
 from partialtune.files import write_whole
-from partialtune.text.addresses import without_secrets
+from partialtune.net.addresses import without_secrets
 
 # What YAML takes for its own syntax although a recipe means text: regex, selector with brackets, negation, glob.
 UNQUOTED = re.compile(

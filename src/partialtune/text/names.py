@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialtune.errors import TextError
-from partialtune.text.addresses import ADDRESS, LEFT_OUT, lacks_secrets, without_secrets
+from partialtune.net.addresses import ADDRESS, LEFT_OUT, lacks_secrets, without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from partialtune.errors import TextError
-from partialtune.text.addresses import ADDRESS
+from partialtune.net.addresses import ADDRESS
 from partialtune.text.decoding import Chunks, Encoding
 
 CHUNK_BYTES = 4 << 20  # read at once
@@ -42,7 +42,7 @@ def raw_text(name: str, text_column: str) -> RawText:
     path = Path(name)
     table = TABLES.get(PurePosixPath(urlsplit(name).path if ADDRESS.match(name) else name).suffix.lower())
     if ADDRESS.match(name):
-        from partialtune.text.download import fetch  # requests is not needed for files
+        from partialtune.net.download import fetch  # requests is not needed for files
 
         download = fetch(name)
         name, path, charset = download.url, download.path, download.charset

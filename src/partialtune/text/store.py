@@ -20,7 +20,7 @@ from typing import Any
 
 from partialtune.errors import TextError
 from partialtune.files import lock
-from partialtune.text.download import cache_folder, new_file, opened_without_links
+from partialtune.net.download import cache_folder, new_file, opened_without_links
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from partialtune.distributed import is_main
 from partialtune.errors import DiskError, InputError
-from partialtune.proof.processes import is_main
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 
+from partialtune.distributed import from_all
 from partialtune.errors import TrainingDiverged
 
 ROWS_AT_ONCE = 4096  # of the training windows, when those of a batch are looked for
@@ -48,8 +48,9 @@ class BatchWatch:
             return
         losses = [float(loss) for _, loss in batches]
         wrong = [ids for (ids, _), loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-        what = "the loss" if _anywhere(bool(wrong)) else "the gradients"
-        numbers = _from_all(self._numbers_of(wrong if what == "the loss" else [ids for ids, _ in batches]))
+        what = "the loss" if any(from_all(bool(wrong))) else "the gradients"
+        of_each = from_all(self._numbers_of(wrong if what == "the loss" else [ids for ids, _ in batches]))
+        numbers = sorted({number for numbers in of_each for number in numbers})
         shown = ", ".join(map(str, numbers[:NAMED])) + f" and {len(numbers) - NAMED} more" * (len(numbers) > NAMED)
         raise TrainingDiverged(
             f"Training diverged: {what} of step {step + 1} became non-finite (learning rate {rate:.3g}), in training "
@@ -69,17 +70,3 @@ class BatchWatch:
                 if row.tobytes() in rows:
                     numbers.setdefault(row.tobytes(), place)
         return sorted(numbers.values())
-
-
-def _from_all(numbers: list[int]) -> list[int]:
-    """The numbers of all processes, sorted."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return numbers
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, numbers)
-    return sorted({number for of_one in gathered for number in of_one})
-
-
-def _anywhere(said: bool) -> bool:
-    """Whether any process says so."""
-    return bool(_from_all([1] if said else []))

@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from partialtune.data import RunData
 from partialtune.errors import RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.freeze.plan import FreezePlan
@@ -13,6 +12,7 @@ from partialtune.machine import free_memory
 from partialtune.model.conformance import Conformance
 from partialtune.recipe.reading import Recipe
 from partialtune.training.batches import collate_windows
+from partialtune.training.run_data import RunData
 from partialtune.training.settings import evaluation_steps, run_length
 from partialtune.training.trainer import PartialTrainer
 

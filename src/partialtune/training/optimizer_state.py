@@ -16,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from partialtune.errors import InputError
 from partialtune.freeze.plan import FreezePlan
-from partialtune.proof.weights import named_weights
+from partialtune.model.parameters import named_weights
 from partialtune.training.checkpoints import damage_of, read_with_care
 
 

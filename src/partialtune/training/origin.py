@@ -19,7 +19,7 @@ from torch import nn
 from partialtune.errors import FreezeViolation, InputError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import differences_between, function_keys
-from partialtune.proof.weights import digests
+from partialtune.model.digests import digests
 from partialtune.recipe.arguments import ModelArguments, TextArguments
 from partialtune.scoring.evaluation import evenly_spaced
 from partialtune.text.sources import SourceText

@@ -1,14 +1,14 @@
 """What training cost: seconds of each step and of its parts, peak memory, arithmetic -> `performance.json`."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+
+from partialtune.machine import peak_memory_mb
 
 if TYPE_CHECKING:
     from partialtune.fast.paths import FastPaths
@@ -103,14 +103,6 @@ def _seconds_between(earlier: Any, later: Any) -> float:
         return later - earlier
     later.synchronize()
     return earlier.elapsed_time(later) / 1e3
-
-
-def peak_memory_mb() -> float:
-    """Largest memory of this process so far, in units of 2^20 bytes: of the GPU where CUDA is used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def performance(

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from partialtune.fast.paths import FastPaths
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.proof.weights import named_weights
-from partialtune.training.activation_checkpointing import keep_activations, recompute_from
+from partialtune.model.activation_checkpointing import keep_activations, recompute_from
+from partialtune.model.parameters import named_weights
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import IntervalStrategy, TrainingArguments
 
+from partialtune.distributed import decided_by_main
 from partialtune.errors import RecipeError
-from partialtune.launch import decided_by_main
 from partialtune.training.precision import bf16_pays
 
 LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them

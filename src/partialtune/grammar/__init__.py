@@ -1,0 +1,1 @@
+"""The syntax of recipes' values, selectors and schedules: checked before anything is loaded."""

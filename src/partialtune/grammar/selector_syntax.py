@@ -1,0 +1,128 @@
+r"""The grammar of selectors: one line of text -> Selector. No model is needed; selectors.py applies what is read here.
+
+embeddings, embeddings.tokens, embeddings.positions        input embeddings
+blocks[11], blocks[-2:], blocks[0,3:6,-1]                  whole blocks, Python's indices and slices
+blocks[...].attention, .mlp, .mixer, .norms, .biases       a part of those blocks
+attention, mlp, mixer, norms, biases                       that part of every block (norms, biases: final norm too)
+final_norm, head, all                                      as named
+/transformer\.h\.\d+\.ln_1\..*/                            full dotted names, re.fullmatch
+!selector                                                  taken away from what came before it
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from partialtune.errors import RecipeError
+from partialtune.grammar.patterns import Pattern
+
+BLOCK_PARTS = ("attention", "mlp", "mixer", "norms", "biases")
+WORDS = ("embeddings", "embeddings.tokens", "embeddings.positions", *BLOCK_PARTS, "final_norm", "head", "all")
+
+MEANT = {  # what people write who think of one architecture -> the selector for it
+    **dict.fromkeys(("wte", "embed_tokens", "word_embeddings", "tokens"), "embeddings.tokens"),
+    **dict.fromkeys(("wpe", "embed_positions", "positions"), "embeddings.positions"),
+    **dict.fromkeys(("attn", "self_attn"), "attention"),
+    **dict.fromkeys(("ffn", "feed_forward", "moe", "experts", "router"), "mlp"),
+    **dict.fromkeys(("mamba", "ssm"), "mixer"),
+    **dict.fromkeys(("ln", "layernorm", "layernorms"), "norms"),
+    **dict.fromkeys(("ln_f", "norm_f", "final_layernorm"), "final_norm"),
+    **dict.fromkeys(("lm_head", "embed_out", "output"), "head"),
+}
+HOW_BLOCKS_ARE_WRITTEN = (
+    "Blocks are written blocks[11], blocks[-2:], blocks[0,3:6,-1] or blocks[:] (all of them), and a part of them "
+    "blocks[-1].attention; attention alone is that of every block."
+)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """One selector as it was read. Exactly one of `word`, `indices` and `pattern` is set."""
+
+    text: str  # as written, with its "!"
+    removes: bool  # whether it has a "!"
+    word: str | None = None  # one of WORDS
+    indices: tuple[int | slice, ...] | None = None  # of blocks
+    part: str | None = None  # of those blocks, one of BLOCK_PARTS; None for all of a block
+    pattern: Pattern | None = None
+
+
+def parse_selector(text: str) -> Selector:
+    """Read one selector: parse_selector("!blocks[-2:].norms") removes the norms of blocks slice(-2, None).
+
+    Raises:
+        RecipeError: If it is not in the grammar; the message gives the nearest that is.
+    """
+    if not isinstance(text, str):
+        raise RecipeError(f"selector {text!r} is not text. In YAML, quote selectors: 'blocks[-2:]', '!biases'.")
+    written = text.strip()
+    removes = written.startswith("!")
+    body = written.removeprefix("!").strip()
+    if body.startswith("/"):
+        return Selector(written, removes, pattern=_parse_pattern(written, body))
+    body = re.sub(r"\s*([\[\],:.])\s*", r"\1", body)
+    if body in WORDS:
+        return Selector(written, removes, word=body)
+    blocks = re.fullmatch(r"blocks\[([^\[\]]*)\](?:\.(.*))?", body)
+    if blocks is None:
+        raise RecipeError(f"unknown selector {written!r}. {_nearest_selector(body, removes)}")
+    indices = tuple(_parse_index(written, item) for item in blocks[1].split(","))
+    return Selector(written, removes, indices=indices, part=_parse_part(written, blocks[2]))
+
+
+def check_selector_syntax(selector: str) -> str | None:
+    """What is wrong with the text of a selector, in words, or None. Needs no model."""
+    try:
+        parse_selector(selector)
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def slice_as_written(chosen: slice) -> str:
+    """slice(-2, None) -> "-2:"."""
+    numbers = [chosen.start, chosen.stop] if chosen.step is None else [chosen.start, chosen.stop, chosen.step]
+    return ":".join("" if number is None else str(number) for number in numbers)
+
+
+def _parse_pattern(written: str, body: str) -> Pattern:
+    if len(body) < 3 or not body.endswith("/"):
+        raise RecipeError(rf"{written}: a regular expression stands between two slashes, like /.*\.ln_1\.weight/.")
+    return Pattern(written, body[1:-1])
+
+
+def _parse_index(written: str, item: str) -> int | slice:
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}|([+-]?[0-9]{1,9})?(:([+-]?[0-9]{1,9})?){1,2}", item):
+        raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {HOW_BLOCKS_ARE_WRITTEN}")
+    numbers = [int(number) if number else None for number in item.split(":")]
+    if len(numbers) == 1:
+        return numbers[0]
+    if numbers[2:] == [0]:
+        raise RecipeError(f"{written}: the step of a slice cannot be 0. blocks[::2] is every second block.")
+    return slice(*numbers)
+
+
+def _parse_part(written: str, part: str | None) -> str | None:
+    if part is None or part in BLOCK_PARTS:
+        return part
+    near = _nearest(part, BLOCK_PARTS)
+    hint = f" Did you mean {near}?" if near else ""
+    raise RecipeError(f"{written}: a block has no part {part!r}.{hint} Its parts are {', '.join(BLOCK_PARTS)}.")
+
+
+def _nearest_selector(body: str, removes: bool) -> str:
+    if re.match(r"(blocks?|layers?|h)(\W|$)", body):
+        return HOW_BLOCKS_ARE_WRITTEN
+    hint = ""
+    near = _nearest(body, WORDS)
+    if near:
+        hint = f"Did you mean {'!' if removes else ''}{near}? "
+    elif re.fullmatch(r"\w+(\.\w+)+", body):
+        hint = f"A parameter's full name goes between slashes: '/{re.escape(body)}/'. "
+    return f"{hint}Selectors are {', '.join(WORDS)}, blocks[...] and /regex/, each also with a '!' before it."
+
+
+def _nearest(word: str, allowed: tuple[str, ...]) -> str | None:
+    meant = MEANT.get(word.lower())
+    close = [meant] if meant in allowed else difflib.get_close_matches(word.lower(), allowed, 1)
+    return close[0] if close else None

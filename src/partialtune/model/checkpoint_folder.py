@@ -1,0 +1,63 @@
+"""A checkpoint as the command line names it -> a folder on this disk, fetched from the Hub where it lies there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from partialtune.errors import ModelError
+from partialtune.model.loading import model_location
+from partialtune.net.hub_client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits
+
+PLAN_FILE = "freeze_plan.json"
+FETCHED = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "delta.json", "delta.safetensors", PLAN_FILE),
+)
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+
+
+def checkpoint_folder(name: str, beside: Sequence[str] = ()) -> tuple[Path, str]:
+    """Where a checkpoint lies, and what to call it.
+
+    checkpoint_folder("me/x@v1") -> (.../snapshots/607a30d..., "me/x@v1 (commit 607a30d...)")
+
+    Args:
+        name: Folder, `builtin:lilliput`, or a Hub id, which may end in `@REVISION`. From the Hub all files are of one
+            commit, and those in the cache are not fetched again.
+        beside: Patterns of further files to fetch.
+
+    Raises:
+        ModelError: If it is none of these, or cannot be fetched.
+    """
+    hub_id, at, revision = name.rpartition("@")
+    if not at or Path(name).expanduser().is_dir():
+        hub_id, revision = name, ""
+    here = Path(hub_id).expanduser()
+    location = here if (here / ADAPTER_CONFIG_NAME).is_file() else Path(model_location(hub_id))
+    if not location.is_dir():
+        folder = _fetch(hub_id, revision, [*FETCHED, *beside])
+        return folder, f"{name} (commit {folder.name})"
+    if revision:
+        raise ModelError(f"{name}: {hub_id} is on this disk, where it has one revision. Leave out @{revision}.")
+    return location, name
+
+
+def _fetch(hub_id: str, revision: str, patterns: list[str]) -> Path:
+    patience = Patience()
+
+    def fetch() -> str:
+        return snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns)
+
+    try:
+        with progress_bars(), time_limits(patience.answer_seconds):
+            return Path(ask(fetch, patience))
+    except HUB_ERRORS as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"There is no folder {hub_id}, and the Hub does not give {hub_id}{at}: {in_words(error)}"
+        ) from error

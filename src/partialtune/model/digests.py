@@ -1,0 +1,192 @@
+"""sha256 digests of parameters and buffers, and quick checksums that see every changed bit."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from partialtune.distributed import is_main
+from partialtune.model.parameters import (
+    CPU_PIECE,
+    Named,
+    chunks_of,
+    in_threads,
+    is_sharded,
+    named_weights,
+    numbers,
+    persistent_buffers,
+    piece_size,
+    whole,
+)
+
+INTEGERS = {1: torch.uint8, 2: torch.int16}  # by bytes of an element; wider ones are read as several int32
+HELD_BY_FP32 = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16}
+)  # beside floats below 64 bits
+ROW = CPU_PIECE  # elements that `bit_sum` weighs by one table
+ROWS_AT_ONCE = 2**7  # of them off the CPU, where each costs 256 kB and a few launches
+
+
+def digest(parameter: torch.Tensor) -> str:
+    """sha256 over a parameter's values as little-endian fp32 in C order, 64 hex digits.
+
+    Widening bf16 or fp16 to fp32 is exact: a 16-bit base and an fp32 result have equal digests where no value changed.
+    So have fp64 values that fp32 holds, each of them. What fp32 cannot hold (other fp64 values, integers of 32 and 64
+    bits, complex numbers) is digested over its own bytes, little-endian.
+    """
+    return _digest_of_whole(whole(parameter))
+
+
+def _digest_of_whole(values: torch.Tensor) -> str:
+    sha, narrow = hashlib.sha256(), fp32_holds(values)
+    for piece in chunks_of(values):
+        array = piece.to("cpu", torch.float32 if narrow else piece.dtype).resolve_conj().contiguous().numpy()
+        sha.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return sha.hexdigest()
+
+
+def fp32_holds(values: torch.Tensor) -> bool:
+    """Whether fp32 tells these values apart from all others of their dtype."""
+    if values.dtype != torch.float64:
+        return values.dtype in HELD_BY_FP32 or values.is_floating_point()
+    return all(same_bits(piece, piece.float().double()).all() for piece in chunks_of(values, piece_size(values.device)))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Which values of two tensors of one shape and dtype are equal in every bit. 0 and -0 differ, a NaN equals itself.
+
+    The shape is theirs; of a complex value it says it for both parts, in a last dimension of 2.
+    """
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
+    integers = {**INTEGERS, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.contiguous().view(integers) == other.contiguous().view(integers)
+
+
+def buffer_digest(buffer: torch.Tensor) -> str:
+    """sha256 over a buffer's dtype and bytes: buffers may be whole numbers, which fp32 does not hold."""
+    values = buffer.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(f"{values.dtype} ".encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """`digest` of every parameter by plain name."""
+    return digests_of(named_weights(model))
+
+
+def digests_of(named: Named) -> dict[str, str]:
+    """`digest` of each tensor by name."""
+    return in_threads(lambda name, values: _digest_of_whole(values), ((name, whole(tensor)) for name, tensor in named))
+
+
+def bit_sum(parameter: torch.Tensor) -> int:
+    """Sum of a parameter's bit patterns, each times an odd number of its place: a quick check on its own device.
+
+    It sees every single changed bit, and values that have changed places: rows that were exchanged, too. It is no
+    proof, since other changes may cancel, modulo 2^64: that is what the digests at every save and at the end are for.
+    """
+    return bit_sums([("", parameter)])[""]
+
+
+def bit_sums(named: Named) -> dict[str, int]:
+    """`bit_sum` of each tensor by name, with one transfer from a device for all of them.
+
+    Where one is sharded, every process of its mesh has to call this together.
+    """
+    parts = {name: _local_part(tensor) for name, tensor in named}
+    sums = in_threads(lambda name, part: _weighted_sum(part.integers, part.start), parts.items())
+    for name, part in parts.items():
+        for group in part.groups:
+            dist.all_reduce(sums[name], group=group)
+    return dict(zip(sums, numbers(sums.values()), strict=True))
+
+
+class _Part(NamedTuple):
+    """What a process sums of a tensor: integers (n,), the place of the first in the whole, and who has the rest."""
+
+    integers: torch.Tensor
+    start: int
+    groups: Sequence[dist.ProcessGroup] = ()
+
+
+def _local_part(tensor: torch.Tensor) -> _Part:
+    """A shard's sum is added to the others', so that nothing is gathered; the whole where shards are no rows of it."""
+    values, start, groups = tensor.detach(), 0, ()
+    if is_sharded(values):
+        from torch.distributed.tensor import Shard  # takes 0.4 s, and is there already where something is sharded
+
+        sharded = [(number, placement) for number, placement in enumerate(values.placements) if placement.is_shard()]
+        if not sharded:
+            values = values.to_local()
+        elif len(sharded) == 1 and type(sharded[0][1]) is Shard and sharded[0][1].dim == 0:
+            dimension, mesh, shape = sharded[0][0], values.device_mesh, values.shape
+            rows = -(-shape[0] // mesh.size(dimension))  # as torch.chunk does it
+            start = min(rows * mesh.get_local_rank(dimension), shape[0]) * shape[1:].numel()
+            values, groups = values.to_local(), (mesh.get_group(dimension),)
+        else:
+            values = values.full_tensor()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    flat = values.contiguous().reshape(-1)
+    integers = flat.view(INTEGERS.get(flat.element_size(), torch.int32))
+    return _Part(integers, start * (integers.numel() // max(1, values.numel())), groups)
+
+
+def _weighted_sum(integers: torch.Tensor, start: int) -> torch.Tensor:
+    """Each of `integers` (n,), which begin at place `start` of a tensor, times the weight of its place, summed: ().
+
+    The weight is that of the place in its row times that of the row. It is odd, so that no change of less than 2^64
+    is lost; and 32 bits wide numbers that change places do not cancel as they would with weights in even steps.
+    """
+    device = integers.device
+    table, number, column = _row_weights(device), start // ROW, start % ROW
+    first = integers[: ROW - column] if column else integers[:0]
+    body = integers[len(first) :]
+    whole_rows = body[: len(body) // ROW * ROW].view(-1, ROW)
+    last = body[whole_rows.numel() :]
+    sums = [(first * table[column : column + len(first)]).sum().view(1)] if column else []
+    for rows in whole_rows.split(1 if device.type == "cpu" else ROWS_AT_ONCE) if len(whole_rows) else ():
+        sums.append((rows * table).sum(1))
+    sums.append((last * table[: len(last)]).sum().view(1))
+    by_row = torch.cat(sums)
+    return (by_row * _odd_numbers(2**32 + number, len(by_row), device)).sum()
+
+
+@cache
+def _row_weights(device: torch.device) -> torch.Tensor:
+    return _odd_numbers(0, ROW, device)
+
+
+def _odd_numbers(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd int64 that look random, one for each number from `first` on, shape (count,); products wrap at 2^64.
+
+    The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    mixed = (torch.arange(first, first + count, device=device) + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    for shift, factor in (
+        (30, -0x40A7B892E31B1A47),
+        (27, -0x6B2FB644ECCEEE15),
+    ):  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed ^ (mixed >> 31)) | 1
+
+
+def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:
+    """All values of a parameter on the main process, None on others, which only take part where it is gathered."""
+    values = whole(parameter) if is_main() or is_sharded(parameter) else None
+    return values if is_main() else None
+
+
+def digests_on_main(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """sha256 by name on the main process, nothing on others, which only take part where a tensor is gathered."""
+    gathered = ((name, whole_on_main(tensor)) for name, tensor in named)
+    return digests_of((name, values) for name, values in gathered if values is not None)
+
+
+def buffer_digests(model: nn.Module) -> dict[str, str]:
+    """sha256 of each persistent buffer by name on the main process, nothing on others."""
+    return {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)} if is_main() else {}

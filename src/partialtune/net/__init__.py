@@ -1,0 +1,1 @@
+"""Addresses, downloads and the Hub's client: what crosses the network."""

@@ -1,0 +1,127 @@
+"""Delta + base -> the whole model, bit for bit, in memory or as a folder that `from_pretrained` loads."""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from partialtune.delta.checkpoint import Delta, check_base, check_config, check_result, read_delta
+from partialtune.errors import InputError, ModelError
+from partialtune.files import move_all
+from partialtune.freeze.apply import untie_head
+from partialtune.model.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
+from partialtune.model.digests import buffer_digest, digests
+from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.parameters import persistent_buffers
+from partialtune.proof.saved_files import saved_differences
+from partialtune.run_folder import check_writable
+from partialtune.words import counted, joined
+
+logger = logging.getLogger(__name__)
+
+
+def load(delta: str | os.PathLike, base: str | None = None) -> PreTrainedModel:
+    """The model that a delta checkpoint stands for, in fp32, in eval mode, every digest checked, its config's too.
+
+    partialtune.load("outputs/gpt2-norms") -> GPT2LMHeadModel
+
+    Args:
+        delta: Folder or Hub id (also ID@REVISION) of a run with `checkpoint_format: delta`.
+        base: Where the base lies, if no longer where the delta says: folder, Hub id (also ID@REVISION) or
+            `builtin:lilliput`.
+
+    Raises:
+        ModelError: If either cannot be read, the base is not the one that was trained, or the delta not what was
+            saved.
+    """
+    folder, name = checkpoint_folder(os.fspath(delta))
+    return _rebuild(read_delta(folder, name), base)
+
+
+def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | None = None) -> Path:
+    """Write the model that a delta stands for as a folder of its own: weights, configuration, tokenizer, freeze plan.
+
+    Args:
+        delta: As for `load`.
+        out: A folder that is absent or empty. An absent one appears whole or not at all; an empty one, which may be
+            `.`, a link's or a mount point and so cannot be replaced, is filled, `config.json` last.
+        base: As for `load`.
+
+    Raises:
+        InputError: If `out` holds something or cannot be written.
+        ModelError: As for `load`; nothing is written.
+    """
+    out = Path(out).expanduser()
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"{out} is a link to {os.readlink(out)}, which is not there. Name a folder.")
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty:
+        raise InputError(f"{out} exists and is no empty folder. Name another one for the rebuilt model.")
+    out = out.resolve()
+    check_writable(out, "OUT")
+    folder, name = checkpoint_folder(os.fspath(delta), TOKENIZER_FILES)
+    model = _rebuild(read_delta(folder, name), base)
+    beside = out if empty else out.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{out.name}-") as aside:
+        whole = Path(aside) / "model"
+        model.save_pretrained(whole)
+        _check_written(whole, model, out)
+        if (folder / "tokenizer_config.json").is_file():
+            load_tokenizer(str(folder)).save_pretrained(whole)
+        if (folder / PLAN_FILE).is_file():
+            shutil.copyfile(folder / PLAN_FILE, whole / PLAN_FILE)
+        try:
+            if empty:
+                move_all(whole, out)
+            else:
+                os.replace(whole, out)
+        except OSError as error:
+            raise InputError(f"{out} could not be written: {error.strerror or error}. Name another folder.") from error
+    return out
+
+
+def _check_written(whole: Path, model: PreTrainedModel, out: Path) -> None:
+    """Read the files back: between a model and a disk stand its own `state_dict` and the writers of files."""
+    buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)}
+    different = saved_differences(whole, model, digests(model), buffers)
+    if different:
+        raise ModelError(
+            f"{out} was not written: read back, its files are not the model that was rebuilt. "
+            f"{counted(len(different), 'difference')}: {joined([str(one) for one in different], 240)}."
+        )
+
+
+def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
+    check_config(delta)
+    place = base or delta.base.location
+    try:
+        location, base_name = checkpoint_folder(place)
+        model = load_model(str(location), _base_config(delta))
+    except ModelError as error:
+        raise ModelError(
+            f"{delta.name} is a delta of {delta.base}, which cannot be had from {place}: {error} "
+            f"Say where it lies with --base."
+        ) from error
+    if delta.head == "untied":
+        untie_head(model)
+    check_base(delta, base_name, digests(model))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in delta.stored:
+            parameters[name].copy_(delta.read(name))
+    check_result(delta, ((name, parameters[name]) for name in delta.stored))
+    model.config.name_or_path = delta.name
+    return model
+
+
+def _base_config(delta: Delta) -> PretrainedConfig:
+    """The result's configuration, tied as the base is: its file has no tensor for a head that was untied."""
+    config = load_config(str(delta.folder))
+    if delta.head == "untied":
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    return config

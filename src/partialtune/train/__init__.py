@@ -1,0 +1,1 @@
+"""The whole run of a recipe: from its text to its report."""

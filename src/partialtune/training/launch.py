@@ -1,0 +1,153 @@
+"""How the process was started, and what the processes of a run do together.
+
+As many processes as the launcher meant, threads for all cores, one device each, no engine that hides whole parameters.
+What is decided, or fails, on one process is decided, or fails, on all.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from partialtune.distributed import DDP_TIMEOUT, _said_by_launcher, shards_parameters
+from partialtune.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+# devices on which accelerate carries out FSDP; on others it runs something else without a word
+SHARDED_ON = ("cuda", "xpu", "npu", "mlu", "musa", "sdaa", "hpu", "neuron")
+
+
+def use_all_cores() -> None:
+    """Undo `OMP_NUM_THREADS=1` which accelerate sets for one process too: without a GPU it would use one core.
+
+    Processes on one machine share its cores.
+    """
+    started_by_accelerate = any(key.startswith("ACCELERATE_") for key in os.environ)
+    if started_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def join_processes(said: Mapping[str, Any]) -> None:
+    """Let the processes that a launcher started find each other.
+
+    Without a word about CPUs accelerate looks for GPUs alone, and processes that torchrun started on a machine without
+    one would each run by themselves.
+
+    Args:
+        said: Fields of `TrainingArguments` that the recipe names.
+
+    Raises:
+        InputError: If some of them are not there.
+    """
+    on_cpu = said.get("use_cpu") or not torch.accelerator.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if on_cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        seconds = said.get("ddp_timeout", DDP_TIMEOUT)
+        try:
+            PartialState(timeout=timedelta(seconds=seconds))
+        except dist.DistError as error:
+            promised, place = os.environ["WORLD_SIZE"], os.environ.get("MASTER_ADDR")
+            raise InputError(
+                f"The {promised} processes of this run (WORLD_SIZE) did not find each other within {seconds:g} seconds "
+                f"(ddp_timeout): {str(error).splitlines()[0]} Start all of them, with MASTER_ADDR (now {place}) "
+                f"naming the machine of the first; or unset WORLD_SIZE for one process."
+            ) from error
+
+
+def check_launcher() -> None:
+    """Stop where the launcher says DeepSpeed; asked before anything else, since it need not even be installed.
+
+    Raises:
+        InputError: In that case.
+    """
+    if _said_by_launcher("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "The launcher says DeepSpeed: it partitions parameters, and snapshot, deltas and audit need whole ones. "
+            "Take recipes/launch/fsdp2.yaml where one GPU is too small, else recipes/launch/ddp.yaml."
+        )
+
+
+def check_engine(args: TrainingArguments) -> None:
+    """Stop where parameters would be flattened so that snapshot, deltas and audit cannot tell them apart.
+
+    Args:
+        args: Of the run; what the launcher says is looked up in the environment.
+
+    Raises:
+        InputError: For FSDP1, for FSDP that saves shards, and for FSDP without a GPU.
+    """
+    by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
+    if not shards_parameters(args):
+        return
+    version = os.environ.get("FSDP_VERSION", "1") if by_launcher else args.fsdp_plugin_args["fsdp_version"]
+    if str(version) != "2":
+        raise InputError(
+            f"FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
+            f"Set fsdp_version: 2, as recipes/launch/fsdp2.yaml does."
+        )
+    if args.device.type not in SHARDED_ON:
+        raise InputError(
+            "FSDP needs GPUs: on CPUs accelerate runs DDP in its place without a word. "
+            "Take recipes/launch/cpu_two_processes.yaml."
+        )
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE") if by_launcher else args.fsdp_plugin_args.get("state_dict_type")
+    if "FULL_STATE_DICT" not in str(kind):
+        raise InputError(
+            f"FSDP would save shards (state dict type {kind or 'SHARDED_STATE_DICT, the default'}) and no whole model. "
+            f"Set fsdp_state_dict_type: FULL_STATE_DICT, as recipes/launch/fsdp2.yaml does."
+        )
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Stop where the launcher started several processes and each would train alone.
+
+    Raises:
+        InputError: If WORLD_SIZE of the environment is not the number of processes that found each other.
+    """
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if promised != args.world_size:
+        raise InputError(
+            f"The launcher started {promised} processes, but each runs alone (world size {args.world_size}). "
+            f"On CPUs set ACCELERATE_USE_CPU=true."
+        )
+
+
+def one_device_a_process(args: TrainingArguments) -> None:
+    """Keep Trainer from DataParallel, which it takes where one process sees several GPUs: slow, and no one asked."""
+    args.device  # noqa: B018  (the first access counts the devices)
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible and one is used. For all: accelerate launch --config_file accelerate_config.yaml "
+            "--multi_gpu --num_processes %d -m partialtune train RECIPE",
+            args.n_gpu,
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+
+
+def check_precision(said: Mapping[str, Any]) -> None:
+    """Stop where the launcher's mixed precision contradicts the recipe's: the launcher's would win without a word.
+
+    Args:
+        said: Fields of `TrainingArguments` that the recipe names.
+
+    Raises:
+        InputError: If they differ.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    recipe = "bf16" if said.get("bf16") else "fp16" if said.get("fp16") else "no"
+    if launcher not in ("no", recipe):
+        raise InputError(
+            f"The launcher says mixed precision {launcher}, the recipe {recipe}. "
+            f"Say it in the recipe alone (bf16: true) and leave --mixed_precision off."
+        )

@@ -1,0 +1,90 @@
+"""What may have moved between a base and an adapted checkpoint: selectors, or a freeze plan's own words -> a claim."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from partialtune.errors import ModelError
+from partialtune.model.selectors import resolve_selectors
+from partialtune.model.structure import ModelStructure
+from partialtune.run_folder import read_json
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Which parameters may move, and by whose word.
+
+    Attributes:
+        text: Whose word it is.
+        trainable: Names of the parameters that may move.
+        before: sha256 of parameters of the base by name, as far as the claim speaks of them.
+        after: The same for the adapted checkpoint.
+        head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None where nothing
+            says so.
+        scale: For LoRA, alpha / rank of the run; None where nothing says so.
+    """
+
+    text: str
+    trainable: frozenset[str]
+    before: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, str] = field(default_factory=dict)
+    head: str | None = None
+    scale: float | None = None
+
+
+def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
+    """That only what these selectors choose may move; nothing where there are none.
+
+    Raises:
+        RecipeError: If a selector cannot be applied.
+    """
+    selectors = [trainable] if isinstance(trainable, str) else list(trainable)
+    chosen = resolve_selectors(structure, selectors, allow_empty=True)
+    return Claim(f"only {', '.join(selectors) or 'nothing'} may move", frozenset(chosen))
+
+
+def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
+    """That only what a run's `freeze_plan.json` trains moved, from its digests before to its digests after.
+
+    Parameters that the plan does not list are frozen.
+
+    Args:
+        structure: Of both checkpoints.
+        file: The plan.
+        adapted: What messages call the checkpoint beside it.
+
+    Raises:
+        ModelError: If the file is no freeze plan, or one of another model.
+    """
+    entries = _entries(file, adapted)
+    strangers = [name for name in entries if name not in structure.by_name]
+    if strangers:
+        raise ModelError(
+            f"{adapted}: its {file.name} is of another model; {strangers[0]} is no parameter of this one. "
+            f"Say with --trainable what may move."
+        )
+    named = {structure.by_name[name].name: entry for name, entry in entries.items()}
+    before = {name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]}
+    after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
+    digests = f"{len(before):,} digests before and {len(after):,} after"
+    return Claim(
+        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
+        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
+        before=before,
+        after=after,
+        head=read_json(file).get("head"),
+    )
+
+
+def _entries(file: Path, adapted: str) -> dict[str, dict[str, Any]]:
+    try:
+        entries = {entry["name"]: entry for entry in read_json(file)["parameters"]}
+        keys = {"trainable", "sha256_before", "sha256_after"}
+        if not all(keys <= entry.keys() for entry in entries.values()):
+            raise KeyError(*sorted(keys))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{adapted}: its {file.name} cannot be read as a freeze plan ({error}). Say with --trainable what may move."
+        ) from error
+    return entries

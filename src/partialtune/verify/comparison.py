@@ -1,0 +1,157 @@
+"""What a comparison of two checkpoints found, as plain data: each parameter's change, the claim, the verdict."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from partialtune.errors import FreezeViolation
+from partialtune.words import counted, joined
+
+
+@dataclass(frozen=True)
+class ComparedParameter:
+    """One parameter in both checkpoints.
+
+    Attributes:
+        name: As in `named_parameters()`; an untied head is a parameter of its own.
+        block: Index of its decoder block, None outside the blocks.
+        component: Its part of the model, see `layout.COMPONENTS`.
+        numel: Number of values.
+        changed_values: How many of them differ in a bit, both sides widened to one dtype.
+        norm_before: ||before||, None where it is not finite.
+        l2_delta: ||after - before||. None where a value is not finite.
+        relative_delta: l2_delta / norm_before, None where the norm is 0 or either is unknown.
+        max_abs_delta: Largest change of one value, None as l2_delta.
+        allowed: Whether the claim lets it move, None without a claim.
+    """
+
+    name: str
+    block: int | None
+    component: str
+    numel: int
+    changed_values: int
+    norm_before: float | None
+    l2_delta: float | None
+    relative_delta: float | None
+    max_abs_delta: float | None
+    allowed: bool | None
+
+    @property
+    def changed(self) -> bool:
+        return self.changed_values > 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints, compared.
+
+    Attributes:
+        base: The first, as it was named, with the commit that it resolved to on the Hub.
+        adapted: The second.
+        parameters: Every parameter once, in the order of `named_parameters()`.
+        claim: What says which of them may move; None where nothing does.
+        changed_buffers: Persistent buffers that both hold and that differ; no claim lets a buffer change.
+        changed_config: Keys of config.json in which the two stand for other functions, as `n_head (2 -> 4)`.
+        not_the_base: Parameters of the base that are not what the run says it started from.
+        not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
+        notes: What else a reader should know.
+    """
+
+    base: str
+    adapted: str
+    parameters: tuple[ComparedParameter, ...]
+    claim: str | None = None
+    changed_buffers: tuple[str, ...] = ()
+    changed_config: tuple[str, ...] = ()
+    not_the_base: tuple[str, ...] = ()
+    not_the_result: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def moved(self) -> list[ComparedParameter]:
+        """Parameters of which a bit changed."""
+        return [parameter for parameter in self.parameters if parameter.changed]
+
+    @property
+    def changed_though_frozen(self) -> list[ComparedParameter]:
+        """Parameters that moved and that the claim does not let move."""
+        return [parameter for parameter in self.moved if parameter.allowed is False]
+
+    @property
+    def unmoved(self) -> list[ComparedParameter]:
+        """Parameters that may move and kept every bit."""
+        return [parameter for parameter in self.parameters if parameter.allowed and not parameter.changed]
+
+    @property
+    def violations(self) -> list[str]:
+        """A sentence for each way in which the claim does not hold."""
+        sentences = []
+        if self.changed_though_frozen:
+            changed = [f"{p.name} ({p.changed_values:,} of {p.numel:,} values)" for p in self.changed_though_frozen]
+            sentences.append(f"{counted(len(changed), 'frozen parameter')} changed: {joined(changed, 240)}.")
+        if self.claim is not None and self.changed_buffers:
+            names = joined(self.changed_buffers, 160)
+            sentences.append(f"{counted(len(self.changed_buffers), 'buffer')} changed, which nothing trains: {names}.")
+        if self.claim is not None and self.changed_config:
+            sentences.append(
+                f"The config of {self.adapted} makes another function of the same weights: "
+                f"{joined(self.changed_config, 240)}."
+            )
+        for checkpoint, names, moment, remedy in (
+            (
+                self.base,
+                self.not_the_base,
+                "started from (sha256_before)",
+                " Name the base, and its revision, of that run.",
+            ),
+            (self.adapted, self.not_the_result, "ended with (sha256_after)", ""),
+        ):
+            if names:
+                where = f"in {counted(len(names), 'parameter')}: {joined(names, 160)}"
+                sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
+        return sentences
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the claim holds, None where there is none."""
+        return None if self.claim is None else not self.violations
+
+    def raise_if_violated(self) -> None:
+        """Stop where the claim does not hold.
+
+        Raises:
+            FreezeViolation: With the violations in words.
+        """
+        if self.violations:
+            raise FreezeViolation(f"{self.adapted} breaks its claim ({self.claim}). {' '.join(self.violations)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for `json.dumps(..., allow_nan=False)`."""
+        return {
+            "base": self.base,
+            "adapted": self.adapted,
+            "claim": self.claim,
+            "passed": self.passed,
+            "moved": [parameter.name for parameter in self.moved],
+            "changed_though_frozen": [parameter.name for parameter in self.changed_though_frozen],
+            "unmoved": [parameter.name for parameter in self.unmoved],
+            "changed_buffers": list(self.changed_buffers),
+            "changed_config": list(self.changed_config),
+            "not_the_base": list(self.not_the_base),
+            "not_the_result": list(self.not_the_result),
+            "violations": self.violations,
+            "notes": list(self.notes),
+            "parameters": [{**asdict(parameter), "changed": parameter.changed} for parameter in self.parameters],
+        }
+
+
+def relative_change(parameters: Sequence[ComparedParameter]) -> float | None:
+    """sqrt(sum of l2_delta^2) / sqrt(sum of norm_before^2) of some parameters taken together.
+
+    None where one of them is unknown, or every norm is 0.
+    """
+    if any(parameter.l2_delta is None or parameter.norm_before is None for parameter in parameters):
+        return None
+    norm = math.hypot(*(parameter.norm_before for parameter in parameters))
+    return math.hypot(*(parameter.l2_delta for parameter in parameters)) / norm if norm else None

@@ -1,0 +1,212 @@
+"""Two checkpoints -> which parameters moved, by how much, and whether only those that may.
+
+What may move is said by selectors, or else by the `freeze_plan.json` beside the adapted model, whose digests of base
+and result are then checked too. Values are compared widened: a 16-bit base equals its fp32 copy.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from partialtune.delta.delta_weights import open_delta
+from partialtune.errors import ModelError
+from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
+from partialtune.model.config_keys import config_differences
+from partialtune.model.digests import digest, same_bits
+from partialtune.model.parameters import chunks_of
+from partialtune.model.structure import ModelStructure, ParameterInfo
+from partialtune.model.weight_files import Weights, open_weights
+from partialtune.progress import progress_bar
+from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
+from partialtune.run_folder import is_delta
+from partialtune.verify.adapters import NOTE, Adapters, claim_of_adapters, holds_adapters, merged, open_adapters
+from partialtune.verify.claims import Claim, claim_of_plan, claim_of_selectors
+from partialtune.verify.comparison import ComparedParameter, Comparison
+from partialtune.verify.comparison_notes import comparison_notes
+from partialtune.words import counted, joined
+
+SECONDS_WITHOUT_BAR = 1
+
+
+def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> Comparison:
+    """Compare two checkpoints of one model, parameter by parameter.
+
+    Args:
+        base: Folder, `builtin:lilliput`, or Hub id, which may end in `@REVISION`. It may be a delta checkpoint, which
+            stands for the model that it makes of its own base.
+        adapted: Likewise. Where it unties the head, the head is compared with the base's token embedding.
+        trainable: Selectors of what may move; an empty list lets nothing move. Without it the adapted folder's freeze
+            plan says what may; where there is no plan either, there is no claim and so no verdict.
+
+    Returns:
+        What was found; its `raise_if_violated()` makes an error of a broken claim.
+
+    Raises:
+        ModelError: If one of the two cannot be read, or they are not the same model.
+        RecipeError: If a selector cannot be applied.
+    """
+    with _as("BASE"):
+        before = _open(*checkpoint_folder(base))
+    other_adapters = ()
+    with _as("ADAPTED"):
+        folder, name = checkpoint_folder(adapted)
+        adapters = open_adapters(folder, name, before) if holds_adapters(folder) else None
+        after = merged(before, adapters) if adapters else _open(folder, name, before)
+    structure = _common_structure(before, after)
+    if adapters:
+        claim, other_adapters = claim_of_adapters(before, adapters, folder / PLAN_FILE, trainable)
+    else:
+        claim = _claim(structure, after, trainable)
+    has_digests = claim is not None and bool(claim.before or claim.after)
+    parameters, rounded, digests_before, digests_after = [], [], {}, {}
+    for info, old, new in _pairs(structure, before, after):
+        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable)
+        parameters.append(parameter)
+        if has_digests:
+            digests_after[info.name] = digest(new)
+            digests_before[info.name] = digest(old) if parameter.changed else digests_after[info.name]
+        if parameter.changed and _is_rounded(old, new):
+            rounded.append(info.name)
+    changed_config = _changed_adapters(adapters, claim) if adapters else _changed_config(before, after, claim)
+    comparison = Comparison(
+        base=before.name,
+        adapted=after.name,
+        parameters=tuple(parameters),
+        claim=None if claim is None else claim.text,
+        changed_buffers=_changed_buffers(before, after),
+        changed_config=tuple(changed_config),
+        not_the_base=() if claim is None else _other_than(claim.before, digests_before),
+        not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
+    )
+    notes = comparison_notes(comparison, before, after, rounded)
+    return replace(comparison, notes=(*([NOTE.format(name=name)] if adapters else []), *notes))
+
+
+def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
+    """How many values differ in a bit, both in a dtype that holds them all: fp32, where none of them is wider.
+
+    A zero that changed its sign differs, a NaN equals itself.
+    """
+    dtype = _common_dtype(now.dtype, before.dtype)
+    equal = (
+        same_bits(new.to(dtype), old.to(dtype)) for new, old in zip(chunks_of(now), chunks_of(before), strict=True)
+    )
+    return sum(int(torch.count_nonzero(~(both.all(-1) if dtype.is_complex else both))) for both in equal)
+
+
+def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    if one.is_floating_point and other.is_floating_point:
+        return torch.promote_types(torch.promote_types(one, other), torch.float32)
+    if one.is_complex or other.is_complex:
+        return torch.promote_types(torch.promote_types(one, other), torch.complex64)
+    return torch.float64 if one.is_floating_point or other.is_floating_point else torch.promote_types(one, other)
+
+
+def _open(folder: Path, name: str, at_hand: Weights | None = None) -> Weights:
+    return open_delta(folder, name, at_hand) if is_delta(folder) else open_weights(folder, name)
+
+
+@contextmanager
+def _as(role: str) -> Iterator[None]:
+    """Say of which of the two an error speaks."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
+
+
+def _common_structure(before: Weights, after: Weights) -> ModelStructure:
+    """The parameters of both. Where one side unties its head, head and token embedding are two, on both sides."""
+    problem = _why_not_comparable(before, after)
+    if problem:
+        raise ModelError(f"{problem}. Compare a model with the one that it was adapted from.")
+    structure = max(before.structure, after.structure, key=lambda one: len(one.parameters))
+    return replace(structure, model_name=before.name)
+
+
+def _why_not_comparable(before: Weights, after: Weights) -> str | None:
+    ours, theirs = before.structure, after.structure
+    kinds = [weights.config.get_text_config().model_type for weights in (before, after)]  # some are saved as text part
+    if kinds[0] != kinds[1]:
+        return f"{before.name} is a {before.config.model_type} model, {after.name} a {after.config.model_type} model"
+    if ours.block_count != theirs.block_count:
+        return f"{before.name} has {counted(ours.block_count, 'block')}, {after.name} {theirs.block_count:,}"
+    for one, other in ((before, after), (after, before)):
+        missing = [name for name in one.structure.by_name if name not in other.structure.by_name]
+        if missing:
+            return f"{other.name} lacks {counted(len(missing), 'parameter')} of {one.name}: {joined(missing, 160)}"
+    for name, info in ours.by_name.items():
+        shape = theirs.by_name[name].shape
+        if shape != info.shape:
+            return f"{name} is {info.shape} in {before.name} and {shape} in {after.name}"
+    return None
+
+
+def _claim(structure: ModelStructure, after: Weights, trainable: Sequence[str] | None) -> Claim | None:
+    if trainable is not None:
+        return claim_of_selectors(structure, trainable)
+    plan = after.folder / PLAN_FILE
+    return claim_of_plan(structure, plan, after.name) if plan.is_file() else None
+
+
+def _pairs(
+    structure: ModelStructure, before: Weights, after: Weights
+) -> Iterator[tuple[ParameterInfo, torch.Tensor, torch.Tensor]]:
+    """Every parameter with its values in both, one at a time."""
+    settings = {"unit_scale": True, "delay": SECONDS_WITHOUT_BAR, "leave": False}
+    with progress_bar(structure.total, "comparing", "values", **settings) as bar:
+        for info in structure.parameters:
+            yield info, before.read(info.name), after.read(info.name)
+            bar.update(info.numel)
+
+
+def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None) -> ComparedParameter:
+    changed, norm = changed_values(now, before), l2_norm(before)
+    kept = ParameterDelta(info.name, 0.0, 0.0 if norm else None, 0.0)
+    delta = delta_between(info.name, now, before, norm) if changed else kept
+    return ComparedParameter(
+        name=info.name,
+        block=info.block,
+        component=info.component,
+        numel=info.numel,
+        changed_values=changed,
+        norm_before=norm if math.isfinite(norm) else None,
+        l2_delta=delta.l2_delta,
+        relative_delta=delta.relative_delta,
+        max_abs_delta=delta.max_abs_delta,
+        allowed=allowed,
+    )
+
+
+def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
+    common = sorted(before.buffers & after.buffers)
+    pairs = ((name, before.read(name), after.read(name)) for name in common)
+    return tuple(name for name, old, new in pairs if old.shape != new.shape or changed_values(new, old))
+
+
+def _changed_config(before: Weights, after: Weights, claim: Claim | None) -> list[str]:
+    """The keys in which the configs stand for other functions. A head is untied by its run, or not at all."""
+    changes = config_differences(before.config, after.config)
+    base, adapted = (getattr(w.config.get_text_config(), "tie_word_embeddings", None) for w in (before, after))
+    if claim is not None and claim.head is not None and bool(adapted) != (bool(base) and claim.head != "untied"):
+        changes.append(f"tie_word_embeddings ({base} -> {adapted}, and the run left its head {claim.head})")
+    return changes
+
+
+def _changed_adapters(adapters: Adapters, claim: Claim | None) -> list[str]:
+    if claim is None or claim.scale in (None, adapters.scale):
+        return []
+    return [f"lora_alpha / r ({claim.scale:g} -> {adapters.scale:g})"]
+
+
+def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(name for name, sha256 in claimed.items() if found[name] != sha256)
+
+
+def _is_rounded(before: torch.Tensor, now: torch.Tensor) -> bool:
+    """Whether nothing happened but storing in fewer bits."""
+    return now.element_size() < before.element_size() and changed_values(now, before.to(now.dtype)) == 0
