@@ -3,7 +3,7 @@
 import torch
 
 from conftest import tiny_gpt2
-from partialtune.fast.casts import CastOnce
+from partialtune.fast.fast_modules import CastOnce
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.digests import digests

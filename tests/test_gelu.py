@@ -5,7 +5,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from conftest import tiny_gpt2
-from partialtune.fast.gelu import CHAINS, fused_gelu
+from partialtune.fast.fast_modules import CHAINS, fused_gelu
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_accurate"])

@@ -13,7 +13,6 @@ from partialtune.cost.dry_step import Cost
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
-from partialtune.freeze.table import blocks_passed, frozen_blocks
 from partialtune.grammar.named_selectors import BLOCK_PARTS
 from partialtune.machine import peak_memory_mb, total_memory
 
@@ -75,7 +74,7 @@ def _where_backward_stops(
     model: nn.Module, plan: FreezePlan, cost: Cost, costing: Callable[[FreezePlan], Cost]
 ) -> str | None:
     """What trains first decides how far backward runs; something near to it may stop it much earlier."""
-    passed = blocks_passed(plan)
+    passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
     if not passed or len(plan.phases) > 1:
         return None
     for cause, selectors, head in _alternatives(plan):
@@ -86,10 +85,9 @@ def _where_backward_stops(
         then = costing(other)
         saved = 1 - then.products.total / cost.products.total
         if saved >= WORTH_SAYING:
-            frozen = len(frozen_blocks(plan, passed))
             held = f" ({frozen} of them frozen)" if frozen else ""
             return (
-                f"{cause}, so backward runs through {_of_all(len(passed), plan.block_count)}{held}. "
+                f"{cause}, so backward runs through {_of_all(passed, plan.block_count)}{held}. "
                 f"{_in_a_recipe(plan, other)} would stop it at {_place(other)}, save {_percent(saved)} of the "
                 f"arithmetic and need {_mb(then.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
             )

@@ -18,14 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partialtune.cost.flops import ProductCounter, Products, tensors_in
 from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.errors import ModelError
-from partialtune.fast.gelu import fused_gelu
+from partialtune.fast.fast_modules import fused_gelu
 from partialtune.fast.head_loss import rows_at_once
 from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.activation_checkpointing import recompute_from
-from partialtune.model.dropout import stop_layer_drop
-from partialtune.model.structure import read_structure
+from partialtune.model.structure import decoder_blocks
+from partialtune.model.train_mode import recompute_from, stop_layer_drop
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class StepMeter(TorchDispatchMode):
         self._fake, self._rows = fake, rows
         head = getattr(model.get_output_embeddings(), "weight", None)
         self.counter = ProductCounter(self.ledger, list(model.parameters()), head)
-        for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
+        for block in decoder_blocks(model)[:first_block]:
             block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
             block.register_forward_hook(lambda *_: setattr(self.counter, "in_prefix", False))
 

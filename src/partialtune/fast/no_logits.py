@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.errors import is_ours
 from partialtune.fast.head_loss import head_cross_entropy
-from partialtune.model.modes import evaluating
+from partialtune.model.train_mode import evaluating
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.dropout import stop_layer_drop
 from partialtune.model.parameters import named_weights
+from partialtune.model.train_mode import stop_layer_drop
 
 logger = logging.getLogger(__name__)
 

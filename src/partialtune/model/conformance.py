@@ -22,11 +22,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from partialtune.errors import ModelError
+from partialtune.errors import ModelError, in_one_line
 from partialtune.model.digests import bit_sums
-from partialtune.model.modes import evaluating
 from partialtune.model.parameters import named_weights, persistent_buffers
 from partialtune.model.structure import read_structure
+from partialtune.model.train_mode import evaluating
 
 WINDOW = 24  # tokens
 CHANGED = (
@@ -194,7 +194,7 @@ def _logits(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     except Exception as error:  # whatever its own code runs into: it wants pixels, sound, another model's states
         mode = " in train mode" if model.training else ""
         raise _PassFails(
-            f"{_named(model)} gives no logits for token ids alone{mode}: {_first_sentence(error)} partialtune trains "
+            f"{_named(model)} gives no logits for token ids alone{mode}: {_sentence(error)} partialtune trains "
             f"models that predict the next token of a text."
         ) from error
     if len(shape) != 3 or shape[:2] != tuple(windows.shape):
@@ -205,10 +205,9 @@ def _logits(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."
-    return text if text.endswith(".") else f"{text}."
+def _sentence(error: Exception) -> str:
+    """What the model's own code raised, as a sentence."""
+    return in_one_line(error).removesuffix(".") + "."
 
 
 @contextmanager
@@ -295,7 +294,7 @@ def _loss_fault(model: PreTrainedModel, windows: torch.Tensor) -> tuple[str, tor
         outputs = model(**inputs)
         wanted = next_token_loss(outputs, labels) + _router_term(model, outputs)
     except Exception as error:  # noqa: BLE001 - whatever its own code runs into: ours is used then
-        return f"with labels its forward pass fails: {_first_sentence(error)}", None
+        return f"with labels its forward pass fails: {_sentence(error)}", None
     if _agree(outputs.loss, wanted):
         return "it is the mean of a batch, whatever number of targets a step has", outputs.logits
     own = f"it is {float(outputs.loss):.4f} nats a token"

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +21,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
-from partialtune.errors import ModelError
-from partialtune.model.dropout import set_dropout
-from partialtune.model.files import (
+from partialtune.errors import ModelError, in_one_line
+from partialtune.model.model_checks import (
     check_loaded,
     check_weights,
-    context_of,
     refuse_adapter,
     refuse_wider_than,
     without_safetensors,
 )
+from partialtune.model.train_mode import set_dropout
 from partialtune.run_folder import is_delta
 
 logger = logging.getLogger(__name__)
@@ -162,46 +161,6 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
     return tokenizer
 
 
-def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: int) -> None:
-    """Stop where the windows are longer than the model's context; warn where the tokenizer has more tokens than it.
-
-    Tokens that were added to a tokenizer and are never used need no place in the model: `check_ids` sees which are.
-
-    Raises:
-        ModelError: If the windows are too long.
-    """
-    text_config = config.get_text_config()
-    context = context_of(config)
-    if context and block_size > context:
-        raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
-    if vocabulary > text_config.vocab_size:
-        logger.warning(
-            "%s: its tokenizer has %s tokens, its model %s. The model does not know the others; no text may use them.",
-            *(name, f"{vocabulary:,}", f"{text_config.vocab_size:,}"),
-        )
-
-
-def check_ids(name: str, config: PretrainedConfig, largest: Mapping[str, int]) -> None:
-    """Stop where a text holds a token that the model has no place for, whatever the counts of tokens are.
-
-    Args:
-        name: The model.
-        config: Its configuration.
-        largest: Text -> the largest of its token ids.
-
-    Raises:
-        ModelError: Names the text.
-    """
-    size = config.get_text_config().vocab_size
-    for text, token_id in largest.items():
-        if token_id >= size:
-            raise ModelError(
-                f"{name}: {text} has a token with the id {token_id:,}, and the model's ids are 0 to {size - 1:,}. "
-                f"Tokenizer and model do not belong together; or tokens were added to the tokenizer and not to the "
-                f"model (model.resize_token_embeddings(len(tokenizer)), then save both)."
-            )
-
-
 @contextmanager
 def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
     """Say in one sentence why a model cannot be loaded."""
@@ -215,14 +174,10 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
         if what == "model" and "safetensors" in str(error) and "file named" in str(error):  # of a Hub id
             raise without_safetensors(name, name, has_pickle=True) from error
         where = f" at revision {revision}" if revision != "main" else ""
-        raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
-
-
-def _first_sentences(error: Exception | str, longest: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, str | OSError | ValueError | RuntimeError):  # KeyError('x') alone says nothing
-        text = f"{text} ({type(error).__name__})"
-    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
+        said = in_one_line(error, longest=300)
+        if not isinstance(error, OSError | ValueError | RuntimeError):  # KeyError('x') alone says nothing
+            said = f"{said} ({type(error).__name__})"
+        raise ModelError(f"The {what} {name}{where} cannot be loaded: {said}") from error
 
 
 # Warnings of transformers that mean nothing in the way it is used here.
@@ -243,7 +198,7 @@ class _PassedOn(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        words = _first_sentences(record.getMessage())
+        words = in_one_line(record.getMessage(), longest=300)
         if words not in self._said and not any(part in words for part in MEANINGLESS):
             self._said.add(words)
             logger.log(record.levelno, "transformers says: %s", words)

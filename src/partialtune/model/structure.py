@@ -105,6 +105,11 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
     )
 
 
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of a causal language model, in their order."""
+    return model.get_submodule(read_structure(model).blocks_path)
+
+
 def with_fixed(structure: ModelStructure, model: nn.Module) -> ModelStructure:
     """The structure, with what the model's own code never trains: sinusoidal tables, biases of routers, ...
 

@@ -8,8 +8,8 @@ from transformers import set_seed
 
 from partialtune.errors import RecipeError
 from partialtune.model.conformance import check_conformance
-from partialtune.model.files import check_finite
-from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
+from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import Ranking, rank
 from partialtune.recipe.reading import Recipe

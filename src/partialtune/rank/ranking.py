@@ -12,7 +12,7 @@ from typing import Any
 
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
-from partialtune.freeze.table import columns
+from partialtune.freeze.plan_table import columns
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.layout import COMPONENTS
 from partialtune.rank.probe import Probe

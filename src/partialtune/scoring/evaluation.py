@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 
-from partialtune.model.modes import evaluating
+from partialtune.model.train_mode import evaluating
 from partialtune.progress import progress_bar
 from partialtune.text.windows import chunked_windows
 

@@ -15,8 +15,7 @@ from datasets import Dataset
 from torch import nn
 
 from partialtune.errors import ModelError
-from partialtune.fast.casts import CastOnce
-from partialtune.fast.gelu import fused_gelu
+from partialtune.fast.fast_modules import CastOnce, fused_gelu
 from partialtune.fast.no_logits import LossWithoutLogits
 from partialtune.fast.prefix import PrefixCache, modules_before_blocks
 from partialtune.fast.prefix_choice import PrefixPhase
