@@ -56,7 +56,7 @@ class FastPaths:
         self._held = ExitStack()
         self.in_use: list[str] = []
         self.before_blocks: list[str] = []
-        with suppress(ModelError):  # it calls its blocks otherwise than as modules: nothing is known of what is before
+        with suppress(ModelError):  # the model calls its blocks otherwise than as modules: what is before is not known
             self.before_blocks = modules_before_blocks(
                 model, torch.zeros((1, 2), dtype=torch.long, device=_device(model))
             )
@@ -77,7 +77,10 @@ class FastPaths:
         return self
 
     def _take_loss(self) -> None:
-        """Every process sees the same windows and weights, and decides alike."""
+        """Take the loss without logits, if it agrees with the model's own on the first window.
+
+        Every process sees the same window and weights, and decides alike.
+        """
         loss = LossWithoutLogits(self._model)
         row = torch.as_tensor(self._windows[0][0]["input_ids"], dtype=torch.long)
         why_not = loss.refusal(row[None].to(_device(self._model)))

@@ -1,4 +1,9 @@
-"""The freeze plan: model + selectors -> data that says what trains, from when on, and why."""
+"""The freeze plan: model + selectors -> data that says what trains, from when on, and why.
+
+In:  a model, best on the meta device; selectors, and a schedule of further ones.
+Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and everything that has to know what trains
+     (optimizer, audit, deltas, forecast, report) reads it from the plan.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

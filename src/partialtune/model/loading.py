@@ -1,4 +1,11 @@
-"""Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
+"""Model and tokenizer: a Hub id, folder or bundled name -> config, model in fp32, tokenizer; or an empty model.
+
+In:  `model_name_or_path` as a recipe has it, its revision, and what the recipe changes in the config.
+Out: transformers' own objects; or a ModelError that says in one sentence why not, and what to do.
+
+In the order of their calls: `model_location`, `load_config`, `load_tokenizer`, then `empty_model` (a plan, a forecast)
+or `load_model` (a run). What is asked of files and of what was loaded stands in `model_checks`.
+"""
 
 import logging
 import os
@@ -71,19 +78,31 @@ def load_config(
         ModelError: If there is none, or it belongs to no causal language model.
     """
     with _loading(name, revision):
-        refuse_adapter(name, model_location(name), revision)
-        config = AutoConfig.from_pretrained(
-            model_location(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        location = model_location(name)
+        refuse_adapter(name, location, revision)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
         config.get_text_config()  # MusicGen has two, and no causal language model is made of it
-    if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not trust_remote_code and not _is_causal(config):
         raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
     if dropout != "model":
         with _loading(name, revision):
             set_dropout(config, float(dropout))
     config.name_or_path = name  # what messages call it: not the folder of a bundled model
-    config._commit_hash = hub_commit(name, revision)  # transformers 5.23 knows it while it loads, and keeps it no more
+    # transformers 5.23 knows the commit while it loads, and keeps it no more. It is put back under transformers' own
+    # name: `load_model` and the run's record read it here, since the weights have to be of the same commit
+    # (`test_a_base_that_moved_on_the_hub_is_taken_at_the_commit_that_the_run_began_with`).
+    config._commit_hash = hub_commit(name, revision)
     return config
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Whether `AutoModelForCausalLM` has a class for it.
+
+    `_model_mapping` is private to transformers: the table that from_pretrained looks into. Asked beforehand, so that
+    the refusal is one sentence and comes before any weights. `test_a_model_that_is_no_causal_lm_is_refused` notices a
+    change.
+    """
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
 def hub_commit(name: str, revision: str = "main") -> str | None:
@@ -124,25 +143,26 @@ def load_model(
     if is_delta(Path(model_location(name))):
         raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
     check_weights(name, model_location(name), config)
+    commit = getattr(config, "_commit_hash", None) or revision  # that of the config, though the branch moved just now
     with _loading(name, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),
             config=config,
-            revision=getattr(config, "_commit_hash", None) or revision,  # the same, though the branch moved just now
+            revision=commit,
             trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            use_safetensors=True,
+            dtype=dtype,  # said outright: by default transformers takes the one that config.json names, mostly bf16
+            use_safetensors=True,  # pickles can run code when they are opened
             output_loading_info=True,
         )
     model.config.name_or_path = name
     check_loaded(name, model, report)
-    if not trust_remote_code and type(model.config) not in AutoModelForCausalLM._model_mapping:
+    if not trust_remote_code and not _is_causal(model.config):
         raise ModelError(
             f"{name} is a {config.model_type} model, of which the text part alone would be saved, as a "
             f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "
             f"result could not be used."
         )
-    refuse_wider_than(dtype, name, files_folder(name, getattr(config, "_commit_hash", None) or revision))
+    refuse_wider_than(dtype, name, files_folder(name, commit))
     return model
 
 
@@ -163,7 +183,11 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
 
 @contextmanager
 def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
-    """Say in one sentence why a model cannot be loaded."""
+    """Say in one sentence why a model cannot be loaded.
+
+    Raises:
+        ModelError: In the place of whatever else is raised within.
+    """
     try:
         yield
     except ModelError:

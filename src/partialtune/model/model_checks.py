@@ -1,6 +1,7 @@
-"""Is it a whole model, in weights that can be trained? Asked of its files before loading, and of what was loaded.
+"""Is it a whole model, in weights that can be trained, and does it fit the run? Asked before loading and afterwards.
 
-In: a name, folder, config, loading report or model. Out: nothing, or a ModelError that says the reason and the way out.
+In:  a name, folder, config, loading report or model; the run's block size and token ids.
+Out: nothing, or a ModelError that says the reason and the way out.
 """
 
 import json

@@ -18,6 +18,7 @@ from partialtune.model.structure import ModelStructure
 
 logger = logging.getLogger(__name__)
 
+# Words that ask for a tied tensor by one of its names. `all` or `/regex/` beside `!head` is no contradiction.
 ONE_NAME_OF_A_TIE = ("head", "embeddings", "embeddings.tokens")
 
 
@@ -59,6 +60,7 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
 
 
 def _add_and_remove(steps: Iterable[tuple[Selector, dict[str, set[str]]]]) -> dict[str, str]:
+    """First name of each parameter that is left -> the selector that chose it first."""
     chosen: dict[str, str] = {}
     for selector, matches in steps:
         if not selector.removes:
@@ -103,6 +105,7 @@ def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:
 
 
 def _numbers_of_blocks(structure: ModelStructure, selector: Selector) -> set[int]:
+    """Python's own slicing of range(count) decides, so that blocks[-2:] and blocks[::2] mean what they mean there."""
     count, model = structure.block_count, structure.model_name
     numbers: set[int] = set()
     for index in selector.indices or ():

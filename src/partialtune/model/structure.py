@@ -85,7 +85,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
     """
     if head not in ("tied", "untied"):
         raise RecipeError(f"head is {head!r}. It can be 'tied' (as the model is) or 'untied' (a tensor of its own).")
-    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper names the model so
     _refuse_quantised(model)
     layout = Layout(model)
     if layout.towers:
