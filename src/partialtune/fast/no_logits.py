@@ -102,7 +102,7 @@ class LossWithoutLogits:
         self._passed_on = hidden
         return hidden
 
-    @torch.compiler.disable  # gradients are made in forward, with shapes that change from batch to batch
+    @torch.compiler.disable  # how many targets there are differs from batch to batch: the graph would break here anyway
     def _loss(
         self,
         logits: torch.Tensor,
