@@ -74,8 +74,8 @@ def untie_head(model: nn.Module) -> None:
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
-        # {alias: first name}, made from the config as the model was: what save_pretrained and tie_weights go by. Left as
-        # it is, the one may leave the head out of the file and the other tie it again.
+        # {alias: first name}, made once from the config: what save_pretrained and tie_weights go by. Left as it is, the
+        # one may leave the head out of the file, and the other tie it again.
         model.all_tied_weights_keys = {}
 
 
