@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_gpt2
-from partialtune import environment
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.cost.advice import advise
@@ -22,7 +21,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import load_adapters, plan_lora, save_adapters
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.plan_table import plan_table
-from partialtune.hub.files import check_finished, files_to_send
+from partialtune.hub.published_files import check_finished, files_to_send
 from partialtune.model.digests import digests
 from partialtune.model.parameters import named_weights
 from test_forecast import counted_in_a_real_step, small_gpt2, small_llama
@@ -128,7 +127,7 @@ def test_advice_is_about_adapters_where_adapters_train():
 
 
 def test_without_peft_the_recipe_says_what_to_install(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    monkeypatch.setattr("partialtune.recipe.checks.find_spec", lambda name: None)
     assert main(["train", recipe]) == 2
     assert "pip install 'partialtune[lora]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
