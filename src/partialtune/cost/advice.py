@@ -60,7 +60,7 @@ def _schedule(plan: FreezePlan) -> str | None:
 def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
     """Few parameters are not little arithmetic."""
     parameters = plan.trainable_parameters / plan.total_parameters
-    arithmetic = cost.products.total / full.products.total
+    arithmetic = cost.products.total / full.products.total  # at least about a third: forward is one of three products
     if arithmetic < parameters + 0.25:
         return None
     return (
@@ -136,11 +136,12 @@ def _untied(plan: FreezePlan) -> str | None:
 def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
     """The scores over the vocabulary are as large whatever is frozen; a smaller batch shrinks them."""
     memory = cost.memory
-    if memory.logits < memory.peak / 3:
+    if memory.logits < memory.peak / 3:  # (B, T, V) x 4 bytes x 3: of GPT-2 and 16 x 256 tokens 2.5 GB
         return None
     said = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
     if batch_size % 2:
         return f"{said}."
+    # What goes with the batch is halved; weights, gradients and the optimizer's state are as large for any batch.
     halved = memory.weights + memory.gradients + memory.optimizer + (memory.activations + memory.logits) // 2
     return (
         f"{said}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "

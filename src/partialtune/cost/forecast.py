@@ -128,6 +128,7 @@ def forecast(
 
     everything = plan_freeze(model, ["all"])
     cost = costing(plan)
+    # A step without values takes seconds for a large model: it is not taken twice where the plan trains everything.
     full = cost if plan.trainable == everything.trainable else costing(everything)
     return Forecast(
         batch_size=batch_size,

@@ -99,6 +99,7 @@ class FastPaths:
         """Suit the phase of this step; its parameters require gradients by now. On every process."""
         self.leave()
         phase = [phase for phase in self._prefix if phase.from_step <= step][-1]
+        # The cache before the casts: it computes all states by the model's own modules, and patches blocks alone.
         if phase.blocks:
             self._cache = PrefixCache(self._model, phase.blocks, self._autocast_dtype or torch.float32)
             self._cache.fill(self._windows, self._batch_size, self._autocast_dtype)
@@ -124,7 +125,7 @@ class FastPaths:
             numbers: int64 (B,), of the windows in the batch; None where they are unknown.
         """
         with ExitStack() as held:
-            if self._cache is not None and numbers is not None:
+            if self._cache is not None and numbers is not None:  # else the blocks compute as they are
                 held.enter_context(self._cache.giving(numbers))
             if self._loss is not None:
                 held.enter_context(self._loss.active())

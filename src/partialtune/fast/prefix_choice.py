@@ -75,6 +75,7 @@ class Windows:
 
     def needed(self, first_step: int, end: int) -> int:
         """Windows that go through the model from step `first_step` to before `end`, evaluations included."""
+        # Evaluations follow steps eval_steps, 2 eval_steps, ...: those after `first_step` and up to `end`.
         evaluations = end // self.eval_steps - first_step // self.eval_steps if self.eval_steps else 0
         return (end - first_step) * self.a_step + evaluations * self.held_out
 
@@ -115,7 +116,7 @@ def choose_prefix(
     """
     if wanted == "off":
         return [PrefixPhase(phase.from_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
-    size = windows.kept * window_bytes
+    size = windows.kept * window_bytes  # the same for every phase: one cache at a time is held
     chosen = []
     for phase, needed in _needs(plan, windows):
         obstacle = tried[phase.first_block].obstacle if tried and phase.first_block in tried else ""

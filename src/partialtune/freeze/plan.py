@@ -162,7 +162,7 @@ class FreezePlan:
 
     def groups(self) -> dict[str, list[PlannedParameter]]:
         """Parameters by place, in the plan's order: `block_07/attention` in blocks, `final_norm` outside them."""
-        width = max(2, len(str(self.block_count - 1)))
+        width = max(2, len(str(self.block_count - 1)))  # digits, so that the labels sort as text: block_02, block_10
         grouped: dict[str, list[PlannedParameter]] = {}
         for parameter in self.parameters:
             inside = f"block_{parameter.block:0{width}d}/" if parameter.block is not None else ""
@@ -264,6 +264,7 @@ def start_words(step: int | None, epoch: float | None) -> str:
 
 def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool) -> list[dict[str, Any]]:
     """The entries of the schedule, checked, and before them what trains from the start."""
+    # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
     entries, problems = read_schedule(schedule, trains_from_start=bool(first))
     if not before_text and any("from_epoch" in entry for entry in entries):
         problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
@@ -282,6 +283,7 @@ def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any
         except RecipeError as problem:
             where = f"schedule, from {starts[number]}: " if number else ""
             raise RecipeError(f"{where}{problem}") from problem
+        # What trains already keeps its phase and its rate, though a later entry names it again.
         new = {name: (selector, number) for name, selector in chosen.items() if name not in trains}
         if not new:
             since = starts[max(trains[name][1] for name in chosen)]

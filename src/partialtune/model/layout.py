@@ -70,6 +70,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module):
+        # With duplicates: a module that stands at two paths (a shared layer, a tied head) answers to both.
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tokens = self._find_tokens(model)
         lists = self._lists_of_blocks()
@@ -85,6 +86,7 @@ class Layout:
 
     def place(self, name: str) -> Place:
         """The block and the component of one full parameter name."""
+        # By whole parts of the dotted name, never by a bare prefix: "h.1" begins "h.10.attn", too.
         if not _within(name, self.blocks):
             return Place(name, None, self._component_outside_blocks(name))
         index = name.removeprefix(f"{self.blocks}.").partition(".")[0]
@@ -92,7 +94,7 @@ class Layout:
 
     def _component_in_block(self, block: str, name: str) -> str:
         owner = name.rpartition(".")[0]
-        if is_norm(self.modules[owner]):
+        if is_norm(self.modules[owner]):  # before its place is asked: Qwen3's q_norm lies inside attention
             return "norms"
         path = block
         while path != owner:
@@ -105,6 +107,8 @@ class Layout:
     def _component_outside_blocks(self, name: str) -> str:
         owner = self.modules[name.rpartition(".")[0]]
         inner = name.removeprefix(f"{self.trunk}.")
+        # In this order: the head before the token embedding, since a head may say `embed_out`; and the embedding by
+        # which module it is before its name is asked, since names that speak of embeddings are many.
         if self.final_norm and _within(name, self.final_norm):
             return "final_norm"
         if self._is_head(name):
@@ -152,7 +156,7 @@ class Layout:
 
     def _path_returned_by(self, model: nn.Module, method: str) -> str | None:
         try:
-            module = getattr(model, method, lambda: None)()
+            module = getattr(model, method, lambda: None)()  # a plain nn.Module has no such method
         except NotImplementedError:  # transformers' own word for "this architecture does not say"
             return None
         return next((path for path, other in self.modules.items() if other is module), None)
