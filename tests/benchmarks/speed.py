@@ -236,7 +236,7 @@ def make(shape: Shape, folder: Path) -> dict[str, float]:
 
 def needed(config: Any, shape: Shape, job: Job) -> float:
     """Multiplications and additions of a step's matrix products with weights, less those of a cached prefix."""
-    from partialtune.cost.utilisation import needed_products
+    from partialtune.cost.forecast import needed_products
     from partialtune.freeze.plan import plan_freeze
     from partialtune.model.loading import empty_model
 

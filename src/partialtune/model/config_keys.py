@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from partialtune.model.dropout import LAYER_DROP, is_dropout
+from partialtune.model.train_mode import LAYER_DROP, is_dropout
 
 # Keys that change no logit of a loaded model, at any depth of the config.
 WITHOUT_EFFECT = frozenset(

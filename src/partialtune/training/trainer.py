@@ -21,7 +21,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
 from partialtune.errors import RecipeError, TrainingDiverged
-from partialtune.fast.paths import FastPaths
+from partialtune.fast.fast_paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
