@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from partialtune.delta.checkpoint import Delta, check_base, check_config, check_result, read_delta
+from partialtune.delta_checkpoint import Delta, check_base, check_config, check_result, read_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.files import move_all
 from partialtune.freeze.apply import untie_head
