@@ -31,7 +31,7 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.saved_files import saved_differences
-from partialtune.proof.stopwatch import Stopwatch
+from partialtune.proof.snapshot import Stopwatch
 from partialtune.training.batches import numbered
 from partialtune.training.checkpoints import (
     ASIDE,
