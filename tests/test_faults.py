@@ -34,8 +34,8 @@ from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.run_folder import Standing, locked, write_exit
-from partialtune.text.raw import raw_text
-from partialtune.text.sources import check_kept
+from partialtune.text.reading import check_kept
+from partialtune.text.sources import raw_text
 from partialtune.train import results
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows

@@ -37,7 +37,7 @@ from partialtune.proof.due_updates import DueUpdates
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.key_rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
-from partialtune.text.sources import check_kept, read_texts
+from partialtune.text.reading import check_kept, read_texts
 from partialtune.train import results
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
 from partialtune.training.run_data import prepare_data

@@ -16,14 +16,17 @@ from transformers import set_seed
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
 from partialtune.freeze.table import columns
-from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS
+from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.files import check_finite
+from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.reading import Recipe
 from partialtune.training.run_data import prepare_data
 
+# Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
+PASTED = frozenset(COMPONENTS).intersection(WORDS)
 BATCHES = 4
 WINDOWS_A_BATCH = 8  # Trainer's default
 USUAL_SHARE = 4  # one block in four is proposed where `top` is not given
@@ -129,8 +132,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
 
 
 def _part_of(parameter: PlannedParameter) -> tuple[int | None, str] | None:
-    names = WORDS if parameter.block is None else BLOCK_PARTS
-    return (parameter.block, parameter.component) if parameter.component in names else None
+    return (parameter.block, parameter.component) if parameter.component in PASTED else None
 
 
 def _ordered(

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from partialtune.grammar.values import nearest
+from partialtune.metrics import CHOOSES_BEST, METRICS
 from partialtune.recipe.key_rules import training_defaults
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What an evaluation during training can give for metric_for_best_model, all of one order: less is better.
-BEST_METRICS = ("loss", "bits_per_byte", "perplexity")
 GIVEN_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 STEPS_TRIED = 1000  # where the recipe counts epochs
 
@@ -133,13 +132,19 @@ def _refusal_of_schedule(args: "TrainingArguments", kwargs: Mapping[str, Any]) -
 
 
 def _metric_problems(metric: str | None, greater_is_better: bool | None) -> Iterator[tuple[str, str]]:
-    """A metric for the best model that no evaluation gives, or one taken for better the larger it is."""
+    """A metric for the best model that no evaluation during training gives, or one taken for better the wrong way."""
     if metric is None:
         return
     name = metric.removeprefix("eval_")
-    if name not in BEST_METRICS:
-        near = nearest(name, BEST_METRICS)
+    if name not in CHOOSES_BEST:
+        near = nearest(name, CHOOSES_BEST)
         advice = f" Did you mean {near}?" if near else ""
-        yield "metric_for_best_model", f"got {metric!r}; allowed: {', '.join(BEST_METRICS)}.{advice}"
-    elif greater_is_better:
-        yield "greater_is_better", f"true: of {name}, less is better, and the worst model would be kept. Take it out."
+        yield "metric_for_best_model", f"got {metric!r}; allowed: {', '.join(CHOOSES_BEST)}.{advice}"
+        return
+    larger = METRICS[name].better == "higher"
+    if greater_is_better is not None and bool(greater_is_better) != larger:
+        got, right = str(greater_is_better).lower(), "more" if larger else "less"
+        yield (
+            "greater_is_better",
+            f"{got}: of {name}, {right} is better, and the worst model would be kept. Take it out.",
+        )
