@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editor
     from partialtune.rebuild import apply_delta as apply_delta
     from partialtune.rebuild import load as load
     from partialtune.recipe.reading import read_recipe as read_recipe
-    from partialtune.text.sources import load_text as load_text
+    from partialtune.text.reading import load_text as load_text
 
 __version__ = "0.1.0"
 
