@@ -18,7 +18,7 @@ from partialtune.training.batches import collate_windows
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe saw.
+    """The norms that one pass over the windows gives.
 
     Attributes:
         plan: Of the whole model: every tensor once, with its block and component.
