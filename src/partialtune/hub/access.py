@@ -1,4 +1,4 @@
-"""May a run be pushed there? A target -> nothing, or an error that says what to do. Asked before any training."""
+"""Checks that a run can be pushed: a target -> nothing, or an error that says what to do. Called before training."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ from partialtune.net.hub_client import (
     ask,
     hub_api,
     in_words,
-    may_pass,
+    is_temporary,
     time_limits,
 )
 
@@ -112,7 +112,7 @@ def _provide_branch(api: HfApi, target: Target, patience: Patience) -> None:
 
 def _refusal(error: Exception, repo_id: str, user: Mapping[str, Any]) -> InputError:
     """The error that says why the repository cannot be written to, and what to do."""
-    if may_pass(error):
+    if is_temporary(error):
         return _unreachable(error)
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in REFUSED:
         return InputError(f"{repo_id} cannot be prepared on the Hub. {in_words(error)}")
@@ -134,7 +134,7 @@ def _advice(repo_id: str, user: Mapping[str, Any]) -> str:
 
 
 def _unreachable(error: Exception) -> InputError:
-    if not may_pass(error):
+    if not is_temporary(error):
         return InputError(f"The Hub cannot be asked. {in_words(error)}")
     return HubUnreachable(
         f"The Hub could not be reached, several times over. {in_words(error)} "

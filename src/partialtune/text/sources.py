@@ -185,7 +185,7 @@ def raw_text(name: str, text_column: str) -> RawText:
     return source_of(name).read(name, text_column)
 
 
-def expand_all(sources: Sequence[str]) -> list[str]:
+def expand_sources(sources: Sequence[str]) -> list[str]:
     """The sources with globs expanded; every problem in one error. A file that comes up twice is read once."""
     names: dict[str, None] = {}  # in order, each once
     problems: list[str] = []
