@@ -29,7 +29,7 @@ from partialtune.compare.children import run_child
 from partialtune.compare.results import read_outcome
 from partialtune.errors import InputError, RecipeError, TextError
 from partialtune.hub import push
-from partialtune.hub.files import check_finished
+from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe

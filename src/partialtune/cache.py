@@ -1,7 +1,7 @@
 """The cache on disk: what a file is made of -> the file, made once, in $PARTIALTUNE_CACHE or ~/.cache/partialtune.
 
-    entry = cached_file(folder / "a.txt", build, ...)             # build(path) writes the file and returns its record
-    entry = cached_by_content("tokens", ".bin", {"text": digest, "tokenizer": fingerprint}, build)   # named by what it is made of
+    cached_file(folder / "a.txt", build, ...)        # build(path) writes the file and returns its record
+    cached_by_content("tokens", ".bin", {"text": digest, "tokenizer": fingerprint}, build)    # named by what made it
 
 A file appears by a rename after it was written and synced, its JSON record after it, so that a run that dies leaves
 nothing that a later one would trust. A lock keeps two processes from making the same file at once. `datasets` caches
@@ -26,7 +26,7 @@ from partialtune.files import lock
 logger = logging.getLogger(__name__)
 
 LIFETIME_DAYS = 30  # of what `cached_by_content` made, after its last use
-LAYOUT = 1  # of the stored files; raised when it changes, so that no older file is taken for a newer one
+LAYOUT = 1  # of files cached by content; raised when it changes, so that no older file is taken for a newer one
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from partialtune.errors import FreezeViolation, PartialtuneError, TextError, Tra
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.schedules import in_steps
+from partialtune.metrics import HEADLINE
 from partialtune.model.conformance import check_conformance
 from partialtune.model.files import check_finite
 from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
@@ -91,7 +92,7 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         except FreezeViolation:
             return Trial(rate, None, "failed its audit", length)
     score = score_text(model, data.scored["validation"], args.per_device_eval_batch_size, f"learning rate {rate:g}")
-    bits = score["bits_per_byte"]
+    bits = score[HEADLINE.key]
     return Trial(rate, bits, "not finite" if bits is None else "", length)
 
 

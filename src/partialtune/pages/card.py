@@ -10,11 +10,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from partialtune.files import write_whole
+from partialtune.metrics import IN_CARD_METADATA, METRICS
 from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
+from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.pages.templating import page_environment
-from partialtune.pages.wording import audit_problems, score_changes, text_label, trained_share, verdict
 from partialtune.run_folder import is_delta
 from partialtune.words import count, percent, significant
 
@@ -161,8 +162,8 @@ def evaluation_results(run: RunFiles) -> list[EvalResult]:
     for name, entry in run.texts.items():
         if name == "training":
             continue
-        for metric, label in (("perplexity", "Perplexity"), ("bits_per_byte", "Bits per byte")):
-            if entry["after"].get(metric) is not None:
+        for metric in (METRICS[key] for key in IN_CARD_METADATA):
+            if entry["after"].get(metric.key) is not None:
                 results.append(
                     EvalResult(
                         task_type="text-generation",
@@ -170,9 +171,9 @@ def evaluation_results(run: RunFiles) -> list[EvalResult]:
                         dataset_type="text",
                         dataset_name=dataset_name(name, sources),
                         dataset_config=name,  # results of one type and configuration are taken for one data set
-                        metric_type=metric,
-                        metric_name=label,
-                        metric_value=round(float(entry["after"][metric]), 6),
+                        metric_type=metric.key,
+                        metric_name=metric.label.capitalize(),
+                        metric_value=round(float(entry["after"][metric.key]), 6),
                     )
                 )
     return results

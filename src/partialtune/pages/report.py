@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from partialtune.files import write_whole
-from partialtune.pages.curve_figure import learning_curves
 from partialtune.pages.figures import KINDS, Figure, describe_figures, render_figure
+from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
 from partialtune.pages.html import data_uri, html_environment, style_and_script
 from partialtune.pages.html_text import yaml_words
 from partialtune.pages.report_insight import (
@@ -18,7 +18,7 @@ from partialtune.pages.report_insight import (
 )
 from partialtune.pages.report_tables import group_rows, parameter_row, performance_rows, provenance_rows
 from partialtune.pages.run_files import RunFiles, read_run
-from partialtune.pages.wording import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.step_figures import learning_curves
 from partialtune.words import counted, joined
 
 

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from partialtune.pages.html import Cell
-from partialtune.pages.rank_figure import matrices, share_of_possible
+from partialtune.pages.insight_figures import matrices, share_of_possible, shift, token_matrices
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.shift_figure import shift
-from partialtune.pages.token_figure import token_matrices
 from partialtune.words import change, count, counted, joined, percent, significant
 
 

@@ -4,33 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from partialtune.metrics import HEADLINE, METRICS
 from partialtune.pages.run_files import RunFiles
-from partialtune.words import UNKNOWN, change, count, counted, joined, percent, significant
+from partialtune.words import count, counted, joined, percent, significant
 
 WITHHELD = (
     "The text does not come back from its tokens: this tokenizer cannot write it, and bytes would be counted that no "
     "token stands for. Perplexity compares between runs with this tokenizer alone."
 )
-
-METRICS = {
-    "loss": "loss (nats/token)",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "next_token_accuracy": "next-token accuracy",
-    "top5_accuracy": "top-5 accuracy",
-}
-GAINS = ("next_token_accuracy", "top5_accuracy")  # more is better; of the others less is
-
-
-def score(metric: str, value: float | None) -> str:
-    """A score in its usual form: 5.385, 218.1, 31.2%."""
-    if value is None:
-        return UNKNOWN
-    if metric in GAINS:
-        return f"{100 * value:.1f}%"
-    if metric == "perplexity":
-        return significant(value) if value < 1e6 else f"{value:.3g}"
-    return f"{value:.3f}"
 
 
 @dataclass(frozen=True)
@@ -45,24 +26,13 @@ class ScoreChange:
 
 
 def score_changes(entry: Mapping[str, Mapping[str, Any]]) -> list[ScoreChange]:
-    """Rows of an evaluation table for one text's `{before, after}`."""
+    """Rows of an evaluation table for one text's `{before, after}`, one for each metric."""
     rows = []
-    for metric, label in METRICS.items():
-        before, after = entry["before"].get(metric), entry["after"].get(metric)
-        better = None if before is None or after is None or before == after else (after > before) == (metric in GAINS)
-        rows.append(
-            ScoreChange(label, score(metric, before), score(metric, after), score_change(metric, before, after), better)
-        )
+    for key, metric in METRICS.items():
+        before, after = entry["before"].get(key), entry["after"].get(key)
+        words = (metric.words(before), metric.words(after), metric.change_words(before, after))
+        rows.append(ScoreChange(metric.label, *words, metric.improved(before, after)))
     return rows
-
-
-def score_change(metric: str, before: float | None, after: float | None) -> str:
-    """The change of a score: a share of what it was, or points for accuracies."""
-    if before is None or after is None:
-        return UNKNOWN
-    if metric in GAINS:
-        return f"{change(100 * (after - before), 1)} points"
-    return f"{change(100 * (after / before - 1), 1)}%" if before else UNKNOWN
 
 
 def text_label(name: str) -> str:
@@ -187,7 +157,7 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
 def is_withheld(pair: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a text has a loss and yet no bits per byte: it does not come back from its tokens."""
     before = pair["before"]
-    return before["bits_per_byte"] is None and before.get("loss") is not None
+    return before[HEADLINE.key] is None and before.get("loss") is not None
 
 
 def held_out_finding(run: RunFiles) -> list[Finding]:
@@ -195,12 +165,12 @@ def held_out_finding(run: RunFiles) -> list[Finding]:
     for name in ("validation", "training"):
         entry = run.texts.get(name)
         if entry:
-            before, after = entry["before"]["bits_per_byte"], entry["after"]["bits_per_byte"]
+            before, after = entry["before"][HEADLINE.key], entry["after"][HEADLINE.key]
             if is_withheld(entry):
                 return [Finding("plain", f"Bits per byte, {text_label(name)}", "withheld", WITHHELD)]
             fell = None not in (before, after) and after < before
-            value = f"{score('bits_per_byte', before)} → {score('bits_per_byte', after)}"
-            detail = f"{score_change('bits_per_byte', before, after)}; lower is better."
+            value = f"{HEADLINE.words(before)} → {HEADLINE.words(after)}"
+            detail = f"{HEADLINE.change_words(before, after)}; lower is better."
             if name == "training":
                 detail += " No text was held out, so this does not show what the model learnt beyond it."
             level = "good" if fell and name == "validation" else "plain"
@@ -211,7 +181,7 @@ def held_out_finding(run: RunFiles) -> list[Finding]:
 def forgetting_finding(run: RunFiles) -> list[Finding]:
     """Bits per byte of the recipe's `eval_texts`: the one that lost most, and how many others there are."""
     pairs = {
-        name: (entry["before"]["bits_per_byte"], entry["after"]["bits_per_byte"])
+        name: (entry["before"][HEADLINE.key], entry["after"][HEADLINE.key])
         for name, entry in run.texts.items()
         if name not in ("validation", "training")
     }
@@ -220,8 +190,8 @@ def forgetting_finding(run: RunFiles) -> list[Finding]:
         return []
     worst = max(known, key=lambda name: known[name][1] / known[name][0])
     before, after = known[worst]
-    value = " → ".join(score("bits_per_byte", bits) for bits in (before, after))
+    value = " → ".join(HEADLINE.words(bits) for bits in (before, after))
     fate = "so much was forgotten" if after > before else "nothing was forgotten"
     others = f", and it fared worst of {len(known)} such texts" if len(known) > 1 else ""
-    detail = f"{score_change('bits_per_byte', before, after)}; {fate}{others}."
+    detail = f"{HEADLINE.change_words(before, after)}; {fate}{others}."
     return [Finding("plain", f"Bits per byte, {joined([worst], 30)}", value, detail)]
