@@ -29,13 +29,13 @@ from partialtune.compare.children import run_child
 from partialtune.compare.results import read_outcome
 from partialtune.errors import InputError, RecipeError, TextError
 from partialtune.hub import push
-from partialtune.hub.files import check_finished
+from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.run_folder import Standing, locked, write_exit
-from partialtune.text.raw import raw_text
-from partialtune.text.sources import check_kept
+from partialtune.text.reading import check_kept
+from partialtune.text.sources import raw_text
 from partialtune.train import results
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows

@@ -7,11 +7,11 @@ import os
 import pytest
 
 from partialtune import files
+from partialtune.cache import stored
 from partialtune.compare.children import wait_for_lock
 from partialtune.files import lock, move_all, write_whole
 from partialtune.net.download import fetch
 from partialtune.run_folder import LOCK_FILE, locked
-from partialtune.text.store import stored
 from test_download import Server
 
 
@@ -40,7 +40,7 @@ def test_a_file_system_without_locks_is_a_warning_and_all_goes_on(no_locks, tmp_
 
 
 def test_one_that_loses_its_locks_while_we_wait_is_a_warning_too(tmp_path, monkeypatch, caplog):
-    answers = [BlockingIOError(), OSError(errno.ENOLCK, "No locks available")]
+    answers = [BlockingIOError(errno.EAGAIN, "held"), OSError(errno.ENOLCK, "No locks available")]
 
     def refuse(file, operation):
         raise answers.pop(0)

@@ -25,9 +25,9 @@ from conftest import tiny_gpt2
 from partialtune import train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
+from partialtune.launcher_environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.model.conformance import check_conformance
 from partialtune.model.digests import digests
 from partialtune.model.dropout import set_dropout
@@ -35,9 +35,9 @@ from partialtune.model.loading import load_config, load_model
 from partialtune.net.addresses import without_secrets
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.recipe.arguments import TextArguments
-from partialtune.recipe.rules import FORMER_NAMES, REFUSED, recipe_types
+from partialtune.recipe.key_rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
-from partialtune.text.sources import check_kept, read_texts
+from partialtune.text.reading import check_kept, read_texts
 from partialtune.train import results
 from partialtune.training.checkpoints import MARKER, finish_checkpoint
 from partialtune.training.run_data import prepare_data

@@ -1,6 +1,5 @@
 """Gradual unfreezing, from the recipe to the audit of a resumed run; and what activation checkpointing recomputes."""
 
-import gc
 import hashlib
 import json
 import os
@@ -42,14 +41,6 @@ from partialtune.training.trainer import PartialTrainer
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_garbage_collections():
-    """Every training begins with one: it need not look at what the imports left, for a quarter of a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # ---- the recipe -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ _HOME = {
     "apply_delta": "rebuild",
     "apply_plan": "freeze.apply",
     "load": "rebuild",
-    "load_text": "text.sources",
+    "load_text": "text.reading",
     "plan_freeze": "freeze.plan",
     "read_recipe": "recipe.reading",
 }

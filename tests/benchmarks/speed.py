@@ -211,7 +211,7 @@ def make(shape: Shape, folder: Path) -> dict[str, float]:
 
     from partialtune.builtin import builtin_folder
     from partialtune.model.loading import quiet_libraries
-    from partialtune.text.sources import load_text
+    from partialtune.text.reading import load_text
 
     quiet_libraries()
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from partialtune.files import lock
 from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
 from partialtune.run_folder import LOCK_FILE, Standing, exit_code_of, recorded_sources, standing_of
-from partialtune.text.sources import check_kept
+from partialtune.text.reading import check_kept
 from partialtune.training.stopping import hears_signals
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from partialtune.files import write_whole
 from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.loading import empty_model, load_config
-from partialtune.recipe.rules import training_defaults
+from partialtune.recipe.key_rules import training_defaults
 from partialtune.run_folder import LOCK_FILE, locked, write_json
 
 logger = logging.getLogger(__name__)

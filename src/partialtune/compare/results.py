@@ -17,8 +17,8 @@ from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
 from partialtune.metrics import HEADLINE
 from partialtune.net.addresses import sources_without_secrets
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
+from partialtune.recipe.key_rules import training_defaults
 from partialtune.recipe.reading import same_run
-from partialtune.recipe.rules import training_defaults
 from partialtune.run_folder import EXIT_FILE, exit_code_of, read_json
 
 SEED = re.compile(r"(?<=.)-seed\d+$")  # endings that a comparison gives to the folders of its runs

@@ -14,10 +14,10 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.freeze.table import blocks_passed, frozen_blocks
+from partialtune.grammar.named_selectors import BLOCK_PARTS
 from partialtune.machine import peak_memory_mb, total_memory
 
 WORTH_SAYING = 0.05  # saving of arithmetic, as a share, from which on an alternative is named
-BLOCK_PARTS = ("attention", "mlp", "norms", "biases")
 
 
 def advise(

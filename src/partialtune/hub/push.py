@@ -15,9 +15,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from partialtune.errors import InputError, UploadIncomplete
-from partialtune.hub.access import check_access
-from partialtune.hub.files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
-from partialtune.hub.target import DEFAULT_BRANCH, Target
+from partialtune.hub.access import DEFAULT_BRANCH, Target, check_access
+from partialtune.hub.published_files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
 from partialtune.net.hub_client import (
     HUB_ERRORS,
     HubUnreachable,

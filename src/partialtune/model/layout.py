@@ -39,6 +39,11 @@ class Place:
     block: int | None  # None outside the blocks
     component: str  # one of COMPONENTS
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is added and not multiplied: `c_fc.bias`, GPT-OSS's `gate_up_proj_bias`."""
+        return self.name.endswith((".bias", "_bias"))
+
 
 class Layout:
     """The paths of a model's parts, and from them the place of every parameter name. The path "" is the model itself.

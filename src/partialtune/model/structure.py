@@ -151,7 +151,7 @@ def _describe(tensor: nn.Parameter, places: list[Place], block_count: int) -> Pa
         numel=tensor.numel(),
         block=first.block,
         component=first.component,
-        is_bias=name.endswith((".bias", "_bias")),
+        is_bias=places[0].is_bias,
         forward_rank=rank(first),
         places=tuple(places),
     )

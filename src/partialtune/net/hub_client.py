@@ -5,16 +5,11 @@ end. Here every call has a time-out and a few tries. A token never gets into a m
 """
 
 import json
-import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
-from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
@@ -28,10 +23,7 @@ from huggingface_hub.utils import (
 
 from partialtune import __version__
 from partialtune.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-Answer = TypeVar("Answer")
+from partialtune.net.retries import Answer, retry_after, with_retries
 
 LONGEST_QUOTE = 300  # characters of what a server said; some send a page
 PASSING_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
@@ -71,17 +63,7 @@ def hub_api() -> HfApi:
 
 def ask(call: Callable[[], Answer], patience: Patience) -> Answer:
     """What `call` returns, tried again while that may help. The last failure is raised as it came."""
-    attempt = 1
-    while True:
-        try:
-            return call()
-        except HUB_ERRORS as error:
-            wait = _seconds_to_wait(error, attempt, patience)
-            if wait is None:
-                raise
-            attempt += 1
-            logger.warning("%s Trying again in %.3g s (%d of %d).", in_words(error), wait, attempt, patience.tries)
-        time.sleep(wait)
+    return with_retries(call, patience, HUB_ERRORS, _seconds_asked, in_words)
 
 
 def may_pass(error: Exception) -> bool:
@@ -177,31 +159,17 @@ def _root(error: Exception) -> Exception:
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS) else error
 
 
-def _seconds_to_wait(error: Exception, attempt: int, patience: Patience) -> float | None:
-    """Seconds until the next try; None where there is none."""
-    if attempt >= patience.tries or not may_pass(error):
+def _seconds_asked(error: Exception) -> float | None:
+    """Seconds that the server asks us to wait, 0 where it says nothing; None where another try cannot help."""
+    if not may_pass(error):
         return None
-    asked_for = _retry_after(_root(error))
-    if asked_for > patience.longest_wait_seconds:
-        return None
-    return max(asked_for, patience.first_wait_seconds * 2 ** (attempt - 1))
-
-
-def _retry_after(error: Exception) -> float:
-    """Seconds that the server asks us to wait; 0 where it says nothing."""
+    error = _root(error)
     if not isinstance(error, HfHubHTTPError):
         return 0.0
     limit = parse_ratelimit_headers(error.response.headers)
     if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    value = error.response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    return max(0.0, (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    return retry_after(error.response.headers.get("Retry-After", ""))
 
 
 def _without_token(text: str) -> str:

@@ -10,12 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from transformers import set_seed
+
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
 from partialtune.freeze.table import columns
-from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS
-from partialtune.rank.probe import Probe
+from partialtune.grammar.named_selectors import WORDS
+from partialtune.model.conformance import check_conformance
+from partialtune.model.files import check_finite
+from partialtune.model.layout import COMPONENTS
+from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
+from partialtune.rank.probe import Probe, draw_windows, probe
+from partialtune.recipe.reading import Recipe
+from partialtune.training.run_data import prepare_data
 
+# Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
+PASTED = frozenset(COMPONENTS).intersection(WORDS)
+BATCHES = 4
+WINDOWS_A_BATCH = 8  # Trainer's default
 USUAL_SHARE = 4  # of its blocks one in so many is proposed, where nothing else is said
 
 
@@ -71,6 +84,33 @@ class Ranking:
         return {**asdict(self), "trainable": self.selectors}
 
 
+def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) -> Ranking:
+    """Rank the blocks and parts of a recipe's base by their gradients on a few batches of its training text.
+
+    Args:
+        recipe: Its `trainable`, `schedule` and `method` do not matter.
+        batches: Of `per_device_train_batch_size` windows each, drawn from the training windows by the recipe's seed.
+        top: How many blocks to choose, see `rank`.
+
+    Raises:
+        InputError: If model or text cannot be read.
+    """
+    base, said = recipe.model, recipe.training
+    batch_size, seed = said.get("per_device_train_batch_size", WINDOWS_A_BATCH), said.get("seed", 42)
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
+    data = prepare_data(recipe.text, {}, tokenizer, said.get("data_seed", seed))
+    check_ids(base.model_name_or_path, config, data.largest_ids)
+    windows = draw_windows(data.train, batches * batch_size, seed)
+    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    check_finite(base.model_name_or_path, model)
+    check_conformance(model, recipe.text.block_size)
+    set_seed(seed)
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    return rank(probe(model, windows, batch_size, recipe.freeze.head), top)
+
+
 def rank(probe: Probe, top: int | None = None) -> Ranking:
     """Order blocks and parts.
 
@@ -92,8 +132,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
 
 
 def _part_of(parameter: PlannedParameter) -> tuple[int | None, str] | None:
-    names = WORDS if parameter.block is None else BLOCK_PARTS
-    return (parameter.block, parameter.component) if parameter.component in names else None
+    return (parameter.block, parameter.component) if parameter.component in PASTED else None
 
 
 def _ordered(

@@ -20,10 +20,9 @@ from partialtune.recipe.arguments import (
     argument_fields,
     default_of,
 )
-from partialtune.recipe.checks import Entry, checked_values, with_present_names
-from partialtune.recipe.command_words import COMMAND_LINE, Words, group_words
-from partialtune.recipe.rules import LENGTHS, training_defaults
-from partialtune.recipe.yaml_file import read_recipe_file, write_recipe_file
+from partialtune.recipe.checks import checked_values, with_present_names
+from partialtune.recipe.key_rules import LENGTHS, training_defaults
+from partialtune.recipe.parsing import COMMAND_LINE, Entry, Words, group_words, read_recipe_file, write_recipe_file
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from partialtune.errors import TextError
 from partialtune.model.files import context_of
 from partialtune.model.loading import check_ids
 from partialtune.model.modes import evaluating
-from partialtune.text.windows import tokenize_text
+from partialtune.text.tokenizing import tokenize_text
 
 logger = logging.getLogger(__name__)
 

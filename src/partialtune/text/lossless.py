@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.text.streams import StoredText
+from partialtune.text.stored_text import StoredText
 
 logger = logging.getLogger(__name__)
 

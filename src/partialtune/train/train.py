@@ -48,7 +48,7 @@ from partialtune.run_folder import (
     write_exit,
 )
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.sources import IN_MEMORY_BYTES, check_kept
+from partialtune.text.reading import IN_MEMORY_BYTES, check_kept
 from partialtune.train.before_after import Look
 from partialtune.train.results import (
     check_saved,

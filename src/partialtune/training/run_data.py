@@ -11,10 +11,10 @@ from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
 from partialtune.text.lossless import writing_of
-from partialtune.text.prepared import token_ids_of, utf8_bytes, windows_of
-from partialtune.text.sources import IN_MEMORY_BYTES, SourceText, read_texts
-from partialtune.text.streams import StoredText
-from partialtune.text.windows import chunked_windows, let_go, random_windows, split_text
+from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, read_texts
+from partialtune.text.stored_text import StoredText, utf8_bytes
+from partialtune.text.tokenizing import token_ids_of
+from partialtune.text.windows import chunked_windows, let_go, random_windows, split_text, windows_of
 
 TRAINING_WINDOWS_SCORED = 256
 

@@ -1,15 +1,20 @@
-"""What Trainer finds out at the first step or evaluation only, asked before: learning-rate schedule and best metric.
+"""What `TrainingArguments` or Trainer would refuse later, asked before anything is loaded.
 
-In: `TrainingArguments` that were built from the recipe. Out: (key, message) of what would stop the run.
+In: a recipe's converted values. Out: (key, message) of what would stop the run when TrainingArguments is built (a
+combination of keys, a missing tracker), at the first step (the learning-rate schedule) or at the first evaluation (the
+metric for the best model).
 """
 
+import copy
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from partialtune.grammar.values import nearest
 from partialtune.metrics import CHOOSES_BEST, METRICS
+from partialtune.recipe.key_rules import training_defaults
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -18,7 +23,65 @@ GIVEN_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last
 STEPS_TRIED = 1000  # where the recipe counts epochs
 
 
-def schedule_problems(args: "TrainingArguments") -> Iterator[tuple[str, str]]:
+def training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What TrainingArguments, or the machine, has against values whose types and bounds are right."""
+    import torch
+
+    training = {key: value for key, value in values.items() if key in training_defaults()}
+    if training.get("bf16") == "auto":
+        del training["bf16"]
+    training["use_cpu"] = training.get("use_cpu") or not torch.accelerator.is_available()
+    if values.get("validation_share") != 0:  # where text is held out, it is scored in between by default
+        training.setdefault("eval_strategy", "steps")
+    training.setdefault("eval_steps", training.get("save_steps", training_defaults()["save_steps"]))
+    yield from _wrong_trackers(training.get("report_to"))
+    if training.get("fp16") and training["use_cpu"]:
+        yield "fp16", "needs a GPU. Leave it out, or take bf16: auto."
+        return
+    yield from _metric_problems(training.get("metric_for_best_model"), training.get("greater_is_better"))
+    args, refusal = _built(training)
+    if refusal:
+        yield next((key for key in values if key in refusal), "TrainingArguments"), f"transformers says: {refusal}"
+    else:
+        yield from _schedule_problems(args)
+
+
+def _built(training: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """TrainingArguments of these keywords, and None; or None, and the words in which it refuses them."""
+    import torch
+    from transformers import TrainingArguments
+
+    class Checked(TrainingArguments):
+        device = torch.device("cpu")  # the real property starts torch.distributed, which is the run's business
+
+    log = logging.getLogger(TrainingArguments.__module__)
+    was_silent, log.disabled = log.disabled, True  # its warnings come once, when the run builds the real one
+    try:
+        return Checked(**copy.deepcopy(dict(training))), None  # a copy: it rewrites the mappings that it is given
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        return None, " ".join(str(error).split())
+    finally:
+        log.disabled = was_silent
+
+
+def _wrong_trackers(report_to: str | list[str] | None) -> Iterator[tuple[str, str]]:
+    if report_to in (None, "none", "all", ["none"], ["all"]):
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for tracker in [report_to] if isinstance(report_to, str) else report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            near = nearest(tracker, INTEGRATION_TO_CALLBACK)
+            advice = f" Did you mean {near}?" if near else ""
+            yield "report_to", f"got {tracker!r}; allowed: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}.{advice}"
+        elif tracker not in get_available_reporting_integrations():
+            yield "report_to", f"{tracker} is not installed here. Install it (pip install {tracker}), or leave it out."
+
+
+def _schedule_problems(args: "TrainingArguments") -> Iterator[tuple[str, str]]:
     """A schedule without arguments that it needs, with one that it does not know, or whose rate is no number.
 
     transformers builds it after the base was scored, and leaves out the arguments of the schedules that take none.
@@ -66,7 +129,7 @@ def _refusal_of_schedule(args: "TrainingArguments", kwargs: Mapping[str, Any]) -
     return None
 
 
-def metric_problems(metric: str | None, greater_is_better: bool | None) -> Iterator[tuple[str, str]]:
+def _metric_problems(metric: str | None, greater_is_better: bool | None) -> Iterator[tuple[str, str]]:
     """A metric for the best model that no evaluation during training gives, or one taken for better the wrong way."""
     if metric is None:
         return

@@ -6,7 +6,6 @@ others are, torch ends in a ValueError about MASTER_ADDR or waits half an hour f
 
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 from partialtune.errors import InputError
 
@@ -71,11 +70,3 @@ def _lacking(found: Mapping[str, str]) -> str:
     if os.environ.get(ADDRESS):
         return f"{' or '.join(SIZES.values())} is not set"
     return f"{ADDRESS} is not set"
-
-
-HOW_TO_INSTALL = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
-
-
-def is_peft_installed() -> bool:
-    """Whether adapters can be made here."""
-    return find_spec("peft") is not None

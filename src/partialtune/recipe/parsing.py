@@ -1,21 +1,24 @@
-"""A recipe's file: YAML on disk <-> flat values, with every mistake said by line.
+"""A recipe as it is written: a YAML file and command-line words -> values that are not yet checked; and back to YAML.
 
-In: a path, or values to write. Out: `RecipeFile`, whose problems are collected for one message; only what leaves
-nothing to read on (no file, no UTF-8, no YAML, no mapping) is raised here. Needs neither torch nor transformers.
+In: a path, the words `--key value`, `--key=value`, `--key a b`, `--flag`, or values to write. Out: each key's value and
+where it stands. Mistakes are collected as `Problem`s for one message; only a file that cannot be read any further (no
+file, no UTF-8, no YAML, no mapping) raises here. Needs neither torch nor transformers.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_origin
 
 import yaml
 
 from partialtune import __version__
 from partialtune.errors import RecipeError
 from partialtune.files import write_whole
+from partialtune.grammar.values import describe_type, union_members
 from partialtune.net.addresses import without_secrets
 
 # What YAML takes for its own syntax although a recipe means text: regex, selector with brackets, negation, glob.
@@ -23,6 +26,8 @@ UNQUOTED = re.compile(
     r"(?<![\w:/.])!?/[^\s,]+/(?=[\s,\]]|$)|!?[\w.]+\[[^\]]*\](?:\.\w+)?|![\w./]+|(?<![\w/.])\*[^\s,\]]*"
 )
 EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 wants both a point and a sign
+COMMAND_LINE = "command line"  # the origin of a value that a command-line word gives
+KEY = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"|(?:^|\s)#.*")
 
 
@@ -48,8 +53,15 @@ for _yaml_class in (_RecipeLoader, _RecipeDumper):  # both: a text that would be
     _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
+class Entry(NamedTuple):
+    """The value of one key, and where it stands: "line 7", "command line", or "" in a mapping of values."""
+
+    value: Any
+    origin: str
+
+
 class Problem(NamedTuple):
-    """One mistake: where it was said ("line 7", "command line", ""), the key, and what is wrong and what to change."""
+    """One mistake: its origin as in `Entry`, the key, and what is wrong and what to change."""
 
     origin: str
     key: str
@@ -218,3 +230,77 @@ def write_recipe_file(path: Path, values: Mapping[str, Any], run: Mapping[str, A
         f"# Written by partialtune {__version__}. `run` tells what happened and is ignored by `partialtune train`.\n"
     )
     write_whole(path, (header + text).encode())
+
+
+# --- words of the command line
+
+
+class Words(tuple[str, ...]):
+    """The words that follow one key on the command line; `word_value` reads them once the key's type is known."""
+
+    __slots__ = ()
+
+
+def group_words(words: Sequence[str]) -> tuple[dict[str, Words], list[Problem]]:
+    """Sort command-line words by their key; dashes within a key count as underscores.
+
+    group_words(["--max-steps", "5", "--prompts", "a b", "c"]) -> ({"max_steps": ("5",), "prompts": ("a b", "c")}, [])
+    """
+    said: dict[str, Words] = {}
+    problems, key = [], None
+    for word in words:
+        match = KEY.fullmatch(word)
+        if match:
+            key, value = match.group(1).replace("-", "_"), match.group(2)
+            if key in said:
+                problems.append(Problem(COMMAND_LINE, key, "said twice. Keep one; a list is --key a b."))
+            said[key] = Words(() if value is None else (value,))
+        elif key is None or word.startswith("--"):
+            problems.append(_stray(word))
+        else:
+            said[key] = Words((*said[key], word))
+    return said, problems
+
+
+def _stray(word: str) -> Problem:
+    message = "is no key and belongs to none. Write --key value; a value that begins with -- is --key='--value'."
+    return Problem(COMMAND_LINE, f"`{word}`", message)
+
+
+def word_value(words: Sequence[str], hint: Any) -> Any:
+    """The value that the words of one key stand for, not yet converted to the key's type.
+
+    Raises:
+        ValueError: If there are too few or too many words, or a word is no YAML; says what to write.
+    """
+    kinds = [get_origin(member) or member for member in union_members(hint)]
+    if not words:
+        if bool in kinds:
+            return True
+        raise ValueError(f"got no value; allowed: {describe_type(hint)}. Write --key value.")
+    if len(words) > 1:
+        if list in kinds:
+            return list(words)
+        raise ValueError(_too_many(words, hint))
+    word = words[0]
+    if NoneType in kinds and word in ("null", "~"):
+        return None
+    is_list = list in kinds and word.startswith("[") and word.endswith("]")
+    is_mapping = dict in kinds and (str not in kinds or word.startswith("{"))
+    return _yaml_word(word) if is_list or is_mapping else word
+
+
+def _too_many(words: Sequence[str], hint: Any) -> str:
+    dashed = [word for word in words if re.match(r"-[A-Za-z]", word)]
+    advice = f" Keys have two dashes: -{dashed[0]}." if dashed else " Put quotes around a value with blanks."
+    return f"got {len(words)} words ({' '.join(words)}); allowed: {describe_type(hint)}, in one word.{advice}"
+
+
+def _yaml_word(word: str) -> Any:
+    try:
+        value, _, problems = parse_yaml(word)
+    except ValueError as error:
+        raise ValueError(f"is no valid YAML. {error}") from error
+    if problems:
+        raise ValueError(f"{problems[0].key} is said twice. Keep one of them.")
+    return value
