@@ -71,10 +71,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 
 WARM = """\
-import importlib, json, os, sys
+import gc, importlib, json, os, sys
 import torch, transformers, datasets
 import partialtune.train.train, partialtune.cli
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # what was imported is not searched for garbage in each run
 
 def run(job, rank):
     out = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

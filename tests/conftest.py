@@ -1,9 +1,16 @@
 """What several test files share: texts and a tokenizer to read, and tiny models."""
 
+import gc
+import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: it takes as many threads as there are cores, in each of pytest-xdist's workers, and those of
+# one wait busily for those of the other: 3.5 times the processor time. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXCERPTS = Path(__file__).parent / "data"  # of real files: what tests/data/README.md tells
@@ -16,6 +23,27 @@ def ctrl_c_is_heard():
     """A script that starts the tests in the background, `pytest &`, has its shell let them ignore SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Trainer looks for garbage in each run, among the millions of objects that all imports left: most of the time of
+    a small run. What is there when the tests of a module begin stays, so it need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_configure(config):
+    # pytest-xdist hands out modules in the order of their number of tests, where it has this option; see below
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Modules with many slow tests first, so that no worker of pytest-xdist is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", params=SOURCES, ids=lambda folder: "whole" if folder == WHOLE_FILES else "excerpt")

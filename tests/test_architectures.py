@@ -4,7 +4,6 @@ The table is tests/benchmarks/architectures.csv, and the script beside it makes 
 """
 
 import csv
-import gc
 
 import pytest
 import transformers
@@ -26,15 +25,6 @@ SAMPLE = (
 def table():
     with TABLE.open(encoding="utf-8", newline="") as file:
         return {row["model_type"]: row for row in csv.DictReader(file)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """Trainer collects garbage after each run, among the million objects that importing makes: half of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ LAUNCHES = {"cpu_two_processes.yaml": "DDP", "ddp.yaml": "DDP", "multi_node.yaml
 # Whatever in the package writes weights: where -> which ways of saving pass it.
 WRITERS = {
     "train/write_results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
-    "delta/checkpoint.py": "save_file",  # deltas
+    "delta_checkpoint.py": "save_file",  # deltas
     "rebuild.py": "model.save_pretrained",  # apply
     "freeze/lora.py": "save_file",  # adapters
     "training/trainer.py": "super(PartialTrainer, self).save_model",  # Trainer's own way, of checkpoints too

@@ -13,19 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from partialtune.distributed import decided_by_main, first_on_each_node, main_process_only
 from partialtune.errors import InputError
 from partialtune.fast.prefix_choice import PrefixPhase
-from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.schedules import in_steps
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
 from partialtune.hub.push import Target, check_access
-from partialtune.model.activation_checkpointing import check_support
 from partialtune.model.conformance import Conformance, check_conformance
-from partialtune.model.files import check_finite, check_weights
-from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer, model_location
+from partialtune.model.loading import load_config, load_model, load_tokenizer, model_location
+from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
+from partialtune.model.train_mode import check_support
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe
 from partialtune.run_folder import recorded_sources
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.sources import check_kept
+from partialtune.text.reading import check_texts_unchanged
 from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint
 from partialtune.training.launch import check_engine, check_precision, check_processes, one_device_a_process
 from partialtune.training.recipe_trainer import prefix_phases, tokens_per_byte
@@ -127,7 +126,7 @@ def say_finished(recipe: Recipe, folder: Path) -> None:
         TextError: If one of them has changed.
     """
     unread = decided_by_main(
-        lambda: check_kept(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
+        lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
     )
     not_compared = f" Not looked at again: {', '.join(unread)}." if unread else ""
     logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared)

@@ -17,7 +17,7 @@ from partialtune.distributed import decided_by_main, done_together, is_main, mai
 from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError, code_of, disk_words, is_disk_fault
 from partialtune.fast.prefix_choice import prefix_words
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.table import plan_table
+from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.push import push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by

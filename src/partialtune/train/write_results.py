@@ -5,13 +5,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.cost.utilisation import needed_products, utilisation
-from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.cost.forecast import needed_products, utilisation
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only
 from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
-from partialtune.hub.files import WEIGHTS
+from partialtune.hub.published_files import WEIGHTS
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.insight.run_insight import sampled_continuations, weight_insight
 from partialtune.model.loading import empty_model

@@ -33,8 +33,8 @@ from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
+from partialtune.recipe.key_rules import training_defaults
 from partialtune.recipe.reading import Recipe
-from partialtune.recipe.rules import training_defaults
 from partialtune.run_folder import (
     RECIPE_FILE,
     check_writable,
