@@ -73,7 +73,7 @@ class Phase:
     @property
     def start(self) -> str:
         """`step 40`, or `epoch 1.5`."""
-        return start_words(self.from_step, self.from_epoch)
+        return _start_words(self.from_step, self.from_epoch)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def plan_freeze(
     )
 
 
-def start_words(step: int | None, epoch: float | None) -> str:
+def _start_words(step: int | None, epoch: float | None) -> str:
     """Where a phase begins: `step 40`, or `epoch 1.5` where it is said in epochs."""
     return f"step {step}" if epoch is None else f"epoch {epoch:g}"
 
@@ -275,7 +275,7 @@ def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_t
 
 def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
     """Name of each trainable parameter -> the selector that chose it, and which entry is the first that adds it."""
-    starts = [start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
+    starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
     trains: dict[str, tuple[str, int]] = {}
     for number, addition in enumerate(additions):
         try:
