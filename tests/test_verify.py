@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from conftest import tiny_gpt2
-from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze

@@ -62,7 +62,7 @@ class Interrupted(PartialtuneError):
 
 
 class EndedElsewhere(PartialtuneError):
-    """Another process of the run ended, and has said why or was killed; this one ends too."""
+    """Another process of the run ended and gave the reason, or was killed; this one ends too."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -103,7 +103,7 @@ def is_disk_fault(error: BaseException) -> bool:
 
 
 def disk_words(error: OSError) -> str:
-    """What the system said, of which file, and what to do."""
+    """The system's reason, the file, and what to do."""
     where = f": {error.filename}" if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     do = "Make room on the disk, or name another folder" if full else "Check the disk and who may write there"

@@ -14,9 +14,9 @@ from partialtune.model.loading import empty_model, load_config
 from partialtune.model.model_checks import check_fit
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
 
-# What says what trains: full fine-tuning leaves it out.
+# The keys that decide what trains: full fine-tuning leaves them out.
 POLICY_KEYS = ("method", "trainable", "schedule", "head", "lora_rank", "lora_alpha", "prefix_cache")
-# What would write, send, evaluate, or make the run longer or shorter: a measurement says it itself.
+# The keys of what a run writes, sends, evaluates, and of its length: a measurement sets these itself.
 RUN_KEYS = (
     *("output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
@@ -57,15 +57,15 @@ def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Varian
         overrides: `--key value` for all of them.
 
     Raises:
-        InputError: If a recipe is wrong, or its model is; all are looked at before the first is measured.
+        InputError: If a recipe is wrong, or its model is; all are checked before the first is measured.
     """
-    said = [entry for path in paths for entry in own_variants(path, read_recipe(path, overrides))]
-    entries = [*said, *((FULL, full_values(values)) for _, values in said)]
+    own = [entry for path in paths for entry in own_variants(path, read_recipe(path, overrides))]
+    entries = [*own, *((FULL, full_values(values)) for _, values in own)]
     numbers: dict[str, int] = {}  # of the first entry that trains everything on a batch
     for number, (_, values) in enumerate(entries):
         if values.get("method") == "full":
             numbers.setdefault(_key(full_values(values)), number)
-    kept = [number for number in range(len(entries)) if number < len(said) or number in numbers.values()]
+    kept = [number for number in range(len(entries)) if number < len(own) or number in numbers.values()]
     return [
         Variant(label, kept.index(numbers[_key(full_values(values))]), values)
         for label, values in (entries[number] for number in kept)

@@ -94,17 +94,17 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     plan = plan_before_text(model, recipe.freeze)
-    said = recipe.training
+    training = recipe.training
     try:
         cost = forecast(
             model,
             plan,
-            batch_size=said.get("per_device_train_batch_size", 8),
+            batch_size=training.get("per_device_train_batch_size", 8),
             block_size=recipe.text.block_size,
-            accumulation=said.get("gradient_accumulation_steps", 1),
-            bf16=said.get("bf16") is True,
-            optimizer=said.get("optim", "adamw_torch_fused"),
-            checkpointing=bool(said.get("activation_checkpointing")),
+            accumulation=training.get("gradient_accumulation_steps", 1),
+            bf16=training.get("bf16") is True,
+            optimizer=training.get("optim", "adamw_torch_fused"),
+            checkpointing=bool(training.get("activation_checkpointing")),
             fast_paths=recipe.speed.fast_paths,
         )
     except ModelError as error:  # a model whose forward pass decides by values has no step without them

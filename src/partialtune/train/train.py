@@ -39,7 +39,7 @@ from partialtune.run_folder import (
     write_exit,
 )
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.reading import IN_MEMORY_BYTES, check_kept
+from partialtune.text.reading import IN_MEMORY_BYTES, check_texts_unchanged
 from partialtune.train.before_after import Look
 from partialtune.train.results import (
     check_saved,
@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> Path:
     standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
     if standing is Standing.FINISHED:
         unread = decided_by_main(
-            lambda: check_kept(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
+            lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
         )
         logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared(unread))
         return folder
