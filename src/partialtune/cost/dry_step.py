@@ -277,7 +277,7 @@ def _empty_grouped_product(
 
     Rows (m, k) with one (k, n) an expert -> (m, n); (m, k) cut along k with (k, n) cut likewise -> one (m, n) each.
     """
-    shape = (left.shape[0], right.shape[-1])
+    shape: tuple[int, ...] = (left.shape[0], right.shape[-1])
     if right.ndim == 2:
         shape = (len(ends), *shape)
     return left.new_empty(shape, dtype=out_dtype)

@@ -46,7 +46,7 @@ class PrefixCache:
 
     Attributes:
         blocks: The modules of these blocks.
-        states: (windows, T, D), None before `fill`.
+        states: (windows, T, D), empty before `fill`.
         width: D, values of one token's state, known once there is one.
     """
 
@@ -58,7 +58,7 @@ class PrefixCache:
         self._wide: torch.dtype = torch.float32  # of what the blocks give themselves
         self._given: torch.Tensor | None = None  # states of the batch that is in the model, within `giving`
         self.width = 0
-        self.states: torch.Tensor | None = None
+        self.states = torch.empty(0)
 
     def fill(self, windows: Sequence[Dataset], batch_size: int, autocast_dtype: torch.dtype | None = None) -> None:
         """Compute the states of all windows. Of several processes each does its share; all have to call this.
@@ -95,7 +95,7 @@ class PrefixCache:
     @property
     def bytes(self) -> int:
         """Memory that the states take."""
-        return self.states.nbytes if self.states is not None else 0
+        return self.states.nbytes
 
     def install(self) -> None:
         """Let the blocks be stood in for, within `giving`."""
@@ -107,7 +107,7 @@ class PrefixCache:
         """Leave the blocks as they were, and drop the states."""
         for block in self.blocks:
             vars(block).pop("forward", None)  # the class' own method is found again
-        self.states = None
+        self.states = torch.empty(0)
 
     @contextmanager
     def giving(self, numbers: torch.Tensor) -> Iterator[None]:

@@ -115,7 +115,7 @@ def choose_prefix(
         RecipeError: If `memory` is wanted and cannot be had.
     """
     if wanted == "off":
-        return [PrefixPhase(phase.from_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
+        return [PrefixPhase(phase.first_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
     size = windows.kept * window_bytes  # the same for every phase: one cache at a time is held
     chosen = []
     for phase, needed in _needs(plan, windows):
@@ -125,7 +125,7 @@ def choose_prefix(
             why_not or f"{needed:,} passes of windows through {phase.first_block} frozen blocks become {windows.kept:,}"
         )
         blocks = 0 if why_not else phase.first_block
-        chosen.append(PrefixPhase(phase.from_step, blocks, size if blocks else 0, reason))
+        chosen.append(PrefixPhase(phase.first_step, blocks, size if blocks else 0, reason))
     if wanted == "memory" and not any(phase.blocks for phase in chosen):
         raise RecipeError(f"prefix_cache: memory is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
     return chosen
@@ -145,8 +145,8 @@ def lengths_to_try(wanted: str, plan: FreezePlan, windows: Windows) -> list[int]
 
 def _needs(plan: FreezePlan, windows: Windows) -> list[tuple[Phase, int]]:
     """Each phase, and how many windows go through the model in it."""
-    ends = [phase.from_step for phase in plan.phases[1:]] + [windows.steps]
-    return [(phase, windows.needed(phase.from_step, end)) for phase, end in zip(plan.phases, ends, strict=True)]
+    ends = [phase.first_step for phase in plan.phases[1:]] + [windows.steps]
+    return [(phase, windows.needed(phase.first_step, end)) for phase, end in zip(plan.phases, ends, strict=True)]
 
 
 def _not_worth_it(wanted: str, phase: Phase, needed: int, windows: Windows) -> str:
