@@ -30,8 +30,8 @@ from partialtune.freeze.plan import plan_freeze
 from partialtune.launcher_environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.model.conformance import check_conformance
 from partialtune.model.digests import digests
-from partialtune.model.dropout import set_dropout
 from partialtune.model.loading import load_config, load_model
+from partialtune.model.train_mode import set_dropout
 from partialtune.net.addresses import without_secrets
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.recipe.arguments import TextArguments

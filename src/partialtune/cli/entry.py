@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _say(message: str, code: int) -> int:
-    """The last thing that our process prints; nothing where another process of the run says it."""
+    """Print the last line of our process; nothing where another process of the run has given the reason."""
     sys.stdout.flush()
     if message:
         from partialtune.net.addresses import without_secrets  # a help text need not wait for its patterns

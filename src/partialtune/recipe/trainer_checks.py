@@ -52,7 +52,9 @@ def _built(training: Mapping[str, Any]) -> tuple[Any, str | None]:
     from transformers import TrainingArguments
 
     class Checked(TrainingArguments):
-        device = torch.device("cpu")  # the real property starts torch.distributed, which is the run's business
+        # The real property picks a device and starts torch.distributed, which belongs to the run: a recipe is also
+        # read by commands that train nothing.
+        device = torch.device("cpu")
 
     log = logging.getLogger(TrainingArguments.__module__)
     was_silent, log.disabled = log.disabled, True  # its warnings come once, when the run builds the real one
