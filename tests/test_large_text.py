@@ -569,7 +569,7 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "from partialtune.recipe.arguments import TextArguments\n"
         "from partialtune.builtin import builtin_folder\n"
         "from partialtune.training.run_data import prepare_data\n"
-        "from partialtune.training.launch import first_on_each_node\n"
+        "from partialtune.distributed import first_on_each_node\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
         "made, make = [], tokenizing.token_pieces\n"
