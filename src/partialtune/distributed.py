@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -169,7 +169,7 @@ def first_on_each_node(make: Callable[[], Value]) -> Value:
         Exception: As `done_together`.
     """
     first = PartialState().is_local_main_process
-    made = done_together(lambda: make() if first else None)
+    made: Any = done_together(lambda: make() if first else None)
     return done_together(lambda: made if first else make())
 
 
@@ -181,7 +181,7 @@ class _Failure:
     code: int
 
 
-def _attempt(make: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+def _attempt(make: Callable[[], Value]) -> tuple[Any, Exception | None]:
     try:
         return make(), None
     except Exception as error:  # noqa: BLE001  (raised again, whatever it is, when the others know)
@@ -211,9 +211,10 @@ def _end_together(error: Exception | None, failure: _Failure | None) -> None:
     """
     if failure is None:
         return
-    is_bug = error is not None and not (isinstance(error, PartialtuneError) or is_disk_fault(error))
-    if is_bug or (error is not None and is_main()):
-        raise error
+    if error is not None:
+        is_bug = not isinstance(error, PartialtuneError) and not is_disk_fault(error)
+        if is_bug or is_main():
+            raise error
     raise EndedElsewhere(failure.words if is_main() else "", failure.code) from error
 
 

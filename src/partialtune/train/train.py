@@ -232,7 +232,7 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FreezeViolation as violation:
         ended = trainer.state.global_step >= trainer.state.max_steps and trainer.audit.digests_after
-        if not ended or trainer.audit.result.other_names:
+        if not ended or trainer.audit.result is None or trainer.audit.result.other_names:
             raise
         return violation
     finally:

@@ -346,8 +346,8 @@ def with_choices(said: Mapping[str, Any], saved: RunOrigin | None) -> dict[str, 
 
 def at_saved_commit(base: ModelArguments, saved: RunOrigin | None) -> ModelArguments:
     """The base at the commit that the run began with, where it goes on: a branch may have moved on the Hub."""
-    commit = saved.base.commit if saved else None
-    if not commit or saved.base.name != base.model_name_or_path or commit == base.model_revision:
+    commit = saved.base.commit if saved is not None and saved.base.name == base.model_name_or_path else None
+    if not commit or commit == base.model_revision:
         return base
     logger.info("Base: %s at commit %s, as when the run began.", base.model_name_or_path, commit)
     return replace(base, model_revision=commit)
