@@ -115,7 +115,10 @@ def decided_by_main(decide: Callable[[], Value]) -> Value:
         Exception: What `decide` raised, on the main process; whatever it is, the others do not wait for ever.
         EndedElsewhere: On the others, with the exit code that the main process ends with.
     """
-    value, error = _attempt(decide) if is_main() else (None, None)
+    value: Any = None
+    error: Exception | None = None
+    if is_main():
+        value, error = _attempt(decide)
     failure, value = from_main((_failure_of(error), value))
     _end_together(error, failure)
     return value
@@ -203,7 +206,7 @@ def _failure_of(error: Exception | None) -> _Failure | None:
 def _end_together(error: Exception | None, failure: _Failure | None) -> None:
     """Raise on every process what one of them failed with.
 
-    Its words are said once, by the main process. A bug is raised where it happened, for its traceback.
+    The main process alone prints its message. A bug is raised where it happened, for its traceback.
 
     Args:
         error: Of this process.
@@ -237,7 +240,7 @@ WHAT_IS_SAVED = "What was saved before is in the run's folder; go on with: --res
 
 @contextmanager
 def peers_watched(patience_seconds: float = DDP_TIMEOUT) -> Iterator[None]:
-    """Say in words that another process of the run is gone, or does not answer any more.
+    """Turn what torch raises when another process is gone, or does not answer any more, into an explanation.
 
     Args:
         patience_seconds: The recipe's `ddp_timeout`, which the message names.
@@ -248,10 +251,10 @@ def peers_watched(patience_seconds: float = DDP_TIMEOUT) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if _several() and any(words in said for words in LOST):
+        reason = str(error)
+        if _several() and any(words in reason for words in LOST):
             words = "Another process of this run ended: it was killed, or says why above."
-        elif _several() and any(words in said for words in STALLED):
+        elif _several() and any(words in reason for words in STALLED):
             words = (
                 f"Another process of this run did not answer for {patience_seconds:g} seconds (ddp_timeout): it was "
                 f"stopped, its machine is out of reach, or it is slower than that."

@@ -58,7 +58,7 @@ class RunStart:
         tokenizer: Of the base.
         data: Windows, and the texts that are scored.
         model: The base in fp32 on the CPU, in eval mode. The plan is not applied yet.
-        conformance: Whose loss trains, and what the saved config says.
+        conformance: Whether the model's own loss is used, and what the saved config holds.
         plan: What trains in which phase.
         prefix: What each phase does with its frozen prefix.
         origin: What the run begins with, kept in each of its checkpoints.
@@ -180,5 +180,5 @@ def check_hub(recipe: Recipe) -> None:
 
 def push_target(recipe: Recipe) -> Target:
     """Where the recipe wants the run to be pushed to."""
-    said = recipe.training
-    return Target(said.get("hub_model_id") or "", said.get("hub_revision"), said.get("hub_private_repo"))
+    given = recipe.training
+    return Target(given.get("hub_model_id") or "", given.get("hub_revision"), given.get("hub_private_repo"))

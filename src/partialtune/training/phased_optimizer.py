@@ -5,7 +5,7 @@ synchronises what is thawed later, and the optimizer is made with all of it, so 
 scheduler are complete. Only then is what belongs to later phases taken out again, until its phase begins.
 
 PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of other trainable layers of the same
-shapes loads without a word, and each layer goes on with the moments of another one. Under names it cannot.
+shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
 import logging

@@ -336,12 +336,12 @@ def read_origin(checkpoint: Path) -> RunOrigin:
             raise ValueError(f"{ORIGIN_FILE}, {place}: {wrong['msg']}") from error
 
 
-def with_choices(said: Mapping[str, Any], saved: RunOrigin | None) -> dict[str, Any]:
+def with_choices(given: Mapping[str, Any], saved: RunOrigin | None) -> dict[str, Any]:
     """Trainer's keys of a recipe with what their `auto` became when the run began, where it goes on."""
-    if saved is None or saved.choices.bf16 is None or said.get("bf16") != "auto":
-        return dict(said)
+    if saved is None or saved.choices.bf16 is None or given.get("bf16") != "auto":
+        return dict(given)
     logger.info("bf16: auto -> %s, as when the run began.", str(saved.choices.bf16).lower())
-    return {**said, "bf16": saved.choices.bf16}
+    return {**given, "bf16": saved.choices.bf16}
 
 
 def at_saved_commit(base: ModelArguments, saved: RunOrigin | None) -> ModelArguments:
