@@ -62,7 +62,7 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
         head="tied",
         block_count=structure.block_count,
         parameters=parameters,
-        ties=tuple(tuple(pair) for pair in structure.ties),
+        ties=tuple((name, other) for name, other in structure.ties),
         phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first.block),),
         adapter=Adapter(rank, alpha, tuple(chosen), seed),
     )

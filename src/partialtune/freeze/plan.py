@@ -243,7 +243,7 @@ def plan_freeze(
         head="untied" if unties else "tied",
         block_count=structure.block_count,
         parameters=parameters,
-        ties=tuple(tuple(pair) for pair in structure.ties),
+        ties=tuple((name, other) for name, other in structure.ties),
         phases=_phases(structure, parameters),
     )
 

@@ -207,7 +207,7 @@ def dtypes_in(folder: Path) -> dict[str, str]:
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
         files = [folder / name for name in sorted(names)]
-    found = {}
+    found: dict[str, Any] = {}
     for file in files:
         with safe_open(file, framework="pt", backend="pread") as opened:
             found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118

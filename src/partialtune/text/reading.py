@@ -198,7 +198,7 @@ def _prepare(raw: RawText, cleaning: str) -> _Prepared:
     damage = Damage()
     for _ in damage.watched(decoded_pieces(raw.chunks(), encoding.name)):
         pass
-    facts = {"encoding": encoding.name, "encoding_from": encoding.origin}
+    facts: dict[str, Any] = {"encoding": encoding.name, "encoding_from": encoding.origin}
     facts |= {"damaged": damage.count, "first_damage": damage.first}
 
     def pieces() -> Iterator[str]:

@@ -51,7 +51,7 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
     """
     with _as("BASE"):
         before = _open(*checkpoint_folder(base))
-    other_adapters = ()
+    other_adapters: tuple[str, ...] = ()
     with _as("ADAPTED"):
         folder, name = checkpoint_folder(adapted)
         adapters = open_adapters(folder, name, before) if holds_adapters(folder) else None
