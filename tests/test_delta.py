@@ -15,7 +15,7 @@ import partialtune
 from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.delta.checkpoint import Base, read_delta, write_delta
+from partialtune.delta_checkpoint import Base, read_delta, write_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze

@@ -20,7 +20,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import load_adapters, plan_lora, save_adapters
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.table import plan_table
+from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.published_files import check_finished, files_to_send
 from partialtune.model.digests import digests
 from partialtune.model.parameters import named_weights

@@ -11,7 +11,7 @@ from chromium import Page, needs_chromium
 from partialtune.metrics import METRICS
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.findings import verdict
-from partialtune.pages.html_text import flowing, visible
+from partialtune.pages.html import flowing, visible
 from partialtune.pages.report import write_report
 from partialtune.pages.run_files import read_run
 from partialtune.words import count, percent, significant

@@ -75,6 +75,21 @@ def is_ours(error: BaseException) -> bool:
     return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
 
 
+def in_one_line(error: BaseException | str, longest: int = 200, first_line: bool = False) -> str:
+    """What a library says, in one line: cut between words, or its class where an error has no message.
+
+    in_one_line(KeyError("layers")) -> "'layers'"; in_one_line(AssertionError()) -> "AssertionError"
+
+    Args:
+        error: What was raised, or a text.
+        longest: Characters, at most.
+        first_line: Whether the lines after the first are left out: PyTorch puts the frames of its C++ stack there.
+    """
+    lines = str(error).splitlines()[:1] if first_line else str(error).split()
+    text = " ".join(lines) or type(error).__name__
+    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
+
+
 # what a disk, a network file system or its owner can do to us: no bug, and no traceback
 DISK_FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),

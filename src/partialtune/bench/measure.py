@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from partialtune.bench.variants import plan_of, runnable
-from partialtune.cost.utilisation import needed_products, utilisation
+from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.errors import PartialtuneError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.schedules import in_places
-from partialtune.model.loading import check_fit, empty_model, load_config
+from partialtune.freeze.recipe_plan import plan_before_text
+from partialtune.model.loading import empty_model, load_config
+from partialtune.model.model_checks import check_fit
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
@@ -118,15 +118,14 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
     Raises:
         InputError: If the model cannot be had, is too short for the windows, or a selector is wrong.
     """
-    base, freeze = recipe.model, recipe.freeze
+    base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
     model = empty_model(config, base.trust_remote_code)
-    schedule = in_places(freeze.schedule) if freeze.schedule else ()
-    return model, last_phase(plan_of_recipe(model, freeze, schedule))
+    return model, last_phase(plan_before_text(model, recipe.freeze))
 
 
 def last_phase(plan: FreezePlan) -> FreezePlan:
     """The plan in which all that any phase trains does so from the first step on."""
     parameters = tuple(replace(p, from_step=0) if p.trainable else p for p in plan.parameters)
-    return replace(plan, parameters=parameters, phases=(replace(plan.phases[-1], from_step=0),))
+    return replace(plan, parameters=parameters, phases=(replace(plan.phases[-1], from_step=0, from_epoch=None),))

@@ -80,10 +80,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.cost.forecast import forecast, forecast_table
-        from partialtune.freeze.methods import plan_before_text
-        from partialtune.freeze.table import plan_table
-        from partialtune.model.dropout import stop_layer_drop
+        from partialtune.freeze.plan_table import plan_table
+        from partialtune.freeze.recipe_plan import plan_before_text
         from partialtune.model.loading import empty_model, load_config, quiet_libraries
+        from partialtune.model.train_mode import stop_layer_drop
         from partialtune.recipe.reading import read_recipe
 
     quiet_libraries()

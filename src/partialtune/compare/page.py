@@ -7,8 +7,7 @@ from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
 from partialtune.metrics import HEADLINE
 from partialtune.pages.findings import Finding
-from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script
-from partialtune.pages.report import yaml_words
+from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script, yaml_words
 from partialtune.pages.run_files import as_list
 from partialtune.words import change, count, counted, joined, percent, significant
 

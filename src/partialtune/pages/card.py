@@ -14,10 +14,9 @@ from partialtune.metrics import IN_CARD_METADATA, METRICS
 from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.html import page_environment
 from partialtune.pages.run_files import RunFiles, read_run
-from partialtune.pages.templating import page_environment
 from partialtune.run_folder import is_delta
-from partialtune.words import count, percent, significant
 
 UNNAMED = "NAMESPACE/NAME"  # stands for the repository of a run that was not pushed anywhere yet
 TAGS = ["partialtune", "partial-fine-tuning", "layer-freezing"]
@@ -54,9 +53,8 @@ def name_repository(run: Path, repo_id: str) -> None:
 def render_card(run: RunFiles) -> str:
     """The card as text: YAML between dashes, then Markdown."""
     escapes = {"plain": plain, "code": code, "cell": cell_code}  # Markdown: every value goes through one of these
-    numbers = {"count": count, "significant": significant, "percent": percent}
     return (
-        page_environment(autoescape=False, **escapes, **numbers)
+        page_environment(autoescape=False, **escapes)
         .get_template("card.md.j2")
         .render(
             metadata=metadata(run).to_yaml(),

@@ -12,7 +12,7 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.model.conformance import next_token_loss
 from partialtune.model.parameters import named_weights
 from partialtune.progress import progress_bar
-from partialtune.proof.snapshots import l2_norm
+from partialtune.proof.distances import l2_norm
 from partialtune.training.batches import collate_windows
 
 

@@ -15,12 +15,12 @@ from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
-from partialtune.freeze.table import columns
+from partialtune.freeze.plan_table import columns
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
-from partialtune.model.files import check_finite
 from partialtune.model.layout import COMPONENTS
-from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
+from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.reading import Recipe
 from partialtune.training.run_data import prepare_data

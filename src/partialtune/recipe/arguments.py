@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from partialtune.grammar.values import Bound, allowed, at_least
+from partialtune.text.sources import SOURCE_HELP
 
 DEFAULT_PROMPTS = ("Once upon a time", "The first thing to know is", "It was a great surprise to")
 
@@ -56,8 +57,7 @@ class TextArguments:
 
     text: list[str] = field(
         metadata={
-            "help": "Training text, one or more of: http(s) URL, path, glob (sorted), builtin:python-docs (the "
-            "reference text in every CPython), hf:DATASET[:CONFIG[:SPLIT]].",
+            "help": f"Training text, one or more of: {SOURCE_HELP}.",
             "bound": SOURCES,
         }
     )

@@ -28,10 +28,11 @@ from partialtune.recipe.key_rules import (
 )
 from partialtune.recipe.parsing import Entry, Problem, Words, word_value
 from partialtune.recipe.trainer_checks import training_problems
+from partialtune.text.sources import SOURCE_FORMS
 
 REQUIRED = {
     "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
-    "text": "Give an http(s) URL, a path, a glob, builtin:python-docs or hf:DATASET",
+    "text": f"Give {SOURCE_FORMS}",
     "trainable": "Give selectors, such as ['blocks[-2:]', final_norm], or say method: full",
     "output_dir": "Give a folder that does not exist yet, such as outputs/first",
 }

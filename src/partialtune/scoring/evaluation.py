@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from partialtune.metrics import METRICS, WINDOW_SUMS
-from partialtune.model.modes import evaluating
+from partialtune.model.train_mode import evaluating
 from partialtune.progress import progress_bar
 from partialtune.text.windows import chunked_windows
 

@@ -23,7 +23,7 @@ import transformers
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.cache import stored
+from partialtune.cache import cached_by_content
 from partialtune.progress import progress_bar
 from partialtune.text.stored_text import StoredText
 
@@ -126,7 +126,7 @@ def token_ids_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokeniz
             return {"lengths": [_write_tokens(token_pieces(text, tokenizer, words), file) for text in texts]}
 
     made_of = {"texts": [_identity(text) for text in texts], "tokenizer": tokenizer_fingerprint(tokenizer)}
-    entry = stored("tokens", ".bin", made_of, build)
+    entry = cached_by_content("tokens", ".bin", made_of, build)
     if not sum(entry.facts["lengths"]):  # a text of a few characters, all held out; an empty file cannot be mapped
         return [np.empty(0, dtype=np.int32) for _ in texts]
     ids = np.memmap(entry.path, dtype="<i4", mode="r")

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from partialtune.cost.utilisation import needed_products, utilisation
-from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.cost.forecast import needed_products, utilisation
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.distributed import decided_by_main, done_together, main_process_only
 from partialtune.errors import FreezeViolation
 from partialtune.files import move_all

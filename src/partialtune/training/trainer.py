@@ -21,7 +21,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
 from partialtune.errors import RecipeError, TrainingDiverged
-from partialtune.fast.paths import FastPaths
+from partialtune.fast.fast_paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
@@ -31,7 +31,7 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.saved_files import saved_differences
-from partialtune.proof.stopwatch import Stopwatch
+from partialtune.proof.snapshot import Stopwatch
 from partialtune.training.batches import numbered
 from partialtune.training.checkpoints import (
     ASIDE,
@@ -210,7 +210,8 @@ class PartialTrainer(Trainer):
         loss = output.metrics.get(f"{metric_key_prefix}_loss")
         if metric is not None and metric.key != "loss" and loss is not None:
             value = value_of_loss(metric, loss, self.tokens_per_byte)
-            output.metrics |= {} if value is None else {f"{metric_key_prefix}_{metric.key}": value}
+            if value is not None:
+                output.metrics[f"{metric_key_prefix}_{metric.key}"] = value
         return output
 
     def _run_epoch(self, **kwargs) -> None:

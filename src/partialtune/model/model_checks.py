@@ -1,6 +1,7 @@
-"""Is it a whole model, in weights that can be trained? Asked of its files before loading, and of what was loaded.
+"""Is it a whole model, in weights that can be trained, and does it fit the run? Asked before loading and afterwards.
 
-In: a name, folder, config, loading report or model. Out: nothing, or a ModelError that says the reason and the way out.
+In:  a name, folder, config, loading report or model; the run's block size and token ids.
+Out: nothing, or a ModelError that says the reason and the way out.
 """
 
 import json
@@ -218,3 +219,43 @@ def context_of(config: PretrainedConfig) -> int | None:
     """Tokens that the model takes at once; None where its config sets no limit (missing, 0, or XLNet's -1)."""
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return context if context and context > 0 else None
+
+
+def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: int) -> None:
+    """Stop where the windows are longer than the model's context; warn where the tokenizer has more tokens than it.
+
+    Tokens that were added to a tokenizer and are never used need no place in the model: `check_ids` sees which are.
+
+    Raises:
+        ModelError: If the windows are too long.
+    """
+    text_config = config.get_text_config()
+    context = context_of(config)
+    if context and block_size > context:
+        raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
+    if vocabulary > text_config.vocab_size:
+        logger.warning(
+            "%s: its tokenizer has %s tokens, its model %s. The model does not know the others; no text may use them.",
+            *(name, f"{vocabulary:,}", f"{text_config.vocab_size:,}"),
+        )
+
+
+def check_ids(name: str, config: PretrainedConfig, largest: Mapping[str, int]) -> None:
+    """Stop where a text holds a token that the model has no place for, whatever the counts of tokens are.
+
+    Args:
+        name: The model.
+        config: Its configuration.
+        largest: Text -> the largest of its token ids.
+
+    Raises:
+        ModelError: Names the text.
+    """
+    size = config.get_text_config().vocab_size
+    for text, token_id in largest.items():
+        if token_id >= size:
+            raise ModelError(
+                f"{name}: {text} has a token with the id {token_id:,}, and the model's ids are 0 to {size - 1:,}. "
+                f"Tokenizer and model do not belong together; or tokens were added to the tokenizer and not to the "
+                f"model (model.resize_token_embeddings(len(tokenizer)), then save both)."
+            )

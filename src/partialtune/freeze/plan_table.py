@@ -1,6 +1,6 @@
 """A freeze plan in words and columns, for the terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from partialtune.freeze.plan import FreezePlan
 
@@ -84,21 +84,9 @@ def _tie_and_fixed_lines(plan: FreezePlan) -> list[str]:
 
 
 def _backward_line(plan: FreezePlan) -> str:
-    passed = blocks_passed(plan)
-    frozen = frozen_blocks(plan, passed)
-    held = f", {len(frozen)} of them frozen" if frozen else ""
-    return f"backward reaches {plan.backward_from} and runs through {len(passed)} of {plan.block_count} blocks{held}"
-
-
-def blocks_passed(plan: FreezePlan) -> range:
-    """The blocks that backward runs through on its way to the first trainable parameter."""
-    return range(plan.phases[-1].first_block, plan.block_count)
-
-
-def frozen_blocks(plan: FreezePlan, blocks: Iterable[int]) -> list[int]:
-    """Those of `blocks` that hold nothing that trains."""
-    trained = {parameter.block for parameter in plan.parameters if parameter.trainable}
-    return [block for block in blocks if block not in trained]
+    passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
+    held = f", {frozen} of them frozen" if frozen else ""
+    return f"backward reaches {plan.backward_from} and runs through {passed} of {plan.block_count} blocks{held}"
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
