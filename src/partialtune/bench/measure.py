@@ -49,7 +49,7 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
         recipe = runnable(values, steps, folder)
         args = training_arguments(recipe.training)
         one_device_a_process(args)
-        empty, plan = plan_of(recipe)
+        empty, plan = plan_of(recipe)  # on the meta device: counts arithmetic without holding weights
         trainer = trained(recipe, plan, random_model(empty, recipe).to(args.device), args)
         return result_of(trainer, empty, recipe.text.block_size)
 

@@ -144,10 +144,12 @@ def _ordered(
         if place is not None and not parameter.fixed:  # no selector adds it
             members.setdefault(place, []).append(parameter)
     entries = [_ranked(probe, *place, parameters) for place, parameters in members.items()]
+    # Ratios are 0 or more: what has none, since all its weights are 0, comes last.
     return tuple(sorted(entries, key=lambda entry: -1 if entry.ratio is None else entry.ratio, reverse=True))
 
 
 def _ranked(probe: Probe, block: int | None, component: str | None, parameters: Sequence[PlannedParameter]) -> Ranked:
+    # The norm of a part is the root of the summed squares of its tensors' norms.
     gradient = math.hypot(*(probe.gradient_norms[parameter.name] for parameter in parameters))
     weights = math.hypot(*(probe.weight_norms[parameter.name] for parameter in parameters))
     return Ranked(
