@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from partialtune.bench import bench as command
-from partialtune.bench import run
+from partialtune.bench.bench import run_variant, run_variants
 from partialtune.bench.figure import bench_figure, seconds_by_part
 from partialtune.bench.measure import measure
-from partialtune.bench.run import run_variant, run_variants
 from partialtune.bench.table import bench_json, bench_table, with_ratios
 from partialtune.bench.variants import FULL, Variant, last_phase, read_variants
 from partialtune.cli import main
@@ -124,7 +123,7 @@ def test_words_of_the_command_line_hold_for_every_recipe(recipe):
     ],
 )
 def test_a_wrong_recipe_stops_the_bench_before_any_is_measured(recipe, monkeypatch, changes, message):
-    monkeypatch.setattr(run, "run_variant", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "run_variant", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError) as caught:
         command.bench([recipe("a.yaml"), recipe("wrong.yaml", **changes)], [], steps=2, outputs=[])
     assert message in str(caught.value)
@@ -188,7 +187,7 @@ def test_a_process_that_ends_early_is_an_entry_and_not_the_end_of_the_bench(monk
 
 
 def test_where_nothing_ran_the_reasons_are_the_error(monkeypatch):
-    monkeypatch.setattr(run, "run_variant", lambda *_: {"error": "out of memory"})
+    monkeypatch.setattr(command, "run_variant", lambda *_: {"error": "out of memory"})
     with pytest.raises(InputError, match=r"a\.yaml: out of memory\nmethod: full: out of memory"):
         run_variants([Variant("a.yaml", 1, {}), Variant(FULL, 1, {})], steps=2)
 
@@ -241,7 +240,7 @@ def test_the_figure_is_a_png_also_with_what_did_not_run():
 
 
 def test_the_command_writes_what_was_asked_for_and_prints_json_alone(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "run_variant", lambda variant, steps: measure(variant.values, steps))
+    monkeypatch.setattr(command, "run_variant", lambda variant, steps: measure(variant.values, steps))
     monkeypatch.chdir(tmp_path)
     path, figure, data = recipe(), tmp_path / "bench.png", tmp_path / "bench.json"
     capsys.readouterr()
@@ -272,6 +271,6 @@ def test_each_variant_is_measured_in_a_process_of_its_own(recipe):
     ],
 )
 def test_bad_words_are_refused_before_anything_is_measured(recipe, monkeypatch, capsys, words, message):
-    monkeypatch.setattr(run, "run_variant", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "run_variant", lambda *_: pytest.fail("measured"))
     assert main(["bench", recipe(), *words]) == 2
     assert message in capsys.readouterr().err

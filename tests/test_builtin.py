@@ -16,7 +16,7 @@ from partialtune.builtin import builtin_folder
 from partialtune.errors import ModelError, TextError
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.cleaning import clean_gutenberg
-from partialtune.text.windows import tokenize_text
+from partialtune.text.tokenizing import tokenize_text
 
 FOLDER = builtin_folder("builtin:lilliput")
 

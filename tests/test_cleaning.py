@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from partialtune.text.cleaning import clean_gutenberg, is_gutenberg
+from partialtune.text.cleaning import clean_gutenberg
+from partialtune.text.gutenberg import is_gutenberg
 
 FIRST = "The first sentence of this book must survive, whatever stood before it in the file."
 LAST = "And this is its last sentence, which must survive whatever comes after it."

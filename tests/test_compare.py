@@ -29,7 +29,7 @@ from partialtune.compare.policies import changed_words, read_policies, value_wor
 from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate
 from partialtune.compare.results import Spread, grouped, read_outcome, unique_names
 from partialtune.errors import InputError, Interrupted, RecipeError
-from partialtune.pages.themes import LIGHT
+from partialtune.pages.figure_style import LIGHT
 from partialtune.run_folder import locked
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder

@@ -15,7 +15,8 @@ from partialtune.errors import ModelError
 from partialtune.model.conformance import check_conformance, next_token_loss, probe_windows
 from partialtune.model.digests import digests
 from partialtune.scoring.evaluation import score_text, scored_text
-from partialtune.text.windows import split_text, tokenize_text
+from partialtune.text.tokenizing import tokenize_text
+from partialtune.text.windows import split_text
 from tiny_models import tiny_config
 from trials import Trial
 

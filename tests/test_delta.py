@@ -15,11 +15,11 @@ import partialtune
 from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.delta.checkpoint import Base, read_delta, write_delta
+from partialtune.delta_checkpoint import Base, read_delta, write_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.hub.files import check_finished, files_to_send
+from partialtune.hub.published_files import check_finished, files_to_send
 from partialtune.model.digests import digests
 from partialtune.model.loading import load_config, load_model
 from test_modeling import rename_to_hub

@@ -16,9 +16,8 @@ from email.utils import format_datetime
 import pytest
 
 from partialtune.errors import TextError
-from partialtune.net.download import cache_folder, fetch
-from partialtune.net.transfer import Limits
-from partialtune.text.sources import read_texts
+from partialtune.net.download import Limits, cache_folder, fetch
+from partialtune.text.reading import read_texts
 
 TEXT = ("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400).encode()
 QUICK = Limits(connect_seconds=2, read_seconds=0.3, tries=2, first_wait_seconds=0.01, longest_wait_seconds=1)
@@ -113,7 +112,7 @@ def test_a_second_fetch_needs_no_network(server, tmp_path):
 def test_a_cache_that_cannot_be_written_still_gives_what_it_holds(server, tmp_path, monkeypatch):
     url = server.serve("/book.txt", TEXT)
     first = fetch(url, tmp_path, QUICK)
-    monkeypatch.setattr("partialtune.net.download._lock", lambda *_: pytest.fail("a lock file was written"))
+    monkeypatch.setattr("partialtune.cache.lock", lambda *_: pytest.fail("a lock file was written"))
     assert fetch(url, tmp_path, QUICK) == first
 
 
@@ -486,7 +485,7 @@ def test_an_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     url = server.serve("/book.txt", TEXT)
-    monkeypatch.setattr("partialtune.net.download.os.fsync", interrupt)
+    monkeypatch.setattr("partialtune.cache.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch(url, tmp_path, QUICK)
     assert cached_files(tmp_path) == []

@@ -29,13 +29,13 @@ from partialtune.compare.children import run_child
 from partialtune.compare.results import read_outcome
 from partialtune.errors import InputError, RecipeError, TextError
 from partialtune.hub import push
-from partialtune.hub.files import check_finished
+from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.run_folder import Standing, locked, write_exit
-from partialtune.text.raw import raw_text
-from partialtune.text.sources import check_kept
+from partialtune.text.reading import check_texts_unchanged
+from partialtune.text.sources import raw_text
 from partialtune.train import results
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
@@ -150,11 +150,11 @@ def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
     digest = hashlib.sha256(b"one").hexdigest()
     kept = {str(tmp_path / "a.txt"): digest, "https://host.invalid/b.txt": "0"}
     sources = [str(tmp_path / "*.txt"), "https://host.invalid/b.txt", "hf:nobody/nothing"]
-    assert check_kept(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
-    assert check_kept({}, sources, tmp_path) == ["its texts"]
+    assert check_texts_unchanged(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
+    assert check_texts_unchanged({}, sources, tmp_path) == ["its texts"]
     (tmp_path / "c.txt").write_text("a third")
     with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
-        check_kept(kept, sources, tmp_path)
+        check_texts_unchanged(kept, sources, tmp_path)
 
 
 def test_a_finished_run_on_a_file_with_columns_is_compared_by_its_column(tmp_path):
@@ -162,10 +162,10 @@ def test_a_finished_run_on_a_file_with_columns_is_compared_by_its_column(tmp_pat
     file.write_text('{"body": "one"}\n')
     raw = b"".join(raw_text(str(file), "body").chunks())
     kept = {str(file): hashlib.sha256(raw).hexdigest()}
-    assert check_kept(kept, [str(file)], tmp_path, "body") == []
+    assert check_texts_unchanged(kept, [str(file)], tmp_path, "body") == []
     file.write_text('{"body": "another"}\n')
     with pytest.raises(TextError, match=r"rows\.jsonl: sha256"):
-        check_kept(kept, [str(file)], tmp_path, "body")
+        check_texts_unchanged(kept, [str(file)], tmp_path, "body")
 
 
 def test_a_base_that_changed_in_its_place_stops_the_run_that_goes_on_and_leaves_it_as_it_was(place, capfd):

@@ -13,17 +13,13 @@ import pytest
 from PIL import Image
 
 from partialtune.errors import InputError
-from partialtune.pages.curve_figure import learning_curves
-from partialtune.pages.delta_lines import by_component, delta_series
-from partialtune.pages.end_labels import spread
+from partialtune.pages.figure_style import WIDTH, spread
 from partialtune.pages.figures import KINDS, describe_figures, draw_figures, render_figure
-from partialtune.pages.heatmap_layout import heatmap_cells, lay_out
-from partialtune.pages.heatmap_series import MOST_PANELS, chosen_steps, fitted
-from partialtune.pages.loss_figure import held_out_losses, running_mean
-from partialtune.pages.rank_figure import ranks_by_kind
+from partialtune.pages.heatmap import MOST_PANELS, chosen_steps, fitted
+from partialtune.pages.heatmap_cells import heatmap_cells, lay_out
+from partialtune.pages.insight_figures import ranks_by_kind, widest_shift
 from partialtune.pages.run_files import read_deltas, read_run
-from partialtune.pages.shift_figure import widest_shift
-from partialtune.pages.themes import WIDTH
+from partialtune.pages.step_figures import by_component, delta_series, held_out_losses, learning_curves, running_mean
 from run_folder import write_run_folder
 
 ALWAYS = ["loss.png", "deltas_heatmap.png", "deltas_over_steps.png"]

@@ -23,7 +23,7 @@ from faulty_http import Fault
 from hub_server import Account, Blob, HubServer
 from partialtune.builtin import builtin_folder
 from partialtune.errors import InputError
-from partialtune.hub.files import check_finished, files_to_send, gap_between
+from partialtune.hub.published_files import check_finished, files_to_send, gap_between
 from partialtune.pages.card import UNNAMED
 from run_folder import write_run_folder
 

@@ -18,20 +18,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import REPOSITORY
 from partialtune.builtin import builtin_folder
+from partialtune.cache import LIFETIME_DAYS, cached_by_content
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
-from partialtune.text import prepared, raw, sources, store, streams, windows, words
-from partialtune.text.cleaning import clean_gutenberg
-from partialtune.text.decoding import choose_encoding, decode_text, decoded_pieces
-from partialtune.text.sources import read_texts
-from partialtune.text.store import stored
-from partialtune.text.streams import Ends, StoredText, clean_gutenberg_pieces, unified_pieces, write_pieces
-from partialtune.text.windows import split_text, tokenize_text
-from partialtune.text.words import WordTokens, word_pattern
+from partialtune.text import cleaning, reading, sources, stored_text, tokenizing
+from partialtune.text.cleaning import Ends, clean_gutenberg, clean_gutenberg_pieces, unified_pieces
+from partialtune.text.decoding import choose_encoding, decoded_pieces
+from partialtune.text.gutenberg import unify_lines
+from partialtune.text.reading import read_texts
+from partialtune.text.stored_text import StoredText, write_pieces
+from partialtune.text.tokenizing import WordTokens, tokenize_text, word_pattern
+from partialtune.text.windows import split_text
 from partialtune.training import run_data as data
 from partialtune.training.run_data import prepare_data
+from test_decoding import decode_text
 
-LLAMA_3_PATTERN = words._LLAMA_3
+LLAMA_3_PATTERN = tokenizing._LLAMA_3
 WRAPPED = (
     "It was the best of times, it was the worst of times, it was the age of\r\n"
     "wisdom, it was the age of foolishness -- “naïve”, œuvres; {x} and_so_on!\r\n"
@@ -50,9 +52,10 @@ BOOK = (
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and chunks and pieces so small that every text has many."""
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(raw, "CHUNK_BYTES", 10_001)
-    monkeypatch.setattr(streams, "PIECE_CHARACTERS", 7_001)
-    monkeypatch.setattr(windows, "PIECE_CHARACTERS", 5_003)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 10_001)
+    monkeypatch.setattr(cleaning, "PIECE_CHARACTERS", 7_001)
+    monkeypatch.setattr(stored_text, "PIECE_CHARACTERS", 7_001)
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 5_003)
     return tmp_path / "cache" / "prepared"
 
 
@@ -142,7 +145,7 @@ def test_lines_are_unified_where_pieces_are_cut_between_carriage_return_and_line
     for whole in ("a\r\r\nb\r\nc\rd \t\r\n", "a\r", "a\r\r", "\r\f\n", "\ufeffa\n\ufeffb\n", "\r\r\rx"):
         for size in (1, 2, 3):
             pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
-            assert "".join(unified_pieces(pieces)) == streams.unify_lines(whole), (whole, size)
+            assert "".join(unified_pieces(pieces)) == unify_lines(whole), (whole, size)
 
 
 def test_the_ends_of_a_text_are_its_first_and_last_characters():
@@ -205,7 +208,7 @@ def test_a_datasets_rows_are_streamed(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(raw, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 7)
     (tmp_path / "rows").mkdir()
     rows = [json.dumps({"text": f"row {number} of it"}) for number in range(100)]
     (tmp_path / "rows" / "train.jsonl").write_text("\n".join(rows))
@@ -289,7 +292,7 @@ def test_tokens_by_words_are_those_of_the_whole_text(tokenizer, kind):
 
 
 def test_rare_words_are_forgotten_and_learnt_again(tokenizer, monkeypatch):
-    monkeypatch.setattr(words, "MOST_WORDS", 6)
+    monkeypatch.setattr(tokenizing, "MOST_WORDS", 6)
     by_words = WordTokens(tokenizer)
     rng = random.Random(5)
     for _ in range(50):
@@ -301,9 +304,9 @@ def test_rare_words_are_forgotten_and_learnt_again(tokenizer, monkeypatch):
 
 def test_many_texts_share_what_is_known_of_the_tokenizer(tokenizer, monkeypatch):
     looked_at = []
-    monkeypatch.setattr(words, "word_pattern", lambda tokenizer: looked_at.append(1) or word_pattern(tokenizer))
+    monkeypatch.setattr(tokenizing, "word_pattern", lambda tokenizer: looked_at.append(1) or word_pattern(tokenizer))
     texts = [f"{WRAPPED} {number}" for number in range(30)]
-    ids = prepared.token_ids_of(texts, tokenizer)
+    ids = tokenizing.token_ids_of(texts, tokenizer)
     assert [one.tolist() for one in ids] == tokenizer(texts)["input_ids"]
     assert len(looked_at) == 1
 
@@ -400,7 +403,7 @@ def test_a_second_run_makes_nothing_again(book, tokenizer, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("made again")
 
-    for module, name in ((sources, "_prepare"), (prepared, "token_pieces"), (data, "chunked_windows")):
+    for module, name in ((reading, "_prepare"), (tokenizing, "token_pieces"), (data, "chunked_windows")):
         monkeypatch.setattr(module, name, refuse)
     second = prepare(book, tokenizer)
     assert second.sources == first.sources
@@ -478,14 +481,14 @@ def test_a_damaged_entry_is_rebuilt_with_a_message(short, tokenizer, cache, capl
 
 
 def test_an_entry_whose_time_alone_changed_is_kept(cache):
-    first = stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
+    first = cached_by_content("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
     first.path.touch()
-    assert stored("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
+    assert cached_by_content("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
 
 
 def test_an_entry_that_another_user_may_have_written_is_read_whole_and_links_are_not_followed(cache, monkeypatch):
     def again():
-        return stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
+        return cached_by_content("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
 
     first = again()
     times = first.path.stat()
@@ -506,13 +509,13 @@ def test_an_entry_that_another_user_may_have_written_is_read_whole_and_links_are
 
 def test_an_entry_that_no_run_used_for_a_month_goes_when_another_is_made(cache):
     def entry(name):
-        return stored("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})
+        return cached_by_content("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})
 
     kept, dropped = entry("kept"), entry("dropped")
     left_behind = dropped.path.with_name("killed.part")
     left_behind.write_bytes(b"half")
     for path in (*(one.path.with_suffix(".json") for one in (kept, dropped)), left_behind):
-        os.utime(path, times=(0, time.time() - (store.LIFETIME_DAYS + 1) * 86400))
+        os.utime(path, times=(0, time.time() - (LIFETIME_DAYS + 1) * 86400))
     assert entry("kept") == kept  # used: its month begins again
     another = entry("another")
     here = {file.name for file in (cache / "texts").iterdir() if file.suffix != ".lock"}
@@ -525,7 +528,7 @@ def test_a_build_that_fails_leaves_nothing(cache):
         raise TextError("no")
 
     with pytest.raises(TextError, match=r"^no$"):
-        stored("texts", ".txt", {}, build)
+        cached_by_content("texts", ".txt", {}, build)
     assert [path.suffix for path in (cache / "texts").iterdir()] == [".lock"]
 
 
@@ -538,7 +541,9 @@ def test_two_that_want_the_same_build_it_once(cache):
         path.write_bytes(b"x")
         return {}
 
-    threads = [threading.Thread(target=lambda: results.append(stored("texts", ".txt", {}, build))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(cached_by_content("texts", ".txt", {}, build))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -560,15 +565,15 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "import sys, torch.distributed as dist\n"
         "from accelerate import PartialState\n"
         "from transformers import AutoTokenizer\n"
-        "from partialtune.text import prepared\n"
+        "from partialtune.text import tokenizing\n"
         "from partialtune.recipe.arguments import TextArguments\n"
         "from partialtune.builtin import builtin_folder\n"
         "from partialtune.training.run_data import prepare_data\n"
         "from partialtune.training.launch import first_on_each_node\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
-        "made, make = [], prepared.token_pieces\n"
-        "prepared.token_pieces = lambda *arguments: made.append(1) or make(*arguments)\n"
+        "made, make = [], tokenizing.token_pieces\n"
+        "tokenizing.token_pieces = lambda *arguments: made.append(1) or make(*arguments)\n"
         "tokenizer = AutoTokenizer.from_pretrained(builtin_folder('builtin:lilliput'))\n"
         "arguments = TextArguments(text=[sys.argv[1]], block_size=32)\n"
         "data = first_on_each_node(lambda: prepare_data(arguments, {}, tokenizer, 0, 0))\n"

@@ -13,8 +13,8 @@ import torch
 
 from conftest import REPOSITORY
 from partialtune.cli import main
-from partialtune.environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.errors import InputError
+from partialtune.launcher_environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.training.launch import check_precision, check_processes, one_device_a_process, use_all_cores
 
 CONFIG = REPOSITORY / "accelerate_config.yaml"

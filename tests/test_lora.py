@@ -17,12 +17,11 @@ from partialtune.cli import main
 from partialtune.cost.advice import advise
 from partialtune.cost.dry_step import dry_step
 from partialtune.errors import RecipeError
-from partialtune.freeze import lora
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import load_adapters, plan_lora, save_adapters
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.table import plan_table
-from partialtune.hub.files import check_finished, files_to_send
+from partialtune.freeze.plan_table import plan_table
+from partialtune.hub.published_files import check_finished, files_to_send
 from partialtune.model.digests import digests
 from partialtune.model.parameters import named_weights
 from test_forecast import counted_in_a_real_step, small_gpt2, small_llama
@@ -128,7 +127,7 @@ def test_advice_is_about_adapters_where_adapters_train():
 
 
 def test_without_peft_the_recipe_says_what_to_install(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr("partialtune.recipe.checks.find_spec", lambda name: None)
     assert main(["train", recipe]) == 2
     assert "pip install 'partialtune[lora]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

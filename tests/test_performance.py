@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerCallback
 
 from conftest import some_windows, tiny_gpt2
-from partialtune.cost.utilisation import needed_products, utilisation
+from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.training import performance as performance_module

@@ -19,7 +19,7 @@ from cluster import small_recipe
 from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import RecipeError
-from partialtune.fast.prefix import PrefixCache, modules_before_blocks, try_prefix
+from partialtune.fast.prefix import PrefixCache, modules_before_blocks
 from partialtune.fast.prefix_choice import (
     PrefixPhase,
     Tried,
@@ -27,11 +27,12 @@ from partialtune.fast.prefix_choice import (
     choose_prefix,
     lengths_to_try,
     prefix_words,
+    try_prefix,
     try_prefixes,
 )
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.model.dropout import set_dropout
+from partialtune.model.train_mode import set_dropout
 from partialtune.training.batches import collate_windows
 from partialtune.training.trainer import PartialTrainer
 from test_no_logits import IDS, build

@@ -545,7 +545,7 @@ def test_what_changes_the_training_makes_another_run(first, second, keys):
 
 
 def test_every_rule_is_about_a_field_that_trainingarguments_has():
-    from partialtune.recipe.rules import (
+    from partialtune.recipe.key_rules import (
         ALIASES,
         FORMER_NAMES,
         OTHER_DEFAULTS,
@@ -564,7 +564,7 @@ def test_every_rule_is_about_a_field_that_trainingarguments_has():
 
 
 def test_every_default_of_trainingarguments_passes_the_checks(recipe_file):
-    from partialtune.recipe.rules import ALIASES, REFUSED, training_defaults
+    from partialtune.recipe.key_rules import ALIASES, REFUSED, training_defaults
 
     own = {*REFUSED, *ALIASES, "output_dir", "max_steps", "eval_steps"}
     defaults = {key: value for key, value in training_defaults().items() if key not in own}

@@ -8,11 +8,12 @@ import time
 import pytest
 
 from chromium import Page, needs_chromium
+from partialtune.metrics import METRICS
 from partialtune.pages.figures import describe_figures
-from partialtune.pages.html_text import flowing, visible
+from partialtune.pages.findings import verdict
+from partialtune.pages.html import flowing, visible
 from partialtune.pages.report import write_report
 from partialtune.pages.run_files import read_run
-from partialtune.pages.wording import score, verdict
 from partialtune.words import count, percent, significant
 from run_folder import write_run_folder
 
@@ -202,8 +203,8 @@ def test_numbers_are_written_for_people():
     assert [significant(value) for value in (0.119312, 12345.6, 3.21e-7, 0.0, -1.5)] == [
         "0.1193", "12,346", "3.210 × 10⁻⁷", "0", "−1.500",
     ]  # fmt: skip
-    assert score("loss", 5.3849) == "5.385"
-    assert score("next_token_accuracy", 0.3123) == "31.2%"
+    assert METRICS["loss"].words(5.3849) == "5.385"
+    assert METRICS["next_token_accuracy"].words(0.3123) == "31.2%"
 
 
 def test_a_trainable_part_that_was_not_in_the_optimizer_is_a_bad_finding(tmp_path, without_images):

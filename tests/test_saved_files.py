@@ -71,9 +71,9 @@ WAYS = {
 LAUNCHES = {"cpu_two_processes.yaml": "DDP", "ddp.yaml": "DDP", "multi_node.yaml": "DDP", "fsdp2.yaml": "FSDP2"}
 # Whatever in the package writes weights: where -> which ways of saving pass it.
 WRITERS = {
-    "results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
-    "delta/checkpoint.py": "save_file",  # deltas
-    "delta/rebuild.py": "model.save_pretrained",  # apply
+    "train/results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
+    "delta_checkpoint.py": "save_file",  # deltas
+    "rebuild.py": "model.save_pretrained",  # apply
     "freeze/lora.py": "save_file",  # adapters
     "training/trainer.py": "super(PartialTrainer, self).save_model",  # Trainer's own way, of checkpoints and results.py
     "builtin/model_folder.py": "model.to(kind).save_pretrained",  # how the bundled model was made, no run

@@ -26,11 +26,10 @@ from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.schedules import in_steps
-from partialtune.freeze.table import plan_table
-from partialtune.model.activation_checkpointing import check_support
+from partialtune.freeze.plan_table import plan_table
+from partialtune.freeze.recipe_plan import in_steps, plan_before_text
+from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe

@@ -17,10 +17,10 @@ from conftest import REPOSITORY
 from partialtune.cli import main
 from partialtune.errors import InputError, TextError
 from partialtune.net.addresses import lacks_secrets, without_secrets
-from partialtune.net.transfer import Limits
+from partialtune.net.download import Limits
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import read_recipe, same_run
-from partialtune.text.sources import read_texts
+from partialtune.text.reading import read_texts
 from partialtune.training.checkpoints import finish_checkpoint, newest_whole_checkpoint
 from partialtune.training.optimizer_state import check_checkpoint
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from conftest import EXCERPTS, REPOSITORY, SOURCES, gpt2_tokenizer, tiny_gpt2
 from partialtune.cli import main
 from partialtune.scoring.evaluation import score_text, scored_text
-from partialtune.text.sources import read_texts
-from partialtune.text.windows import random_windows, split_text, tokenize_text
+from partialtune.text.reading import read_texts
+from partialtune.text.tokenizing import tokenize_text
+from partialtune.text.windows import random_windows, split_text
 from partialtune.training import making, settings
 from partialtune.training.batches import collate_windows
 from test_modeling import rename_to_hub

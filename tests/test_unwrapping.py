@@ -6,7 +6,7 @@ import time
 import pytest
 
 from conftest import EXCERPTS
-from partialtune.text.unwrapping import WrapWidth, join_wrapped_lines, learn_wrap_width
+from partialtune.text.unwrapping import WrapWidth, learn_wrap_width, unwrapped_lines
 
 SENTENCES = (
     "The author of these travels is my ancient and intimate friend, and there is some relation between us. "
@@ -14,6 +14,10 @@ SENTENCES = (
     "Before he quitted the town he left the custody of the following papers in my hands, to dispose of as I liked. "
 )
 PROSE = textwrap.wrap(SENTENCES * 12, 72)  # about 50 wrapped lines, from which the width is learnt
+
+
+def join_wrapped_lines(lines):
+    return list(unwrapped_lines(lambda: iter(lines)))
 
 
 def unwrap(text, prose=PROSE):

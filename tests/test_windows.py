@@ -12,8 +12,9 @@ from transformers import logging as transformers_logging
 
 from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import RecipeError, TextError
-from partialtune.text import windows
-from partialtune.text.windows import chunked_windows, random_windows, split_text, tokenize_text
+from partialtune.text import tokenizing, windows
+from partialtune.text.tokenizing import tokenize_text
+from partialtune.text.windows import chunked_windows, random_windows, split_text
 
 PROSE = "".join(
     f'Chapter {number}.\r\n\r\n"I said {number * 7}, didn\'t I?" he asked --  twice;\n\tthe {number}th time.\n\n'
@@ -96,7 +97,7 @@ def test_impossible_share_is_refused(share):
 @pytest.mark.parametrize("kind", PRE_TOKENIZERS)
 def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch, kind):
     tokenizer = bpe_tokenizer(PRE_TOKENIZERS[kind])
-    monkeypatch.setattr(windows, "PIECE_CHARACTERS", 1500)
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 1500)
     assert tokenize_text(PROSE, tokenizer).tolist() == whole(PROSE, tokenizer)
 
 
@@ -104,17 +105,17 @@ def test_a_seam_that_would_change_tokens_is_not_used(monkeypatch):
     tokenizer = bpe_tokenizer(PRE_TOKENIZERS["llama3"])
     text = PROSE[:1000] + ".\n.\n" * 500  # in this pattern ".\n" is one token: no seam lies between "." and "\n"
     assert whole(".\n", tokenizer) != whole(".", tokenizer) + whole("\n", tokenizer)
-    monkeypatch.setattr(windows, "PIECE_CHARACTERS", 1500)
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 1500)
     assert tokenize_text(text, tokenizer).tolist() == whole(text, tokenizer)
 
 
 def test_long_texts_are_tokenised_in_pieces(monkeypatch, byte_bpe):
     lengths = []
-    encode = windows.WordTokens.encode
+    encode = tokenizing.WordTokens.encode
     monkeypatch.setattr(
-        windows.WordTokens, "encode", lambda self, text: lengths.append(len(text)) or encode(self, text)
+        tokenizing.WordTokens, "encode", lambda self, text: lengths.append(len(text)) or encode(self, text)
     )
-    monkeypatch.setattr(windows, "PIECE_CHARACTERS", 1500)
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 1500)
     tokenize_text(PROSE, byte_bpe)
     assert len(PROSE) > 30_000
     assert max(lengths) <= 1500
@@ -164,7 +165,7 @@ def test_raw_gulliver_has_the_notebooks_158345_tokens(texts, monkeypatch):
     text = (texts / "gulliver" / "pg829_2025_utf8bom_crlf.txt").read_bytes().decode("utf-8")
     ids = tokenize_text(text, tokenizer)
     assert ids.shape == (11_445 if texts == EXCERPTS else 158_345,)
-    monkeypatch.setattr(windows, "PIECE_CHARACTERS", 10_000)
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 10_000)
     assert np.array_equal(tokenize_text(text, tokenizer), ids)
 
 
@@ -176,7 +177,7 @@ def test_pieces_agree_on_the_bundled_tokenizer(monkeypatch):
         pytest.skip("the bundled model is not built yet")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "\n\n".join(topics.values())[:200_000]
-    monkeypatch.setattr(windows, "PIECE_CHARACTERS", 5000)
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 5000)
     assert tokenize_text(text, tokenizer).tolist() == whole(text, tokenizer)
 
 

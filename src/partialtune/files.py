@@ -1,38 +1,40 @@
 """Files and folders that are there as a whole or not at all, and the locks that keep two processes apart."""
 
-import fcntl
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from filelock import lock_descriptor
+
 logger = logging.getLogger(__name__)
 
-_without_locks: set[int] = set()  # file systems of which it was said that they have none
+_without_locks: set[int] = set()  # device numbers of file systems that were warned about; one warning for each
 
 
 def lock(file: IO, busy: Callable[[], None]) -> None:
-    """Lock an open file until it is closed; the system lets go of it if the process dies.
+    """Lock an open file until it is closed; the system releases the lock if the process dies.
 
     Some network file systems have no locks (NFS without its lock service, Lustre without `flock`, mounted cloud
-    storage): there it is said once, and nothing keeps a second process away.
+    storage): there one warning is logged, and nothing keeps a second process away.
 
     Args:
         file: Open for writing, which NFS asks for.
-        busy: Called where another process holds it: raises, or returns to wait for that process.
+        busy: Called where another process holds the lock: raises, or returns to wait for that process.
     """
+    # Of filelock the function for a descriptor of our own, not its class FileLock: that one turns to a lock file that
+    # outlives a killed process where a file system answers ENOSYS, and it hides the descriptor, which a child process
+    # has to inherit so that the lock lasts until the child's end, too.
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_descriptor(file.fileno(), blocking=False):
             busy()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_descriptor(file.fileno())
     except OSError as error:
-        _say_once(file, error)
+        _warn_once(file, error)
 
 
-def _say_once(file: IO, error: OSError) -> None:
+def _warn_once(file: IO, error: OSError) -> None:
     device = os.fstat(file.fileno()).st_dev
     if device not in _without_locks:
         _without_locks.add(device)

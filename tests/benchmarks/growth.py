@@ -82,7 +82,7 @@ def all_series() -> list[Series]:
 
 def measure_point(model: Path, value: int, keys: dict[str, Any], steps: int) -> Point:
     """Measure one point in a process of its own."""
-    from partialtune.bench.run import run_variant
+    from partialtune.bench.bench import run_variant
     from partialtune.bench.variants import Variant, plan_of, runnable
     from partialtune.cost.dry_step import dry_step
 

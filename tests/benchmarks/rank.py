@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialtune.model.loading import quiet_libraries
-from partialtune.rank.rank import rank_recipe
+from partialtune.rank.ranking import rank_recipe
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
 from partialtune.train.train import train
 

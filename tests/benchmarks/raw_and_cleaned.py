@@ -36,8 +36,8 @@ def measure(name: str, source: str, steps: int) -> Row:
     from transformers import AutoTokenizer
 
     from partialtune.builtin import builtin_folder
-    from partialtune.text.sources import load_text
-    from partialtune.text.windows import tokenize_text
+    from partialtune.text.reading import load_text
+    from partialtune.text.tokenizing import tokenize_text
 
     text = load_text(source, CLEANINGS[name])
     tokenizer = AutoTokenizer.from_pretrained(builtin_folder("builtin:lilliput"))

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from partialtune.scoring.evaluation import score_text, scored_text
-from partialtune.text.windows import tokenize_text
+from partialtune.text.tokenizing import tokenize_text
 
 PROMPTS = ("It was a dark", "My dear", "“I do not know,” said")
 

@@ -25,7 +25,7 @@ from books import book_title, read_books, train_tokenizer, window_batches
 from model_folder import evaluate_folder, save_model, write_card
 from muon import Muon
 from partialtune.errors import InputError
-from partialtune.text.windows import tokenize_text
+from partialtune.text.tokenizing import tokenize_text
 
 TOKENS_AT_ONCE = 4096 + 512  # in one forward pass: activations that stay near the caches are faster than a larger batch
 STATE_SECONDS = 120  # between two states kept for --state

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from partialtune.pages.themes import LIGHT, PIXELS_PER_INCH, WIDTH, Theme, write_title
+from partialtune.pages.figure_style import LIGHT, PIXELS_PER_INCH, WIDTH, Theme, write_title
 from partialtune.training.performance import PARTS
 
 if TYPE_CHECKING:

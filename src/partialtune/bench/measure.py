@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from partialtune.bench.variants import plan_of, runnable
-from partialtune.cost.utilisation import needed_products, utilisation
+from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.errors import PartialtuneError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
@@ -32,7 +32,7 @@ from partialtune.training.settings import training_arguments
 from partialtune.training.trainer import PartialTrainer
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BATCHES = 2  # of different windows; after them an epoch begins anew
+BATCHES = 2  # batches of different windows; after them the next epoch begins
 
 
 def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: Trai
     conformance = check_conformance(model, recipe.text.block_size)
     prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
     apply_plan(model, plan)
-    origin = {}  # nothing goes on from here
+    origin: dict[str, Any] = {}  # no checkpoint is written that a later run could resume from
     trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
     trainer.train()
     return trainer
@@ -113,7 +113,7 @@ def device_name(device: torch.device) -> str:
 
 
 def main() -> int:
-    """Measure what stdin says. Our own decisions are not logged: the parent speaks."""
+    """Measure the variant on stdin. Only errors are logged: the parent process reports what was measured."""
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     quiet_libraries()
     use_all_cores()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from partialtune.freeze.table import columns
+from partialtune.freeze.plan_table import columns
 from partialtune.training.performance import PARTS
 
 HEADINGS = ("", "trains", "s/step", "of full", "tokens/s", "peak MB", "of full", "utilisation", *PARTS)

@@ -1,5 +1,6 @@
 """The command line: words -> one command -> exit code."""
 
+import argparse
 import gc
 import logging
 import os
@@ -7,10 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from partialtune import __version__
 from partialtune.cli.commands import COMMANDS
-from partialtune.cli.parser import make_parser
-from partialtune.environment import forget_left_over
 from partialtune.errors import PartialtuneError, code_of, disk_words, is_disk_fault
+from partialtune.launcher_environment import forget_left_over
+
+DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
+EPILOG = """\
+exit codes: 0 done, 1 a bug, 2 bad input, 3 a frozen weight changed or a trainable one could not learn,
+4 training diverged, 5 the upload did not complete, 130 interrupted and 143 terminated, both after a checkpoint
+"""
 
 
 def run() -> NoReturn:
@@ -39,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     if known.command != "train":
         forget_left_over()
     try:
-        COMMANDS[known.command](known, overrides)
+        COMMANDS[known.command].run(known, overrides)
     except PartialtuneError as error:
         return _say(str(error), error.exit_code)
     except BrokenPipeError:
@@ -54,8 +61,24 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their own arguments; `--key value` of a recipe are left to `recipe.read_recipe`."""
+    parser = argparse.ArgumentParser(
+        prog="partialtune",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # else an unknown `--model` would be taken for the start of an option of ours
+    )
+    parser.add_argument("--version", action="version", version=f"partialtune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.help, allow_abbrev=False))
+    return parser
+
+
 def _say(message: str, code: int) -> int:
-    """The last thing that our process prints; nothing where another process of the run says it."""
+    """Print the last line of our process; nothing where another process of the run has given the reason."""
     sys.stdout.flush()
     if message:
         from partialtune.net.addresses import without_secrets  # a help text need not wait for its patterns

@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from partialtune.compare.results import Row, Spread
-from partialtune.pages.themes import DARK, LIGHT, Theme, write_title
-from partialtune.pages.wording import score
+from partialtune.metrics import HEADLINE
+from partialtune.pages.figure_style import DARK, LIGHT, Theme, write_title
 from partialtune.words import joined
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def frontier_alt(rows: Sequence[Row]) -> str:
     scores = sorted(spread.mean for spread in after if spread)
     if not scores:
         return "Three scatter charts of bits per byte against cost: no run has a score."
-    span = f"from {score('bits_per_byte', scores[0])} to {score('bits_per_byte', scores[-1])}"
+    span = f"from {HEADLINE.words(scores[0])} to {HEADLINE.words(scores[-1])}"
     parts = [f"by {axis.title}: {', '.join(frontier_of(rows, axis)) or 'unknown'}" for axis in AXES]
-    start = f", {score('bits_per_byte', before)} before training" if before else ""
+    start = f", {HEADLINE.words(before)} before training" if before else ""
     return (
         f"Three scatter charts of held-out bits per byte after training, {span}{start}. "
         f"On the frontier, cheapest first, {'; '.join(parts)}."
@@ -167,6 +167,7 @@ def tick_words(value: float) -> str:
 
 
 # --- labels: each beside its point, none upon another
+# Not `adjustText` (tried, 1.4): it takes no account of the frontier's line and of bars, and put labels upon both.
 
 
 def label_all(canvas: "Canvas", panels: Sequence[tuple["Axes", Sequence[Point]]], theme: Theme) -> None:

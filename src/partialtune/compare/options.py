@@ -9,8 +9,8 @@ from typing import Any
 
 from partialtune.errors import InputError
 from partialtune.grammar.values import MORE_THAN_ZERO, convert_value
-from partialtune.recipe.command_words import group_words
-from partialtune.recipe.rules import SEED
+from partialtune.recipe.key_rules import SEED
+from partialtune.recipe.parsing import group_words
 
 OURS = {
     "resume_from_checkpoint": "a comparison always goes on by itself",

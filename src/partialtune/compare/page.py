@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
-from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script
-from partialtune.pages.report import yaml_words
+from partialtune.metrics import HEADLINE
+from partialtune.pages.findings import Finding
+from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script, yaml_words
 from partialtune.pages.run_files import as_list
-from partialtune.pages.wording import Finding, score
 from partialtune.words import change, count, counted, joined, percent, significant
 
 NUMBER = "number"
@@ -62,7 +62,7 @@ def subtitle(rows: Sequence[Row]) -> str:
         f"{values.get('model_name_or_path')} on {joined(as_list(values.get('text')), 60)}",
         "1 policy" if len(rows) == 1 else f"{len(rows)} policies",
         counted(seeds, "seed"),
-        *([f"{score('bits_per_byte', before)} bits per byte before training"] if before else []),
+        *([f"{HEADLINE.words(before)} bits per byte before training"] if before else []),
     ]
     return " · ".join(parts)
 
@@ -79,7 +79,7 @@ def best(rows: Sequence[Row]) -> Finding | None:
     after = first.spread("after")
     if after is None or before is None:
         return None
-    value = f"{score('bits_per_byte', before)} → {score('bits_per_byte', after.mean)}"
+    value = f"{HEADLINE.words(before)} → {HEADLINE.words(after.mean)}"
     return Finding("good", "Best held-out bits per byte", value, f"{first.name}, {trains(first)}.")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from partialtune.builtin import builtin_recipe
 from partialtune.errors import RecipeError
-from partialtune.recipe.command_words import group_words
+from partialtune.recipe.key_rules import LENGTHS
+from partialtune.recipe.parsing import group_words
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
-from partialtune.recipe.rules import LENGTHS
 
 
 @dataclass(frozen=True)

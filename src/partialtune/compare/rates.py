@@ -17,8 +17,8 @@ from partialtune.errors import RecipeError
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.reading import same_run
 from partialtune.run_folder import read_json, write_json
-from partialtune.text.sources import read_texts
-from partialtune.text.streams import StoredText
+from partialtune.text.reading import read_texts
+from partialtune.text.stored_text import StoredText
 from partialtune.text.windows import split_text
 
 

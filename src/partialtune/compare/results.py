@@ -14,10 +14,11 @@ import yaml
 from partialtune.compare.children import FAILURES
 from partialtune.compare.rates import Trial
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
+from partialtune.metrics import HEADLINE
 from partialtune.net.addresses import sources_without_secrets
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
+from partialtune.recipe.key_rules import training_defaults
 from partialtune.recipe.reading import same_run
-from partialtune.recipe.rules import training_defaults
 from partialtune.run_folder import EXIT_FILE, exit_code_of, read_json
 
 SEED = re.compile(r"(?<=.)-seed\d+$")  # endings that a comparison gives to the folders of its runs
@@ -228,8 +229,8 @@ def measures_of(run: RunFiles) -> Measures:
     return Measures(
         step_seconds=run.performance.get("median_step_seconds"),
         peak_memory_mb=run.performance.get("peak_memory_mb"),
-        before=held_out["before"]["bits_per_byte"],
-        after=held_out["after"]["bits_per_byte"],
+        before=held_out["before"][HEADLINE.key],
+        after=held_out["after"][HEADLINE.key],
         changes={name: change_of(pair) for name, pair in further.items()},
         l2_delta=run.audit["trainable"]["l2_delta"],
         relative_delta=run.deltas.relative_delta(names, last) if last is not None else None,
@@ -238,7 +239,7 @@ def measures_of(run: RunFiles) -> Measures:
 
 def change_of(pair: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Bits per byte after less before."""
-    before, after = (pair[side]["bits_per_byte"] for side in ("before", "after"))
+    before, after = (pair[side][HEADLINE.key] for side in ("before", "after"))
     return None if before is None or after is None else after - before
 
 

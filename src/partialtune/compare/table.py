@@ -8,7 +8,7 @@ from typing import Any
 
 from partialtune.compare.frontier import AXES, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
-from partialtune.pages.wording import score
+from partialtune.metrics import HEADLINE
 from partialtune.words import UNKNOWN, change, count, joined, percent, significant
 
 
@@ -51,7 +51,7 @@ def comparison_lines(rows: Sequence[Row]) -> str:
                 f"{row.learning_rate:g}",
                 significant(mean(row.spread("step_seconds")), 3),
                 count(mean(row.spread("peak_memory_mb"))),
-                score("bits_per_byte", mean(row.spread("before"))),
+                HEADLINE.words(mean(row.spread("before"))),
                 with_deviation(row.spread("after"), 4),
                 *(with_deviation(row.change(name), 4, sign=True) for name in texts),
                 significant(mean(row.spread("l2_delta")), 3),

@@ -14,11 +14,11 @@ from transformers import PretrainedConfig, set_seed
 from partialtune.compare.rates import Trial, keep_trial
 from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.methods import plan_of_recipe
-from partialtune.freeze.schedules import in_steps
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
+from partialtune.metrics import HEADLINE
 from partialtune.model.conformance import check_conformance
-from partialtune.model.files import check_finite
-from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.model_checks import check_finite, check_ids
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
@@ -91,7 +91,7 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         except FreezeViolation:
             return Trial(rate, None, "failed its audit", length)
     score = score_text(model, data.scored["validation"], args.per_device_eval_batch_size, f"learning rate {rate:g}")
-    bits = score["bits_per_byte"]
+    bits = score[HEADLINE.key]
     return Trial(rate, bits, "not finite" if bits is None else "", length)
 
 

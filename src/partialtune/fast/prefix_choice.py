@@ -1,20 +1,33 @@
-"""`prefix_cache`: is there a frozen prefix, does keeping its states pay and fit -> what each phase does, and why."""
+"""`prefix_cache`: is there a frozen prefix, does keeping its states agree, pay and fit -> what each phase does, why.
 
-from collections.abc import Mapping, Sequence
+In: what the recipe wants, the plan with its phases, how many windows there are, free memory. Out: one `PrefixPhase` a
+phase. Three steps, since only the first and the last are cheap:
+
+1. `lengths_to_try`: which frozen prefixes would be worth keeping, by counting windows;
+2. `try_prefixes`: whether a pass that starts from their states agrees with a whole one, by a few passes of the model;
+3. `choose_prefix`: what each phase does.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.distributed import shards_parameters
 from partialtune.errors import ModelError, RecipeError
-from partialtune.fast.prefix import try_prefix
+from partialtune.fast.prefix import PrefixCache, modules_before_blocks, reach
 from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.model.train_mode import evaluating, no_layer_drop
 
 SHARE_OF_FREE_MEMORY = 0.5  # what the states may take at most under `auto`
-AGREEMENT = 1e-5  # distance at the head, relative, between a pass that starts from kept states and a whole one, in fp32
+# Relative distance at the head's input between a pass that starts from kept states and a whole one, in fp32. Where they
+# agree it is rounding at most (the same operations in the same order); a model that uses more was off by 1e-2 and more.
+AGREEMENT = 1e-5
 WORTH_IT = 1.1  # times that a window has to be needed: below it the pass that fills the cache costs as much as it saves
 
 
@@ -62,6 +75,7 @@ class Windows:
 
     def needed(self, first_step: int, end: int) -> int:
         """Windows that go through the model from step `first_step` to before `end`, evaluations included."""
+        # Evaluations follow steps eval_steps, 2 eval_steps, ...: those after `first_step` and up to `end`.
         evaluations = end // self.eval_steps - first_step // self.eval_steps if self.eval_steps else 0
         return (end - first_step) * self.a_step + evaluations * self.held_out
 
@@ -102,7 +116,7 @@ def choose_prefix(
     """
     if wanted == "off":
         return [PrefixPhase(phase.from_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
-    size = windows.kept * window_bytes
+    size = windows.kept * window_bytes  # the same for every phase: one cache at a time is held
     chosen = []
     for phase, needed in _needs(plan, windows):
         obstacle = tried[phase.first_block].obstacle if tried and phase.first_block in tried else ""
@@ -202,6 +216,82 @@ def _tried(model: PreTrainedModel, blocks: int, input_ids: torch.Tensor) -> Trie
         return Tried("", trial.width)
     cause = "later blocks use more than the states of the last frozen one, or something below them is drawn at random"
     return Tried(f"{cause} ({trial.apart:.1e} off)", trial.width)
+
+
+class Trial(NamedTuple):
+    """What came of starting one pass from kept states.
+
+    Attributes:
+        apart: How far it is from a whole one at the head's input, at most: ||difference|| / ||whole||.
+        width: Values of the state of one token.
+    """
+
+    apart: float
+    width: int
+
+
+def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
+    """Compare a pass that starts from kept states with a whole one, in train mode and in eval mode.
+
+    The prefix is in eval mode in both; whole and short pass begin from the same seed. They agree where the frozen
+    blocks give all that later ones use and draw nothing at random; the numbers of the later blocks are computed once
+    more, by the same operations.
+
+    Args:
+        model: A causal language model; it gets every module's mode back.
+        blocks: Number of frozen blocks.
+        input_ids: int64 (1, T).
+
+    Raises:
+        ModelError: If the states cannot be kept, or the model's forward pass fails on one of the ways, in words.
+    """
+    cache = PrefixCache(model, blocks, torch.float32)
+    prefix = [*cache.blocks, *map(model.get_submodule, modules_before_blocks(model, input_ids))]
+    states = cache.states_of(input_ids)  # (1, T, D)
+    apart = []
+    with evaluating(model), no_layer_drop(model), torch.random.fork_rng():
+        for training in (True, False):
+            model.train(training)
+            for module in prefix:
+                module.eval()
+            whole = _head_input(model, input_ids)
+            _head_input(model, input_ids.flip(1))  # other tokens, so that nothing fits which it keeps of its last pass
+            short = _head_input_from(cache, states, model, input_ids)
+            alike = short.shape == whole.shape
+            apart.append(float((short - whole).norm() / whole.norm()) if alike else math.inf)
+    return Trial(max(apart, key=lambda one: math.inf if math.isnan(one) else one), cache.width)
+
+
+def _head_input_from(
+    cache: PrefixCache, states: torch.Tensor, model: nn.Module, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """What reaches the head in a pass over one window that starts from these states."""
+    cache.states = states
+    cache.install()
+    try:
+        with cache.giving(torch.zeros(1, dtype=torch.long)):
+            what = f"a pass that starts from the states behind {len(cache.blocks)} blocks"
+            return _head_input(model, input_ids, what)
+    finally:
+        cache.remove()
+
+
+def _head_input(model: nn.Module, input_ids: torch.Tensor, what: str = "its forward pass") -> torch.Tensor:
+    """The hidden states (1, T, D) that the head is called with. The head itself is not computed."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__}: it names no head (get_output_embeddings), so nothing can be compared."
+        )
+
+    def hook(stop: Callable[[Any], None]) -> Any:
+        def before(_head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            stop(args[0] if args else next(iter(kwargs.values())))
+
+        return head.register_forward_pre_hook(before, with_kwargs=True)
+
+    torch.manual_seed(0)  # blocks that train may have dropout: the same draws in the passes that are compared
+    return reach(model, input_ids, hook, what)
 
 
 def prefix_words(phases: Sequence[PrefixPhase]) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.dropout import stop_layer_drop
 from partialtune.model.parameters import named_weights
+from partialtune.model.train_mode import stop_layer_drop
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,9 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
         )
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
-    # No method of a class of its own, whose name save_pretrained would write into the config; nor a bound method, which
-    # pickle looks for in the model, by the function's name.
+    # On the instance: Trainer calls model.train() at every step and after every evaluation. Not a method of a class of
+    # our own, whose name save_pretrained would write into the config; nor a bound method, which pickle looks for in the
+    # model, by the function's name.
     model.train = partial(train_what_is_trainable, model)
     let_learn(model, plan.trainable)
 
@@ -69,10 +70,13 @@ def untie_head(model: nn.Module) -> None:
     if head is None or head.weight is not embedding.weight:
         return
     head.weight = nn.Parameter(embedding.weight.detach().clone())
+    # Both: of a composite model the text part has a config of its own, which its own code reads.
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}  # what save_pretrained and tie_weights go by
+        # {alias: first name}, made once from the config: what save_pretrained and tie_weights go by. Left as it is, the
+        # one may leave the head out of the file, and the other tie it again.
+        model.all_tied_weights_keys = {}
 
 
 def modules_without_trainables(model: nn.Module) -> Iterator[str]:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.environment import HOW_TO_INSTALL, is_peft_installed
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import Adapter, FreezePlan, Phase, PlannedParameter
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import model_location
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure, with_fixed
+from partialtune.recipe.checks import HOW_TO_INSTALL_PEFT, is_peft_installed
 
 ADAPTER = "default"  # peft's name for the only one
 IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensors`
@@ -98,6 +98,8 @@ def _with_adapters(
         fixed = info.name in structure.fixed
         yield PlannedParameter(info.name, info.shape, info.numel, info.block, info.component, fixed=fixed)
         path = info.name.rpartition(".")[0]
+        # Behind the module's last parameter (its bias, where it has one): there peft puts the adapter, and the plan's
+        # order is that of named_parameters() once it is applied.
         if path in chosen and (following is None or following.name.rpartition(".")[0] != path):
             inputs, outputs = _width(model.get_submodule(path))
             for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
@@ -126,7 +128,7 @@ def add_adapters(model: nn.Module, adapter: Adapter) -> None:
         ModelError: If peft is not installed.
     """
     if not is_peft_installed():
-        raise ModelError(f"Method {HOW_TO_INSTALL}")
+        raise ModelError(f"Method {HOW_TO_INSTALL_PEFT}")
     # peft itself: `model.add_adapter` asks for the peft that transformers was made with, which may not be out yet.
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -135,11 +137,11 @@ def add_adapters(model: nn.Module, adapter: Adapter) -> None:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=list(adapter.modules),
-        fan_in_fan_out=swapped,
+        fan_in_fan_out=swapped,  # GPT-2's Conv1D holds (inputs, outputs); peft warns where it is not told
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(adapter.seed)
+    with torch.random.fork_rng():  # the run's own random numbers go on as if no adapter had been made
+        torch.manual_seed(adapter.seed)  # of A; B begins at 0
         inject_adapter_in_model(config, model, ADAPTER)
     name = getattr(model.config, "name_or_path", "")
     config.base_model_name_or_path = model_location(name) if name.startswith("builtin:") else name

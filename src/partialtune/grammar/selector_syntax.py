@@ -1,4 +1,4 @@
-r"""The grammar of selectors: one line of text -> Selector. No model is needed; selectors.py applies what is read here.
+r"""The syntax of selectors: one line of text -> Selector. No model is needed; `model/selectors` applies what is read.
 
 embeddings, embeddings.tokens, embeddings.positions        input embeddings
 blocks[11], blocks[-2:], blocks[0,3:6,-1]                  whole blocks, Python's indices and slices
@@ -11,28 +11,62 @@ final_norm, head, all                                      as named
 
 import difflib
 import re
+import signal
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.patterns import Pattern
+from partialtune.grammar.named_selectors import BLOCK_PARTS, MEANT, WORDS
 
-BLOCK_PARTS = ("attention", "mlp", "mixer", "norms", "biases")
-WORDS = ("embeddings", "embeddings.tokens", "embeddings.positions", *BLOCK_PARTS, "final_norm", "head", "all")
-
-MEANT = {  # what people write who think of one architecture -> the selector for it
-    **dict.fromkeys(("wte", "embed_tokens", "word_embeddings", "tokens"), "embeddings.tokens"),
-    **dict.fromkeys(("wpe", "embed_positions", "positions"), "embeddings.positions"),
-    **dict.fromkeys(("attn", "self_attn"), "attention"),
-    **dict.fromkeys(("ffn", "feed_forward", "moe", "experts", "router"), "mlp"),
-    **dict.fromkeys(("mamba", "ssm"), "mixer"),
-    **dict.fromkeys(("ln", "layernorm", "layernorms"), "norms"),
-    **dict.fromkeys(("ln_f", "norm_f", "final_layernorm"), "final_norm"),
-    **dict.fromkeys(("lm_head", "embed_out", "output"), "head"),
-}
+PATIENCE_SECONDS = 2.0  # for one name; an ordinary pattern takes microseconds
 HOW_BLOCKS_ARE_WRITTEN = (
     "Blocks are written blocks[11], blocks[-2:], blocks[0,3:6,-1] or blocks[:] (all of them), and a part of them "
     "blocks[-1].attention; attention alone is that of every block."
 )
+
+
+class Pattern:
+    """A compiled regular expression of Python's re, whose matching is broken off after PATIENCE_SECONDS.
+
+    Args:
+        written: The selector as it was written, for messages.
+        source: The expression between the slashes.
+
+    Raises:
+        RecipeError: If it is none.
+    """
+
+    def __init__(self, written: str, source: str) -> None:
+        self.written, self.pattern = written, source
+        try:
+            self._compiled = re.compile(source)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RecipeError(f"{written} cannot be read as a regular expression of Python's re: {error}.") from error
+
+    def fullmatch(self, name: str) -> re.Match | None:
+        return self._in_time(self._compiled.fullmatch, name)
+
+    def search(self, name: str) -> re.Match | None:
+        return self._in_time(self._compiled.search, name)
+
+    def _in_time(self, match: Callable[[str], re.Match | None], name: str) -> re.Match | None:
+        if threading.current_thread() is not threading.main_thread():
+            return match(name)  # only the main thread has signals, which re listens to while it matches
+
+        def give_up(number, frame) -> None:
+            raise RecipeError(
+                f"{self.written} takes more than {PATIENCE_SECONDS:g} s on the name {name}: repetitions within "
+                rf"repetitions, as in (\w+)+, can be matched in too many ways. Write one of them."
+            )
+
+        before = signal.signal(signal.SIGALRM, give_up)
+        left, interval = signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
+        try:
+            return match(name)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
+            signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

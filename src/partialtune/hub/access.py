@@ -1,15 +1,21 @@
-"""May a run be pushed there? A target -> nothing, or an error that says what to do. Asked before any training."""
+"""Where a run is pushed to, and checks that it can be: a target -> nothing, or an error that says what to do.
+
+Called before any training.
+"""
 
 import logging
 import re
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from partialtune.errors import InputError
-from partialtune.hub.target import DEFAULT_BRANCH, Target
 from partialtune.net.hub_client import (
     HUB_ERRORS,
     HubUnreachable,
@@ -17,13 +23,62 @@ from partialtune.net.hub_client import (
     ask,
     hub_api,
     in_words,
-    may_pass,
+    is_temporary,
     time_limits,
 )
 
 logger = logging.getLogger(__name__)
 
-REFUSED = frozenset({401, 402, 403, 404})
+DEFAULT_BRANCH = "main"
+REFUSED = frozenset({401, 402, 403, 404})  # HTTP statuses that a token or its rights explain
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repository on the Hub.
+
+    Attributes:
+        repo_id: NAMESPACE/NAME, created where it is missing.
+        revision: A branch, created where it is missing; None is `main`.
+        private: Whether the repository has to be private (True), is made public where it is new (False), or follows
+            the namespace's default (None).
+    """
+
+    repo_id: str
+    revision: str | None = None
+    private: bool | None = None
+
+    @property
+    def branch(self) -> str:
+        return self.revision or DEFAULT_BRANCH
+
+    def check_names(self) -> None:
+        """Check the form of the repository's name and of the branch's, without asking anybody.
+
+        Raises:
+            InputError: If one of them cannot be pushed to.
+        """
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise InputError(f"{self.repo_id!r} is no repository's name: {error}") from error
+        if "/" not in self.repo_id:
+            raise InputError(
+                f"{self.repo_id!r} names no namespace. Give the full name, NAMESPACE/{self.repo_id}, where the "
+                f"namespace is your user name or an organisation of yours."
+            )
+        if self.revision is not None and (re.fullmatch(r"[0-9a-f]{40}", self.revision) or not self.revision.strip("/")):
+            raise InputError(
+                f"revision {self.revision!r} cannot be pushed to. Give the name of a branch, such as main."
+            )
+
+    def command(self, run: Path, allow_failed_audit: bool) -> str:
+        """The command that pushes a run here, or goes on with it."""
+        words = ["partialtune", "push", str(run), "--repo_id", self.repo_id]
+        words += ["--revision", self.revision] if self.revision else []
+        words += ["--private", str(self.private).lower()] if self.private is not None else []
+        words += ["--allow_failed_audit"] if allow_failed_audit else []
+        return shlex.join(words)
 
 
 def check_access(target: Target, patience: Patience | None = None) -> None:
@@ -112,7 +167,7 @@ def _provide_branch(api: HfApi, target: Target, patience: Patience) -> None:
 
 def _refusal(error: Exception, repo_id: str, user: Mapping[str, Any]) -> InputError:
     """The error that says why the repository cannot be written to, and what to do."""
-    if may_pass(error):
+    if is_temporary(error):
         return _unreachable(error)
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in REFUSED:
         return InputError(f"{repo_id} cannot be prepared on the Hub. {in_words(error)}")
@@ -134,7 +189,7 @@ def _advice(repo_id: str, user: Mapping[str, Any]) -> str:
 
 
 def _unreachable(error: Exception) -> InputError:
-    if not may_pass(error):
+    if not is_temporary(error):
         return InputError(f"The Hub cannot be asked. {in_words(error)}")
     return HubUnreachable(
         f"The Hub could not be reached, several times over. {in_words(error)} "

@@ -1,6 +1,6 @@
 """A finished run's folder -> a repository on the Hugging Face Hub, verified: one commit, or none where nothing differs.
 
-A push can be run again at any time. It looks at what the Hub has, sends what is missing in a single commit, and looks
+A push can be run again at any time. It lists what the Hub has, sends what is missing in a single commit, and lists
 again: "pushed" means that the Hub's sizes and digests of all files of the run equal those on disk. Since a commit is
 all or nothing, the branch holds either what it held before or the whole run, however the push ends.
 """
@@ -15,9 +15,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from partialtune.errors import InputError, UploadIncomplete
-from partialtune.hub.access import check_access
-from partialtune.hub.files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
-from partialtune.hub.target import DEFAULT_BRANCH, Target
+from partialtune.hub.access import DEFAULT_BRANCH, Target, check_access
+from partialtune.hub.published_files import Gap, LocalFile, check_finished, check_whole, files_to_send, gap_between
 from partialtune.net.hub_client import (
     HUB_ERRORS,
     HubUnreachable,

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from partialtune.metrics import HEADLINE
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced, score_text
 
 CURVE_WINDOWS = 16  # of each text: 11 evaluations of one take 3% of the time of 123 steps of 16 windows
 POINTS = 10  # of a run that evaluates nothing of itself
-PREFIX = "bits_per_byte/"
+PREFIX = f"{HEADLINE.key}/"
 
 
 class LearningCurves(TrainerCallback):
@@ -99,4 +100,4 @@ class LearningCurves(TrainerCallback):
 
 def bits_per_byte(loss: float, text: ScoredText) -> float | None:
     """A loss in nats a token as bits per byte of its text; None where the text does not come back from its tokens."""
-    return None if not text.comes_back else loss / math.log(2) * text.text_tokens / text.text_bytes
+    return HEADLINE.of_loss(loss, text.text_tokens, text.text_bytes) if text.comes_back else None

@@ -1,7 +1,8 @@
 """Selectors applied: a model's structure and a list like ["blocks[-2:]", "!biases"] -> names of what trains.
 
-The grammar is at the head of grammar.py. A tied parameter answers to every one of its names: adding any of them adds
-it, removing any removes it. What the model's own code keeps fixed is added by none.
+What a selector looks like is at the head of grammar/selector_syntax, what a word chooses in grammar/named_selectors. A
+tied parameter answers to every one of its names: adding any of them adds it, removing any removes it. What the model's
+own code keeps fixed is added by none.
 """
 
 import difflib
@@ -10,22 +11,15 @@ import re
 from collections.abc import Iterable, Sequence
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS, Selector, parse_selector, slice_as_written
+from partialtune.grammar.named_selectors import BLOCK_PARTS, NAMED, WORDS
+from partialtune.grammar.selector_syntax import Pattern, Selector, parse_selector, slice_as_written
 from partialtune.model.layout import Place
-from partialtune.model.structure import ModelStructure, ParameterInfo
+from partialtune.model.structure import ModelStructure
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS_OF = {  # a word -> the components that it stands for, where these differ from the word
-    "embeddings": ("embeddings.tokens", "embeddings.positions", "embeddings.other"),
-    "norms": ("norms", "final_norm"),
-}
+# Words that ask for a tied tensor by one of its names. `all` or `/regex/` beside `!head` is no contradiction.
 ONE_NAME_OF_A_TIE = ("head", "embeddings", "embeddings.tokens")
-IN_WORDS = {
-    "embeddings.positions": "position embeddings",
-    "mixer": "mixer (state-space block)",
-    "final_norm": "final norm with parameters",
-}
 
 
 def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow_empty: bool = False) -> dict[str, str]:
@@ -66,12 +60,13 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
 
 
 def _add_and_remove(steps: Iterable[tuple[Selector, dict[str, set[str]]]]) -> dict[str, str]:
+    """First name of each parameter that is left -> the selector that chose it first."""
     chosen: dict[str, str] = {}
     for selector, matches in steps:
         if not selector.removes:
-            chosen = dict.fromkeys(matches, selector.text) | chosen
+            chosen = dict.fromkeys(matches, selector.text) | chosen  # on the right what was there: the first one stays
             continue
-        if not matches.keys() & chosen.keys():
+        if not matches.keys() & chosen.keys():  # the order counts: `['!biases', all]` trains the biases
             logger.warning("%s takes nothing away: no selector before it chose what it names", selector.text)
         chosen = {name: text for name, text in chosen.items() if name not in matches}
     return chosen
@@ -83,11 +78,11 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
     matches = {
         info.name: names
         for info in structure.parameters
-        if (names := {place.name for place in info.places if _is_match(selector, blocks, info, place)})
+        if (names := {place.name for place in info.places if _is_match(selector, blocks, place)})
     }
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
-    if selector.removes:
+    if selector.removes:  # what is fixed may be named, and is not there to be taken away
         return matches
     added = {name: names for name, names in matches.items() if name not in structure.fixed}
     if not added:
@@ -100,21 +95,17 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
     return added
 
 
-def _is_match(selector: Selector, blocks: set[int], info: ParameterInfo, place: Place) -> bool:
+def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:
+    """Whether a selector chooses a parameter by the one of its names that stands at this place."""
     if selector.pattern is not None:
         return selector.pattern.fullmatch(place.name) is not None
-    if selector.indices is not None:
-        return place.block in blocks and (selector.part is None or _is_part(selector.part, info, place))
-    return selector.word == "all" or _is_part(selector.word, info, place)
-
-
-def _is_part(word: str, info: ParameterInfo, place: Place) -> bool:
-    if word == "biases":
-        return info.is_bias and (place.block is not None or place.component == "final_norm")
-    return place.component in COMPONENTS_OF.get(word, (word,))
+    if selector.word is not None:
+        return NAMED[selector.word].chooses(place)
+    return place.block in blocks and (selector.part is None or NAMED[selector.part].chooses(place))
 
 
 def _numbers_of_blocks(structure: ModelStructure, selector: Selector) -> set[int]:
+    """Python's own slicing of range(count) decides, so that blocks[-2:] and blocks[::2] mean what they mean there."""
     count, model = structure.block_count, structure.model_name
     numbers: set[int] = set()
     for index in selector.indices or ():
@@ -159,35 +150,34 @@ def _why_no_match(structure: ModelStructure, selector: Selector, blocks: set[int
     if selector.pattern is not None:
         return _nearest_names(structure, selector.pattern)
     if selector.word is not None:
-        lacks = IN_WORDS.get(selector.word, selector.word)
+        lacks = NAMED[selector.word].in_words or selector.word
         return f"{structure.model_name} has no {lacks}. {_what_it_has(structure)}"
     if selector.part is None:
         return f"{_ranges(blocks)} of {structure.model_name} hold none."
-    pairs = [(info, place) for info in structure.parameters for place in info.places if place.block is not None]
-    parts = [part for part in BLOCK_PARTS if any(_is_part(part, *pair) and pair[1].block in blocks for pair in pairs)]
-    holders = {place.block for info, place in pairs if _is_part(selector.part, info, place)}
+    places = [place for info in structure.parameters for place in info.places if place.block is not None]
+    parts = [part for part in BLOCK_PARTS if any(NAMED[part].chooses(p) and p.block in blocks for p in places)]
+    holders = {place.block for place in places if NAMED[selector.part].chooses(place)}
     has = f"{_ranges(blocks)} of {structure.model_name} {'has' if len(blocks) == 1 else 'have'} {', '.join(parts)}"
     return f"{has}; {selector.part} is in {_ranges(holders) if holders else 'none of its blocks'}."
 
 
 def _what_it_has(structure: ModelStructure) -> str:
     """It has embeddings.tokens, ..., head, blocks[0] to blocks[11]."""
-    pairs = [(info, place) for info in structure.parameters for place in info.places]
-    words = [
-        word for word in WORDS if word not in ("embeddings", "all") and any(_is_part(word, *pair) for pair in pairs)
-    ]
+    places = [place for info in structure.parameters for place in info.places]
+    shown = [word for word in WORDS if word not in ("embeddings", "all")]  # their parts are listed, or are everything
+    words = [word for word in shown if any(NAMED[word].chooses(place) for place in places)]
     return f"It has {', '.join(words)} and blocks[0] to blocks[{structure.block_count - 1}]."
 
 
-def _nearest_names(structure: ModelStructure, pattern: re.Pattern) -> str:
+def _nearest_names(structure: ModelStructure, pattern: Pattern) -> str:
     """Why a regular expression matches nothing: mostly it fits a part of names, and has to fit a whole one."""
     inside = [name for name in structure.by_name if pattern.search(name)]
-    if inside:
+    if inside:  # who writes /ln_1/ thinks of re.search; a part of a name would match h.1 in h.10
         return (
             f"it has to match a full name and fits only a part of {len(inside)} names, such as {inside[0]}: "
             f"/.*{pattern.pattern}.*/ would take them."
         )
-    plain = re.sub(r"\\(.)", r"\1", pattern.pattern)
+    plain = re.sub(r"\\(.)", r"\1", pattern.pattern)  # without its backslashes it looks like the names
     nearest = difflib.get_close_matches(plain, structure.by_name, n=3, cutoff=0) or list(structure.by_name)[:3]
     return f"the nearest names in {structure.model_name} are {', '.join(nearest)}."
 

@@ -1,20 +1,15 @@
-"""How the Hugging Face Hub is asked: a call -> its answer, tried again where that helps, or its failure in a sentence.
+"""A call of the Hugging Face Hub -> its answer, tried again where that helps, or its failure in a sentence.
 
 The client of `huggingface_hub` retries neither whoami nor create_repo nor a commit, and waits for an answer without
 end. Here every call has a time-out and a few tries. A token never gets into a message.
 """
 
 import json
-import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
-from typing import TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
@@ -28,17 +23,14 @@ from huggingface_hub.utils import (
 
 from partialtune import __version__
 from partialtune.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-Answer = TypeVar("Answer")
+from partialtune.net.retries import Answer, retry_after, with_retries
 
 LONGEST_QUOTE = 300  # characters of what a server said; some send a page
-PASSING_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
+TEMPORARY_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
 
 
 class HubUnreachable(InputError):
-    """The Hub did not answer, or not in a way that can be used: nothing is known about what was asked."""
+    """The Hub did not answer, or with something unreadable: whether the call had an effect is not known."""
 
 
 class NotThereYet(Exception):
@@ -71,28 +63,18 @@ def hub_api() -> HfApi:
 
 def ask(call: Callable[[], Answer], patience: Patience) -> Answer:
     """What `call` returns, tried again while that may help. The last failure is raised as it came."""
-    attempt = 1
-    while True:
-        try:
-            return call()
-        except HUB_ERRORS as error:
-            wait = _seconds_to_wait(error, attempt, patience)
-            if wait is None:
-                raise
-            attempt += 1
-            logger.warning("%s Trying again in %.3g s (%d of %d).", in_words(error), wait, attempt, patience.tries)
-        time.sleep(wait)
+    return with_retries(call, patience, HUB_ERRORS, _seconds_asked, in_words)
 
 
-def may_pass(error: Exception) -> bool:
+def is_temporary(error: Exception) -> bool:
     """Whether the same call may succeed a little later."""
     error = _root(error)
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in PASSING_STATUSES or error.response.status_code >= 500
+        return error.response.status_code in TEMPORARY_STATUSES or error.response.status_code >= 500
     if isinstance(error, OfflineModeIsEnabled | httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
         return False
-    passing = (httpx2.TransportError, ConnectionError, json.JSONDecodeError, NotThereYet, PlainHttpNext)
-    return isinstance(error, passing)
+    temporary = (httpx2.TransportError, ConnectionError, json.JSONDecodeError, NotThereYet, PlainHttpNext)
+    return isinstance(error, temporary)
 
 
 def in_words(error: Exception) -> str:
@@ -100,8 +82,8 @@ def in_words(error: Exception) -> str:
     error = _root(error)
     host = constants.ENDPOINT
     if isinstance(error, HfHubHTTPError):
-        said = " ".join((error.server_message or "").split())[:LONGEST_QUOTE]
-        words = f"{error.response.url.host} answered {error.response.status_code}" + (f": {said}" if said else "")
+        quote = " ".join((error.server_message or "").split())[:LONGEST_QUOTE]
+        words = f"{error.response.url.host} answered {error.response.status_code}" + (f": {quote}" if quote else "")
     elif isinstance(error, httpx2.TimeoutException):
         words = f"{host} did not answer in time"
     elif isinstance(error, httpx2.TransportError | ConnectionError):
@@ -122,9 +104,9 @@ def time_limits(seconds: float) -> Iterator[None]:
     """
 
     def limit(request: httpx2.Request) -> None:
-        said = request.extensions.get("timeout", {})
+        asked = request.extensions.get("timeout", {})
         request.extensions["timeout"] = {
-            part: said.get(part) or seconds for part in ("connect", "read", "write", "pool")
+            part: asked.get(part) or seconds for part in ("connect", "read", "write", "pool")
         }
 
     hooks = get_session().event_hooks  # offline mode and request ids
@@ -138,7 +120,10 @@ def time_limits(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def storage_protocol(seconds: float) -> Iterator[None]:
-    """Until its end `without_xet` holds, and Xet, which knows no `time_limits`, gives up after so much silence."""
+    """Inside it, Xet gives up after that many seconds of silence, and `without_xet` may switch it off.
+
+    Xet is a library of its own, written in Rust: the `time_limits` of the client's requests do not reach it.
+    """
     chosen = constants.HF_HUB_DISABLE_XET
     os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{seconds:.0f}s")
     try:
@@ -173,35 +158,21 @@ def progress_bars() -> Iterator[None]:
 
 
 def _root(error: Exception) -> Exception:
-    """The client wraps what broke a transfer into a RuntimeError."""
+    """The cause of a failed transfer: the client wraps it into a RuntimeError."""
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS) else error
 
 
-def _seconds_to_wait(error: Exception, attempt: int, patience: Patience) -> float | None:
-    """Seconds until the next try; None where there is none."""
-    if attempt >= patience.tries or not may_pass(error):
+def _seconds_asked(error: Exception) -> float | None:
+    """Seconds that the server asks us to wait, 0 where it says nothing; None where another try cannot help."""
+    if not is_temporary(error):
         return None
-    asked_for = _retry_after(_root(error))
-    if asked_for > patience.longest_wait_seconds:
-        return None
-    return max(asked_for, patience.first_wait_seconds * 2 ** (attempt - 1))
-
-
-def _retry_after(error: Exception) -> float:
-    """Seconds that the server asks us to wait; 0 where it says nothing."""
+    error = _root(error)
     if not isinstance(error, HfHubHTTPError):
         return 0.0
-    limit = parse_ratelimit_headers(error.response.headers)
+    limit = parse_ratelimit_headers(error.response.headers)  # the Hub's own headers, which say more than Retry-After
     if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    value = error.response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    return max(0.0, (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    return retry_after(error.response.headers.get("Retry-After", ""))
 
 
 def _without_token(text: str) -> str:

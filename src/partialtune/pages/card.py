@@ -10,13 +10,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from partialtune.files import write_whole
+from partialtune.metrics import IN_CARD_METADATA, METRICS
 from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
+from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.html import page_environment
 from partialtune.pages.run_files import RunFiles, read_run
-from partialtune.pages.templating import page_environment
-from partialtune.pages.wording import audit_problems, score_changes, text_label, trained_share, verdict
 from partialtune.run_folder import is_delta
-from partialtune.words import count, percent, significant
 
 UNNAMED = "NAMESPACE/NAME"  # stands for the repository of a run that was not pushed anywhere yet
 TAGS = ["partialtune", "partial-fine-tuning", "layer-freezing"]
@@ -53,9 +53,8 @@ def name_repository(run: Path, repo_id: str) -> None:
 def render_card(run: RunFiles) -> str:
     """The card as text: YAML between dashes, then Markdown."""
     escapes = {"plain": plain, "code": code, "cell": cell_code}  # Markdown: every value goes through one of these
-    numbers = {"count": count, "significant": significant, "percent": percent}
     return (
-        page_environment(autoescape=False, **escapes, **numbers)
+        page_environment(autoescape=False, **escapes)
         .get_template("card.md.j2")
         .render(
             metadata=metadata(run).to_yaml(),
@@ -161,8 +160,8 @@ def evaluation_results(run: RunFiles) -> list[EvalResult]:
     for name, entry in run.texts.items():
         if name == "training":
             continue
-        for metric, label in (("perplexity", "Perplexity"), ("bits_per_byte", "Bits per byte")):
-            if entry["after"].get(metric) is not None:
+        for metric in (METRICS[key] for key in IN_CARD_METADATA):
+            if entry["after"].get(metric.key) is not None:
                 results.append(
                     EvalResult(
                         task_type="text-generation",
@@ -170,9 +169,9 @@ def evaluation_results(run: RunFiles) -> list[EvalResult]:
                         dataset_type="text",
                         dataset_name=dataset_name(name, sources),
                         dataset_config=name,  # results of one type and configuration are taken for one data set
-                        metric_type=metric,
-                        metric_name=label,
-                        metric_value=round(float(entry["after"][metric]), 6),
+                        metric_type=metric.key,
+                        metric_name=metric.label.capitalize(),
+                        metric_value=round(float(entry["after"][metric.key]), 6),
                     )
                 )
     return results

@@ -11,18 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from partialtune.files import write_whole
-from partialtune.pages import (
-    curve_figure,
-    delta_lines,
-    heatmap,
-    heatmap_series,
-    loss_figure,
-    rank_figure,
-    shift_figure,
-    token_figure,
-)
+from partialtune.pages import heatmap, insight_figures, step_figures
+from partialtune.pages.figure_style import DARK, HEIGHT, LIGHT, PIXELS_PER_INCH, WIDTH, Theme
 from partialtune.pages.run_files import RunFiles, read_run
-from partialtune.pages.themes import DARK, HEIGHT, LIGHT, PIXELS_PER_INCH, WIDTH, Theme
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -43,20 +34,20 @@ KINDS = {
     "loss.png": Kind(
         "learning",
         "Loss over steps",
-        loss_figure.draw_loss,
-        loss_figure.loss_alt,
+        step_figures.draw_loss,
+        step_figures.loss_alt,
         "Nats a token, as the optimizer saw them. Where the held-out line turns up while the training line falls, the "
         "model has begun to learn its text by heart.",
     ),
     "learning_curves.png": Kind(
         "learning",
         "Learnt and forgotten",
-        curve_figure.draw_curves,
-        curve_figure.curves_alt,
+        step_figures.draw_curves,
+        step_figures.curves_alt,
         "Bits per byte: how many bits of each byte of a text the model still cannot foresee; lower is better, and it "
         "compares between texts. Each text has a scale of its own. A blue line that falls was learnt; an orange one "
         "that rises was forgotten.",
-        curve_figure.has_curves,
+        step_figures.has_curves,
     ),
     "deltas_heatmap.png": Kind(
         "movement",
@@ -70,47 +61,47 @@ KINDS = {
     "deltas_over_time.png": Kind(
         "movement",
         "How the movement spread",
-        heatmap_series.draw_series,
-        heatmap_series.series_alt,
+        heatmap.draw_series,
+        heatmap.series_alt,
         "The same map at several steps, all in one scale of colours. It shows which parts moved first, and which went "
         "on moving.",
-        heatmap_series.has_series,
+        heatmap.has_series,
     ),
     "deltas_over_steps.png": Kind(
         "movement",
         "Movement over steps",
-        delta_lines.draw_deltas,
-        delta_lines.deltas_alt,
+        step_figures.draw_deltas,
+        step_figures.deltas_alt,
         "A line that flattens has settled, or its learning rate has run out; one that rises straight is still on its "
         "way. The frozen part is the dashed line at exactly 0.",
     ),
     "effective_ranks.png": Kind(
         "ranks",
         "Effective rank by block",
-        rank_figure.draw_ranks,
-        rank_figure.ranks_alt,
+        insight_figures.draw_ranks,
+        insight_figures.ranks_alt,
         "100% would be a change in all directions alike, near 0% one along few. Where it is low, an adapter of low "
         "rank could have done nearly the same.",
-        rank_figure.has_ranks,
+        insight_figures.has_ranks,
     ),
     "moved_tokens.png": Kind(
         "tokens",
         "Frequent and rare tokens",
-        token_figure.draw_tokens,
-        token_figure.tokens_alt,
+        insight_figures.draw_tokens,
+        insight_figures.tokens_alt,
         "Each point takes the tokens together that occur about equally often in the training text: the line is their "
         "median, the band holds eight in ten of them. A token that never occurs is moved by a head that shares its "
         "row, since it is a wrong answer everywhere, or by weight decay; an embedding alone leaves it where it was.",
-        token_figure.has_tokens,
+        insight_figures.has_tokens,
     ),
     "next_token_shift.png": Kind(
         "shift",
         "How far the probabilities shifted",
-        shift_figure.draw_shift,
-        shift_figure.shift_alt,
+        insight_figures.draw_shift,
+        insight_figures.shift_alt,
         "Each held-out token by how much its probability changed: one bit to the right is twice as likely, one to the "
         "left half as likely. The outer bars hold all beyond them.",
-        shift_figure.has_shift,
+        insight_figures.has_shift,
     ),
 }
 

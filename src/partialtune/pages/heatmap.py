@@ -1,72 +1,79 @@
-"""The heat map of relative deltas: blocks from left to right, components from top to bottom, one cell a group."""
+"""The heat map of relative deltas at the end of a run, and small multiples of it over time; both in words too."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from partialtune.pages.heatmap_key import STATES, centred, color_norm, corner_mark, draw_hatched, draw_key, inner_frame
-from partialtune.pages.heatmap_layout import TOP, Box, Cell, block_components, heatmap_cells, is_in_row, lay_out
+import numpy as np
+
+from partialtune.pages.figure_style import WIDTH, Theme, write_title
+from partialtune.pages.findings import trained_title
+from partialtune.pages.heatmap_cells import (
+    MARGIN,
+    STATES,
+    TOP,
+    Box,
+    Cell,
+    block_components,
+    color_scale,
+    draw_cell,
+    draw_key,
+    heatmap_cells,
+    lay_out,
+)
 from partialtune.pages.run_files import RunFiles
-from partialtune.pages.themes import WIDTH, Theme, mixed, write_title
-from partialtune.pages.wording import trained_title
-from partialtune.words import counted, percent
+from partialtune.words import counted, joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
+# The small multiples; lengths in inches.
+MOST_PANELS, COLUMNS = 8, 4
+PANEL_TOP, PANEL_BOTTOM = TOP - 0.2, 0.95  # no headings there
+PANEL_GAP, PANEL_LABELS, PANEL_TITLE, PANEL_ROW_GAP = 0.22, 0.62, 0.22, 0.24
+PANEL_ROW_HEIGHT = {1: 0.5, 2: 0.36}
+
+
+# --- the map at the end of the run
+
 
 def draw_heatmap(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
-    from matplotlib.cm import ScalarMappable
-
     cells = heatmap_cells(run)
     boxes, rows, height = lay_out(cells)
-    canvas.set_size_inches(WIDTH, height)
-    axes = canvas.add_axes((0, 0, 1, 1), facecolor=theme.ground, xlim=(0, WIDTH), ylim=(height, 0))
-    axes.set_axis_off()
+    axes = map_axes(canvas, height, theme)
     when = f" in {counted(run.deltas.steps[-1], 'step')}" if run.deltas.steps else ""
     write_title(canvas, theme, f"How far each part moved{when}", trained_title(run))
-    colors = ScalarMappable(norm=color_norm(cells), cmap=mixed(theme.scale))
+    colors = color_scale(cells, theme)
     for cell, box in zip(cells, boxes, strict=True):
         draw_cell(axes, cell, box, colors, theme)
-    label_rows(axes, rows, boxes, cells, theme)
+    first = min((box.left for box, cell in zip(boxes, cells, strict=True) if cell.group.block is not None), default=0.0)
+    label_rows(axes, rows, cells, boxes, first - 0.08, 9, theme)
     label_columns(axes, boxes, cells, run.head_is_tied, theme)
     draw_key(canvas, axes, cells, colors, height, theme)
 
 
-def draw_cell(axes: "Axes", cell: Cell, box: Box, colors, theme: Theme) -> None:
-    from matplotlib.patches import Rectangle
-
-    thin = box.width < 0.2
-    corner = (box.left, box.top)
-    edge = {"edgecolor": theme.ground, "linewidth": 0.3 if thin else 1.2}
-    if cell.state in ("frozen", "changed"):
-        draw_hatched(axes, box, cell.state, theme, edge)
-        return
-    face = colors.to_rgba(cell.relative) if cell.relative else theme.ground
-    axes.add_patch(Rectangle(corner, box.width, box.height, facecolor=face, **edge))
-    if cell.state in ("still", "unknown"):
-        axes.add_patch(inner_frame(box, theme.muted))
-    if cell.state == "partly":
-        axes.add_patch(corner_mark(box, min(box.width, 0.36) * 0.4, theme))
-    text = "moved" if cell.relative is None else percent(cell.relative)[:-1]
-    size = min(8.0, 0.9 * box.width * 72 / (0.6 * len(text)))  # a digit is about 0.6 of the size wide
-    if size > 6:
-        color = text_color(face, theme) if cell.relative else theme.ink
-        axes.text(box.left + box.width / 2, box.top + box.height / 2, text, color=color, **centred(size))
+def map_axes(canvas: "Canvas", height: float, theme: Theme) -> "Axes":
+    """Axes in inches over the whole figure, which becomes `height` inches tall."""
+    canvas.set_size_inches(WIDTH, height)
+    axes = canvas.add_axes((0, 0, 1, 1), facecolor=theme.ground, xlim=(0, WIDTH), ylim=(height, 0))
+    axes.set_axis_off()
+    return axes
 
 
-def text_color(face: Sequence[float], theme: Theme) -> str:
-    """Black or white, whichever stands out more against `face` (relative luminance of WCAG 2)."""
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in face[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#101418" if luminance > 0.18 else "#ffffff"
-
-
-def label_rows(axes: "Axes", rows: Sequence[str], boxes: Sequence[Box], cells: Sequence[Cell], theme: Theme) -> None:
+def label_rows(
+    axes: "Axes",
+    rows: Sequence[str],
+    cells: Sequence[Cell],
+    boxes: Sequence[Box],
+    right: float,
+    size: float,
+    theme: Theme,
+) -> None:
+    """The rows' names, which end at `right` inches."""
     for row in rows:
-        box = next(box for box, cell in zip(boxes, cells, strict=True) if is_in_row(cell, row))
-        first = min(box.left for box, cell in zip(boxes, cells, strict=True) if cell.group.block is not None)
-        axes.text(first - 0.08, box.top + box.height / 2, row, ha="right", va="center", fontsize=9, color=theme.ink)
+        box = next(box for box, cell in zip(boxes, cells, strict=True) if cell.is_in_row(row))
+        axes.text(right, box.middle[1], row, ha="right", va="center", fontsize=size, color=theme.ink)
 
 
 def label_columns(axes: "Axes", boxes: Sequence[Box], cells: Sequence[Cell], tied: bool, theme: Theme) -> None:
@@ -82,17 +89,83 @@ def label_columns(axes: "Axes", boxes: Sequence[Box], cells: Sequence[Cell], tie
             blocks[cell.group.block] = box
             kind = "blocks"
         else:
-            axes.text(box.left + box.width / 2, bottom, part.replace("_", " "), **below)
+            axes.text(box.middle[0], bottom, part.replace("_", " "), **below)
             if tied and part == "tokens":
-                axes.text(box.left + box.width / 2, bottom + 0.15, "(= head)", **below)
+                axes.text(box.middle[0], bottom + 0.15, "(= head)", **below)
         headings[kind] = min(box.left, headings.get(kind, box.left))
     for kind, left in headings.items():
         axes.text(left, TOP - 0.06, kind, **above)
     widest = max((box.width for box in blocks.values()), default=1.0)
-    every = next(2**power for power in range(20) if 2**power * widest >= 0.3)
+    every = next(2**power for power in range(20) if 2**power * widest >= 0.3)  # a number takes about 0.3 inches
     for block, box in blocks.items():
         if block % every == 0:
-            axes.text(box.left + box.width / 2, bottom, str(block), **below)
+            axes.text(box.middle[0], bottom, str(block), **below)
+
+
+# --- small multiples over time
+
+
+def has_series(run: RunFiles) -> bool:
+    """Whether there are two reports to compare."""
+    return len(run.deltas.steps) > 1
+
+
+def chosen_steps(steps: Sequence[int]) -> list[int]:
+    """At most `MOST_PANELS` of the steps with a report, evenly spaced from the first to the last."""
+    places = np.linspace(0, len(steps) - 1, num=min(MOST_PANELS, len(steps)))
+    return [steps[place] for place in places.round().astype(int).tolist()]
+
+
+def draw_series(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
+    steps = chosen_steps(run.deltas.steps)
+    panels = [heatmap_cells(run, step) for step in steps]
+    boxes, rows, _ = lay_out(panels[0])
+    tall = PANEL_ROW_HEIGHT.get(len(rows) or 1, 0.3) * max(1, len(rows))
+    columns = min(COLUMNS, max(2, len(panels)))
+    lines = -(-len(panels) // columns)
+    height = PANEL_TOP + lines * (PANEL_TITLE + tall) + (lines - 1) * PANEL_ROW_GAP + PANEL_BOTTOM
+    axes = map_axes(canvas, height, theme)
+    write_title(canvas, theme, "How the movement spread", trained_title(run))
+    colors = color_scale([cell for cells in panels for cell in cells], theme)  # one scale: panels compare
+    wide = (WIDTH - 2 * MARGIN - PANEL_LABELS - (columns - 1) * PANEL_GAP) / columns
+    for number, (step, cells) in enumerate(zip(steps, panels, strict=True)):
+        line, column = divmod(number, columns)
+        left = MARGIN + PANEL_LABELS + column * (wide + PANEL_GAP)
+        frame = Box(left, PANEL_TOP + PANEL_TITLE + line * (PANEL_TITLE + tall + PANEL_ROW_GAP), wide, tall)
+        inside = fitted(boxes, frame)
+        for cell, box in zip(cells, inside, strict=True):
+            draw_cell(axes, cell, box, colors, theme)
+        write_panel_title(axes, frame, run, step, theme)
+        if column == 0:
+            label_rows(axes, rows, cells, inside, MARGIN + PANEL_LABELS - 0.08, 8, theme)
+    draw_key(canvas, axes, panels[-1], colors, height, theme)
+
+
+def write_panel_title(axes: "Axes", frame: Box, run: RunFiles, step: int, theme: Theme) -> None:
+    """The step, and how far all that trains has moved by then."""
+    relative = percent(total_delta(run, step))
+    above = {"va": "bottom", "fontsize": 8.5}
+    axes.text(frame.left, frame.top - 0.05, f"step {step:,}", ha="left", color=theme.ink, weight="bold", **above)
+    axes.text(frame.left + frame.width, frame.top - 0.05, relative, ha="right", color=theme.muted, **above)
+
+
+def total_delta(run: RunFiles, step: int) -> float | None:
+    """Relative delta of all that trains, taken together."""
+    return run.deltas.relative_delta([parameter["name"] for parameter in run.trained], step)
+
+
+def fitted(boxes: Sequence[Box], frame: Box) -> list[Box]:
+    """Boxes of the large map, moved and shrunk into a panel's frame."""
+    left = min(box.left for box in boxes)
+    wide = max(box.left + box.width for box in boxes) - left
+    tall = max(box.top + box.height for box in boxes) - TOP
+    x, y = frame.width / wide, frame.height / tall
+    return [
+        Box(frame.left + (b.left - left) * x, frame.top + (b.top - TOP) * y, b.width * x, b.height * y) for b in boxes
+    ]
+
+
+# --- both in words
 
 
 def heatmap_alt(run: RunFiles) -> str:
@@ -100,7 +173,7 @@ def heatmap_alt(run: RunFiles) -> str:
     cells = heatmap_cells(run)
     parts = [f"{cell.group.component} {in_words(cell)}" for cell in cells if cell.group.block is None]
     for row in block_components(cells):
-        parts.append(row_in_words(row, [cell for cell in cells if is_in_row(cell, row)]))
+        parts.append(row_in_words(row, [cell for cell in cells if cell.is_in_row(row)]))
     return f"Heat map of the relative weight change by block and component: {'; '.join(parts)}."
 
 
@@ -118,3 +191,22 @@ def row_in_words(row: str, cells: Sequence[Cell]) -> str:
     others = [cell.state for cell in cells if not cell.relative]
     words += [f"{STATES[state]} in {counted(others.count(state), 'block')}" for state in sorted(set(others))]
     return f"{row} {', '.join(words)}"
+
+
+def series_alt(run: RunFiles) -> str:
+    """The small multiples in words: all that trains at each step, and the part that grew most at the end."""
+    steps = chosen_steps(run.deltas.steps)
+    totals = joined([f"{percent(total_delta(run, step))} at step {step:,}" for step in steps], 300)
+    text = f"Heat maps of the relative weight change at {len(steps)} steps. All that trains moved by {totals}"
+    latest = max(growth(run, *next(reversed(list(pairwise(steps))))), default=None)
+    return f"{text}; in the last interval {latest[1]} moved most, by {percent(latest[0])}." if latest else f"{text}."
+
+
+def growth(run: RunFiles, earlier: int, later: int) -> list[tuple[float, str]]:
+    """(growth of the relative delta, label) of each trained group between two reports, where it is known."""
+    known = []
+    for group in run.groups():
+        if group.trained_names:
+            ends = [run.deltas.relative_delta(group.trained_names, step) for step in (earlier, later)]
+            known += [(ends[1] - ends[0], group.label)] if None not in ends else []
+    return known

@@ -1,24 +1,27 @@
 """A finished run's folder -> report.html: one self-contained page, what the run did and whether to trust it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from partialtune.files import write_whole
-from partialtune.pages.curve_figure import learning_curves
 from partialtune.pages.figures import KINDS, Figure, describe_figures, render_figure
-from partialtune.pages.html import data_uri, html_environment, style_and_script
-from partialtune.pages.html_text import yaml_words
-from partialtune.pages.report_insight import (
-    prompt_comparisons,
+from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.html import data_uri, html_environment, style_and_script, yaml_words
+from partialtune.pages.report_tables import (
+    group_rows,
+    parameter_row,
+    performance_rows,
+    provenance_rows,
     rank_rows,
     rank_words,
     sampling_words,
     shift_section,
     token_sections,
 )
-from partialtune.pages.report_tables import group_rows, parameter_row, performance_rows, provenance_rows
 from partialtune.pages.run_files import RunFiles, read_run
-from partialtune.pages.wording import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.step_figures import learning_curves
 from partialtune.words import counted, joined
 
 
@@ -56,7 +59,7 @@ def render_report(run: RunFiles) -> str:
         ],
         figures=figures_by_section(run),
         sampled=sampled_words(run),
-        prompts=prompt_comparisons(run),
+        prompts=prompts_with_samples(run),
         sampling=sampling_words(run),
         ranks=rank_rows(run),
         rank_words=rank_words(run) if "effective_ranks" in run.insight else None,
@@ -78,6 +81,14 @@ def figures_by_section(run: RunFiles) -> dict[str, list[tuple[Figure, str, str]]
         images = (image(run, figure), image(run, figure, dark=True))
         sections[figure.section].append((figure, *images))
     return sections
+
+
+def prompts_with_samples(run: RunFiles) -> list[tuple[Mapping[str, Any], Mapping[str, str] | None]]:
+    """Every prompt of the run and its sampled continuations, None where it has none."""
+    entries = run.evaluation.get("prompts", [])
+    samples = run.insight.get("sampled_continuations", {}).get("prompts", [])
+    samples = samples if len(samples) == len(entries) else [None] * len(entries)
+    return list(zip(entries, samples, strict=True))
 
 
 def sampled_words(run: RunFiles) -> str:

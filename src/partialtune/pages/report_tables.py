@@ -1,12 +1,12 @@
-"""Rows of the report's tables: what trained, every parameter, what it cost, where it comes from."""
+"""What the report's tables hold and its sentences say: a run's files -> rows of cells and words for the template."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from partialtune.pages.html import Cell
-from partialtune.pages.html_text import yaml_words
+from partialtune.pages.html import Cell, cell, yaml_words
+from partialtune.pages.insight_figures import matrices, share_of_possible, shift, token_matrices
 from partialtune.pages.run_files import RunFiles
-from partialtune.words import count, percent, significant
+from partialtune.words import change, count, counted, joined, percent, significant
 
 SHOWN_DIGITS = 8  # of a sha256 digest in a table; freeze_plan.json holds them whole
 
@@ -21,13 +21,13 @@ def group_rows(run: RunFiles) -> list[list[Cell]]:
             l2, relative = run.deltas.l2_delta(group.names, step), run.deltas.relative_delta(group.names, step)
         rows.append(
             [
-                Cell(group.component, group.component),
-                Cell("" if group.block is None else str(group.block), group.block),
-                Cell(count(group.total), group.total),
+                cell(group.component),
+                cell(group.block),
+                cell(group.total, count),
                 trainable_cell(group.trainable),
-                Cell(percent(group.trainable / group.total), group.trainable / group.total),
-                Cell(significant(l2), l2),
-                Cell(percent(relative), relative),
+                cell(group.trainable / group.total, percent),
+                cell(l2, significant),
+                cell(relative, percent),
             ]
         )  # fmt: skip
     return rows
@@ -45,16 +45,16 @@ def parameter_row(run: RunFiles, parameter: Mapping[str, Any]) -> list[Cell]:
     digest = digest_words(parameter)
     changed = "changed" if parameter["name"] in run.audit["frozen"]["changed"] else ""
     return [
-        Cell(parameter["name"], parameter["name"]),
-        Cell(parameter["component"], parameter["component"]),
-        Cell("" if parameter["block"] is None else str(parameter["block"]), parameter["block"]),
+        cell(parameter["name"]),
+        cell(parameter["component"]),
+        cell(parameter["block"]),
         Cell(" × ".join(map(str, parameter["shape"])), parameter["numel"]),
-        Cell(count(parameter["numel"]), parameter["numel"]),
+        cell(parameter["numel"], count),
         Cell(parameter["selector"] or "frozen", parameter["selector"] or "", "trained" if trainable else "frozen"),
-        Cell(significant(l2), l2),
-        Cell(percent(relative), relative),
-        Cell(significant(largest), largest),
-        Cell(digest, digest, f"digest {changed}"),
+        cell(l2, significant),
+        cell(relative, percent),
+        cell(largest, significant),
+        cell(digest, kind=f"digest {changed}"),
     ]
 
 
@@ -112,3 +112,123 @@ def provenance_rows(run: RunFiles) -> list[tuple[str, str]]:
     windows = run.record.get("windows", {}).items()
     rows += [(f"Windows, {name.replace('_', ' ')}", count(number)) for name, number in windows]
     return rows + [(name, str(version)) for name, version in run.record.get("versions", {}).items()]
+
+
+# --- insight.json: sampled continuations
+
+
+def sampling_words(run: RunFiles) -> str | None:
+    """How the sampled continuations were drawn; None where there are none."""
+    settings = run.insight.get("sampled_continuations")
+    if not settings:
+        return None
+    return f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}"
+
+
+# --- effective ranks
+
+
+def rank_rows(run: RunFiles) -> list[list[Cell]]:
+    """Rows of the table of effective ranks, one for each trained matrix."""
+    rows = []
+    for entry in matrices(run):
+        share = share_of_possible(entry)
+        stack = f"{entry['matrices']} of " if entry["matrices"] > 1 else ""
+        rows.append(
+            [
+                cell(entry["name"]),
+                cell(entry["component"]),
+                cell(entry["block"]),
+                Cell(stack + " × ".join(map(str, entry["shape"])), entry["shape"][0] * entry["shape"][1]),
+                cell(entry["effective_rank"], significant),
+                cell(share, percent, bar=share),
+                cell(entry["stable_rank"], significant),
+            ]
+        )
+    return rows
+
+
+def rank_words(run: RunFiles) -> str:
+    """How long the ranks took, and what was left out."""
+    found = run.insight["effective_ranks"]
+    words = f"Computed in {significant(found['seconds'], 2)} s from the weights before and after."
+    if found["left_out"]:
+        left_out = joined(found["left_out"], 160)
+        words += f" Left out, since they would have taken too long: {left_out}."
+    return words if found["matrices"] else "No matrix trained, and what is no matrix has no rank."
+
+
+# --- the token embedding
+
+
+def token_sections(run: RunFiles) -> list[dict[str, Any]]:
+    """For each trained matrix with a row a token: `name`, `words`, and `rows` of its table."""
+    return [
+        {"name": entry["component"], "words": token_words(entry), "rows": token_rows(entry)}
+        for entry in token_matrices(run)
+    ]
+
+
+def token_words(entry: Mapping[str, Any]) -> str:
+    """What the rows of a matrix did, in a few sentences."""
+    tokens, occurring, absent = entry["tokens"], entry["occurring"], entry["moved_absent"]
+    words = (
+        f"Of {counted(tokens, 'token')} {count(occurring)} occur in the training text; {count(entry['moved'])} moved"
+    )
+    words += f", {count(absent)} of them without occurring." if absent else ", none without occurring."
+    correlation = entry["rank_correlation"]
+    if correlation is not None:
+        strength = "hardly depends on" if abs(correlation) < 0.2 else "grows with" if correlation > 0 else "falls with"
+        value = change(correlation, 2)
+        words += f" Among those that occur, movement {strength} how often they do (rank correlation {value})."
+    return words
+
+
+def token_rows(entry: Mapping[str, Any]) -> list[list[Cell]]:
+    largest = max((token["relative_delta"] for token in entry["most"]), default=0.0) or 1.0
+    return [
+        [
+            cell(token["token"], kind="token"),
+            cell(token["id"]),
+            cell(token["count"], count),
+            cell(token["relative_delta"], percent, bar=token["relative_delta"] / largest),
+            cell(token["l2_delta"], significant),
+        ]
+        for token in entry["most"]
+    ]
+
+
+# --- the next-token shift
+
+
+def shift_section(run: RunFiles) -> dict[str, Any] | None:
+    """`words`, `places` (title, entries) and `tokens` (title, rows); None where the run has no shift."""
+    found = shift(run)
+    if not found:
+        return None
+    words = (
+        f"{count(found['positions'])} tokens of {counted(found['windows'], 'window')} of held-out text, evenly spaced: "
+        f"{percent(found['rose_share'])} became likelier, and a token's probability changed by "
+        f"{change(found['mean_bits'], 2)} bits on average (the bits a token that the loss fell by)."
+    )
+    places = [("Rose most", found["rose"]), ("Fell most", found["fell"])]
+    tokens = [("Gained most", shifted_rows(found["gained"])), ("Lost most", shifted_rows(found["lost"]))]
+    return {"words": words, "places": places, "tokens": tokens}
+
+
+def shifted_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+    largest = max((abs(entry["bits"]) for entry in entries), default=0.0) or 1.0
+    return [
+        [
+            cell(entry["token"], kind="token"),
+            cell(entry["occurrences"], count),
+            cell(entry["before"], percent),
+            cell(entry["after"], percent),
+            cell(entry["bits"], bits_words, bar=abs(entry["bits"]) / largest),
+        ]
+        for entry in entries
+    ]
+
+
+def bits_words(bits: float) -> str:
+    return change(bits, 1 if abs(bits) < 100 else 0)

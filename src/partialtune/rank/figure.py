@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partialtune.pages.themes import HEIGHT, LIGHT, PIXELS_PER_INCH, WIDTH, mixed, write_title
+from partialtune.pages.figure_style import HEIGHT, LIGHT, PIXELS_PER_INCH, WIDTH, mixed, write_title
 from partialtune.rank.ranking import Ranking
 
 if TYPE_CHECKING:

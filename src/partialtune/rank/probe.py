@@ -12,13 +12,13 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.model.conformance import next_token_loss
 from partialtune.model.parameters import named_weights
 from partialtune.progress import progress_bar
-from partialtune.proof.snapshots import l2_norm
+from partialtune.proof.distances import l2_norm
 from partialtune.training.batches import collate_windows
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe saw.
+    """The norms that one pass over the windows gives.
 
     Attributes:
         plan: Of the whole model: every tensor once, with its block and component.

@@ -10,13 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from transformers import set_seed
+
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
-from partialtune.freeze.table import columns
-from partialtune.grammar.selector_syntax import BLOCK_PARTS, WORDS
-from partialtune.rank.probe import Probe
+from partialtune.freeze.plan_table import columns
+from partialtune.grammar.named_selectors import WORDS
+from partialtune.model.conformance import check_conformance
+from partialtune.model.layout import COMPONENTS
+from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.model_checks import check_finite, check_fit, check_ids
+from partialtune.rank.probe import Probe, draw_windows, probe
+from partialtune.recipe.reading import Recipe
+from partialtune.training.run_data import prepare_data
 
-USUAL_SHARE = 4  # of its blocks one in so many is proposed, where nothing else is said
+# Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
+PASTED = frozenset(COMPONENTS).intersection(WORDS)
+BATCHES = 4
+WINDOWS_A_BATCH = 8  # Trainer's default
+USUAL_SHARE = 4  # one block in four is proposed where `top` is not given
 
 
 @dataclass(frozen=True)
@@ -71,12 +84,39 @@ class Ranking:
         return {**asdict(self), "trainable": self.selectors}
 
 
+def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) -> Ranking:
+    """Rank the blocks and parts of a recipe's base by their gradients on a few batches of its training text.
+
+    Args:
+        recipe: Its `trainable`, `schedule` and `method` do not matter.
+        batches: Of `per_device_train_batch_size` windows each, drawn from the training windows by the recipe's seed.
+        top: How many blocks to choose, see `rank`.
+
+    Raises:
+        InputError: If model or text cannot be read.
+    """
+    base, training = recipe.model, recipe.training
+    batch_size, seed = training.get("per_device_train_batch_size", WINDOWS_A_BATCH), training.get("seed", 42)
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
+    data = prepare_data(recipe.text, {}, tokenizer, training.get("data_seed", seed))
+    check_ids(base.model_name_or_path, config, data.largest_ids)
+    windows = draw_windows(data.train, batches * batch_size, seed)
+    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    check_finite(base.model_name_or_path, model)
+    check_conformance(model, recipe.text.block_size)
+    set_seed(seed)
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    return rank(probe(model, windows, batch_size, recipe.freeze.head), top)
+
+
 def rank(probe: Probe, top: int | None = None) -> Ranking:
     """Order blocks and parts.
 
     Args:
         probe: Of the model on the recipe's text.
-        top: How many blocks to choose; where it is not said, a quarter of them, at least one.
+        top: How many blocks to choose; if None, a quarter of them, at least one.
     """
     plan = probe.plan
     count = min(top or max(1, round(plan.block_count / USUAL_SHARE)), plan.block_count)
@@ -87,13 +127,12 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
         loss=probe.loss,
         blocks=blocks,
         parts=_ordered(probe, _part_of),
-        chosen=tuple(sorted(entry.block for entry in blocks[:count])),
+        chosen=tuple(sorted(entry.block for entry in blocks[:count] if entry.block is not None)),
     )
 
 
 def _part_of(parameter: PlannedParameter) -> tuple[int | None, str] | None:
-    names = WORDS if parameter.block is None else BLOCK_PARTS
-    return (parameter.block, parameter.component) if parameter.component in names else None
+    return (parameter.block, parameter.component) if parameter.component in PASTED else None
 
 
 def _ordered(
@@ -111,9 +150,8 @@ def _ordered(
 def _ranked(probe: Probe, block: int | None, component: str | None, parameters: Sequence[PlannedParameter]) -> Ranked:
     gradient = math.hypot(*(probe.gradient_norms[parameter.name] for parameter in parameters))
     weights = math.hypot(*(probe.weight_norms[parameter.name] for parameter in parameters))
-    whole = f"blocks[{block}]"
     return Ranked(
-        selector=component if block is None else whole if component is None else f"{whole}.{component}",
+        selector=_selector(block, component),
         parameters=sum(parameter.numel for parameter in parameters),
         gradient_norm=gradient,
         weight_norm=weights,
@@ -121,6 +159,12 @@ def _ranked(probe: Probe, block: int | None, component: str | None, parameters: 
         block=block,
         component=component,
     )
+
+
+def _selector(block: int | None, component: str | None) -> str:
+    if block is None:
+        return str(component)
+    return f"blocks[{block}]" if component is None else f"blocks[{block}].{component}"
 
 
 def ranking_table(ranking: Ranking, most_parts: int = 12) -> str:
@@ -154,7 +198,9 @@ def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
         values: Of that recipe, flat.
         ranking: Its ranking.
     """
-    left_out = ("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache")
-    left_out += ("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo")  # it is another model
+    left_out = (
+        *("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
+        *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),  # it is another model
+    )
     kept = {key: value for key, value in values.items() if key not in left_out}
     return {**kept, "trainable": ranking.selectors, "output_dir": f"{values['output_dir'].rstrip('/')}-ranked"}

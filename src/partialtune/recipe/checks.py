@@ -1,24 +1,21 @@
-"""Checks of a whole recipe: what was said, key by key -> converted values, or one error that lists every mistake.
+"""Checks of a whole recipe: entries by key -> converted values, or one error that lists every mistake.
 
-In: entries (value and origin) by key. Out: a flat mapping of converted values. `transformers.TrainingArguments` checks
-no types, but some combinations: it is built once, without touching a device or a folder, to hear those.
+In: entries (value and origin) by key. Out: a flat mapping of converted values: each of its key's type and within its
+bound, no two of them contradicting each other, and all of them accepted by `transformers.TrainingArguments`.
 """
 
-import copy
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from partialtune.errors import RecipeError
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.arguments import argument_fields, default_of
-from partialtune.recipe.command_words import Words, word_value
-from partialtune.recipe.optimization import metric_problems, schedule_problems
-from partialtune.recipe.rules import (
+from partialtune.recipe.key_rules import (
     ALIASES,
     LENGTHS,
     OTHER_DEFAULTS,
@@ -29,39 +26,35 @@ from partialtune.recipe.rules import (
     training_defaults,
     unknown_key,
 )
-from partialtune.recipe.yaml_file import Problem
+from partialtune.recipe.parsing import Entry, Problem, Words, word_value
+from partialtune.recipe.trainer_checks import training_problems
+from partialtune.text.sources import SOURCE_FORMS
 
 REQUIRED = {
     "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
-    "text": "Give an http(s) URL, a path, a glob, builtin:python-docs or hf:DATASET",
+    "text": f"Give {SOURCE_FORMS}",
     "trainable": "Give selectors, such as ['blocks[-2:]', final_norm], or say method: full",
     "output_dir": "Give a folder that does not exist yet, such as outputs/first",
 }
-# Floats in TrainingArguments because they may be shares; whole numbers of steps stay whole.
+HOW_TO_INSTALL_PEFT = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
+# Typed float in TrainingArguments, because a value below 1 is a share of the run; a whole number of steps stays an int.
 STEPS_OR_SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay")
 
 
-class Entry(NamedTuple):
-    """What was said for one key, and where: "line 7", "command line", or "" in a mapping of values."""
-
-    value: Any
-    origin: str
-
-
-def with_present_names(said: Mapping[Any, Entry], problems: list[Problem]) -> dict[Any, Entry]:
+def with_present_names(given: Mapping[Any, Entry], problems: list[Problem]) -> dict[Any, Entry]:
     """Deprecated names of a field replaced by the present one; both at once is a problem."""
     for old, new in ALIASES.items():
-        if old in said and new in said:
-            problems.append(Problem(said[old].origin, old, f"is the former name of {new}, said as well. Keep {new}."))
-    doubled = {old for old, new in ALIASES.items() if new in said}
-    return {ALIASES.get(key, key): entry for key, entry in said.items() if key not in doubled}
+        if old in given and new in given:
+            problems.append(Problem(given[old].origin, old, f"is the former name of {new}, said as well. Keep {new}."))
+    doubled = {old for old, new in ALIASES.items() if new in given}
+    return {ALIASES.get(key, key): entry for key, entry in given.items() if key not in doubled}
 
 
-def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str) -> dict[str, Any]:
-    """Convert and check everything that was said.
+def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: str) -> dict[str, Any]:
+    """Convert and check every value that was given.
 
     Args:
-        said: Entries by key, after the command line has won over the file.
+        given: Entries by key, after the command line has won over the file.
         problems: Mistakes that reading the file and the words has found already.
         name: What the message calls the recipe.
 
@@ -69,20 +62,21 @@ def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str
         RecipeError: If there is any problem; lists these and those found here, one a line.
     """
     types, values, problems = recipe_types(), {}, list(problems)
-    for key, entry in said.items():
+    for key, entry in given.items():
         try:
             values[key] = _checked_value(key, entry.value, types)
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        from_start = bool(values.get("trainable", "trainable" in said))
+        from_start = bool(values.get("trainable", "trainable" in given))
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
-        problems += [Problem(said["schedule"].origin, "schedule", message) for message in wrong]
-    found = [*_missing(said, values), *_contradictions(values)]
+        problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    found = [*_missing(given, values), *_contradictions(values)]
+    # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
     if not wrong_keys & training_defaults().keys():
-        found += _training_problems(values)
-    problems += [Problem(said[key].origin if key in said else "", key, message) for key, message in found]
+        found += training_problems(values)
+    problems += [Problem(given[key].origin if key in given else "", key, message) for key, message in found]
     if problems:
         raise _error(name, problems)
     return values
@@ -115,18 +109,18 @@ def _default_advice(key: str) -> str:
     return f" Leave it out for the default, {OTHER_DEFAULTS.get(key) or show(default)}."
 
 
-def _missing(said: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in REQUIRED:
-        if key not in said and key != "trainable":
+        if key not in given and key != "trainable":
             yield key, f"missing. {REQUIRED[key]}."
-    partial = "method" not in said or values.get("method") in ("partial", "lora")
-    scheduled = "schedule" in said and values.get("schedule") != []
-    if partial and not scheduled and ("trainable" not in said or values.get("trainable") == []):
+    partial = "method" not in given or values.get("method") in ("partial", "lora")
+    scheduled = "schedule" in given and values.get("schedule") != []
+    if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, message) for converted values that cannot stand together; keys that were not said are absent."""
+    """(key, message) for converted values that cannot stand together; keys that were not given are absent."""
     if all(key in values for key in LENGTHS) and values["max_steps"] != -1:
         steps, epochs = (values[key] for key in LENGTHS)
         message = f"max_steps {steps} and num_train_epochs {epochs:g} both say how long to train. Keep one of them."
@@ -191,16 +185,19 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
 
 
+def is_peft_installed() -> bool:
+    """Whether adapters can be made here. Found, not imported: importing peft takes seconds."""
+    return find_spec("peft") is not None
+
+
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("method") != "lora":
         for key in ("lora_rank", "lora_alpha"):
             if key in values:
                 yield key, f"is for method: lora, and method is {values.get('method', 'partial')}. Take it out."
         return
-    from partialtune.environment import HOW_TO_INSTALL, is_peft_installed
-
     if not is_peft_installed():
-        yield "method", HOW_TO_INSTALL
+        yield "method", HOW_TO_INSTALL_PEFT
     if values.get("schedule"):
         yield "schedule", "method lora trains its adapters from the first step. Leave it out, or take method: partial."
     if values.get("head") == "untied":
@@ -212,64 +209,6 @@ def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:
         kind = "is a file" if Path(checkpoint).exists() else "does not exist"
         advice = "auto takes the newest complete one"
         yield "resume_from_checkpoint", f"{checkpoint!r} {kind}; allowed: auto or a checkpoint's folder. {advice}."
-
-
-def _training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What TrainingArguments, or the machine, has against values whose types and bounds are right."""
-    import torch
-
-    training = {key: value for key, value in values.items() if key in training_defaults()}
-    if training.get("bf16") == "auto":
-        del training["bf16"]
-    training["use_cpu"] = training.get("use_cpu") or not torch.accelerator.is_available()
-    if values.get("validation_share") != 0:  # where text is held out, it is scored in between by default
-        training.setdefault("eval_strategy", "steps")
-    training.setdefault("eval_steps", training.get("save_steps", training_defaults()["save_steps"]))
-    yield from _wrong_trackers(training.get("report_to"))
-    if training.get("fp16") and training["use_cpu"]:
-        yield "fp16", "needs a GPU. Leave it out, or take bf16: auto."
-        return
-    yield from metric_problems(training.get("metric_for_best_model"), training.get("greater_is_better"))
-    args, refusal = _built(training)
-    if refusal:
-        yield next((key for key in values if key in refusal), "TrainingArguments"), f"transformers says: {refusal}"
-    else:
-        yield from schedule_problems(args)
-
-
-def _built(training: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """TrainingArguments of these keywords, and None; or None, and the words in which it refuses them."""
-    import torch
-    from transformers import TrainingArguments
-
-    class Checked(TrainingArguments):
-        device = torch.device("cpu")  # the real property starts torch.distributed, which is the run's business
-
-    log = logging.getLogger(TrainingArguments.__module__)
-    was_silent, log.disabled = log.disabled, True  # its warnings come once, when the run builds the real one
-    try:
-        return Checked(**copy.deepcopy(dict(training))), None  # a copy: it rewrites the mappings that it is given
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        return None, " ".join(str(error).split())
-    finally:
-        log.disabled = was_silent
-
-
-def _wrong_trackers(report_to: str | list[str] | None) -> Iterator[tuple[str, str]]:
-    if report_to in (None, "none", "all", ["none"], ["all"]):
-        return
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
-
-    for tracker in [report_to] if isinstance(report_to, str) else report_to:
-        if tracker not in INTEGRATION_TO_CALLBACK:
-            near = nearest(tracker, INTEGRATION_TO_CALLBACK)
-            advice = f" Did you mean {near}?" if near else ""
-            yield "report_to", f"got {tracker!r}; allowed: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}.{advice}"
-        elif tracker not in get_available_reporting_integrations():
-            yield "report_to", f"{tracker} is not installed here. Install it (pip install {tracker}), or leave it out."
 
 
 def _error(name: str, problems: list[Problem]) -> RecipeError:

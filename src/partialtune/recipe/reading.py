@@ -1,7 +1,8 @@
 """A recipe: flat YAML and command-line words -> checked arguments for every stage.
 
-In: a path and words, or a mapping of values. Out: a `Recipe`, or one RecipeError that lists every mistake. What is
-wrong with the file as such is said before transformers is imported, all else before a model or a text is touched.
+In: a path and words, or a mapping of values. Out: a `Recipe`, or one RecipeError that lists every mistake. Mistakes of
+the file as such (`parsing`) are raised before transformers is imported, those of keys and values (`checks`) before a
+model or a text is touched.
 """
 
 import logging
@@ -20,10 +21,17 @@ from partialtune.recipe.arguments import (
     argument_fields,
     default_of,
 )
-from partialtune.recipe.checks import Entry, checked_values, with_present_names
-from partialtune.recipe.command_words import COMMAND_LINE, Words, group_words
-from partialtune.recipe.rules import LENGTHS, training_defaults
-from partialtune.recipe.yaml_file import read_recipe_file, write_recipe_file
+from partialtune.recipe.checks import checked_values, with_present_names
+from partialtune.recipe.key_rules import LENGTHS, training_defaults
+from partialtune.recipe.parsing import (
+    COMMAND_LINE,
+    Entry,
+    Problem,
+    Words,
+    group_words,
+    read_recipe_file,
+    write_recipe_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +50,9 @@ class Recipe:
     Attributes:
         path: The YAML file; None for a recipe made from values.
         model, text, freeze, evaluation, speed: Our own keys, by stage, with defaults.
-        training: Keywords of `transformers.TrainingArguments` that were said. `bf16` may be "auto".
+        training: Keywords of `transformers.TrainingArguments` that were given. `bf16` may be "auto".
         resume: "auto", the folder of a checkpoint, or None.
-        values: Everything that was said, converted, as one flat mapping.
+        values: Every value that was given, converted, as one flat mapping; no defaults.
     """
 
     path: Path | None
@@ -69,8 +77,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = read_recipe_file(Path(path))
     words, stray = group_words(overrides)
     problems = [*file.problems, *stray]
-    said = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
-    from_file = with_present_names(said, problems)
+    in_file = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
+    from_file = with_present_names(in_file, problems)
     from_words = with_present_names({key: Entry(value, COMMAND_LINE) for key, value in words.items()}, problems)
     merged = {**_without_other_length(from_file, from_words), **from_words}
     return _recipe(checked_values(merged, problems, str(path)), Path(path))
@@ -82,9 +90,9 @@ def recipe_from_values(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: As `read_recipe`.
     """
-    problems = []
-    said = with_present_names({key: Entry(value, "") for key, value in values.items() if key != "run"}, problems)
-    return _recipe(checked_values(said, problems, "The recipe"), None)
+    problems: list[Problem] = []
+    given = with_present_names({key: Entry(value, "") for key, value in values.items() if key != "run"}, problems)
+    return _recipe(checked_values(given, problems, "The recipe"), None)
 
 
 def _without_other_length(from_file: dict[Any, Entry], from_words: dict[Any, Entry]) -> dict[Any, Entry]:
@@ -135,8 +143,8 @@ def write_recipe(path: Path, values: Mapping[str, Any], run: Mapping[str, Any]) 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Keys in which two recipes are not the same run, in the order of the dataclasses; empty if they are.
 
-    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not said counts
-    as its default.
+    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not given
+    counts as its default.
 
     Args:
         a: Values of the run that exists, as in `Recipe.values`; its key `run` is ignored.
@@ -158,7 +166,7 @@ def _is_free(key: str) -> bool:
 
 
 def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with the defaults of everything that was not said, and with what those defaults stand for."""
+    """Values with the defaults of every key that was not given, and with what those defaults stand for."""
     defaults = {key: default_of(entry) for key, entry in argument_fields().items()}
     defaults |= training_defaults()
     held_out = values.get("validation_share") != 0

@@ -19,11 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 
-from partialtune.model.modes import evaluating
+from partialtune.metrics import METRICS, WINDOW_SUMS
+from partialtune.model.train_mode import evaluating
 from partialtune.progress import progress_bar
 from partialtune.text.windows import chunked_windows
 
-METRIC_FILE = Path(__file__).parent / "metrics" / "causal_lm" / "causal_lm.py"
+METRIC_FILE = Path(__file__).with_name("causal_lm.py")
 LOGITS_AT_ONCE = 1 << 24  # widened to fp32 at a time: 64 MiB, whatever the batch, the window and the vocabulary
 
 T = TypeVar("T")
@@ -98,9 +99,8 @@ def score_text(
             from fp32 logits and summed in fp64 in either case.
 
     Returns:
-        `loss` (nats a token), `perplexity`, `bits_per_byte`, `next_token_accuracy`, `top5_accuracy` (shares), `tokens`
-        (scored), `bytes` and `text_tokens` (of the whole text). What is not finite is None, and
-        so are the bits per byte of a text that does not come back from its tokens.
+        The metrics of `metrics.METRICS`, `tokens` (scored), `bytes` and `text_tokens` (of the whole text). What is not
+        finite is None, and so are the bits per byte of a text that does not come back from its tokens.
     """
     return score_tokens(model, scored, batch_size, description, watched=0, autocast_dtype=autocast_dtype)[0]
 
@@ -145,7 +145,7 @@ def score_tokens(
             bar.update(min(len(batch) * processes, count - bar.n))
     figures = _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
     if not scored.comes_back:
-        figures["bits_per_byte"] = None
+        figures |= {key: None for key, metric in METRICS.items() if metric.per_byte}
     kept = dict(_gathered(list(kept.items())))
     return figures, np.array([kept[index] for index in wanted], dtype=np.float32)
 
@@ -171,10 +171,9 @@ def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch
 
 
 def _rows(nats: torch.Tensor, hits: torch.Tensor) -> list[list[float]]:
-    """One row a window: nats, scored tokens, correct, correct among the first five. nats: (B, T - 1)."""
-    tokens = torch.full((len(nats),), nats.shape[1])
-    columns = (nats.double().sum(1), tokens, hits[..., 0].sum(1), hits.any(-1).sum(1))  # fp64 on the CPU: MPS has none
-    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    """One row a window, in the order of `WINDOW_SUMS`. nats: (B, T - 1), hits: (B, T - 1, 5)."""
+    columns = [window_sum.of(nats, hits).tolist() for window_sum in WINDOW_SUMS.values()]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _gathered(rows: list[T]) -> list[T]:
@@ -191,6 +190,5 @@ def _metric_of(rows: list[list[float]], text_tokens: int, text_bytes: int) -> di
 
     # in memory: no Arrow or lock files that two runs on one machine could share
     metric = evaluate.load(str(METRIC_FILE), keep_in_memory=True)
-    nats, tokens, correct, top5_correct = (list(column) for column in zip(*rows, strict=True))
-    metric.add_batch(nats=nats, tokens=tokens, correct=correct, top5_correct=top5_correct)
+    metric.add_batch(**dict(zip(WINDOW_SUMS, map(list, zip(*rows, strict=True)), strict=True)))
     return metric.compute(text_tokens=text_tokens, text_bytes=text_bytes)

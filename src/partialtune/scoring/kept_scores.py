@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from partialtune.distributed import decided_by_main
 from partialtune.files import write_whole
+from partialtune.metrics import METRICS
 from partialtune.scoring.evaluation import ScoredText
 from partialtune.scoring.prompts import PromptProbe
 
@@ -104,6 +105,7 @@ def basis_of(
         "prompts": list(prompts),
         "batch": [batch_size, state.num_processes, torch.get_num_threads()],
         "device": [device.type, torch.cuda.get_device_name(device) if device.type == "cuda" else ""],
+        "metrics": list(METRICS),
         "versions": [version(name) for name in ("partialtune", "torch", "transformers")],
     }
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()

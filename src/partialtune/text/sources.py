@@ -1,252 +1,295 @@
-"""Text sources as a recipe names them -> decoded, cleaned texts, each with where it came from and how it was read.
+"""A text source as a recipe names it -> the texts it stands for -> the bytes of each, chunk by chunk.
 
-A source is an http(s) address, a path, a glob, `builtin:python-docs` or `hf:DATASET[:CONFIG[:SPLIT]]`. It is read piece
-by piece: small texts are put together in memory, what exceeds IN_MEMORY_BYTES goes to a file in the cache.
+Each kind of source is one class here and one entry in SOURCES. To add one, such as `zip:FOLDER/books.zip`, write a
+class with `form`, `help`, `prefix` and a `read` that returns a RawText, put it into SOURCES before File, and test it in
+tests/test_text.py. Decoding, cleaning, tokens, the cache, what a run records of its texts, messages and the help text
+take it from there.
 """
 
-import hashlib
+import difflib
+import glob
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from partialtune.errors import TextError
-from partialtune.text import cleaning as cleaning_code
-from partialtune.text import decoding, streams, unwrapping
-from partialtune.text.decoding import Damage, Encoding, choose_encoding, decoded_pieces
-from partialtune.text.names import ADDRESS, expand_all
-from partialtune.text.raw import RawText, raw_text
-from partialtune.text.store import stored
-from partialtune.text.streams import (
-    Pieces,
-    StoredText,
-    clean_gutenberg_pieces,
-    looks_like_gutenberg,
-    with_line_feeds,
-    write_pieces,
-)
+from partialtune.net.addresses import ADDRESS, LEFT_OUT, lacks_secrets, without_secrets
+from partialtune.text.decoding import Chunks, Encoding
 
 logger = logging.getLogger(__name__)
 
-CLEANINGS = ("auto", "gutenberg", "none")
-IN_MEMORY_BYTES = 16 << 20  # of all texts that are read together; 64 MiB in memory would take half a GB on the way
+CHUNK_BYTES = 4 << 20  # read at once
+ROWS_AT_ONCE = 1000  # of a dataset
+# Endings of files with columns, and how `datasets` loads them: braces, names and \\n of a JSONL are no text to learn.
+TABLES: dict[str, dict[str, str]] = {
+    **{ending: {"path": "json"} for ending in (".jsonl", ".ndjson", ".json")},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".parquet": {"path": "parquet"},
+}
 
 
 @dataclass(frozen=True)
-class SourceText:
-    """One text and its origin.
+class RawText:
+    """The bytes of one text.
 
     Attributes:
-        name: The source: an address without password, a path, `builtin:...` or `hf:...`.
-        content: The text that is trained on: a str, or where it lies on disk.
-        sha256: Of the raw bytes (of the text's UTF-8 where there is no file).
-        raw_bytes: Size of the file before decoding.
-        encoding: How the bytes were decoded, a Python encoding.
-        encoding_from: What that rests on: byte order mark, HTTP header, Gutenberg header, ...
-        cleaning: What was done: `gutenberg`, or `none`, which under `auto` is LF for line ends and no byte order mark.
-        removed_head: Characters cut before the book.
-        removed_foot: Characters cut after it.
-        damaged: U+FFFD characters in the decoded text.
+        name: How the text is called in messages and in a run's record; without secrets.
+        chunks: Returns the bytes in order, from the beginning at every call.
+        charset: That of the HTTP header, if one came with the text.
+        encoding: How the bytes are read, where that is known; else it is found out.
     """
 
     name: str
-    content: str | StoredText
-    sha256: str
-    raw_bytes: int
-    encoding: str
-    encoding_from: str
-    cleaning: str
-    removed_head: int
-    removed_foot: int
-    damaged: int
-
-    @property
-    def text(self) -> str:
-        """The whole text; one that lies on disk is read into memory."""
-        return self.content if isinstance(self.content, str) else self.content.read()
+    chunks: Chunks
+    charset: str | None = None
+    encoding: Encoding | None = None
 
 
-def load_text(source: str | Path, cleaning: str = "auto") -> str:
-    """The decoded and cleaned text of one source; the files of a glob are joined by a blank line.
+class Source:
+    """A kind of text source.
 
-    Args:
-        source: See the module's description.
-        cleaning: `auto` cleans what carries a header or footer of Project Gutenberg and leaves other texts as they
-            are but for a byte order mark and line ends, which become LF; `gutenberg` also joins the hard-wrapped lines
-            of other texts; `none` keeps every character, a byte order mark and CRLF too.
-
-    Raises:
-        TextError: If the text cannot be fetched, read or decoded, or nothing is left of it.
+    Attributes:
+        form: How it is named, in messages: "Give an http(s) URL, a path, ...".
+        help: The same in the help text of `--text`, with more detail.
+        prefix: What its names begin with.
+        on_network: Whether its texts may have to be fetched. What lies here is compared when a finished run is asked
+            for again.
     """
-    return "\n\n".join(text.text for text in read_texts([str(source)], cleaning))
+
+    form: str
+    help: str
+    prefix: str = ""
+    on_network: bool = False
+
+    def claims(self, name: str) -> bool:
+        """Whether a name in a recipe is one of this kind."""
+        return name.startswith(self.prefix)
+
+    def expand(self, name: str) -> list[str]:
+        """The texts that a name stands for, each by a name of its own; a TextError in words where there is none."""
+        return [name]
+
+    def read(self, name: str, text_column: str) -> RawText:
+        """One of the expanded names -> its bytes. Nothing large is read before `chunks` is called.
+
+        Args:
+            name: The text.
+            text_column: The column that holds the text, where the source has columns.
+
+        Raises:
+            TextError: If the text cannot be found, fetched or read.
+        """
+        raise NotImplementedError
 
 
-def read_texts(
-    sources: Sequence[str], cleaning: str = "auto", text_column: str = "text", in_memory_bytes: int = IN_MEMORY_BYTES
-) -> list[SourceText]:
-    """Read text sources, one SourceText a file, in the order of the sources; a glob's files are sorted.
+class BuiltIn(Source):
+    """The reference text that comes with Python itself, its topics in alphabetical order."""
 
-    Args:
-        sources: See the module's description.
-        cleaning: As in `load_text`.
-        text_column: The column of a dataset (`hf:...`) that holds the text.
-        in_memory_bytes: Raw bytes of texts that are kept in memory, in the order of the sources; those that do not fit
-            are stored on disk, in the cache.
+    form = "builtin:python-docs"
+    help = "builtin:python-docs (the reference text in every CPython)"
+    prefix = "builtin:"
 
-    Raises:
-        TextError: If a text cannot be fetched, read or decoded, or nothing is left of it. All missing files are named.
-    """
-    if cleaning not in CLEANINGS:
-        raise TextError(f"text_cleaning is {cleaning!r}: choose one of {', '.join(CLEANINGS)}.")
-    names = expand_all(sources)
-    texts: list[SourceText] = []
-    for name in names:
-        text = _read_source(raw_text(name, text_column), cleaning, in_memory_bytes)
-        in_memory_bytes -= text.raw_bytes if isinstance(text.content, str) else 0
-        texts.append(text)
-    return texts
+    def read(self, name: str, text_column: str) -> RawText:
+        if name != self.form:
+            raise TextError(f"There is no text {name}: the one that is built in is {self.form}.")
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise TextError(f"This Python comes without pydoc_data, so there is no {self.form} here.") from error
+        data = ("\n\n\n".join(topics[topic].strip("\n") for topic in sorted(topics)) + "\n").encode()
+        return RawText(name, lambda: iter((data,)), encoding=Encoding("utf-8", "built in"))
 
 
-def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path, text_column: str = "text") -> list[str]:
-    """Stop where a text is not the one that a run was trained on. Nothing is fetched: only what lies here is read.
+class HubDataset(Source):
+    """A data set: hf:DATASET[:CONFIG[:SPLIT]]. The rows of its text column, each ended by a line end, in UTF-8."""
 
-    Args:
-        recorded: Name -> sha256 of each text, as the run kept them. Where it kept none, nothing is compared.
-        sources: What the recipe names now.
-        run: The run's folder, for the message.
-        text_column: Which column of files with columns is read.
+    form = "hf:DATASET"
+    help = "hf:DATASET[:CONFIG[:SPLIT]]"
+    prefix = "hf:"
+    on_network = True
 
-    Returns:
-        Names of texts that were not compared: on the network, or not there any more.
+    def read(self, name: str, text_column: str) -> RawText:
+        path, config, split = [*name.removeprefix(self.prefix).split(":", 2), "", ""][:3]
+        if not path:
+            raise TextError(f"{name} names no dataset: write hf:DATASET[:CONFIG[:SPLIT]].")
+        chunks = _column_chunks(name, text_column, path=path, name=config or None, split=split or None)
+        return RawText(name, chunks, encoding=Encoding("utf-8", "dataset"))
 
-    Raises:
-        TextError: Names the texts that differ.
-    """
-    if not recorded:
-        return ["its texts"]
-    present: set[str] = set()
-    different = []
+
+class WebAddress(Source):
+    """An http(s) address of a plain text, or of a file with columns; fetched once, then taken from the cache."""
+
+    form = "an http(s) URL"
+    help = "http(s) URL"
+    on_network = True
+
+    def claims(self, name: str) -> bool:
+        return ADDRESS.match(name) is not None
+
+    def expand(self, name: str) -> list[str]:
+        if lacks_secrets(name):
+            raise TextError(
+                f"{name} was written down without its password or token: {LEFT_OUT} stands in their place. Give the "
+                "whole address again, as the first recipe had it: --text 'ADDRESS', --eval_texts '{NAME: ADDRESS}'."
+            )
+        if name.lower().startswith(("http://", "https://")):
+            return [name]
+        shown = without_secrets(name)
+        raise TextError(f"{shown}: texts are fetched over http and https only. Download it and give the file's path.")
+
+    def read(self, name: str, text_column: str) -> RawText:
+        from partialtune.net.download import fetch  # requests is not needed for files
+
+        download = fetch(name)
+        ending = PurePosixPath(urlsplit(name).path).suffix
+        return _file_text(download.path, download.url, ending, text_column, download.charset)
+
+
+class File(Source):
+    """A path or a glob of text files, or of files with columns."""
+
+    form = "a path, a glob"
+    help = "path, glob (sorted)"
+
+    def expand(self, name: str) -> list[str]:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return [str(path)]
+        if path.is_dir():
+            count = sum(1 for _ in path.glob("*.txt"))
+            raise TextError(f"{name} is a folder. Name its files with a glob, such as {path}/*.txt ({count} files).")
+        if path.exists():
+            raise TextError(
+                f"{name} is no regular file (a device or a pipe): save the text to a file and give its path."
+            )
+        if glob.has_magic(name):
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+            if files:
+                return files
+            raise TextError(
+                f"{name} matches no file in {Path.cwd()}." if not path.is_absolute() else f"{name} matches no file."
+            )
+        raise TextError(_explain_missing(name, path))
+
+    def read(self, name: str, text_column: str) -> RawText:
+        return _file_text(Path(name), name, PurePosixPath(name).suffix, text_column)
+
+
+# The first that claims a name reads it; File, last, claims every name.
+SOURCES: tuple[Source, ...] = (WebAddress(), BuiltIn(), HubDataset(), File())
+_IN_MESSAGES = sorted(SOURCES, key=lambda source: source.prefix != "")  # what needs no prefix is named first
+SOURCE_FORMS = " or ".join(", ".join(source.form for source in _IN_MESSAGES).rsplit(", ", 1))
+SOURCE_HELP = ", ".join(source.help for source in _IN_MESSAGES)
+
+
+def source_of(name: str) -> Source:
+    """The kind of a text source."""
+    return next(source for source in SOURCES if source.claims(name))
+
+
+def raw_text(name: str, text_column: str) -> RawText:
+    """Fetch or find a text; nothing of a file is read yet. Arguments and errors as in `Source.read`."""
+    return source_of(name).read(name, text_column)
+
+
+def expand_sources(sources: Sequence[str]) -> list[str]:
+    """The sources with globs expanded; every problem in one error. A file that comes up twice is read once."""
+    names: dict[str, None] = {}  # in order, each once
+    problems: list[str] = []
     for source in sources:
-        if source.startswith("hf:") or ADDRESS.match(source):
+        try:
+            expanded = source_of(source).expand(source)
+        except TextError as error:
+            problems.append(str(error))
             continue
-        with suppress(TextError):  # it is gone, and so is not another one
-            for name in expand_all([source]):
-                found = _sha256(raw_text(name, text_column))
-                present.add(name)
-                if recorded.get(name) != found:
-                    was = f"sha256 {recorded[name][:12]} then" if name in recorded else "not among its texts"
-                    different.append(f"{name}: {was}, {found[:12]} now")
-    if different:
+        repeated = [name for name in expanded if name in names]
+        if repeated:
+            logger.warning("Named more than once, read once: %s", ", ".join(map(without_secrets, repeated)))
+        names.update(dict.fromkeys(expanded))
+    if problems:
+        raise TextError("\n".join(problems))
+    if not names:
+        raise TextError(f"No text is named: give {SOURCE_FORMS}.")
+    return list(names)
+
+
+def _explain_missing(source: str, path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"There is no file {source}: the folder {path.parent.absolute()} does not exist."
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
+    hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
+    return f"There is no file {source} in {path.parent.absolute()}.{hint}"
+
+
+def _file_text(path: Path, name: str, ending: str, text_column: str, charset: str | None = None) -> RawText:
+    """A file that lies here: its text column where it has columns, else its bytes."""
+    table = TABLES.get(ending.lower())
+    if table:
+        chunks = _column_chunks(name, text_column, data_files=[str(path)], split="train", **table)
+        return RawText(name, chunks, encoding=Encoding("utf-8", f"column {text_column}"))
+    return RawText(name, _file_chunks(path, name), charset)
+
+
+def _file_chunks(path: Path, name: str) -> Chunks:
+    """A small file is read once, a large one chunk by chunk whenever its bytes are asked for."""
+    try:
+        if path.stat().st_size <= CHUNK_BYTES:
+            data = path.read_bytes()
+            return lambda: iter((data,))
+        with path.open("rb"):
+            pass  # it can be opened
+    except OSError as error:
+        raise TextError(f"{name} cannot be read: {error.strerror}.") from error
+
+    def chunks() -> Iterator[bytes]:
+        try:
+            with path.open("rb") as file:
+                while data := file.read(CHUNK_BYTES):
+                    yield data
+        except OSError as error:
+            raise TextError(f"{name} cannot be read: {error.strerror}.") from error
+
+    return chunks
+
+
+def _column_chunks(name: str, text_column: str, /, **settings: Any) -> Chunks:
+    """The rows of the text column of what `datasets.load_dataset(**settings)` loads, one line each, in UTF-8."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(**settings)
+    except Exception as error:  # a library's that reads others' files: an empty JSONL is a StopIteration
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
+        raise TextError(f"{name} cannot be loaded: {reason}") from error
+    rows = _choose_split(loaded, name)
+    if text_column not in rows.column_names:
         raise TextError(
-            f"The run in {run} is finished, and its text is not what it was: {'; '.join(different)}. "
-            f"For a run on the present text name another folder: --output_dir {run}-2. Nothing was touched."
+            f"{name} has no column {text_column!r}. Set text_column to one of {', '.join(rows.column_names)}."
+            + (" To train on the file as it is, give it the ending .txt." if "data_files" in settings else "")
         )
-    return [name for name in recorded if name not in present]
+
+    def chunks() -> Iterator[bytes]:
+        for batch in rows.select_columns([text_column]).iter(ROWS_AT_ONCE):
+            values = (value for value in batch[text_column] if isinstance(value, str))
+            text = "".join(value if value.endswith("\n") else f"{value}\n" for value in values)
+            if text:
+                yield text.encode()
+
+    if not any(chunk.strip() for chunk in chunks()):
+        raise TextError(f"{name}: column {text_column!r} holds no text in {len(rows):,} rows.")
+    return chunks
 
 
-def _sha256(raw: RawText) -> str:
-    digest = hashlib.sha256()
-    for chunk in raw.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_source(raw: RawText, cleaning: str, in_memory_bytes: int) -> SourceText:
-    """Decode and clean one text, into memory or into the cache, and log what was decided."""
-    digest, size = hashlib.sha256(), 0
-    for chunk in raw.chunks():
-        digest.update(chunk)
-        size += len(chunk)
-    content: str | StoredText
-    if size <= in_memory_bytes:
-        prepared = _prepare(raw, cleaning)
-        content, facts = "".join(prepared.pieces), prepared.facts
-    else:
-        content, facts = _store_text(raw, cleaning, digest.hexdigest())
-    encoding = Encoding(facts["encoding"], facts["encoding_from"])
-    Damage(facts["damaged"], facts.pop("first_damage")).warn(raw.name, encoding)
-    source = SourceText(name=raw.name, content=content, sha256=digest.hexdigest(), raw_bytes=size, **facts)
-    _log_decisions(source, cleaning)
-    return source
-
-
-def _store_text(raw: RawText, cleaning: str, sha256: str) -> tuple[StoredText, dict[str, Any]]:
-    """The text in the cache: by its bytes, how they are read, and the code that does it."""
-
-    def build(path: Path) -> dict[str, Any]:
-        prepared = _prepare(raw, cleaning)
-        return {"marks": write_pieces(prepared.pieces, path), **prepared.facts}
-
-    modules = (cleaning_code, decoding, streams, unwrapping)
-    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
-    said = [raw.charset, raw.encoding and raw.encoding.origin]
-    entry = stored("texts", ".txt", {"raw": sha256, "encoding": said, "cleaning": cleaning, "code": code}, build)
-    facts = dict(entry.facts)
-    marks = tuple((characters, size) for characters, size in facts.pop("marks"))
-    return StoredText(entry.path, entry.sha256, marks, start=0, end=marks[-1][0]), facts
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A decoded and cleaned text, and fields of SourceText."""
-
-    pieces: Iterator[str]
-    facts: dict[str, Any]
-
-
-def _prepare(raw: RawText, cleaning: str) -> _Prepared:
-    """Decide how a text is read and cleaned; its pieces do it."""
-    encoding = raw.encoding or choose_encoding(raw.chunks, raw.name, raw.charset)
-    damage = Damage()
-    for _ in damage.watched(decoded_pieces(raw.chunks(), encoding.name)):
-        pass
-    facts = {"encoding": encoding.name, "encoding_from": encoding.origin}
-    facts |= {"damaged": damage.count, "first_damage": damage.first}
-
-    def pieces() -> Iterator[str]:
-        return decoded_pieces(raw.chunks(), encoding.name)
-
-    if cleaning == "gutenberg" or (cleaning == "auto" and looks_like_gutenberg(pieces)):
-        cleaned = clean_gutenberg_pieces(pieces)
-        facts |= {"cleaning": "gutenberg", "removed_head": cleaned.removed_head, "removed_foot": cleaned.removed_foot}
-        return _Prepared(_not_blank(cleaned.pieces, raw.name), facts)
-    facts |= {"cleaning": "none", "removed_head": 0, "removed_foot": 0}
-    kept = pieces() if cleaning == "none" else with_line_feeds(_without_byte_order_mark(pieces))
-    return _Prepared(_not_blank(kept, raw.name), facts)
-
-
-def _without_byte_order_mark(pieces: Pieces) -> Iterator[str]:
-    for number, piece in enumerate(pieces()):
-        yield piece.removeprefix("\ufeff") if number == 0 else piece
-
-
-def _not_blank(pieces: Iterator[str], name: str) -> Iterator[str]:
-    """The pieces; an error at their end if they were all white space."""
-    blank = True
-    for piece in pieces:
-        blank = blank and not piece.strip()
-        yield piece
-    if blank:
-        raise TextError(f"{name}: nothing is left after cleaning. Use text_cleaning: none, or check the file.")
-
-
-def _log_decisions(source: SourceText, cleaning: str) -> None:
-    if source.cleaning == "gutenberg":
-        done = (
-            f"cut {source.removed_head:,} characters at the head and {source.removed_foot:,} at the foot, lines joined"
-        )
-    elif cleaning == "auto":
-        done = "left as it is but for line ends (LF), no header or footer of Project Gutenberg"
-    else:
-        done = "left as it is"
-    logger.info(
-        "%s: %s bytes, %s (%s), %s, %s characters.",
-        source.name,
-        f"{source.raw_bytes:,}",
-        source.encoding,
-        source.encoding_from,
-        done,
-        f"{len(source.content):,}",
-    )
+def _choose_split(loaded, name: str):
+    """The split that was asked for, else `train`, else the only one."""
+    if not hasattr(loaded, "keys"):
+        return loaded
+    if "train" in loaded:
+        return loaded["train"]
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    raise TextError(f"{name} has the splits {', '.join(loaded)}: name one, as in hf:DATASET:CONFIG:SPLIT.")

@@ -7,7 +7,7 @@ counts as wrapping if its line, too, would have reached that far.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,27 +38,27 @@ class WrapWidth:
     longest: int
 
 
-def join_wrapped_lines(lines: list[str]) -> list[str]:
+def unwrapped_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
     """Join the lines of each paragraph that were parted only by wrapping.
 
-    join_wrapped_lines(["So we beat on, boats against the current, borne back", "ceaselessly into the past."])
+    ["So we beat on, boats against the current, borne back", "ceaselessly into the past."]
     -> ["So we beat on, boats against the current, borne back ceaselessly into the past."]
 
     Args:
-        lines: Lines without line ends and without trailing white space.
+        lines: Lines without line ends and without trailing white space, from the first one at every call. The text
+            passes twice, to learn how it was wrapped and to join it; three times where all of it is indented.
 
     Returns:
         The lines of the text, blank ones included; a joined paragraph is one line.
     """
-    margin = left_margin(Counter(map(indent_of, filter(None, lines))))
-    lines = [line.removeprefix(" " * margin) for line in lines] if margin else lines
-    return list(joined_lines(lines, learn_wrap_width(lines)))
-
-
-def joined_lines(lines: Iterable[str], width: WrapWidth) -> Iterator[str]:
-    """The same, line by line, for a text that does not fit into memory: its margin is gone and its width is known."""
+    indents: Counter[int] = Counter()
+    width = learn_wrap_width(_counted(lines(), indents))
+    margin = " " * left_margin(indents)
+    if margin:  # a line's width counts without it
+        width = learn_wrap_width(line.removeprefix(margin) for line in lines())
     block: list[str] = []
-    for line in lines:
+    for line in lines():
+        line = line.removeprefix(margin)
         if line:
             block.append(line)
         if block and (not line or len(block) == LONGEST_BLOCK):
@@ -67,6 +67,14 @@ def joined_lines(lines: Iterable[str], width: WrapWidth) -> Iterator[str]:
         if not line:
             yield ""
     yield from _join_block(block, width) if len(block) > 1 else block
+
+
+def _counted(lines: Iterable[str], indents: Counter[int]) -> Iterator[str]:
+    """The lines, once their indents were counted."""
+    for line in lines:
+        if line:
+            indents[indent_of(line)] += 1
+        yield line
 
 
 def learn_wrap_width(lines: Iterable[str]) -> WrapWidth:

@@ -9,38 +9,29 @@ A text may also be a `StoredText`, whose pieces are read from disk, and token id
 """
 
 import mmap
-import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from partialtune.cache import cached_by_content
 from partialtune.errors import RecipeError, TextError
 from partialtune.progress import progress_bar
-from partialtune.text.streams import StoredText
-from partialtune.text.words import WordTokens
+from partialtune.text.stored_text import StoredText
+from partialtune.text.tokenizing import WORD_END
 
-PIECE_CHARACTERS = (
-    1 << 20
-)  # tokenised at once; 20 MB in one go took 2.8 GB of memory, in pieces 0.2 GB, and twice as long
-SEAM_CONTEXT = 200  # characters on each side of a seam that are tokenised both ways before the seam is used
-SEAM_CANDIDATES = 50
-SEAM_STRETCH = 4096  # characters in which candidates are looked for at a time
 WORD_SEARCH = 200  # characters on each side of the held-out share's start in which a word's end is looked for
 CUT_CONTEXT = 20 * WORD_SEARCH  # characters on each side of it that are read from a stored text
 ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
 SLAB_WINDOWS = 1024  # windows written between two updates of the progress bar
 
 Text = TypeVar("Text", str, StoredText)
-
-_WORD_END = re.compile(r"(?<=\S)(?=\s)")  # before a run of white space, where byte-level BPE starts a new word
 
 
 def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
@@ -73,40 +64,6 @@ def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
     around = text.part(before, min(len(text), target + CUT_CONTEXT)).read()
     cut = before + _nearest_cut(around, target - before) if held_out else len(text)
     return text.part(0, cut), text.part(cut, len(text))
-
-
-def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, words: WordTokens | None = None) -> np.ndarray:
-    """Token ids of a whole text, as if it had been tokenised in one go.
-
-    Special tokens appear only where the tokenizer itself puts them in front of a text (a BOS); one that it would put at
-    the end is left out, because the text goes on from window to window. Long texts are tokenised in pieces: memory
-    stays small and progress can be shown. A piece ends only before white space, and only where the tokens around the
-    seam come out the same whole and cut; where there is no such place the piece goes on until there is one.
-
-    Args:
-        text: One source, decoded and cleaned.
-        tokenizer: The model's tokenizer. Its `model_max_length` does not apply, windows are cut later.
-        words: What the tokenizer's words are, where several texts share it; it grows.
-
-    Returns:
-        Token ids, int32, shape (n,).
-    """
-    return np.concatenate(list(token_pieces(text, tokenizer, words)))
-
-
-def token_pieces(
-    text: str | StoredText, tokenizer: PreTrainedTokenizerBase, words: WordTokens | None = None
-) -> Iterator[np.ndarray]:
-    """The token ids of `tokenize_text`, in order, about a million characters at a time."""
-    yield np.asarray(_leading_special_ids(tokenizer), dtype=np.int32)
-    if words is None:
-        words = WordTokens(tokenizer)
-    pieces = (text,) if isinstance(text, str) else text.pieces()
-    with progress_bar(len(text), "tokenising", "characters", unit_scale=True, delay=1) as bar:
-        for piece in _cut_at_seams(pieces, tokenizer):
-            ids = words.encode(piece)
-            yield _encode(piece, tokenizer) if ids is None else ids
-            bar.update(len(piece))
 
 
 def chunked_windows(token_ids: Sequence[np.ndarray], block_size: int, stride: int, path: Path | None = None) -> Dataset:
@@ -160,12 +117,31 @@ def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int, 
     return _write_windows(slabs, block_size, count, path)
 
 
+def cached_windows(
+    token_ids: Sequence[np.ndarray], made_by: Sequence[Any], make: Callable[[Path | None], Dataset]
+) -> Dataset:
+    """The windows of texts: in memory for tokens in memory, else in an Arrow file.
+
+    Args:
+        token_ids: What `tokenizing.token_ids_of` returned.
+        made_by: What else the windows depend on, as JSON: how they are cut, block size, stride or seed.
+        make: Makes them, into the file that it is given.
+    """
+    if not any(isinstance(ids, np.memmap) for ids in token_ids):
+        return make(None)
+    files = sorted({Path(ids.filename).name for ids in token_ids})  # a file's name says what is in it
+    entry = cached_by_content(
+        "windows", ".arrow", {"tokens": files, "made_by": list(made_by)}, lambda path: {"windows": len(make(path))}
+    )
+    return Dataset.from_file(str(entry.path))
+
+
 def _slabs(ids: np.ndarray, block_size: int, stride: int) -> Iterator[np.ndarray]:
     """The windows of one source, (windows, block_size) int32 at a time."""
     views = np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
     for at in range(0, len(views), SLAB_WINDOWS):
         yield views[at : at + SLAB_WINDOWS]
-        let_go(ids)
+        release_pages(ids)
 
 
 def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: np.ndarray, block_size: int):
@@ -176,11 +152,11 @@ def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: n
         mine = source == number
         starts = drawn[mine] - starts_before[number]
         rows[mine] = sources[number][starts[:, None] + np.arange(block_size)]
-        let_go(sources[number])
+        release_pages(sources[number])
     return rows
 
 
-def let_go(ids: np.ndarray) -> None:
+def release_pages(ids: np.ndarray) -> None:
     """Give the pages of a memory map back; they are counted as memory of the process as long as they are mapped."""
     mapped = getattr(ids, "_mmap", None)
     if mapped is not None:
@@ -190,55 +166,13 @@ def let_go(ids: np.ndarray) -> None:
 def _nearest_cut(text: str, target: int) -> int:
     """The start of a run of white space nearest to `target`, else a character near it."""
     low = max(0, target - WORD_SEARCH)
-    word_ends = [match.start() for match in _WORD_END.finditer(text, low, target + WORD_SEARCH)]
+    word_ends = [match.start() for match in WORD_END.finditer(text, low, target + WORD_SEARCH)]
     if word_ends:
         return min(word_ends, key=lambda cut: abs(cut - target))
     cut = target
     while cut > 1 and (unicodedata.category(text[cut]).startswith("M") or ZERO_WIDTH_JOINER in text[cut - 1 : cut + 1]):
         cut -= 1
     return cut
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    # verbose=False turns off the one warning about model_max_length for this call alone
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.asarray(ids, dtype=np.int32)
-
-
-def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of a text by itself: [] for GPT-2, [BOS] for Llama."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    decorated = tokenizer("a")["input_ids"]
-    places = [at for at in range(len(decorated)) if decorated[at : at + len(plain)] == plain]
-    return decorated[: places[0]] if places else []
-
-
-def _cut_at_seams(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The same text in pieces that end at proven seams."""
-    text, start = "", 0  # what was not given out yet begins at `start`
-    for piece in pieces:
-        text, start = text[start:] + piece, 0
-        while end := _seam(text, start, len(text) - SEAM_CONTEXT, tokenizer):
-            yield text[start:end]
-            start = end
-    while end := _seam(text, start, len(text), tokenizer):
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def _seam(text: str, start: int, last: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Where the piece that begins at `start` can end: at the first stretch with a proven seam, before `last`."""
-    stretch = min(SEAM_STRETCH, PIECE_CHARACTERS // 8)
-    for limit in range(start + PIECE_CHARACTERS, last, stretch):
-        candidates = [match.start() for match in _WORD_END.finditer(text, limit - stretch, limit)]
-        for seam in candidates[: -SEAM_CANDIDATES - 1 : -1]:
-            left, right = text[seam - SEAM_CONTEXT : seam], text[seam : seam + SEAM_CONTEXT]
-            cut = np.concatenate([_encode(left, tokenizer), _encode(right, tokenizer)])
-            if np.array_equal(cut, _encode(left + right, tokenizer)):
-                return seam
-    return None
 
 
 def _require_a_window(token_ids: Sequence[np.ndarray], block_size: int) -> None:

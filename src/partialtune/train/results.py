@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from partialtune.cost.utilisation import needed_products, utilisation
-from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.cost.forecast import needed_products, utilisation
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.distributed import decided_by_main, done_together, main_process_only
 from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
-from partialtune.hub.files import WEIGHTS
+from partialtune.hub.published_files import WEIGHTS
 from partialtune.insight.run_insight import sampled_continuations
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures

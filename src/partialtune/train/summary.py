@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from partialtune.pages.wording import is_withheld
+from partialtune.metrics import IN_CLOSING_LINES, METRICS, Metric
+from partialtune.pages.findings import is_withheld
 from partialtune.proof.audit_result import Audit
 
 
@@ -40,13 +41,19 @@ def _weight_lines(audit: Audit) -> list[str]:
 
 
 def _score_lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    lines = [f"{'text':<14}{'bits per byte':>24}{'perplexity':>26}"]
+    columns = [(METRICS[key], 26 if at else 24) for at, key in enumerate(IN_CLOSING_LINES)]
+    lines = ["".join([f"{'text':<14}", *(f"{metric.label:>{width}}" for metric, width in columns)])]
     for name, pair in scores.items():
-        bits = f"{_number(pair['before']['bits_per_byte'], 4)} -> {_number(pair['after']['bits_per_byte'], 4)}"
-        bits = "withheld" if is_withheld(pair) else bits
-        perplexity = f"{_number(pair['before']['perplexity'], 2)} -> {_number(pair['after']['perplexity'], 2)}"
-        lines.append(f"{name:<14}{bits:>24}{perplexity:>26}")
+        lines.append(
+            "".join([f"{name:<14}", *(f"{_before_after(metric, pair):>{width}}" for metric, width in columns)])
+        )
     return lines
+
+
+def _before_after(metric: Metric, pair: Mapping[str, Mapping[str, Any]]) -> str:
+    if metric.per_byte and is_withheld(pair):
+        return "withheld"
+    return " -> ".join(_number(pair[side][metric.key], metric.decimals) for side in ("before", "after"))
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -16,26 +16,17 @@ from partialtune.distributed import check_shared, decided_by_main, first_on_each
 from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError, code_of, disk_words, is_disk_fault
 from partialtune.fast.prefix_choice import PrefixPhase, prefix_words
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.schedules import in_steps
-from partialtune.freeze.table import plan_table
+from partialtune.freeze.plan_table import plan_table
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
 from partialtune.hub.push import Target, check_access, push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.insight.run_insight import weight_insight
-from partialtune.model.activation_checkpointing import check_support
 from partialtune.model.base_card import stated_by
 from partialtune.model.conformance import Conformance, check_conformance
-from partialtune.model.files import check_finite, check_weights
-from partialtune.model.loading import (
-    check_fit,
-    check_ids,
-    empty_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_location,
-)
+from partialtune.model.loading import empty_model, load_config, load_model, load_tokenizer, model_location
+from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
+from partialtune.model.train_mode import check_support
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.reading import Recipe, write_recipe
 from partialtune.run_folder import (
@@ -48,7 +39,7 @@ from partialtune.run_folder import (
     write_exit,
 )
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.sources import IN_MEMORY_BYTES, check_kept
+from partialtune.text.reading import IN_MEMORY_BYTES, check_texts_unchanged
 from partialtune.train.before_after import Look
 from partialtune.train.results import (
     check_saved,
@@ -85,7 +76,7 @@ def train(recipe: Recipe) -> Path:
     standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
     if standing is Standing.FINISHED:
         unread = decided_by_main(
-            lambda: check_kept(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
+            lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
         )
         logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared(unread))
         return folder

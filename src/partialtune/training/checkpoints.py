@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from partialtune.distributed import is_main
-from partialtune.errors import DiskError, InputError
+from partialtune.errors import DiskError, InputError, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def read_with_care(checkpoint: Path) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         raise InputError(
-            f"{checkpoint} cannot be gone on from: {_first_line(error)}. Take a checkpoint that this version of "
+            f"{checkpoint} cannot be gone on from: {_reason(error)}. Take a checkpoint that this version of "
             f"partialtune saved, or start in a new output_dir."
         ) from error
 
@@ -179,14 +179,14 @@ def disk_errors(what: str, run: Path) -> Iterator[None]:
         whole = [path.name for path in checkpoints_in(run) if not damage_of(path, read=False)]
         kept = f"{whole[-1]} is complete" if whole else "There is no complete checkpoint yet"
         raise DiskError(
-            f"{what} could not be saved in {run}: {_first_line(error)}. {kept}. Make room on the disk, "
+            f"{what} could not be saved in {run}: {_reason(error)}. {kept}. Make room on the disk, "
             f"then go on with: --resume_from_checkpoint auto"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return reason.splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """Without the number and the file that an OSError's own text holds, and without its full stop."""
+    return in_one_line(getattr(error, "strerror", None) or error, first_line=True).removesuffix(".")
 
 
 def _sha256(file: Path) -> str:

@@ -9,6 +9,7 @@ from partialtune.errors import RecipeError
 from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
+from partialtune.metrics import best_model_metric
 from partialtune.model.conformance import Conformance
 from partialtune.recipe.reading import Recipe
 from partialtune.training.batches import collate_windows
@@ -82,10 +83,11 @@ def tokens_per_byte(args: TrainingArguments, data: RunData) -> float | None:
     scored = data.scored.get("validation")
     if scored is not None and scored.comes_back and scored.text_bytes:
         return scored.text_tokens / scored.text_bytes
-    if (args.metric_for_best_model or "").removeprefix("eval_") == "bits_per_byte":
+    metric = best_model_metric(args.metric_for_best_model)
+    if metric is not None and metric.per_byte:
         why = "nothing is held out" if scored is None else "the held-out text does not come back from its tokens"
         raise RecipeError(
-            f"metric_for_best_model is bits_per_byte, and there are none: {why}. Take loss, which is in nats a token, "
+            f"metric_for_best_model is {metric.key}, and there are none: {why}. Take loss, which is in nats a token, "
             f"and a validation_share above 0."
         )
     return None

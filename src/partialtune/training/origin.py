@@ -22,7 +22,7 @@ from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
 from partialtune.recipe.arguments import ModelArguments, TextArguments
 from partialtune.scoring.evaluation import evenly_spaced
-from partialtune.text.sources import SourceText
+from partialtune.text.reading import SourceText
 from partialtune.training.checkpoints import read_with_care
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from partialtune.machine import peak_memory_mb
 
 if TYPE_CHECKING:
-    from partialtune.fast.paths import FastPaths
+    from partialtune.fast.fast_paths import FastPaths
 
 PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from partialtune.fast.paths import FastPaths
+from partialtune.fast.fast_paths import FastPaths
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.activation_checkpointing import keep_activations, recompute_from
 from partialtune.model.parameters import named_weights
+from partialtune.model.train_mode import keep_activations, recompute_from
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
-from partialtune.text.lossless import writing_of
-from partialtune.text.prepared import token_ids_of, utf8_bytes, windows_of
-from partialtune.text.sources import IN_MEMORY_BYTES, SourceText, read_texts
-from partialtune.text.streams import StoredText
-from partialtune.text.windows import chunked_windows, let_go, random_windows, split_text
+from partialtune.text.lossless import round_trip_of
+from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, read_texts
+from partialtune.text.stored_text import StoredText, utf8_bytes
+from partialtune.text.tokenizing import token_ids_of
+from partialtune.text.windows import cached_windows, chunked_windows, random_windows, release_pages, split_text
 
 TRAINING_WINDOWS_SCORED = 256
 
@@ -84,7 +84,7 @@ def prepare_data(
         largest[f"eval_texts {name}"] = _largest(token_ids)
         scored[name] = _scored(texts, token_ids, arguments.block_size)
         written[name] = texts
-    scored = {name: _with_writing(name, text, written[name], tokenizer) for name, text in scored.items()}
+    scored = {name: _with_round_trip(name, text, written[name], tokenizer) for name, text in scored.items()}
     held_out = scored["validation"].windows if held_out_texts else None
     return RunData(sources, train, held_out, scored, counts, largest)
 
@@ -93,35 +93,37 @@ def _largest(token_ids: Sequence[np.ndarray]) -> int:
     """The largest of the ids, -1 where there is none."""
     largest = max((int(ids.max()) for ids in token_ids if len(ids)), default=-1)
     for ids in token_ids:
-        let_go(ids)
+        release_pages(ids)
     return largest
 
 
-def _with_writing(
+def _with_round_trip(
     name: str, scored: ScoredText, texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase
 ) -> ScoredText:
-    """A scored text with the word on whether it comes back from its tokens, which is said where it does not."""
-    writing = writing_of(texts, tokenizer)
-    writing.warn(name)
-    return replace(scored, comes_back=writing.whole)
+    """A scored text with whether it comes back from its tokens; a warning is logged where it does not."""
+    round_trip = round_trip_of(texts, tokenizer)
+    round_trip.warn(name)
+    return replace(scored, comes_back=round_trip.lossless)
 
 
 def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments, seed: int) -> Dataset:
     """Windows as the recipe wants them."""
     size = arguments.block_size
     if arguments.window_sampling == "random":
-        return windows_of(
+        return cached_windows(
             token_ids, ["random", size, seed, np.__version__], lambda path: random_windows(token_ids, size, seed, path)
         )
     stride = arguments.window_stride or size
-    return windows_of(token_ids, ["chunked", size, stride], lambda path: chunked_windows(token_ids, size, stride, path))
+    return cached_windows(
+        token_ids, ["chunked", size, stride], lambda path: chunked_windows(token_ids, size, stride, path)
+    )
 
 
 def _scored(
     texts: Sequence[str | StoredText], token_ids: Sequence[np.ndarray], block_size: int, limit: int | None = None
 ) -> ScoredText:
     """What `evaluation.scored_text` prepares, of texts in memory or on disk."""
-    windows = windows_of(
+    windows = cached_windows(
         token_ids,
         ["chunked", block_size, block_size],
         lambda path: chunked_windows(token_ids, block_size, block_size, path),

@@ -9,6 +9,7 @@ from transformers import IntervalStrategy, TrainingArguments
 
 from partialtune.distributed import decided_by_main
 from partialtune.errors import RecipeError
+from partialtune.metrics import best_model_metric
 from partialtune.training.precision import bf16_pays
 
 LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of them
@@ -35,8 +36,9 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
     if settings.get("lr_scheduler_type") in LED_BY_EVALUATIONS:
         settings.setdefault("eval_strategy", "steps")  # likewise
         settings.setdefault("eval_steps", 500)
-    if settings.get("metric_for_best_model"):
-        settings.setdefault("greater_is_better", False)  # transformers knows so of names that end in loss alone
+    if settings.get("metric_for_best_model"):  # transformers knows of names that end in loss alone which way is better
+        metric = best_model_metric(settings["metric_for_best_model"])
+        settings.setdefault("greater_is_better", metric is not None and metric.better == "higher")
     settings |= {
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # it would average non-finite losses away

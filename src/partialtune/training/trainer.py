@@ -21,16 +21,17 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
 from partialtune.errors import RecipeError, TrainingDiverged
-from partialtune.fast.paths import FastPaths
+from partialtune.fast.fast_paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
+from partialtune.metrics import best_model_metric, value_of_loss
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.saved_files import saved_differences
-from partialtune.proof.stopwatch import Stopwatch
+from partialtune.proof.snapshot import Stopwatch
 from partialtune.training.batches import numbered
 from partialtune.training.checkpoints import (
     ASIDE,
@@ -50,8 +51,6 @@ from partialtune.training.progress import FirstStepRecord, TrainingProgress
 from partialtune.training.stopping import StopOnSignal
 
 logger = logging.getLogger(__name__)
-
-LARGEST_EXPONENT = 700  # exp of more is no number
 
 
 class PartialTrainer(Trainer):
@@ -205,14 +204,14 @@ class PartialTrainer(Trainer):
         return norm
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """With the metric that chooses the best model, where it is one of ours: made of the loss, of the same order."""
+        """With the metric that chooses the best model, where it is one of ours, which are made of the loss."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, wanted = output.metrics.get(f"{metric_key_prefix}_loss"), self.args.metric_for_best_model or ""
-        name = wanted.removeprefix("eval_")
-        if nats is not None and name == "bits_per_byte" and self.tokens_per_byte:
-            output.metrics[f"{metric_key_prefix}_{name}"] = nats / math.log(2) * self.tokens_per_byte
-        elif nats is not None and name == "perplexity":
-            output.metrics[f"{metric_key_prefix}_{name}"] = math.exp(min(nats, LARGEST_EXPONENT))
+        metric = best_model_metric(self.args.metric_for_best_model)
+        loss = output.metrics.get(f"{metric_key_prefix}_loss")
+        if metric is not None and metric.key != "loss" and loss is not None:
+            value = value_of_loss(metric, loss, self.tokens_per_byte)
+            if value is not None:
+                output.metrics[f"{metric_key_prefix}_{metric.key}"] = value
         return output
 
     def _run_epoch(self, **kwargs) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from partialtune.freeze.table import columns
+from partialtune.freeze.plan_table import columns
 from partialtune.verify.comparison import ComparedParameter, Comparison, relative_change
 from partialtune.words import counted, significant
 

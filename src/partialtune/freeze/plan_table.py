@@ -1,0 +1,100 @@
+"""A freeze plan in words and columns, for the terminal."""
+
+from collections.abc import Sequence
+
+from partialtune.freeze.plan import FreezePlan
+
+
+def plan_summary(plan: FreezePlan) -> str:
+    """One line: `trainable 39,385,344 of 124,439,808 (31.7%): embeddings, final_norm, head`."""
+    percent = 100 * plan.trainable_parameters / plan.total_parameters
+    share = f"{percent:.1f}" if percent >= 0.1 else f"{percent:.2g}"
+    return (
+        f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share}%): {', '.join(plan.selectors)}"
+    )
+
+
+def plan_table(plan: FreezePlan) -> str:
+    """What trains by selector and by place, the ties, what the model keeps fixed, and where backward stops."""
+    parts = [f"{plan.model_name}: {plan_summary(plan)}", _selector_rows(plan), _place_rows(plan)]
+    if len(plan.phases) > 1:
+        parts.append(_phase_rows(plan))
+    return "\n\n".join([*parts, "\n".join([*_tie_and_fixed_lines(plan), _backward_line(plan)])])
+
+
+def _selector_rows(plan: FreezePlan) -> str:
+    chosen: dict[str, int] = {}
+    for parameter in plan.parameters:
+        if parameter.trainable:
+            chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
+    rows = [
+        (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
+    ]
+    return columns([("selector", "chose"), *rows])
+
+
+def _unused(selector: str) -> str:
+    return "taken away" if selector.startswith("!") else "(chosen already)"
+
+
+def _place_rows(plan: FreezePlan) -> str:
+    rows = [("place", "parameters", "trainable")]
+    runs: list[tuple[str, str, int, int]] = []  # label of the first, label of the last, parameters, trainable
+    for label, members in _places(plan):
+        total = sum(member.numel for member in members)
+        trainable = sum(member.numel for member in members if member.trainable)
+        if runs and "block" in label and "block" in runs[-1][0] and runs[-1][2:] == (total, trainable):
+            runs[-1] = (runs[-1][0], label, total, trainable)
+        else:
+            runs.append((label, label, total, trainable))
+    for first, last, total, trainable in runs:
+        label = first if first == last else f"{first} to {last.removeprefix('block ')}, each"
+        rows.append((label, f"{total:,}", f"{trainable:,}" if trainable else "frozen"))
+    return columns(rows)
+
+
+def _places(plan: FreezePlan):
+    """Components outside the blocks in their place, a block as a whole between them."""
+    grouped: dict[str, list] = {}
+    for parameter in plan.parameters:
+        label = parameter.component if parameter.block is None else f"block {parameter.block}"
+        grouped.setdefault(label, []).append(parameter)
+    return grouped.items()
+
+
+def _phase_rows(plan: FreezePlan) -> str:
+    sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
+    rows = [("from", "trainable", "blocks that backward passes")]
+    for phase in plan.phases:
+        trainable = sum(sizes[name] for name in phase.trainable)
+        rows.append((phase.start, f"{trainable:,}", str(plan.block_count - phase.first_block)))
+    return columns(rows)
+
+
+def _tie_and_fixed_lines(plan: FreezePlan) -> list[str]:
+    lines = [f"tied: {first} is {second}, one tensor" for first, second in plan.ties]
+    if plan.head == "untied":
+        lines.append("untied: the head gets a matrix of its own, a copy of the token embedding")
+    fixed = [parameter for parameter in plan.parameters if parameter.fixed]
+    if fixed:
+        names = fixed[0].name if len(fixed) == 1 else f"{len(fixed)} parameters, {fixed[0].name} first"
+        values = sum(parameter.numel for parameter in fixed)
+        lines.append(f"fixed by the model's own code, frozen under any selector: {names} ({values:,} values)")
+    return lines
+
+
+def _backward_line(plan: FreezePlan) -> str:
+    passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
+    held = f", {frozen} of them frozen" if frozen else ""
+    return f"backward reaches {plan.backward_from} and runs through {passed} of {plan.block_count} blocks{held}"
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells -> lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )

@@ -1,0 +1,112 @@
+"""Selectors that are one word: word -> which parameters it chooses. A new one is one row in the table below.
+
+Everything else reads the table: the parser (`selector_syntax`) which words there are, `model/selectors` what they
+choose and what an error offers in their place. Neither a model nor torch is needed, since a recipe's selectors are
+checked before anything is loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Candidate(Protocol):
+    """One name of a parameter, and what a row may ask about it. It gets `model.layout.Place`."""
+
+    @property
+    def name(self) -> str:
+        """Full dotted name: `model.layers.3.mlp.gate.weight`."""
+
+    @property
+    def block(self) -> int | None:
+        """Index of the decoder block, None outside the blocks."""
+
+    @property
+    def component(self) -> str:
+        """Part of the model, one of `model.layout.COMPONENTS`. Each parameter belongs to exactly one."""
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is added and not multiplied, by its name."""
+
+
+@dataclass(frozen=True)
+class NamedSelector:
+    """A row of the table.
+
+    Attributes:
+        word: As a recipe has it.
+        chooses: Whether it chooses a parameter by this one of its names. A tied parameter has several names, and is
+            chosen where one of them is.
+        of_blocks: Whether it may also stand behind blocks: `blocks[-1].attention`. It then chooses inside these blocks
+            what `chooses` says.
+        in_words: What an error says that a model does not have; the word itself where it is empty.
+        also_written: What people write who think of one architecture. An error offers the word in its place.
+    """
+
+    word: str
+    chooses: Callable[[Candidate], bool]
+    of_blocks: bool = False
+    in_words: str = ""
+    also_written: tuple[str, ...] = ()
+
+
+def _components(*names: str) -> Callable[[Candidate], bool]:
+    return lambda place: place.component in names
+
+
+def _bias(place: Candidate) -> bool:
+    """Of blocks and the final norm, as `norms` is: not GPT-J's head, nor a projection beside the embeddings."""
+    return place.is_bias and (place.block is not None or place.component == "final_norm")
+
+
+# In the order in which messages list them. Compare components and names as a whole, never by a part of their text:
+# "norm" is in `input_layernorm`, and "h.1" in `h.10`.
+NAMED_SELECTORS = (
+    NamedSelector("embeddings", _components("embeddings.tokens", "embeddings.positions", "embeddings.other")),
+    NamedSelector(
+        "embeddings.tokens",
+        _components("embeddings.tokens"),
+        also_written=("wte", "embed_tokens", "word_embeddings", "tokens"),
+    ),
+    NamedSelector(
+        "embeddings.positions",
+        _components("embeddings.positions"),
+        in_words="position embeddings",
+        also_written=("wpe", "embed_positions", "positions"),
+    ),
+    NamedSelector("attention", _components("attention"), of_blocks=True, also_written=("attn", "self_attn")),
+    NamedSelector(  # with routers and experts
+        "mlp",
+        _components("mlp"),
+        of_blocks=True,
+        also_written=("ffn", "feed_forward", "moe", "experts", "router"),
+    ),
+    NamedSelector(
+        "mixer",
+        _components("mixer"),
+        of_blocks=True,
+        in_words="mixer (state-space block)",
+        also_written=("mamba", "ssm"),
+    ),
+    NamedSelector(  # inside attention too
+        "norms",
+        _components("norms", "final_norm"),
+        of_blocks=True,
+        also_written=("ln", "layernorm", "layernorms"),
+    ),
+    NamedSelector("biases", _bias, of_blocks=True),
+    NamedSelector(
+        "final_norm",
+        _components("final_norm"),
+        in_words="final norm with parameters",
+        also_written=("ln_f", "norm_f", "final_layernorm"),
+    ),
+    NamedSelector("head", _components("head"), also_written=("lm_head", "embed_out", "output")),
+    NamedSelector("all", lambda place: True),
+)
+
+NAMED = {row.word: row for row in NAMED_SELECTORS}
+WORDS = tuple(NAMED)
+BLOCK_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.of_blocks)
+MEANT = {written: row.word for row in NAMED_SELECTORS for written in row.also_written}
