@@ -43,6 +43,8 @@ from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
 from partialtune.training.trainer import PartialTrainer
 from test_download import cached_files, server  # noqa: F401  (a fixture)
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 RESUME = ["--resume_from_checkpoint", "auto"]
 
 
