@@ -447,6 +447,17 @@ def test_state_that_an_optimizer_is_made_with_enters_with_its_parameters(tmp_pat
         assert found == {step: set(trainer.plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)}
 
 
+def test_a_trainer_leaves_its_callers_arguments_as_they_were(tmp_path):
+    args = training_arguments({"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"})
+    before, model = dict(vars(args)), tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"], schedule=PHASES)
+    apply_plan(model, plan)
+    data = {"train_dataset": some_windows(), "data_collator": collate_windows}
+    trainer = PartialTrainer(plan=plan, delta_steps=1, model=model, args=args, **data)
+    assert trainer.args.ddp_find_unused_parameters is True
+    assert vars(args) == before
+
+
 def test_a_checkpoint_of_another_layer_of_the_same_shape_is_refused(tmp_path):
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_of(tmp_path / "first", tiny_gpt2(), ["blocks[0]"], (), **changes).train()
