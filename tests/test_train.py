@@ -19,8 +19,8 @@ from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.reading import read_texts
 from partialtune.text.tokenizing import tokenize_text
 from partialtune.text.windows import random_windows, split_text
-from partialtune.training import making, settings
-from partialtune.training.batches import collate_windows
+from partialtune.training import recipe_trainer, settings
+from partialtune.training.training_data import collate_windows
 from test_modeling import rename_to_hub
 
 pytestmark = pytest.mark.contract
@@ -542,7 +542,7 @@ def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_pat
         batches.append(collate_windows(rows)["input_ids"])
         return collate_windows(rows)
 
-    monkeypatch.setattr(making, "collate_windows", recorded)
+    monkeypatch.setattr(recipe_trainer, "collate_windows", recorded)
     (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
     steps, batch, block = 20, 4, 32
     words = [

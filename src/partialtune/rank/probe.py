@@ -13,7 +13,7 @@ from partialtune.model.conformance import next_token_loss
 from partialtune.model.parameters import named_weights
 from partialtune.progress import progress_bar
 from partialtune.proof.distances import l2_norm
-from partialtune.training.batches import collate_windows
+from partialtune.training.training_data import collate_windows
 
 
 @dataclass(frozen=True)
