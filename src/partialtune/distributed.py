@@ -212,7 +212,7 @@ def _end_together(error: Exception | None, failure: _Failure | None) -> None:
     if failure is None:
         return
     is_bug = error is not None and not (isinstance(error, PartialtuneError) or is_disk_fault(error))
-    if is_bug or (error is not None and is_main()):
+    if error is not None and (is_bug or is_main()):
         raise error
     raise EndedElsewhere(failure.words if is_main() else "", failure.code) from error
 

@@ -11,7 +11,7 @@ scoring does not alter the training that follows.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -132,7 +132,8 @@ def score_tokens(
     device = next(model.parameters()).device
     windows = scored.windows.with_format("numpy")
     wanted = spaced_indices(count, watched).tolist()
-    kept, keep = {}, set(wanted)
+    kept: dict[int, Any] = {}
+    keep = set(wanted)
 
     rows: list[list[float]] = []
     bar = progress_bar(count, description, "windows", **({} if description else {"disable": True}))

@@ -138,7 +138,8 @@ def write_performance(start: RunStart, trainer: PartialTrainer) -> None:
 def write_results(folder: Path, trainer: PartialTrainer, before: Evaluation, after: Evaluation) -> None:
     """Everything that is known only after training, and the pages made of it."""
     logged = reversed(trainer.state.log_history)
-    metrics = next((entry for entry in logged if "train_runtime" in entry), {})  # none if the last save found a fault
+    no_metrics: dict[str, float] = {}  # where the last save found a fault
+    metrics = next((entry for entry in logged if "train_runtime" in entry), no_metrics)
     write_json(folder / "train_results.json", metrics)
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}

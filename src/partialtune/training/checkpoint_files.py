@@ -154,7 +154,8 @@ def with_ties(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str
 
     FSDP gathers the tensor of each name by itself, and two equal ones would be saved as two.
     """
-    names, tied = {}, dict(state_dict)
+    names: dict[int, str] = {}
+    tied = dict(state_dict)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if name in tied and first in tied:
