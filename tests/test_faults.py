@@ -44,6 +44,8 @@ from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_download import cached_files, server  # noqa: F401  (a fixture)
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 RESUME = ["--resume_from_checkpoint", "auto"]
 
 

@@ -188,6 +188,7 @@ class Planted:
         return open, (self.path, "w")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_code_in_a_checkpoints_pickles_is_never_run(tmp_path, name, capfd):
     recipe = small_recipe(tmp_path, max_steps=2, schedule=[], lr_scheduler_type="constant")

@@ -119,9 +119,9 @@ class LossWithoutLogits:
             logits: (B, T, D), the hidden states that the head has passed on.
             labels: int64 (B, T), not shifted.
         """
-        passed_on, self._passed_on = self._passed_on, None
-        if passed_on is None or logits is not passed_on:  # a cap, a scale or a slice would have made another tensor
+        if logits is not self._passed_on:  # the same object: a cap, a scale or a slice would have made another one
             raise LogitsInUse
+        self._passed_on = None
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # (B, T): the last token has no next one
         targets = shift_labels.reshape(-1).to(logits.device)  # (B * T,)
@@ -130,8 +130,8 @@ class LossWithoutLogits:
         weight, bias = self._head.weight, self._head.bias
         dtype = _compute_dtype(hidden)
         nats = head_cross_entropy(hidden, weight, targets[places], bias, dtype, self._low_weight(dtype))
-        count = len(places) if num_items_in_batch is None else num_items_in_batch
-        return nats / (count if isinstance(count, int) else count.to(nats.device))
+        count: Any = len(places) if num_items_in_batch is None else num_items_in_batch
+        return nats / (count.to(nats.device) if torch.is_tensor(count) else count)
 
     def _low_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
         """A frozen head in the compute dtype, cast once; None where it trains or needs no cast."""
