@@ -32,7 +32,7 @@ from partialtune.freeze.recipe_plan import in_steps, plan_before_text
 from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
-from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
+from partialtune.recipe.recipe import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
 from partialtune.training.trainer import PartialTrainer

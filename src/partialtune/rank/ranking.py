@@ -22,7 +22,7 @@ from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import Probe, draw_windows, probe
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.training.training_data import prepare_data
 
 # Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
