@@ -29,8 +29,8 @@ from partialtune.text.reading import read_texts
 from partialtune.text.stored_text import StoredText, write_pieces
 from partialtune.text.tokenizing import WordTokens, tokenize_text, word_pattern
 from partialtune.text.windows import split_text
-from partialtune.training import run_data as data
-from partialtune.training.run_data import prepare_data
+from partialtune.training import training_data as data
+from partialtune.training.training_data import prepare_data
 from test_decoding import decode_text
 
 LLAMA_3_PATTERN = tokenizing._LLAMA_3
@@ -568,7 +568,7 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "from partialtune.text import tokenizing\n"
         "from partialtune.recipe.arguments import TextArguments\n"
         "from partialtune.builtin import builtin_folder\n"
-        "from partialtune.training.run_data import prepare_data\n"
+        "from partialtune.training.training_data import prepare_data\n"
         "from partialtune.distributed import first_on_each_node\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
