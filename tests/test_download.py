@@ -17,7 +17,7 @@ import pytest
 
 from partialtune.errors import TextError
 from partialtune.net.download import Limits, cache_folder, fetch
-from partialtune.text.reading import read_texts
+from partialtune.text.text_reading import read_texts
 
 TEXT = ("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 400).encode()
 QUICK = Limits(connect_seconds=2, read_seconds=0.3, tries=2, first_wait_seconds=0.01, longest_wait_seconds=1)

@@ -33,8 +33,8 @@ from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
 from partialtune.run_folder import locked, write_exit
-from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
+from partialtune.text.text_reading import check_texts_unchanged
 from partialtune.train import train
 from partialtune.train import write_results as results
 from partialtune.training import recipe_trainer, settings

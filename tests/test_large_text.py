@@ -21,12 +21,12 @@ from partialtune.builtin import builtin_folder
 from partialtune.cache import LIFETIME_DAYS, cached_by_content
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
-from partialtune.text import cleaning, reading, sources, stored_text, tokenizing
+from partialtune.text import cleaning, sources, stored_text, text_reading, tokenizing
 from partialtune.text.cleaning import Ends, clean_gutenberg, clean_gutenberg_pieces, unified_pieces
 from partialtune.text.decoding import choose_encoding, decoded_pieces
 from partialtune.text.gutenberg import unify_lines
-from partialtune.text.reading import read_texts
 from partialtune.text.stored_text import StoredText, write_pieces
+from partialtune.text.text_reading import read_texts
 from partialtune.text.tokenizing import WordTokens, tokenize_text, word_pattern
 from partialtune.text.windows import split_text
 from partialtune.training import training_data as data
@@ -403,7 +403,7 @@ def test_a_second_run_makes_nothing_again(book, tokenizer, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("made again")
 
-    for module, name in ((reading, "_prepare"), (tokenizing, "token_pieces"), (data, "chunked_windows")):
+    for module, name in ((text_reading, "_prepare"), (tokenizing, "token_pieces"), (data, "chunked_windows")):
         monkeypatch.setattr(module, name, refuse)
     second = prepare(book, tokenizer)
     assert second.sources == first.sources

@@ -13,7 +13,7 @@ from partialtune.errors import TextError
 from partialtune.net.download import Download
 from partialtune.text import sources
 from partialtune.text.cleaning import with_line_feeds
-from partialtune.text.reading import check_texts_unchanged, load_text, read_texts
+from partialtune.text.text_reading import check_texts_unchanged, load_text, read_texts
 
 PLAIN = "A first line,\nand a second.\n"
 GUTENBERG = (
@@ -203,7 +203,7 @@ def test_the_builtin_text_is_the_same_every_time():
     assert text.name == "builtin:python-docs"
     assert text.text.startswith('The "assert" statement')
     assert text.raw_bytes == len(text.text.encode()) > 300_000
-    code = "from partialtune.text.reading import read_texts; print(read_texts(['builtin:python-docs'])[0].sha256)"
+    code = "from partialtune.text.text_reading import read_texts; print(read_texts(['builtin:python-docs'])[0].sha256)"
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert again.stdout.strip() == text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
 

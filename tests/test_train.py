@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from conftest import EXCERPTS, REPOSITORY, SOURCES, gpt2_tokenizer, tiny_gpt2
 from partialtune.cli import main
 from partialtune.scoring.evaluation import score_text, scored_text
-from partialtune.text.reading import read_texts
+from partialtune.text.text_reading import read_texts
 from partialtune.text.tokenizing import tokenize_text
 from partialtune.text.windows import random_windows, split_text
 from partialtune.training import recipe_trainer, settings

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editor
     from partialtune.rebuild import apply_delta as apply_delta
     from partialtune.rebuild import load as load
     from partialtune.recipe.reading import read_recipe as read_recipe
-    from partialtune.text.reading import load_text as load_text
+    from partialtune.text.text_reading import load_text as load_text
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOME = {
     "apply_delta": "rebuild",
     "apply_plan": "freeze.apply",
     "load": "rebuild",
-    "load_text": "text.reading",
+    "load_text": "text.text_reading",
     "plan_freeze": "freeze.plan",
     "read_recipe": "recipe.reading",
 }

@@ -31,7 +31,7 @@ PARAGRAPHS_AT_ONCE = 4000
 
 def make_text(sources: list[str], megabytes: int, path: Path) -> None:
     """Write a text of so many MB."""
-    from partialtune.text.reading import read_texts
+    from partialtune.text.text_reading import read_texts
 
     paragraphs = [part for text in read_texts(sources) for part in text.text.split("\n\n") if part.strip()]
     rng = random.Random(0)

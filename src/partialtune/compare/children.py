@@ -28,7 +28,7 @@ from partialtune.files import lock
 from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
 from partialtune.run_folder import LOCK_FILE, exit_code_of, recorded_sources
-from partialtune.text.reading import check_texts_unchanged
+from partialtune.text.text_reading import check_texts_unchanged
 from partialtune.training.resume_check import Standing, standing_of
 from partialtune.training.stopping import hears_signals
 

@@ -16,8 +16,8 @@ from partialtune.compare.policies import Policy, changed_values, changed_words
 from partialtune.errors import RecipeError
 from partialtune.recipe.arguments import TextArguments
 from partialtune.run_folder import read_json, write_json
-from partialtune.text.reading import read_texts
 from partialtune.text.stored_text import StoredText
+from partialtune.text.text_reading import read_texts
 from partialtune.text.windows import split_text
 from partialtune.training.resume_check import recipe_differences
 

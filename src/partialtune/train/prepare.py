@@ -24,7 +24,7 @@ from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe
 from partialtune.run_folder import recorded_sources
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.reading import check_texts_unchanged
+from partialtune.text.text_reading import check_texts_unchanged
 from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint
 from partialtune.training.launch import check_engine, check_precision, check_processes, one_device_a_process
 from partialtune.training.recipe_trainer import prefix_phases, tokens_per_byte

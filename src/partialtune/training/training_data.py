@@ -14,8 +14,8 @@ from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.reading import Recipe
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
 from partialtune.text.lossless import round_trip_of
-from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, read_texts
 from partialtune.text.stored_text import StoredText, utf8_bytes
+from partialtune.text.text_reading import IN_MEMORY_BYTES, SourceText, read_texts
 from partialtune.text.tokenizing import token_ids_of
 from partialtune.text.windows import cached_windows, chunked_windows, random_windows, release_pages, split_text
 from partialtune.training.settings import data_seed
