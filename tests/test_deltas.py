@@ -13,7 +13,7 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.distances import change_sums
 from partialtune.proof.snapshot import Snapshot, measure_deltas, take_snapshot
-from partialtune.training.batches import collate_windows
+from partialtune.training.training_data import collate_windows
 
 
 def make_trainer(tmp_path, model, callbacks, **changes):

@@ -25,7 +25,7 @@ from partialtune.cli import main
 from partialtune.distributed import decided_by_main, done_together, first_on_each_node, peers_watched
 from partialtune.errors import EndedElsewhere, InputError, Interrupted, code_of, disk_words, is_disk_fault
 from partialtune.text.reading import read_texts
-from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
+from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.training.launch import check_engine
 from test_download import Server
 from two_processes import on_two_processes
@@ -388,7 +388,7 @@ def test_engines_that_hide_whole_parameters_are_refused(name, monkeypatch):
 def test_a_run_under_them_is_refused_before_anything_is_loaded(environment, words, tmp_path, monkeypatch, capfd):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("partialtune.train.train.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr("partialtune.train.prepare.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
     file, run = recipe(tmp_path, "run", 4, "builtin:python-docs")
     assert main(["train", str(file), *words]) == 2
     assert not run.exists()

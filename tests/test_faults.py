@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster import fingerprint, small_recipe
-from partialtune import train
 from partialtune.cli import main
 from partialtune.compare.children import run_child
 from partialtune.compare.results import read_outcome
@@ -33,14 +32,16 @@ from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
-from partialtune.run_folder import Standing, locked, write_exit
+from partialtune.run_folder import locked, write_exit
 from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
-from partialtune.train import results
-from partialtune.training import making, settings
-from partialtune.training.batches import collate_windows
-from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
+from partialtune.train import train
+from partialtune.train import write_results as results
+from partialtune.training import recipe_trainer, settings
+from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
+from partialtune.training.resume_check import Standing
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_download import cached_files, server  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -444,7 +445,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
 ):
     batches = []
     collate = collate_windows
-    monkeypatch.setattr(making, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
+    monkeypatch.setattr(recipe_trainer, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
     monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
     run = place / "new"
     words = ["--output_dir", str(run), "--max_grad_norm", clipping, "--eval_strategy", "no", "--logging_steps", "50"]
@@ -454,7 +455,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
     assert said["reason"] in capfd.readouterr().err
     assert f"the {how} of step 6 became non-finite" in said["reason"]
     named = [int(number) for number in re.search(r"windows ([\d, ]+)\.", said["reason"])[1].split(",")]
-    data = train.run_data(read_recipe(place / "recipe.yaml"), _one_process(), _tokenizer(place))
+    data = data_of_recipe(read_recipe(place / "recipe.yaml"), _one_process(), _tokenizer(place))
     windows = np.asarray(data.train["input_ids"][:])
     assert {tuple(windows[number]) for number in named} == {tuple(row) for row in batches[5]["input_ids"].tolist()}
     assert steps(run) == [2, 4]

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Marian
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
-from partialtune import train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
@@ -38,9 +37,10 @@ from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.key_rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
 from partialtune.text.reading import check_texts_unchanged, read_texts
-from partialtune.train import results
-from partialtune.training.checkpoints import MARKER, finish_checkpoint
-from partialtune.training.run_data import prepare_data
+from partialtune.train import train
+from partialtune.train import write_results as results
+from partialtune.training.checkpoint_files import MARKER, finish_checkpoint
+from partialtune.training.training_data import prepare_data
 from partialtune.verify.verify import verify
 from tiny_models import tiny_config
 

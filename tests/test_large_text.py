@@ -31,8 +31,8 @@ from partialtune.text.reading import read_texts
 from partialtune.text.stored_text import StoredText, write_pieces
 from partialtune.text.tokenizing import WordTokens, tokenize_text, word_pattern
 from partialtune.text.windows import split_text
-from partialtune.training import run_data as data
-from partialtune.training.run_data import prepare_data
+from partialtune.training import training_data as data
+from partialtune.training.training_data import prepare_data
 from test_decoding import decode_text
 from two_processes import on_two_processes
 

@@ -32,10 +32,10 @@ from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
-from partialtune.training.batches import collate_windows
-from partialtune.training.optimizer_state import check_checkpoint
+from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows
 from two_processes import on_two_processes
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
@@ -494,7 +494,7 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune.training import phases
+    from partialtune.training import phased_optimizer as phases
 
     def forget(group, optimizer):
         parameters, group["params"] = group["params"], []

@@ -19,8 +19,8 @@ from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.reading import read_texts
 from partialtune.text.tokenizing import tokenize_text
 from partialtune.text.windows import random_windows, split_text
-from partialtune.training import making, settings
-from partialtune.training.batches import collate_windows
+from partialtune.training import recipe_trainer, settings
+from partialtune.training.training_data import collate_windows
 from test_modeling import rename_to_hub
 
 pytestmark = pytest.mark.contract
@@ -520,7 +520,7 @@ def gpt2_folder(tmp_path_factory):
 @pytest.mark.slow
 def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_folder, tmp_path, monkeypatch):
     # what is scored before and after costs more than the two steps: few windows of it, and one prompt
-    monkeypatch.setattr("partialtune.training.run_data.TRAINING_WINDOWS_SCORED", 4)
+    monkeypatch.setattr("partialtune.training.training_data.TRAINING_WINDOWS_SCORED", 4)
     gulliver = SOURCES[-1] / "gulliver" / "pg829_2025_utf8bom_crlf.txt"
     small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no", "--eval_strategy", "no"]
     words = ["--model_name_or_path", str(gpt2_folder), "--text", str(gulliver), "--output_dir", str(tmp_path / "run")]
@@ -555,7 +555,7 @@ def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_pat
         batches.append(collate_windows(rows)["input_ids"])
         return collate_windows(rows)
 
-    monkeypatch.setattr(making, "collate_windows", recorded)
+    monkeypatch.setattr(recipe_trainer, "collate_windows", recorded)
     (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
     steps, batch, block = 20, 4, 32
     words = [

@@ -122,7 +122,7 @@ def _cost_of_step(
 
 def _twin_under_plan(model: nn.Module, plan: FreezePlan, fake: FakeTensorMode, checkpointing: bool) -> nn.Module:
     """A copy of `model` without values to which the plan is applied, as a run does it."""
-    twin = without_values(model, fake)
+    twin = _without_values(model, fake)
     stop_layer_drop(twin)  # apply_plan does it too, and says so, which belongs to a run
     apply_plan(twin, plan)
     if checkpointing:
@@ -152,7 +152,7 @@ def _failing_in_words(model_name: str, loss: LossWithoutLogits | None) -> Iterat
         ) from error
 
 
-def without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+def _without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """A copy of `model` in fp32 whose parameters and buffers are fake tensors on the CPU. Ties are kept."""
     twins: dict[int, torch.Tensor] = {}
     with fake:
@@ -277,7 +277,7 @@ def _empty_grouped_product(
 
     Rows (m, k) with one (k, n) an expert -> (m, n); (m, k) cut along k with (k, n) cut likewise -> one (m, n) each.
     """
-    shape = (left.shape[0], right.shape[-1])
+    shape: tuple[int, ...] = (left.shape[0], right.shape[-1])
     if right.ndim == 2:
         shape = (len(ends), *shape)
     return left.new_empty(shape, dtype=out_dtype)

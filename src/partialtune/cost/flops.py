@@ -141,7 +141,7 @@ def _grouped_product(rows, matrices, *args, out_val=None, **kwargs) -> int:
 
 
 # What torch's own registry has no formula for. Also for `FlopCounterMode(custom_mapping=FORMULAS)`.
-FORMULAS = {
+FORMULAS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward,
     aten._grouped_mm: _grouped_product,

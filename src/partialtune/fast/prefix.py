@@ -46,7 +46,7 @@ class PrefixCache:
 
     Attributes:
         blocks: The modules of these blocks.
-        states: (windows, T, D), None before `fill`.
+        states: (windows, T, D), empty before `fill`.
         width: D, values of one token's state, known once there is one.
     """
 
@@ -58,7 +58,7 @@ class PrefixCache:
         self._wide: torch.dtype = torch.float32  # of what the blocks give themselves
         self._given: torch.Tensor | None = None  # states of the batch that is in the model, within `giving`
         self.width = 0
-        self.states: torch.Tensor | None = None
+        self.states = torch.empty(0)
 
     def fill(self, windows: Sequence[Dataset], batch_size: int, autocast_dtype: torch.dtype | None = None) -> None:
         """Compute the states of all windows. Of several processes each does its share; all have to call this.
@@ -72,7 +72,7 @@ class PrefixCache:
         Raises:
             ModelError: If the blocks give more than their states to those behind them.
         """
-        rank, processes = of_this_node()
+        rank, processes = _of_this_node()
         device = next(self._model.parameters()).device
         rows = [data.with_format("torch", columns=["input_ids"]) for data in windows]
         places = [(data, index) for data in rows for index in range(len(data))]  # by the window's number
@@ -82,7 +82,7 @@ class PrefixCache:
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 return self.states_of(ids.to(device, torch.long))
 
-        self.states = shared_tensor((len(places), *states_at([0]).shape[1:]), self._dtype)
+        self.states = _shared_tensor((len(places), *states_at([0]).shape[1:]), self._dtype)
         mine = range(rank, len(places), processes)
         with progress_bar(len(places), f"frozen prefix of {len(self.blocks)} blocks, once", "windows") as bar:
             for at in range(0, len(mine), batch_size):
@@ -95,7 +95,7 @@ class PrefixCache:
     @property
     def bytes(self) -> int:
         """Memory that the states take."""
-        return self.states.nbytes if self.states is not None else 0
+        return self.states.nbytes
 
     def install(self) -> None:
         """Let the blocks be stood in for, within `giving`."""
@@ -107,7 +107,7 @@ class PrefixCache:
         """Leave the blocks as they were, and drop the states."""
         for block in self.blocks:
             vars(block).pop("forward", None)  # the class' own method is found again
-        self.states = None
+        self.states = torch.empty(0)
 
     @contextmanager
     def giving(self, numbers: torch.Tensor) -> Iterator[None]:
@@ -260,7 +260,7 @@ def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str
 # ---- one tensor for all processes of a node --------------------------------------------------------------------------
 
 
-def of_this_node() -> tuple[int, int]:
+def _of_this_node() -> tuple[int, int]:
     """Number of this process among those of its node, and how many they are."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
@@ -268,13 +268,13 @@ def of_this_node() -> tuple[int, int]:
     return (int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0), processes
 
 
-def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU, its values unset. Every process of a run has to call this together.
 
     Several processes of a node get the same memory: each writes its share, all read everything, and memory holds it
     once. It is a file that is unlinked as soon as all have it, so that nothing is left behind, however the run ends.
     """
-    rank, processes = of_this_node()
+    rank, processes = _of_this_node()
     if processes == 1:
         return torch.empty(shape, dtype=dtype)
     size = math.prod(shape)

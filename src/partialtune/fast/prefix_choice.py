@@ -81,7 +81,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPrefix:
     """A frozen prefix of one length, tried.
 
     Attributes:
@@ -99,7 +99,7 @@ def choose_prefix(
     windows: Windows,
     window_bytes: int,
     free_bytes: int,
-    tried: Mapping[int, Tried] | None = None,
+    tried: Mapping[int, TriedPrefix] | None = None,
 ) -> list[PrefixPhase]:
     """What each phase does.
 
@@ -115,7 +115,7 @@ def choose_prefix(
         RecipeError: If `memory` is wanted and cannot be had.
     """
     if wanted == "off":
-        return [PrefixPhase(phase.from_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
+        return [PrefixPhase(phase.first_step, 0, 0, "prefix_cache: off") for phase in plan.phases]
     size = windows.kept * window_bytes  # the same for every phase: one cache at a time is held
     chosen = []
     for phase, needed in _needs(plan, windows):
@@ -125,7 +125,7 @@ def choose_prefix(
             why_not or f"{needed:,} passes of windows through {phase.first_block} frozen blocks become {windows.kept:,}"
         )
         blocks = 0 if why_not else phase.first_block
-        chosen.append(PrefixPhase(phase.from_step, blocks, size if blocks else 0, reason))
+        chosen.append(PrefixPhase(phase.first_step, blocks, size if blocks else 0, reason))
     if wanted == "memory" and not any(phase.blocks for phase in chosen):
         raise RecipeError(f"prefix_cache: memory is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
     return chosen
@@ -145,8 +145,8 @@ def lengths_to_try(wanted: str, plan: FreezePlan, windows: Windows) -> list[int]
 
 def _needs(plan: FreezePlan, windows: Windows) -> list[tuple[Phase, int]]:
     """Each phase, and how many windows go through the model in it."""
-    ends = [phase.from_step for phase in plan.phases[1:]] + [windows.steps]
-    return [(phase, windows.needed(phase.from_step, end)) for phase, end in zip(plan.phases, ends, strict=True)]
+    ends = [phase.first_step for phase in plan.phases[1:]] + [windows.steps]
+    return [(phase, windows.needed(phase.first_step, end)) for phase, end in zip(plan.phases, ends, strict=True)]
 
 
 def _not_worth_it(wanted: str, phase: Phase, needed: int, windows: Windows) -> str:
@@ -172,7 +172,7 @@ def _does_not_pay(needed: int, kept: int) -> str:
 
 def try_prefixes(
     lengths: Sequence[int], sampling: str, args: TrainingArguments, model: PreTrainedModel, windows: Dataset
-) -> dict[int, Tried]:
+) -> dict[int, TriedPrefix]:
     """Whether a frozen prefix can be kept: its length in blocks -> what came of it.
 
     Every length is tried, before training: a shorter prefix may hold less than what later blocks use, though a longer
@@ -188,7 +188,7 @@ def try_prefixes(
     if not lengths:
         return {}
     if obstacle := _obstacle_of_the_run(sampling, args, model):
-        return dict.fromkeys(lengths, Tried(obstacle))
+        return dict.fromkeys(lengths, TriedPrefix(obstacle))
     row = torch.as_tensor(windows[0]["input_ids"], dtype=torch.long, device=model.device)
     return {blocks: _tried(model, blocks, row[None]) for blocks in lengths}
 
@@ -207,18 +207,18 @@ def _obstacle_of_the_run(sampling: str, args: TrainingArguments, model: PreTrain
     return ""
 
 
-def _tried(model: PreTrainedModel, blocks: int, input_ids: torch.Tensor) -> Tried:
+def _tried(model: PreTrainedModel, blocks: int, input_ids: torch.Tensor) -> TriedPrefix:
     try:
         trial = try_prefix(model, blocks, input_ids)
     except ModelError as error:
-        return Tried(str(error).rstrip("."))
+        return TriedPrefix(str(error).rstrip("."))
     if trial.apart <= AGREEMENT:
-        return Tried("", trial.width)
+        return TriedPrefix("", trial.width)
     cause = "later blocks use more than the states of the last frozen one, or something below them is drawn at random"
-    return Tried(f"{cause} ({trial.apart:.1e} off)", trial.width)
+    return TriedPrefix(f"{cause} ({trial.apart:.1e} off)", trial.width)
 
 
-class Trial(NamedTuple):
+class PrefixTrial(NamedTuple):
     """What came of starting one pass from kept states.
 
     Attributes:
@@ -230,7 +230,7 @@ class Trial(NamedTuple):
     width: int
 
 
-def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
+def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> PrefixTrial:
     """Compare a pass that starts from kept states with a whole one, in train mode and in eval mode.
 
     The prefix is in eval mode in both; whole and short pass begin from the same seed. They agree where the frozen
@@ -259,7 +259,7 @@ def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
             short = _head_input_from(cache, states, model, input_ids)
             alike = short.shape == whole.shape
             apart.append(float((short - whole).norm() / whole.norm()) if alike else math.inf)
-    return Trial(max(apart, key=lambda one: math.inf if math.isnan(one) else one), cache.width)
+    return PrefixTrial(max(apart, key=lambda one: math.inf if math.isnan(one) else one), cache.width)
 
 
 def _head_input_from(

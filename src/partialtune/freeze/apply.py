@@ -42,7 +42,7 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     # On the instance: Trainer calls model.train() at every step and after every evaluation. Not a method of a class of
     # our own, whose name save_pretrained would write into the config; nor a bound method, which pickle looks for in the
     # model, by the function's name.
-    model.train = partial(train_what_is_trainable, model)
+    model.train = partial(_train_what_is_trainable, model)
     let_learn(model, plan.trainable)
 
 
@@ -57,7 +57,7 @@ def let_learn(model: nn.Module, names: Iterable[str], also_in_eval: Iterable[str
     chosen = set(names)
     for name, parameter in named_weights(model):
         parameter.requires_grad_(name in chosen)
-    model._modules_kept_in_eval = (*modules_without_trainables(model), *also_in_eval)
+    model._modules_kept_in_eval = (*_modules_without_trainables(model), *also_in_eval)
     model.train(model.training)
 
 
@@ -79,7 +79,7 @@ def untie_head(model: nn.Module) -> None:
         model.all_tied_weights_keys = {}
 
 
-def modules_without_trainables(model: nn.Module) -> Iterator[str]:
+def _modules_without_trainables(model: nn.Module) -> Iterator[str]:
     """Names of the topmost modules that hold parameters of which none trains."""
 
     def walk(module: nn.Module, path: str) -> Iterator[str]:
@@ -93,7 +93,7 @@ def modules_without_trainables(model: nn.Module) -> Iterator[str]:
     return walk(model, "")
 
 
-def train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
+def _train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
     """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode.
 
     But for token embeddings that Trainer has told to add noise (NEFTune): its hook goes by their own mode, and a table

@@ -55,15 +55,16 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
         raise RecipeError(f"trainable [{', '.join(selectors)}]: no matrix is left to adapt.")
     parameters = tuple(_with_adapters(model, structure, chosen, rank))
     learning = [parameter for parameter in parameters if parameter.trainable]
-    first = min(learning, key=lambda parameter: parameter.block)
+    first_block = min(parameter.block for parameter in learning if parameter.block is not None)
+    first = next(parameter for parameter in learning if parameter.block == first_block)
     return FreezePlan(
         model_name=structure.model_name,
         selectors=tuple(selectors),
         head="tied",
         block_count=structure.block_count,
         parameters=parameters,
-        ties=tuple(tuple(pair) for pair in structure.ties),
-        phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first.block),),
+        ties=tuple(structure.ties),
+        phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first_block),),
         adapter=Adapter(rank, alpha, tuple(chosen), seed),
     )
 

@@ -71,9 +71,20 @@ class Phase:
     from_epoch: float | None = None
 
     @property
+    def first_step(self) -> int:
+        """`from_step`, in a plan that is carried out.
+
+        Raises:
+            ValueError: In a plan made before the text is read, where the phase begins at an epoch.
+        """
+        if self.from_step is None:
+            raise ValueError(f"The phase from {self.start} has no step yet: plan again once the text is read.")
+        return self.from_step
+
+    @property
     def start(self) -> str:
         """`step 40`, or `epoch 1.5`."""
-        return start_words(self.from_step, self.from_epoch)
+        return _start_words(self.from_step, self.from_epoch)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ class FreezePlan:
 
     def phase_at(self, step: int) -> Phase:
         """The phase that step number `step`, counted from 0, belongs to; the first for a negative number."""
-        return next((phase for phase in reversed(self.phases) if phase.from_step <= step), self.phases[0])
+        return next((phase for phase in reversed(self.phases) if phase.first_step <= step), self.phases[0])
 
     def groups(self) -> dict[str, list[PlannedParameter]]:
         """Parameters by place, in the plan's order: `block_07/attention` in blocks, `final_norm` outside them."""
@@ -252,12 +263,12 @@ def plan_freeze(
         head="untied" if unties else "tied",
         block_count=structure.block_count,
         parameters=tuple(_planned_parameters(structure, additions, chosen)),
-        ties=tuple(tuple(pair) for pair in structure.ties),
+        ties=tuple(structure.ties),
         phases=_phases(structure, additions, chosen),
     )
 
 
-def start_words(step: int | None, epoch: float | None) -> str:
+def _start_words(step: int | None, epoch: float | None) -> str:
     """Where a phase begins: `step 40`, or `epoch 1.5` where it is said in epochs."""
     return f"step {step}" if epoch is None else f"epoch {epoch:g}"
 
@@ -275,7 +286,7 @@ def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_t
 
 def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
     """Name of each trainable parameter -> the selector that chose it, and which entry is the first that adds it."""
-    starts = [start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
+    starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
     trains: dict[str, tuple[str, int]] = {}
     for number, addition in enumerate(additions):
         try:
@@ -317,10 +328,11 @@ def _planned_parameters(
 def _phases(
     structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
 ) -> tuple[Phase, ...]:
-    phases = []
+    phases: list[Phase] = []
     for number, addition in enumerate(additions):
         names = tuple(i.name for i in structure.parameters if i.name in chosen and chosen[i.name][1] <= number)
         backward_from = structure.first_in_forward_order(names)
+        assert backward_from is not None  # every entry adds something: `_what_trains` has seen to it
         rank = structure.by_name[backward_from].forward_rank  # 0 before the blocks, 1 + index in a block
         first_block = min(max(rank - 1, 0), structure.block_count)
         if number and not any(addition.get(key) for key in STARTS):  # it begins at 0, as `trainable` before it does

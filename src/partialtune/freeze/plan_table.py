@@ -25,7 +25,7 @@ def plan_table(plan: FreezePlan) -> str:
 def _selector_rows(plan: FreezePlan) -> str:
     chosen: dict[str, int] = {}
     for parameter in plan.parameters:
-        if parameter.trainable:
+        if parameter.selector is not None:
             chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
     rows = [
         (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors

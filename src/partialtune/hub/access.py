@@ -120,6 +120,7 @@ def _check_token() -> None:
             f"There is no Hugging Face token. Make one with write access at {constants.ENDPOINT}/settings/tokens, "
             f"then run `hf auth login` or set HF_TOKEN."
         )
+    # With a line end or a letter outside ASCII in it, the HTTP client raises an error of its own about headers.
     if not re.fullmatch(r"[!-~]+", token):
         raise InputError("The Hugging Face token has characters in it that no token has. Copy it again.")
 

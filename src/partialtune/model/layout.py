@@ -126,9 +126,13 @@ class Layout:
     def _is_head(self, name: str) -> bool:
         if self.head is None:
             return False
-        if self.body is not None and _within(name, self.whole) and not _within(name, self.body):
-            return True
-        return _within(name, self.head) or self._narrows_to_tokens(name)
+        return self._is_beside_body(name) or _within(name, self.head) or self._narrows_to_tokens(name)
+
+    def _is_beside_body(self, name: str) -> bool:
+        """Whether it stands around the body, as the transform before BERT's head does."""
+        if self.whole is None or self.body is None:
+            return False
+        return _within(name, self.whole) and not _within(name, self.body)
 
     def _token_width(self) -> int:
         return next(self.modules[self.tokens].parameters()).shape[-1]

@@ -91,7 +91,7 @@ def load_config(
     # transformers 5.23 knows the commit while it loads, and keeps it no more. It is put back under transformers' own
     # name: `load_model` and the run's record read it here, since the weights have to be of the same commit
     # (`test_a_base_that_moved_on_the_hub_is_taken_at_the_commit_that_the_run_began_with`).
-    config._commit_hash = hub_commit(name, revision)
+    config._commit_hash = _hub_commit(name, revision)
     return config
 
 
@@ -105,13 +105,13 @@ def _is_causal(config: PretrainedConfig) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping
 
 
-def hub_commit(name: str, revision: str = "main") -> str | None:
+def _hub_commit(name: str, revision: str = "main") -> str | None:
     """The commit that a Hub id's revision was resolved to when its config was loaded; None for a folder."""
-    folder = files_folder(name, revision)
+    folder = _files_folder(name, revision)
     return None if folder == Path(model_location(name)) else folder.name
 
 
-def files_folder(name: str, revision: str = "main") -> Path:
+def _files_folder(name: str, revision: str = "main") -> Path:
     """The folder that holds a model's files: its own, or the one of a Hub id in the cache once its config is there."""
     location = model_location(name)
     file = None if Path(location).is_dir() else try_to_load_from_cache(location, "config.json", revision=revision)
@@ -162,7 +162,7 @@ def load_model(
             f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "
             f"result could not be used."
         )
-    refuse_wider_than(dtype, name, files_folder(name, commit))
+    refuse_wider_than(dtype, name, _files_folder(name, commit))
     return model
 
 

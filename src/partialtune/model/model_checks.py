@@ -63,7 +63,7 @@ def _merge_command(adapter: str, base: str | None) -> str:
     if base and base.startswith("builtin:"):
         with suppress(ModelError):  # of another version of this package
             base = str(builtin_folder(base))
-    base, adapter = in_command(base or "BASE", "BASE"), in_command(adapter, "ADAPTER")
+    base, adapter = _in_command(base or "BASE", "BASE"), _in_command(adapter, "ADAPTER")
     return (
         'python -c "from peft import PeftModel; '
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -72,7 +72,7 @@ def _merge_command(adapter: str, base: str | None) -> str:
     )
 
 
-def in_command(place: str, else_this: str) -> str:
+def _in_command(place: str, else_this: str) -> str:
     """A folder or Hub id in a command that is advised; another word where a shell would read more into it."""
     return place if PLAIN.fullmatch(place) else else_this
 
@@ -107,7 +107,7 @@ def without_safetensors(name: str, location: str, has_pickle: bool) -> ModelErro
         return ModelError(
             f"The model {name} cannot be loaded: beside its config.json is no file named model.safetensors."
         )
-    place = in_command(location, "MODEL")
+    place = _in_command(location, "MODEL")
     return ModelError(
         f"{name} has its weights in *.bin files alone. These are pickles, which can run code when they are opened; "
         f"partialtune opens safetensors files only. Where you trust it, convert it first, with: "
@@ -208,7 +208,7 @@ def dtypes_in(folder: Path) -> dict[str, str]:
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
         files = [folder / name for name in sorted(names)]
-    found = {}
+    found: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt", backend="pread") as opened:
             found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118

@@ -156,7 +156,7 @@ def _why_no_match(structure: ModelStructure, selector: Selector, blocks: set[int
         return f"{_ranges(blocks)} of {structure.model_name} hold none."
     places = [place for info in structure.parameters for place in info.places if place.block is not None]
     parts = [part for part in BLOCK_PARTS if any(NAMED[part].chooses(p) and p.block in blocks for p in places)]
-    holders = {place.block for place in places if NAMED[selector.part].chooses(place)}
+    holders = {p.block for p in places if p.block is not None and NAMED[selector.part].chooses(p)}
     has = f"{_ranges(blocks)} of {structure.model_name} {'has' if len(blocks) == 1 else 'have'} {', '.join(parts)}"
     return f"{has}; {selector.part} is in {_ranges(holders) if holders else 'none of its blocks'}."
 

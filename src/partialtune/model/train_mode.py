@@ -92,7 +92,7 @@ def _set(config: PreTrainedConfig, key: str, share: float) -> None:
 # ---- LayerDrop -------------------------------------------------------------------------------------------------------
 
 
-def layer_drops(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
+def _layer_drops(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
     """Where blocks are left out at random in train mode: (dotted name, module, attribute, probability above 0).
 
     Modules read it from their config as they are made: the config is not what counts, and keeps its value.
@@ -109,7 +109,7 @@ def stop_layer_drop(model: nn.Module) -> str:
     Returns:
         What was switched off, in words; empty where the model has no LayerDrop.
     """
-    found = list(layer_drops(model))
+    found = list(_layer_drops(model))
     for _, module, key, _ in found:
         setattr(module, key, 0.0)
     if not found:
@@ -121,7 +121,7 @@ def stop_layer_drop(model: nn.Module) -> str:
 @contextmanager
 def no_layer_drop(model: nn.Module) -> Iterator[None]:
     """Within it no block is left out, as under a plan; afterwards the model is as it was."""
-    found = list(layer_drops(model))
+    found = list(_layer_drops(model))
     for _, module, key, _ in found:
         setattr(module, key, 0.0)
     try:

@@ -7,11 +7,11 @@ model or a text is touched.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from partialtune.net.addresses import SOURCE_KEYS, same_sources, sources_without_secrets
+from partialtune.net.addresses import sources_without_secrets
 from partialtune.recipe.arguments import (
     EvaluationArguments,
     FreezeArguments,
@@ -19,7 +19,6 @@ from partialtune.recipe.arguments import (
     SpeedArguments,
     TextArguments,
     argument_fields,
-    default_of,
 )
 from partialtune.recipe.checks import checked_values, with_present_names
 from partialtune.recipe.key_rules import LENGTHS, training_defaults
@@ -34,13 +33,6 @@ from partialtune.recipe.parsing import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Keys that do not make it another run: where it is put, where it goes on from, what is logged and pushed.
-FREE_KEYS = (
-    *("run", "output_dir", "resume_from_checkpoint", "push_to_hub", "report_to", "run_name", "project"),
-    *("disable_tqdm", "include_num_input_tokens_seen"),
-)
-FREE_PREFIXES = ("logging_", "log_", "hub_", "trackio_")
 
 
 @dataclass(frozen=True)
@@ -138,42 +130,3 @@ def write_recipe(path: Path, values: Mapping[str, Any], run: Mapping[str, Any]) 
     order = {key: place for place, key in enumerate([*argument_fields(), *training_defaults()])}
     known = sorted((key for key in values if key != "run"), key=lambda key: order.get(key, len(order)))
     write_recipe_file(path, sources_without_secrets({key: values[key] for key in known}), run)
-
-
-def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Keys in which two recipes are not the same run, in the order of the dataclasses; empty if they are.
-
-    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not given
-    counts as its default.
-
-    Args:
-        a: Values of the run that exists, as in `Recipe.values`; its key `run` is ignored.
-        b: Values of the run to start.
-    """
-    old, new = _effective(a), _effective(b)
-    differing = [key for key in {**old, **new} if not _is_same(key, old.get(key), new.get(key)) and not _is_free(key)]
-    if "max_steps" in differing and new["max_steps"] > old["max_steps"] > 0:
-        differing.remove("max_steps")
-    return differing
-
-
-def _is_same(key: str, old: Any, new: Any) -> bool:
-    return old == new or (key in SOURCE_KEYS and same_sources(old, new))
-
-
-def _is_free(key: str) -> bool:
-    return key in FREE_KEYS or key.startswith(FREE_PREFIXES)
-
-
-def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with the defaults of every key that was not given, and with what those defaults stand for."""
-    defaults = {key: default_of(entry) for key, entry in argument_fields().items()}
-    defaults |= training_defaults()
-    held_out = values.get("validation_share") != 0
-    defaults |= {"eval_strategy": "steps" if held_out else "no", "activation_checkpointing": False}
-    effective = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-    for key, other in (("window_stride", "block_size"), ("data_seed", "seed")):
-        effective[key] = effective[other] if effective[key] is None else effective[key]
-    if effective["method"] == "full":
-        effective["trainable"] = ["all"]
-    return {key: value for key, value in effective.items() if value is not MISSING}

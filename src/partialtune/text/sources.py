@@ -56,8 +56,8 @@ class Source:
         form: How it is named, in messages: "Give an http(s) URL, a path, ...".
         help: The same in the help text of `--text`, with more detail.
         prefix: What its names begin with.
-        on_network: Whether its texts may have to be fetched. What lies here is compared when a finished run is asked
-            for again.
+        on_network: Whether its texts may have to be fetched. Those that lie on this machine are compared with the ones
+            of a finished run when its recipe is started again.
     """
 
     form: str
@@ -180,7 +180,7 @@ class File(Source):
 
 
 # The first that claims a name reads it; File, last, claims every name.
-SOURCES: tuple[Source, ...] = (WebAddress(), BuiltIn(), HubDataset(), File())
+SOURCES: tuple[Source, ...] = (BuiltIn(), HubDataset(), WebAddress(), File())
 _IN_MESSAGES = sorted(SOURCES, key=lambda source: source.prefix != "")  # what needs no prefix is named first
 SOURCE_FORMS = " or ".join(", ".join(source.form for source in _IN_MESSAGES).rsplit(", ", 1))
 SOURCE_HELP = ", ".join(source.help for source in _IN_MESSAGES)
@@ -192,7 +192,7 @@ def source_of(name: str) -> Source:
 
 
 def raw_text(name: str, text_column: str) -> RawText:
-    """Fetch or find a text; nothing of a file is read yet. Arguments and errors as in `Source.read`."""
+    """One text -> its bytes, fetched or found. Arguments and errors as in `Source.read`."""
     return source_of(name).read(name, text_column)
 
 

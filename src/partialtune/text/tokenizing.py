@@ -115,9 +115,10 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
 
 def token_ids_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """The token ids of each text, shape (n,), int32; memory-mapped from one file if any of the texts lies on disk."""
-    if all(isinstance(text, str) for text in texts):
+    in_memory = [text for text in texts if isinstance(text, str)]
+    if len(in_memory) == len(texts):
         words = WordTokens(tokenizer)  # what one text taught serves the next
-        return [tokenize_text(text, tokenizer, words) for text in texts]
+        return [tokenize_text(text, tokenizer, words) for text in in_memory]
 
     def build(path: Path) -> dict[str, Any]:
         words = WordTokens(tokenizer)

@@ -12,7 +12,7 @@ import mmap
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ CUT_CONTEXT = 20 * WORD_SEARCH  # characters on each side of it that are read fr
 ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
 SLAB_WINDOWS = 1024  # windows written between two updates of the progress bar
 
-Text = TypeVar("Text", str, StoredText)
+Text = str | StoredText
 
 
 def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
