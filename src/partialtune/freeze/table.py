@@ -1,8 +1,9 @@
 """A freeze plan in words and columns, for the terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from partialtune.freeze.plan import FreezePlan
+from partialtune.tables import draw_table
 
 
 def plan_summary(plan: FreezePlan) -> str:
@@ -30,7 +31,7 @@ def _selector_rows(plan: FreezePlan) -> str:
     rows = [
         (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
     ]
-    return columns([("selector", "chose"), *rows])
+    return draw_table([("selector", "chose"), *rows])
 
 
 def _unused(selector: str) -> str:
@@ -50,7 +51,7 @@ def _place_rows(plan: FreezePlan) -> str:
     for first, last, total, trainable in runs:
         label = first if first == last else f"{first} to {last.removeprefix('block ')}, each"
         rows.append((label, f"{total:,}", f"{trainable:,}" if trainable else "frozen"))
-    return columns(rows)
+    return draw_table(rows)
 
 
 def _places(plan: FreezePlan):
@@ -68,7 +69,7 @@ def _phase_rows(plan: FreezePlan) -> str:
     for phase in plan.phases:
         trainable = sum(sizes[name] for name in phase.trainable)
         rows.append((phase.start, f"{trainable:,}", str(plan.block_count - phase.first_block)))
-    return columns(rows)
+    return draw_table(rows)
 
 
 def _tie_and_fixed_lines(plan: FreezePlan) -> list[str]:
@@ -99,14 +100,3 @@ def frozen_blocks(plan: FreezePlan, blocks: Iterable[int]) -> list[int]:
     """Those of `blocks` that hold nothing that trains."""
     trained = {parameter.block for parameter in plan.parameters if parameter.trainable}
     return [block for block in blocks if block not in trained]
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of cells -> lines, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )

@@ -15,7 +15,6 @@ from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
-from partialtune.freeze.table import columns
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.files import check_finite
@@ -23,6 +22,7 @@ from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.reading import Recipe
+from partialtune.tables import draw_table
 from partialtune.training.run_data import prepare_data
 
 # Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
@@ -183,7 +183,7 @@ def _rows(kind: str, entries: Sequence[Ranked]) -> str:
         )
         for entry in entries
     ]
-    return columns([header, *rows])
+    return draw_table([header, *rows])
 
 
 def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
