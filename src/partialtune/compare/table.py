@@ -9,6 +9,7 @@ from typing import Any
 from partialtune.compare.frontier import AXES, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.metrics import HEADLINE
+from partialtune.tables import draw_table
 from partialtune.words import UNKNOWN, change, count, joined, percent, significant
 
 
@@ -58,15 +59,7 @@ def comparison_lines(rows: Sequence[Row]) -> str:
                 audit_words(row),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """Names to the left, numbers to the right."""
-    cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-    cells[0], cells[-1] = line[0].ljust(widths[0]), line[-1]
-    return "  ".join(cells).rstrip()
+    return draw_table(lines, left=(0, -1))
 
 
 def by_quality(rows: Sequence[Row]) -> list[Row]:
