@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from conftest import REPOSITORY, tiny_gpt2
 from partialtune.cli import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def write_recipe(tmp_path, changes=None, without=(), raw=None):
     values = {

@@ -34,6 +34,8 @@ from partialtune.run_folder import locked
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FRONTIER = REPOSITORY / "recipes" / "frontier"
 ATTACK = "<script>document.title = 'taken'</script>"
 # policy -> selectors, which parameters that is, bits per byte after, change on further text, seconds a step, MB
@@ -606,7 +608,7 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
     trial = tmp_path / "trial.py"
     trial.write_text(
         "import sys, time; from pathlib import Path; from partialtune.compare.rates import Trial, keep_trial\n"
-        "from partialtune.recipe.reading import read_recipe\n"
+        "from partialtune.recipe.recipe import read_recipe\n"
         "Path(sys.argv[1] + '.begun').touch()\n"
         "time.sleep(2)\n"
         "values = read_recipe(sys.argv[3], sys.argv[4:]).values\n"

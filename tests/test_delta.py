@@ -25,6 +25,8 @@ from partialtune.model.loading import load_config, load_model
 from test_modeling import rename_to_hub
 from test_verify import flip_a_bit, hub, tiny_mixtral  # noqa: F401  (hub is a fixture)
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 
 

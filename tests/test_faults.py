@@ -31,7 +31,7 @@ from partialtune.hub import push
 from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.recipe.reading import read_recipe
+from partialtune.recipe.recipe import read_recipe
 from partialtune.run_folder import locked, write_exit
 from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
@@ -43,6 +43,8 @@ from partialtune.training.resume_check import Standing
 from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_download import cached_files, server  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 RESUME = ["--resume_from_checkpoint", "auto"]
 

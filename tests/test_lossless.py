@@ -138,6 +138,7 @@ def test_bits_per_byte_are_withheld_where_the_text_does_not_come_back(tmp_path, 
     assert not [entry for entry in log if "bits_per_byte/validation" in entry]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_id_beyond_the_model_is_refused_and_an_unused_token_is_not(tmp_path, caplog, capfd):
     """The counts may agree where ids have gaps, and differ where a token was added and never used."""
     words = small_recipe(tmp_path, max_steps=1, schedule=[], prompts=[])

@@ -26,6 +26,8 @@ from partialtune.proof.saved_files import saved_differences
 from partialtune.recipe.arguments import TextArguments, argument_types
 from partialtune.training.training_data import prepare_data
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 BASE = "builtin:lilliput"
 PARTS = {"tied": ["blocks[-1]", "final_norm"], "untied": ["final_norm", "head"]}

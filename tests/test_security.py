@@ -19,7 +19,7 @@ from partialtune.errors import InputError, TextError
 from partialtune.net.addresses import lacks_secrets, without_secrets
 from partialtune.net.download import Limits
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.reading import read_recipe
+from partialtune.recipe.recipe import read_recipe
 from partialtune.text.reading import read_texts
 from partialtune.training.checkpoint_files import finish_checkpoint, newest_whole_checkpoint
 from partialtune.training.resume_check import check_checkpoint, recipe_differences
@@ -188,6 +188,7 @@ class Planted:
         return open, (self.path, "w")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_code_in_a_checkpoints_pickles_is_never_run(tmp_path, name, capfd):
     recipe = small_recipe(tmp_path, max_steps=2, schedule=[], lr_scheduler_type="constant")

@@ -10,6 +10,7 @@ deleted, follows links, and writes a lock file even to read (tried with datasets
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -121,10 +122,10 @@ def new_file(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
 
 
-def _opened(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+def _opened(path: Path, flags: int = os.O_RDONLY) -> io.BufferedReader | io.BufferedRandom:
     """A file of the cache, opened. Others may be able to write there: a link that they put there is an OSError."""
-    mode = "rb" if flags == os.O_RDONLY else "r+b"
-    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), mode)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, "rb") if flags == os.O_RDONLY else os.fdopen(descriptor, "r+b")
 
 
 def _read(path: Path) -> CachedFile | None:

@@ -246,7 +246,7 @@ def check_config(delta: Delta) -> None:
         )
 
 
-def check_base(delta: Delta, name: str, found: dict[str, str]) -> None:
+def check_base(delta: Delta, name: str, found: Mapping[str, str]) -> None:
     """Refuse a base other than the delta's.
 
     Args:

@@ -21,7 +21,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import quiet_libraries
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.text.windows import chunked_windows
 from partialtune.training.launch import one_device_a_process, use_all_cores
 from partialtune.training.performance import performance
@@ -49,7 +49,7 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
         recipe = runnable(values, steps, folder)
         args = training_arguments(recipe.training)
         one_device_a_process(args)
-        empty, plan = plan_of(recipe)
+        empty, plan = plan_of(recipe)  # on the meta device: counts arithmetic without holding weights
         trainer = trained(recipe, plan, random_model(empty, recipe).to(args.device), args)
         return result_of(trainer, empty, recipe.text.block_size)
 

@@ -130,8 +130,8 @@ class LossWithoutLogits:
         weight, bias = self._head.weight, self._head.bias
         dtype = _compute_dtype(hidden)
         nats = head_cross_entropy(hidden, weight, targets[places], bias, dtype, self._low_weight(dtype))
-        count = len(places) if num_items_in_batch is None else num_items_in_batch
-        return nats / (count if isinstance(count, int) else count.to(nats.device))
+        count: Any = len(places) if num_items_in_batch is None else num_items_in_batch
+        return nats / (count.to(nats.device) if torch.is_tensor(count) else count)
 
     def _low_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
         """A frozen head in the compute dtype, cast once; None where it trains or needs no cast."""

@@ -94,6 +94,7 @@ def _lenient(hint: Any) -> Any:
     """The type with our conversions put in, for pydantic."""
     from pydantic import BeforeValidator, Field, PlainValidator
 
+    # Types made at run time, of which mypy knows nothing: hence its two exceptions below.
     members = [member for member in union_members(hint) if member is not NoneType]
     if len(members) < len(union_members(hint)):
         return _lenient(Union[tuple(members)]) | None  # noqa: UP007

@@ -82,7 +82,7 @@ class Target:
 
 
 def check_access(target: Target, patience: Patience | None = None) -> None:
-    """Make sure that a push will be let in. A missing repository or branch is created.
+    """Check that a push will be accepted. A missing repository or branch is created.
 
     Args:
         target: The repository and branch.
@@ -120,6 +120,7 @@ def _check_token() -> None:
             f"There is no Hugging Face token. Make one with write access at {constants.ENDPOINT}/settings/tokens, "
             f"then run `hf auth login` or set HF_TOKEN."
         )
+    # With a line end or a letter outside ASCII in it, the HTTP client raises an error of its own about headers.
     if not re.fullmatch(r"[!-~]+", token):
         raise InputError("The Hugging Face token has characters in it that no token has. Copy it again.")
 

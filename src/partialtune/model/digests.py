@@ -133,7 +133,8 @@ class _Part(NamedTuple):
 
 def _local_part(tensor: torch.Tensor) -> _Part:
     """A shard's sum is added to the others', so that nothing is gathered; the whole where shards are no rows of it."""
-    values, start, groups = tensor.detach(), 0, ()
+    values, start = tensor.detach(), 0
+    groups: tuple[dist.ProcessGroup, ...] = ()
     if is_sharded(values):
         from torch.distributed.tensor import Shard  # takes 0.4 s, and is there already where something is sharded
 

@@ -4,7 +4,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -118,7 +118,7 @@ def numbers(scalars: Iterable[torch.Tensor]) -> list:
     by_device: dict[torch.device, list[int]] = {}
     for index, scalar in enumerate(scalars):
         by_device.setdefault(scalar.device, []).append(index)
-    found = {}
+    found: dict[int, Any] = {}
     for indices in by_device.values():
         found |= zip(indices, torch.stack([scalars[index] for index in indices]).tolist(), strict=True)
     return [found[index] for index in range(len(scalars))]

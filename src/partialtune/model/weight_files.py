@@ -103,7 +103,7 @@ class TensorFiles:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._file_of = {}
+        self._file_of: dict[str, safe_open] = {}
         for file in files:
             opened = safe_open(file, framework="pt", backend="pread")  # not the default, which maps
             self._file_of |= dict.fromkeys(opened.keys(), opened)
@@ -183,7 +183,9 @@ def map_names(model: PreTrainedModel, files: TensorFiles) -> NameMap:
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     rule_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
-    in_file, groups, unused, clear = {}, {}, [], True
+    in_file: dict[str, str] = {}
+    groups: dict[str, Conversion] = {}
+    unused, clear = [], True
     for name in sorted(files.names, key=dot_natural_key):  # expert 2 before expert 10, as loading takes them
         target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if target not in expected and name in expected:  # renamed without need; loading takes such a name as it is

@@ -87,4 +87,5 @@ def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_befor
         before: Its values before, of the same shape; the floating-point dtypes may differ.
         norm_before: `l2_norm(before)`.
     """
-    return delta_from_sums(name, *change_sums(now, before).tolist(), norm_before)
+    square_sum, largest = change_sums(now, before).tolist()
+    return delta_from_sums(name, square_sum, largest, norm_before)

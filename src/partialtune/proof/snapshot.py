@@ -191,7 +191,8 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
     measured = dict(zip(changes, numbers(changes.values()), strict=True))
     for name, parameter in named:
         if name in measured:
-            yield delta_from_sums(name, *measured[name], snapshot.norms[name])
+            square_sum, largest = measured[name]
+            yield delta_from_sums(name, square_sum, largest, snapshot.norms[name])
         elif name in present and present[name] == snapshot.bit_sums.get(name):
             yield ParameterDelta(name, 0.0, 0.0 if parameter.numel() else None, 0.0)
         else:

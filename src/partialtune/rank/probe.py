@@ -50,7 +50,7 @@ def probe(model: PreTrainedModel, windows: Dataset, batch_size: int, head: str =
         batch_size: Windows of one pass.
         head: As in a recipe.
     """
-    plan = plan_freeze(model, ["all"], head=head)
+    plan = plan_freeze(model, ["all"], head=head)  # a frozen parameter would get no gradient to rank by
     apply_plan(model, plan)
     model.eval()  # dropout off: the gradient of the text, not of chance
     loss = sum(_losses(model, windows, batch_size))

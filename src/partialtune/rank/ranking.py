@@ -15,14 +15,14 @@ from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
-from partialtune.freeze.plan_table import columns
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import Probe, draw_windows, probe
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
+from partialtune.tables import draw_table
 from partialtune.training.training_data import prepare_data
 
 # Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
@@ -144,10 +144,12 @@ def _ordered(
         if place is not None and not parameter.fixed:  # no selector adds it
             members.setdefault(place, []).append(parameter)
     entries = [_ranked(probe, *place, parameters) for place, parameters in members.items()]
+    # Ratios are 0 or more: what has none, since all its weights are 0, comes last.
     return tuple(sorted(entries, key=lambda entry: -1 if entry.ratio is None else entry.ratio, reverse=True))
 
 
 def _ranked(probe: Probe, block: int | None, component: str | None, parameters: Sequence[PlannedParameter]) -> Ranked:
+    # The norm of a part is the root of the summed squares of its tensors' norms.
     gradient = math.hypot(*(probe.gradient_norms[parameter.name] for parameter in parameters))
     weights = math.hypot(*(probe.weight_norms[parameter.name] for parameter in parameters))
     return Ranked(
@@ -188,7 +190,7 @@ def _rows(kind: str, entries: Sequence[Ranked]) -> str:
         )
         for entry in entries
     ]
-    return columns([header, *rows])
+    return draw_table([header, *rows])
 
 
 def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:

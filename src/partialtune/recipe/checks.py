@@ -88,6 +88,7 @@ def _checked_value(key: Any, value: Any, types: Mapping[str, Any]) -> Any:
     if key not in types:
         raise ValueError(unknown_key(key, nearest(key, types)))
     hint, bound = types[key], bound_of(key)
+    # Words of the command line are read only here: the key's type decides whether `[a]` is a list or a text.
     value = word_value(value, hint) if isinstance(value, Words) else value
     try:
         converted = convert_value(value, hint)
@@ -121,7 +122,7 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, message) for converted values that cannot stand together; keys that were not given are absent."""
-    if all(key in values for key in LENGTHS) and values["max_steps"] != -1:
+    if all(key in values for key in LENGTHS) and values["max_steps"] != -1:  # -1: count epochs
         steps, epochs = (values[key] for key in LENGTHS)
         message = f"max_steps {steps} and num_train_epochs {epochs:g} both say how long to train. Keep one of them."
         yield "max_steps", message
@@ -134,6 +135,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
     if values.get("save_strategy") == "best" and not names_metric:
         yield "save_strategy", "best needs metric_for_best_model: loss."
+    # Reentrant checkpointing passes no gradient on in a block whose input requires none: the embeddings' output would
+    # have to require one, and backward would not stop at the first block that trains.
     if (values.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
         message = "use_reentrant needs gradients at every block's input: backward would run through all frozen blocks"
         yield "activation_checkpointing_kwargs", f"{message}. Take it out."

@@ -47,6 +47,7 @@ class _RecipeDumper(yaml.SafeDumper):
         return True
 
 
+# A mapping of its own: SafeLoader's is shared by everything in this process that reads YAML.
 _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -164,6 +165,7 @@ def _duplicate_keys(
     node: yaml.Node | None, above: str = "", visited: frozenset[int] = frozenset()
 ) -> Iterator[Problem]:
     """Keys that a mapping holds twice, at any depth: YAML forbids them, PyYAML lets the last one win."""
+    # An anchor may stand inside what it names (`a: &a [*a]`): such a node holds itself.
     if id(node) in visited or not isinstance(node, yaml.CollectionNode):
         return
     visited = visited | {id(node)}
@@ -178,7 +180,7 @@ def _duplicate_keys(
             where = f"lines {first_lines[key]} and {line}" if line != first_lines[key] else f"line {line}"
             yield Problem(f"line {line}", f"{above}{key}", f"said twice, in {where}. Keep one of them.")
         first_lines.setdefault(key, line)
-        if above or key != "run":
+        if above or key != "run":  # `run` records what a run did, and is not read
             yield from _duplicate_keys(value_node, f"{above}{key}.", visited)
 
 
@@ -200,6 +202,7 @@ def _suspect(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, str, s
     """(number, line, hint) of the line that quotes would mend: where the parser stopped, or up to five above it."""
     stop = min(error.problem_mark.line, max(len(lines) - 1, 0))
     start = error.context_mark.line if error.context_mark else stop
+    # Of a bracket that is never closed PyYAML complains lines later: hence the lines above, too.
     for number in dict.fromkeys([stop, *range(max(start, stop - 5), stop)]):
         hint = _quoting_hint(lines[number]) if lines else ""
         if hint:

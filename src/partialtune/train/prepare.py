@@ -20,7 +20,7 @@ from partialtune.model.loading import load_config, load_model, load_tokenizer, m
 from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
 from partialtune.model.train_mode import check_support
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import recorded_sources
 from partialtune.scoring.prompts import check_prompts
 from partialtune.text.reading import check_texts_unchanged

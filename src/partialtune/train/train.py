@@ -22,7 +22,7 @@ from partialtune.hub.push import push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by
 from partialtune.proof.deltas import DELTAS_FILE
-from partialtune.recipe.reading import Recipe, write_recipe
+from partialtune.recipe.recipe import Recipe, write_recipe
 from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
 from partialtune.train.evaluate_before_after import Evaluator
 from partialtune.train.prepare import RunStart, prepare, push_target

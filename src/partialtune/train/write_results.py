@@ -25,7 +25,7 @@ from partialtune.pages.report import write_report
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import compare_prompts, format_prompts
 from partialtune.train.evaluate_before_after import Evaluation, Evaluator

@@ -34,7 +34,7 @@ from partialtune.model.digests import digests
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
 from partialtune.recipe.key_rules import training_defaults
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import (
     RECIPE_FILE,
     check_writable,

@@ -100,7 +100,7 @@ class Comparison:
                 f"The config of {self.adapted} makes another function of the same weights: "
                 f"{joined(self.changed_config, 240)}."
             )
-        for checkpoint, names, moment, remedy in (
+        for checkpoint, differing, moment, remedy in (
             (
                 self.base,
                 self.not_the_base,
@@ -109,8 +109,8 @@ class Comparison:
             ),
             (self.adapted, self.not_the_result, "ended with (sha256_after)", ""),
         ):
-            if names:
-                where = f"in {counted(len(names), 'parameter')}: {joined(names, 160)}"
+            if differing:
+                where = f"in {counted(len(differing), 'parameter')}: {joined(differing, 160)}"
                 sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
         return sentences
 
