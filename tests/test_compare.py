@@ -608,7 +608,7 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
     trial = tmp_path / "trial.py"
     trial.write_text(
         "import sys, time; from pathlib import Path; from partialtune.compare.rates import Trial, keep_trial\n"
-        "from partialtune.recipe.reading import read_recipe\n"
+        "from partialtune.recipe.recipe import read_recipe\n"
         "Path(sys.argv[1] + '.begun').touch()\n"
         "time.sleep(2)\n"
         "values = read_recipe(sys.argv[3], sys.argv[4:]).values\n"

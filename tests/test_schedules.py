@@ -31,7 +31,7 @@ from partialtune.model.digests import digests
 from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
-from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
+from partialtune.recipe.recipe import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
 from partialtune.training.trainer import PartialTrainer
@@ -445,6 +445,17 @@ def test_state_that_an_optimizer_is_made_with_enters_with_its_parameters(tmp_pat
         trainer = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES, States(), **changes)
         trainer.train(resume_from_checkpoint=resume)
         assert found == {step: set(trainer.plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)}
+
+
+def test_a_trainer_leaves_its_callers_arguments_as_they_were(tmp_path):
+    args = training_arguments({"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"})
+    before, model = dict(vars(args)), tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"], schedule=PHASES)
+    apply_plan(model, plan)
+    data = {"train_dataset": some_windows(), "data_collator": collate_windows}
+    trainer = PartialTrainer(plan=plan, delta_steps=1, model=model, args=args, **data)
+    assert trainer.args.ddp_find_unused_parameters is True
+    assert vars(args) == before
 
 
 def test_a_checkpoint_of_another_layer_of_the_same_shape_is_refused(tmp_path):

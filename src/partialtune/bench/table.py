@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from partialtune.freeze.plan_table import columns
+from partialtune.tables import draw_table
 from partialtune.training.performance import PARTS
 
 HEADINGS = ("", "trains", "s/step", "of full", "tokens/s", "peak MB", "of full", "utilisation", *PARTS)
@@ -36,12 +36,12 @@ def bench_json(rows: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
 def bench_table(rows: Sequence[dict[str, Any]], steps: int) -> str:
     """One line a variant, and what the figures mean."""
     measured = next(row for row in rows if "error" not in row)
-    table = columns([HEADINGS, *(_cells(row) for row in rows)])
+    table = draw_table([HEADINGS, *(_cells(row) for row in rows)])
     on_host = measured["device"].startswith(("cpu", "mps"))
     precisions = " and ".join(dict.fromkeys(row["precision"] for row in rows if "error" not in row))
     return "\n".join(
         [
-            *(line.rstrip() for line in table.splitlines()),
+            table,
             "",
             f"{measured['device']}, {precisions}, median of {max(1, steps - 1)} steps on random weights and tokens.",
             f"peak MB: {'of the whole process, libraries too' if on_host else 'of tensors on the GPU'}.",

@@ -11,7 +11,7 @@ from partialtune.builtin import builtin_recipe
 from partialtune.errors import RecipeError
 from partialtune.recipe.key_rules import LENGTHS
 from partialtune.recipe.parsing import group_words
-from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
+from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from partialtune.compare.frontier import AXES, frontier_of
 from partialtune.compare.results import Outcome, Row, Spread
 from partialtune.metrics import HEADLINE
+from partialtune.tables import draw_table
 from partialtune.words import UNKNOWN, change, count, joined, percent, significant
 
 
@@ -58,15 +59,7 @@ def comparison_lines(rows: Sequence[Row]) -> str:
                 audit_words(row),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """Names to the left, numbers to the right."""
-    cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-    cells[0], cells[-1] = line[0].ljust(widths[0]), line[-1]
-    return "  ".join(cells).rstrip()
+    return draw_table(lines, left=(0, -1))
 
 
 def by_quality(rows: Sequence[Row]) -> list[Row]:
@@ -108,7 +101,9 @@ def _record(row: Row, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, An
 
 
 def _two_columns(column: str, spread: Spread | None) -> dict[str, float | None]:
-    return {column: spread and spread.mean, f"{column}_sd": spread and spread.deviation}
+    if spread is None:
+        return {column: None, f"{column}_sd": None}
+    return {column: spread.mean, f"{column}_sd": spread.deviation}
 
 
 def comparison_json(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from partialtune.cost.dry_step import Cost, dry_step
 from partialtune.cost.flops import Products
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import FreezePlan, plan_freeze
-from partialtune.freeze.plan_table import columns
+from partialtune.tables import draw_table
 
 FP32_BYTES = 4
 PRODUCTS = {
@@ -195,7 +195,7 @@ def forecast_table(forecast: Forecast) -> str:
     batch = f"a step of {forecast.batch_size} x {forecast.block_size} tokens{passes}"
     products = _rows(PRODUCTS, values["flops"], 1e9)
     memory = _rows(MEMORY, values["memory"], 2**20)
-    tables = columns(
+    tables = draw_table(
         [
             (f"matrix products of {batch}, GFLOP", "this plan", "full", "of full"),
             *products,
@@ -205,7 +205,7 @@ def forecast_table(forecast: Forecast) -> str:
         ]
     )
     advice = [textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in forecast.advice]
-    lines = [line.rstrip() for line in tables.splitlines()]
+    lines = tables.splitlines()
     return "\n".join([*lines, "", *advice] if advice else lines)
 
 

@@ -1,8 +1,7 @@
 """A freeze plan in words and columns, for the terminal."""
 
-from collections.abc import Sequence
-
 from partialtune.freeze.plan import FreezePlan
+from partialtune.tables import draw_table
 
 
 def plan_summary(plan: FreezePlan) -> str:
@@ -30,7 +29,7 @@ def _selector_rows(plan: FreezePlan) -> str:
     rows = [
         (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
     ]
-    return columns([("selector", "chose"), *rows])
+    return draw_table([("selector", "chose"), *rows])
 
 
 def _unused(selector: str) -> str:
@@ -50,7 +49,7 @@ def _place_rows(plan: FreezePlan) -> str:
     for first, last, total, trainable in runs:
         label = first if first == last else f"{first} to {last.removeprefix('block ')}, each"
         rows.append((label, f"{total:,}", f"{trainable:,}" if trainable else "frozen"))
-    return columns(rows)
+    return draw_table(rows)
 
 
 def _places(plan: FreezePlan):
@@ -68,7 +67,7 @@ def _phase_rows(plan: FreezePlan) -> str:
     for phase in plan.phases:
         trainable = sum(sizes[name] for name in phase.trainable)
         rows.append((phase.start, f"{trainable:,}", str(plan.block_count - phase.first_block)))
-    return columns(rows)
+    return draw_table(rows)
 
 
 def _tie_and_fixed_lines(plan: FreezePlan) -> list[str]:
@@ -87,14 +86,3 @@ def _backward_line(plan: FreezePlan) -> str:
     passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
     held = f", {frozen} of them frozen" if frozen else ""
     return f"backward reaches {plan.backward_from} and runs through {passed} of {plan.block_count} blocks{held}"
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of cells -> lines, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )

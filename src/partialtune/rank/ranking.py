@@ -15,14 +15,14 @@ from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
-from partialtune.freeze.plan_table import columns
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import Probe, draw_windows, probe
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
+from partialtune.tables import draw_table
 from partialtune.training.training_data import prepare_data
 
 # Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
@@ -190,7 +190,7 @@ def _rows(kind: str, entries: Sequence[Ranked]) -> str:
         )
         for entry in entries
     ]
-    return columns([header, *rows])
+    return draw_table([header, *rows])
 
 
 def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:

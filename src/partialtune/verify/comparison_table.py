@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from partialtune.freeze.plan_table import columns
+from partialtune.tables import draw_table
 from partialtune.verify.comparison import ComparedParameter, Comparison, relative_change
 from partialtune.words import counted, significant
 
@@ -19,7 +19,7 @@ def comparison_table(comparison: Comparison) -> str:
     shown = len(HEADINGS) if comparison.claim else len(HEADINGS) - 1
     parts = [
         f"base     {comparison.base}\nadapted  {comparison.adapted}\nclaim    {comparison.claim or 'none'}",
-        columns([row[:shown] for row in (HEADINGS, *_rows(comparison.parameters))]),
+        draw_table([row[:shown] for row in (HEADINGS, *_rows(comparison.parameters))]),
         *(["\n".join(notes)] if notes else []),
         verdict_line(comparison),
     ]
