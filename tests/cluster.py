@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialtune.training.checkpoints import newest_whole_checkpoint
+from partialtune.training.checkpoint_files import newest_whole_checkpoint
 
 # Starts the command once a node on this machine and hands signals on to every process of it, as slurmstepd does.
 SRUN = """\
@@ -73,10 +73,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 WARM = """\
 import gc, importlib, json, os, sys
 import torch, transformers, datasets
+import evaluate, pydantic, transformers.models.gpt2.modeling_gpt2  # which a run imports in its course: 0.8 s
 import partialtune.train.train, partialtune.cli
+from partialtune.pages import figures, report
 torch.set_num_threads(1)
 gc.collect()
 gc.freeze()  # what was imported is not searched for garbage in each run
+figures.render_figure = report.render_figure = lambda *_, **__: b"not drawn"  # half of a small run's time
 
 def run(job, rank):
     out = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 # Before torch is imported: it takes as many threads as there are cores, in each of pytest-xdist's workers, and those of
 # one wait busily for those of the other: 3.5 times the processor time. Processes that tests start inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXCERPTS = Path(__file__).parent / "data"  # of real files: what tests/data/README.md tells
@@ -33,6 +34,15 @@ def little_garbage():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A run that believes that accelerate started it takes all cores, for good."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch and torch.get_num_threads() > THREADS:
+        torch.set_num_threads(THREADS)
+
+
 def pytest_configure(config):
     # pytest-xdist hands out modules in the order of their number of tests, where it has this option; see below
     if hasattr(config.option, "loadscopereorder"):
@@ -44,6 +54,16 @@ def pytest_collection_modifyitems(items):
     """Modules with many slow tests first, so that no worker of pytest-xdist is left alone with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of runs are not drawn, which is half of a small run's time: for tests that look at other things.
+
+    What the fixtures of a module run is drawn all the same, and `test_figures` draws every figure.
+    """
+    for module in ("figures", "report"):
+        monkeypatch.setattr(f"partialtune.pages.{module}.render_figure", lambda *_, **__: b"not drawn")
 
 
 @pytest.fixture(scope="session", params=SOURCES, ids=lambda folder: "whole" if folder == WHOLE_FILES else "excerpt")

@@ -14,7 +14,7 @@ from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.training.batches import collate_windows
+from partialtune.training.training_data import collate_windows
 
 pytestmark = pytest.mark.contract
 

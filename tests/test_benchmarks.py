@@ -10,7 +10,7 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 
 from growth import Point, all_series, fit, lines_of
 from plain_loop import train
-from speed import JOBS, Measurement, Shape, as_table, needed, rows_of
+from speed import BESIDE, JOBS, Measurement, Shape, as_table, beside_table, needed, rows_of
 
 
 @pytest.mark.parametrize(("policy", "trained"), [("full", None), ("notebook", {"wte", "wpe", "ln_f"})])
@@ -35,6 +35,14 @@ def test_the_speed_table_holds_medians_over_the_rounds_and_their_ratios_beside_t
     assert row["utilisation"] == 900 / 15 / 100
     assert "| 0.68 | 0.75 met |" in as_table([row])
     assert "| 0.50 | 0.45 MISSED |" in as_table([row])
+
+
+def test_another_checkout_is_compared_by_the_ratio_of_medians():
+    job = next(job for job in JOBS if job.name == "norms")
+    found = [{"fp32": 100.0, "bf16": 400.0}]
+    for here, there in ((10.2, 10.0), (30.0, 11.0), (9.0, 31.0)):  # other work disturbed two of them
+        found += [Measurement("norms", "fp32", here, 303, 66), Measurement("norms", "fp32" + BESIDE, there, 300, 60)]
+    assert beside_table([job], ["fp32"], found).splitlines()[-1] == "| norms only | fp32 | 0.927 | 1.010 | 1.100 |"
 
 
 def test_a_cached_job_does_not_need_the_products_of_its_prefix():

@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from partialtune.errors import DiskError
-from partialtune.training.checkpoints import (
+from partialtune.training.checkpoint_files import (
     ASIDE,
     MARKER,
     checkpoints_in,

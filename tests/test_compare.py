@@ -34,6 +34,8 @@ from partialtune.run_folder import locked
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FRONTIER = REPOSITORY / "recipes" / "frontier"
 ATTACK = "<script>document.title = 'taken'</script>"
 # policy -> selectors, which parameters that is, bits per byte after, change on further text, seconds a step, MB

@@ -20,6 +20,8 @@ from partialtune.text.windows import split_text
 from tiny_models import tiny_config
 from trials import Trial
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def tiny(model_type, **changes):
     torch.manual_seed(0)

@@ -3,14 +3,24 @@
 import codecs
 import gzip
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from partialtune.errors import TextError
-from partialtune.text.decoding import decode_text, python_encoding
+from partialtune.text.decoding import Damage, choose_encoding, decoded_pieces, python_encoding
 
 WORDS = "Der Müller aß Käse, „très bien“, naïve café – Ωmega. "
 LATIN = "Der Müller aß Käse, très bien, naïve café. "
+
+
+def decode_text(data, name, http_charset=None):
+    """The characters of a file, how they were read, and how many are damaged; as `reading` does it piece by piece."""
+    encoding = choose_encoding(lambda: iter((data,)), name, http_charset)
+    damage = Damage()
+    text = "".join(damage.watched(decoded_pieces(iter((data,)), encoding.name)))
+    damage.warn(name, encoding)
+    return SimpleNamespace(text=text, encoding=encoding.name, encoding_from=encoding.origin, damaged=damage.count)
 
 
 def gutenberg_header(charset):

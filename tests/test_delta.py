@@ -15,7 +15,7 @@ import partialtune
 from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.delta.checkpoint import Base, read_delta, write_delta
+from partialtune.delta_checkpoint import Base, read_delta, write_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
@@ -24,6 +24,8 @@ from partialtune.model.digests import digests
 from partialtune.model.loading import load_config, load_model
 from test_modeling import rename_to_hub
 from test_verify import flip_a_bit, hub, tiny_mixtral  # noqa: F401  (hub is a fixture)
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 

@@ -12,8 +12,8 @@ from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.distances import change_sums
-from partialtune.proof.snapshots import measure_deltas, take_snapshot
-from partialtune.training.batches import collate_windows
+from partialtune.proof.snapshot import Snapshot, measure_deltas, take_snapshot
+from partialtune.training.training_data import collate_windows
 
 
 def make_trainer(tmp_path, model, callbacks, **changes):
@@ -109,10 +109,31 @@ def test_two_callbacks_share_one_snapshot_and_a_later_training_takes_a_new_one()
     model = tiny_gpt2()
     plan = plan_freeze(model, ["final_norm"])
     first = take_snapshot(model, plan)
-    assert take_snapshot(model, plan) is first
+    assert take_snapshot(model, plan, known=first) is first
     with torch.no_grad():
         model.transformer.ln_f.weight.add_(1.0)
-    assert take_snapshot(model, plan) is not first
+    assert take_snapshot(model, plan, known=first) is not first
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_callbacks_of_one_trainer_hold_the_same_snapshot_and_the_model_and_the_saved_state_hold_none(
+    tmp_path, later
+):
+    model = tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"])
+    apply_plan(model, plan)
+    callbacks = [WeightDeltaCallback(plan), FreezeAuditCallback(plan)]
+    trainer = make_trainer(tmp_path, model, [] if later else callbacks, max_steps=1)
+    for callback in callbacks if later else ():
+        trainer.add_callback(callback)
+    trainer.train()
+    deltas, audit = callbacks
+    assert deltas.snapshot is audit.snapshot is not None
+    assert not any(isinstance(value, Snapshot) for value in vars(model).values())
+    trainer.save_state()
+    assert "snapshot" not in (tmp_path / "trainer_state.json").read_text()
+    trainer = make_trainer(tmp_path, model, [second := FreezeAuditCallback(plan)], max_steps=1)
+    assert second.snapshot is not audit.snapshot  # the model has been trained since
 
 
 def exchange_rows(model):

@@ -24,7 +24,8 @@ from conftest import REPOSITORY
 from partialtune.cli import main
 from partialtune.distributed import decided_by_main, done_together, first_on_each_node, peers_watched
 from partialtune.errors import EndedElsewhere, InputError, Interrupted, code_of, disk_words, is_disk_fault
-from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
+from partialtune.text.reading import read_texts
+from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.training.launch import check_engine
 from test_download import Server
 from two_processes import on_two_processes
@@ -171,9 +172,10 @@ def test_the_text_was_fetched_once_and_lies_prepared_on_disk_for_the_others(runs
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapters_of_one(warm, tmp_path):
-    adapters = {}
+    adapters, text = {}, tmp_path / "text.txt"
+    text.write_text(read_texts(["builtin:python-docs"])[0].text[:30_000])  # the rest would be scored, no more
     for processes, batch in ((1, 8), (2, 4)):
-        file, run = recipe(tmp_path, f"lora on {processes}", batch, "builtin:python-docs")
+        file, run = recipe(tmp_path, f"lora on {processes}", batch, str(text))
         words = ["train", str(file), "--method", "lora", "--trainable", "blocks[-1].attention", "--prompts", "[]"]
         warm.start_all(words, processes)
         assert warm.end_all() == [0] * processes, warm.log.read_text()
@@ -386,7 +388,7 @@ def test_engines_that_hide_whole_parameters_are_refused(name, monkeypatch):
 def test_a_run_under_them_is_refused_before_anything_is_loaded(environment, words, tmp_path, monkeypatch, capfd):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("partialtune.train.train.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr("partialtune.train.prepare.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
     file, run = recipe(tmp_path, "run", 4, "builtin:python-docs")
     assert main(["train", str(file), *words]) == 2
     assert not run.exists()

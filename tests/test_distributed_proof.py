@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 
 import partialtune
 from conftest import some_windows, tiny_gpt2
-from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster import fingerprint, small_recipe
-from partialtune import train
 from partialtune.cli import main
 from partialtune.compare.children import run_child
 from partialtune.compare.results import read_outcome
@@ -33,15 +32,19 @@ from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.reading import read_recipe
-from partialtune.run_folder import Standing, locked, write_exit
-from partialtune.text.reading import check_kept
+from partialtune.run_folder import locked, write_exit
+from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
-from partialtune.train import results
-from partialtune.training import making, settings
-from partialtune.training.batches import collate_windows
-from partialtune.training.checkpoints import ASIDE, checkpoints_in, damage_of
+from partialtune.train import train
+from partialtune.train import write_results as results
+from partialtune.training import recipe_trainer, settings
+from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
+from partialtune.training.resume_check import Standing
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_download import cached_files, server  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 RESUME = ["--resume_from_checkpoint", "auto"]
 
@@ -150,11 +153,11 @@ def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
     digest = hashlib.sha256(b"one").hexdigest()
     kept = {str(tmp_path / "a.txt"): digest, "https://host.invalid/b.txt": "0"}
     sources = [str(tmp_path / "*.txt"), "https://host.invalid/b.txt", "hf:nobody/nothing"]
-    assert check_kept(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
-    assert check_kept({}, sources, tmp_path) == ["its texts"]
+    assert check_texts_unchanged(kept, sources, tmp_path) == ["https://host.invalid/b.txt"]
+    assert check_texts_unchanged({}, sources, tmp_path) == ["its texts"]
     (tmp_path / "c.txt").write_text("a third")
     with pytest.raises(TextError, match=r"c\.txt: not among its texts"):
-        check_kept(kept, sources, tmp_path)
+        check_texts_unchanged(kept, sources, tmp_path)
 
 
 def test_a_finished_run_on_a_file_with_columns_is_compared_by_its_column(tmp_path):
@@ -162,10 +165,10 @@ def test_a_finished_run_on_a_file_with_columns_is_compared_by_its_column(tmp_pat
     file.write_text('{"body": "one"}\n')
     raw = b"".join(raw_text(str(file), "body").chunks())
     kept = {str(file): hashlib.sha256(raw).hexdigest()}
-    assert check_kept(kept, [str(file)], tmp_path, "body") == []
+    assert check_texts_unchanged(kept, [str(file)], tmp_path, "body") == []
     file.write_text('{"body": "another"}\n')
     with pytest.raises(TextError, match=r"rows\.jsonl: sha256"):
-        check_kept(kept, [str(file)], tmp_path, "body")
+        check_texts_unchanged(kept, [str(file)], tmp_path, "body")
 
 
 def test_a_base_that_changed_in_its_place_stops_the_run_that_goes_on_and_leaves_it_as_it_was(place, capfd):
@@ -442,7 +445,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
 ):
     batches = []
     collate = collate_windows
-    monkeypatch.setattr(making, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
+    monkeypatch.setattr(recipe_trainer, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
     monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
     run = place / "new"
     words = ["--output_dir", str(run), "--max_grad_norm", clipping, "--eval_strategy", "no", "--logging_steps", "50"]
@@ -452,7 +455,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
     assert said["reason"] in capfd.readouterr().err
     assert f"the {how} of step 6 became non-finite" in said["reason"]
     named = [int(number) for number in re.search(r"windows ([\d, ]+)\.", said["reason"])[1].split(",")]
-    data = train.run_data(read_recipe(place / "recipe.yaml"), _one_process(), _tokenizer(place))
+    data = data_of_recipe(read_recipe(place / "recipe.yaml"), _one_process(), _tokenizer(place))
     windows = np.asarray(data.train["input_ids"][:])
     assert {tuple(windows[number]) for number in named} == {tuple(row) for row in batches[5]["input_ids"].tolist()}
     assert steps(run) == [2, 4]

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from partialtune import files
-from partialtune.cache import stored
+from partialtune.cache import cached_by_content
 from partialtune.compare.children import wait_for_lock
 from partialtune.files import lock, move_all, write_whole
 from partialtune.net.download import fetch
@@ -32,7 +32,9 @@ def test_a_file_system_without_locks_is_a_warning_and_all_goes_on(no_locks, tmp_
     with locked(tmp_path / "run"):
         pass
     wait_for_lock(tmp_path / "run", "norms, seed 0")
-    assert stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")}).facts == {"size": 3}
+    assert cached_by_content("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")}).facts == {
+        "size": 3
+    }
     assert fetch(server.serve("/book.txt", b"It was the best of times."), tmp_path).size == 25
     server.http.shutdown()
     server.http.server_close()

@@ -15,11 +15,11 @@ from partialtune.cost.advice import as_yaml
 from partialtune.cost.dry_step import OPTIMIZERS, Cost, StepMeter, dry_step, rows_of_logits, take_step
 from partialtune.cost.flops import FORMULAS
 from partialtune.cost.forecast import forecast, forecast_table
-from partialtune.cost.heap import resident_peak
+from partialtune.cost.memory import resident_peak
 from partialtune.errors import ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.table import plan_table
+from partialtune.freeze.plan_table import plan_table
 
 SIX = [
     (["embeddings", "final_norm", "head"], "tied"),

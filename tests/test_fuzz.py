@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Marian
 
 from cluster import small_recipe
 from conftest import tiny_gpt2
-from partialtune import train
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
@@ -30,17 +29,18 @@ from partialtune.freeze.plan import plan_freeze
 from partialtune.launcher_environment import ADDRESS, PLACE, SIZES, left_over
 from partialtune.model.conformance import check_conformance
 from partialtune.model.digests import digests
-from partialtune.model.dropout import set_dropout
 from partialtune.model.loading import load_config, load_model
+from partialtune.model.train_mode import set_dropout
 from partialtune.net.addresses import without_secrets
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.key_rules import FORMER_NAMES, REFUSED, recipe_types
 from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
-from partialtune.text.reading import check_kept, read_texts
-from partialtune.train import results
-from partialtune.training.checkpoints import MARKER, finish_checkpoint
-from partialtune.training.run_data import prepare_data
+from partialtune.text.reading import check_texts_unchanged, read_texts
+from partialtune.train import train
+from partialtune.train import write_results as results
+from partialtune.training.checkpoint_files import MARKER, finish_checkpoint
+from partialtune.training.training_data import prepare_data
 from partialtune.verify.verify import verify
 from tiny_models import tiny_config
 
@@ -523,5 +523,5 @@ def test_whatever_exit_json_holds_only_a_run_that_ended_is_finished(tmp_path, co
 def test_whatever_a_recipe_says_of_its_texts_is_compared_or_let_be(tmp_path, value):
     for run in (value, {"sources": value}, {"sources": [value]}, {"sources": [{"name": value, "sha256": value}]}):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"run": run}), encoding="utf-8")
-        _, error = outcome(lambda: check_kept(recorded_sources(tmp_path), ["builtin:python-docs"], tmp_path))
+        _, error = outcome(lambda: check_texts_unchanged(recorded_sources(tmp_path), ["builtin:python-docs"], tmp_path))
         assert error is None or "is not what it was" in str(error)

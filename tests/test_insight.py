@@ -25,7 +25,7 @@ from partialtune.insight.effective_rank import (
 )
 from partialtune.insight.moved_tokens import describe_rows, moved_tokens, quantiles_by_count, rank_correlation
 from partialtune.insight.next_token_shift import PLACES_A_TOKEN, SHOWN_PLACES, next_token_shift
-from partialtune.proof.snapshots import take_snapshot
+from partialtune.proof.snapshot import take_snapshot
 from test_evaluation import ascii_tokenizer
 
 

@@ -18,19 +18,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import REPOSITORY
 from partialtune.builtin import builtin_folder
-from partialtune.cache import LIFETIME_DAYS, stored
+from partialtune.cache import LIFETIME_DAYS, cached_by_content
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
 from partialtune.text import cleaning, reading, sources, stored_text, tokenizing
 from partialtune.text.cleaning import Ends, clean_gutenberg, clean_gutenberg_pieces, unified_pieces
-from partialtune.text.decoding import choose_encoding, decode_text, decoded_pieces
+from partialtune.text.decoding import choose_encoding, decoded_pieces
 from partialtune.text.gutenberg import unify_lines
 from partialtune.text.reading import read_texts
 from partialtune.text.stored_text import StoredText, write_pieces
 from partialtune.text.tokenizing import WordTokens, tokenize_text, word_pattern
 from partialtune.text.windows import split_text
-from partialtune.training import run_data as data
-from partialtune.training.run_data import prepare_data
+from partialtune.training import training_data as data
+from partialtune.training.training_data import prepare_data
+from test_decoding import decode_text
 
 LLAMA_3_PATTERN = tokenizing._LLAMA_3
 WRAPPED = (
@@ -480,14 +481,14 @@ def test_a_damaged_entry_is_rebuilt_with_a_message(short, tokenizer, cache, capl
 
 
 def test_an_entry_whose_time_alone_changed_is_kept(cache):
-    first = stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
+    first = cached_by_content("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
     first.path.touch()
-    assert stored("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
+    assert cached_by_content("texts", ".txt", {"a": 1}, lambda path: pytest.fail("built again")) == first
 
 
 def test_an_entry_that_another_user_may_have_written_is_read_whole_and_links_are_not_followed(cache, monkeypatch):
     def again():
-        return stored("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
+        return cached_by_content("texts", ".txt", {"a": 1}, lambda path: {"size": path.write_bytes(b"abc")})
 
     first = again()
     times = first.path.stat()
@@ -508,7 +509,7 @@ def test_an_entry_that_another_user_may_have_written_is_read_whole_and_links_are
 
 def test_an_entry_that_no_run_used_for_a_month_goes_when_another_is_made(cache):
     def entry(name):
-        return stored("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})
+        return cached_by_content("texts", ".txt", {"name": name}, lambda path: {"size": path.write_bytes(b"text")})
 
     kept, dropped = entry("kept"), entry("dropped")
     left_behind = dropped.path.with_name("killed.part")
@@ -527,7 +528,7 @@ def test_a_build_that_fails_leaves_nothing(cache):
         raise TextError("no")
 
     with pytest.raises(TextError, match=r"^no$"):
-        stored("texts", ".txt", {}, build)
+        cached_by_content("texts", ".txt", {}, build)
     assert [path.suffix for path in (cache / "texts").iterdir()] == [".lock"]
 
 
@@ -540,7 +541,9 @@ def test_two_that_want_the_same_build_it_once(cache):
         path.write_bytes(b"x")
         return {}
 
-    threads = [threading.Thread(target=lambda: results.append(stored("texts", ".txt", {}, build))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(cached_by_content("texts", ".txt", {}, build))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -565,8 +568,8 @@ def test_two_processes_read_what_the_first_one_made(book, tmp_path):
         "from partialtune.text import tokenizing\n"
         "from partialtune.recipe.arguments import TextArguments\n"
         "from partialtune.builtin import builtin_folder\n"
-        "from partialtune.training.run_data import prepare_data\n"
-        "from partialtune.training.launch import first_on_each_node\n"
+        "from partialtune.training.training_data import prepare_data\n"
+        "from partialtune.distributed import first_on_each_node\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
         "made, make = [], tokenizing.token_pieces\n"

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from conftest import some_windows, tiny_gpt2
 from partialtune.insight.learning_curves import CURVE_WINDOWS, LearningCurves
 from partialtune.scoring.evaluation import ScoredText, score_text, spaced_indices
-from partialtune.training.batches import collate_windows
+from partialtune.training.training_data import collate_windows
 
 
 def text(windows, seed=0):

@@ -20,7 +20,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import load_adapters, plan_lora, save_adapters
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.table import plan_table
+from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.published_files import check_finished, files_to_send
 from partialtune.model.digests import digests
 from partialtune.model.parameters import named_weights
@@ -236,6 +236,7 @@ def test_card_and_page_say_that_they_are_adapters(run, monkeypatch):
     assert "lora_A" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_resumed_run_ends_with_the_same_adapters_bit_for_bit(run, tmp_path):
     again = ["--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(run / "checkpoint-4")]
     assert main(["train", str(run.parent / "recipe.yaml"), *again]) == 0

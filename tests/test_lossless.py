@@ -11,7 +11,7 @@ from cluster import small_recipe
 from conftest import tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.text.lossless import SAMPLE_CHARACTERS, writing_of
+from partialtune.text.lossless import SAMPLE_CHARACTERS, round_trip_of
 
 PROSE = "It was the Best of times; it was (so said Dr. Café) 'the worst' of them:\n\n  an Age\tof 1,775 fools.\n"
 ODD = "e\u0301 ﬁ 漢字 \u200b 🙂👨‍👩‍👧 a  b\t\tc\n\n\nd . , don't 's ( x ) <unk> ½\n"
@@ -59,20 +59,20 @@ WHOLE = {
 @pytest.mark.parametrize("tokenizer", WHOLE)
 def test_a_tokenizer_that_writes_everything_loses_nothing(tokenizer):
     for text in (PROSE, ODD, PROSE * 5000, " \n" + PROSE, "x" * 10_000, "字" * 10_000, "", " ", "a"):
-        writing = writing_of([text, text], WHOLE[tokenizer]())
-        assert (writing.unknown, writing.lost, writing.whole) == (0, 0, True), text[:20]
+        round_trip = round_trip_of([text, text], WHOLE[tokenizer]())
+        assert (round_trip.unknown, round_trip.lost, round_trip.lossless) == (0, 0, True), text[:20]
 
 
 def test_a_space_in_front_is_no_loss():
-    assert writing_of([PROSE * 20], llama()).lost == 0
+    assert round_trip_of([PROSE * 20], llama()).lost == 0
 
 
 def test_what_is_lost_is_measured(caplog):
-    lowering = writing_of([PROSE * 2000], byte_level(normalizers.Lowercase()))
+    lowering = round_trip_of([PROSE * 2000], byte_level(normalizers.Lowercase()))
     capitals = sum(len(word) for word in ("It", "Best", "Dr", "Café", "Age"))
     assert lowering.lost == pytest.approx(capitals / len(PROSE), rel=0.1)  # the words that hold one
-    assert (lowering.unknown, lowering.whole) == (0, False)
-    few = writing_of([PROSE * 2000], words_only("the", "was", "of"))
+    assert (lowering.unknown, lowering.lossless) == (0, False)
+    few = round_trip_of([PROSE * 2000], words_only("the", "was", "of"))
     assert 0.6 < few.unknown < 0.9
     assert few.lost > 0.6
     few.warn("validation")
@@ -81,10 +81,10 @@ def test_what_is_lost_is_measured(caplog):
 
 
 def test_a_loss_that_no_score_would_show_is_said_and_tolerated(caplog):
-    writing = writing_of(["ﬁ " + "plain words and no others " * 200], byte_level(normalizers.NFKC()))
-    assert 0 < writing.lost < 0.001
-    assert writing.whole
-    writing.warn("training")
+    round_trip = round_trip_of(["ﬁ " + "plain words and no others " * 200], byte_level(normalizers.NFKC()))
+    assert 0 < round_trip.lost < 0.001
+    assert round_trip.lossless
+    round_trip.warn("training")
     assert "given all the same" in caplog.text
 
 
@@ -101,7 +101,7 @@ def test_the_sample_is_bounded_and_spaced_over_all_texts():
             return tokenizer(text, **settings)
 
     numbered = " ".join(f"number{number}" for number in range(300_000))
-    assert writing_of([numbered, "the other text"], Watched()).lost == 0
+    assert round_trip_of([numbered, "the other text"], Watched()).lost == 0
     assert sum(map(len, seen)) <= 1.05 * SAMPLE_CHARACTERS
     assert seen[-1] == "the other text"
     assert int(seen[-2].rpartition("number")[2]) > 295_000
@@ -138,6 +138,7 @@ def test_bits_per_byte_are_withheld_where_the_text_does_not_come_back(tmp_path, 
     assert not [entry for entry in log if "bits_per_byte/validation" in entry]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_id_beyond_the_model_is_refused_and_an_unused_token_is_not(tmp_path, caplog, capfd):
     """The counts may agree where ids have gaps, and differ where a token was added and never used."""
     words = small_recipe(tmp_path, max_steps=1, schedule=[], prompts=[])

@@ -12,16 +12,9 @@ from conftest import tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import ModelError
-from partialtune.model.dropout import is_dropout, set_dropout
-from partialtune.model.loading import (
-    check_fit,
-    check_ids,
-    empty_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    quiet_libraries,
-)
+from partialtune.model.loading import empty_model, load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.model_checks import check_fit, check_ids
+from partialtune.model.train_mode import is_dropout, set_dropout
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from partialtune.errors import RecipeError
-from partialtune.run_folder import Standing, locked, read_json, standing_of, write_exit, write_json
+from partialtune.run_folder import locked, read_json, write_exit, write_json
+from partialtune.training.resume_check import Standing, standing_of
 
 VALUES = {
     "model_name_or_path": "builtin:lilliput",

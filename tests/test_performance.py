@@ -6,14 +6,14 @@ import pytest
 from transformers import TrainerCallback
 
 from conftest import some_windows, tiny_gpt2
-from partialtune.cost.utilisation import needed_products, utilisation
+from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.training import performance as performance_module
-from partialtune.training.batches import collate_windows
 from partialtune.training.performance import PARTS, StepTimer
 from partialtune.training.settings import training_arguments
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows
 
 BATCH, LENGTH = 4, 16
 

@@ -12,7 +12,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.table import plan_table
+from partialtune.freeze.plan_table import plan_table
 
 IDS = torch.arange(20)[None]
 

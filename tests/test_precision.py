@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from partialtune.training import precision
+from partialtune.training import settings as precision
 from partialtune.training.settings import training_arguments
 
 

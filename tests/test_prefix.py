@@ -19,21 +19,22 @@ from cluster import small_recipe
 from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import RecipeError
-from partialtune.fast.prefix import PrefixCache, modules_before_blocks, try_prefix
+from partialtune.fast.prefix import PrefixCache, modules_before_blocks
 from partialtune.fast.prefix_choice import (
     PrefixPhase,
-    Tried,
+    TriedPrefix,
     Windows,
     choose_prefix,
     lengths_to_try,
     prefix_words,
+    try_prefix,
     try_prefixes,
 )
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
-from partialtune.model.dropout import set_dropout
-from partialtune.training.batches import collate_windows
+from partialtune.model.train_mode import set_dropout
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows
 from test_no_logits import IDS, build
 
 ALL_PATHS = ("loss", "gelu", "casts")
@@ -306,7 +307,7 @@ def test_auto_keeps_states_where_windows_come_again_and_fit():
         ("blocks[0]", {}, "transformer.h.0.ln_1.weight trains"),
         ("blocks[-1]", {"free_bytes": 2190}, "MB of memory can be spared"),
         ("blocks[-1]", {"windows": Windows(100, 10, 2, 50, None)}, "needs 100 passes of windows"),
-        ("blocks[-1]", {"tried": {2: Tried("window_sampling is random")}}, "window_sampling is random"),
+        ("blocks[-1]", {"tried": {2: TriedPrefix("window_sampling is random")}}, "window_sampling is random"),
     ],
 )
 def test_auto_declines_and_says_why(trainable, changes, words):
@@ -413,7 +414,7 @@ def test_shared_keys_and_values_are_an_obstacle_in_words(tmp_path):
     (tried,) = tried_on(tmp_path, gemma4(), ["blocks[-1]"]).values()
     assert "Gemma4ForCausalLM: a pass that starts from the states behind 4 blocks fails (KeyError" in tried.obstacle
     (fits,) = tried_on(tmp_path, gemma4(shared=0), ["blocks[-1]"]).values()
-    assert fits == Tried("", width=32)
+    assert fits == TriedPrefix("", width=32)
 
 
 @pytest.mark.parametrize("shared", [0, 2])
@@ -430,7 +431,7 @@ def test_every_length_of_prefix_is_tried_and_each_phase_keeps_what_agrees(tmp_pa
     model = gemma4()
     tried = tried_on(tmp_path, model, ["final_norm"], LATER)
     assert list(tried) == [5, 4]
-    assert tried[5] == Tried("", width=32)
+    assert tried[5] == TriedPrefix("", width=32)
     assert "KeyError" in tried[4].obstacle
     plan = plan_freeze(model, ["final_norm"], schedule=LATER)
     first, second = choose_prefix("memory", plan, MANY, 10, 10**6, tried)

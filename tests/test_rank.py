@@ -161,6 +161,7 @@ def test_a_base_with_the_hubs_file_names_is_ranked_the_same(folder, capsys):
     assert ours["trainable"] == [f"blocks[{ours['blocks'][0]['block']}]", "final_norm"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_it_writes_is_a_recipe_that_train_accepts_and_runs(folder, capsys, tmp_path):
     file = tmp_path / "new.yaml"
     shown = ranked(folder, capsys, "--batches", "1", "--top", "2", "--write", str(file))

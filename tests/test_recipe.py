@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from partialtune.errors import RecipeError
-from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values, same_run, write_recipe
+from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values, write_recipe
+from partialtune.training.resume_check import recipe_differences
 
 GOOD = {
     "model_name_or_path": "builtin:lilliput",
@@ -523,7 +524,7 @@ SAME = [
 
 @pytest.mark.parametrize(("first", "second"), SAME)
 def test_logging_pushing_resuming_more_steps_and_defaults_make_no_other_run(first, second):
-    assert same_run({**GOOD, **first}, {**GOOD, **second}) == []
+    assert recipe_differences({**GOOD, **first}, {**GOOD, **second}) == []
 
 
 OTHER = [
@@ -541,7 +542,7 @@ OTHER = [
 
 @pytest.mark.parametrize(("first", "second", "keys"), OTHER)
 def test_what_changes_the_training_makes_another_run(first, second, keys):
-    assert sorted(same_run({**GOOD, **first}, {**GOOD, **second})) == sorted(keys)
+    assert sorted(recipe_differences({**GOOD, **first}, {**GOOD, **second})) == sorted(keys)
 
 
 def test_every_rule_is_about_a_field_that_trainingarguments_has():

@@ -7,8 +7,8 @@ import yaml
 from transformers import GPT2Config, LlamaConfig
 
 from conftest import REPOSITORY
-from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import plan_freeze
+from partialtune.freeze.recipe_plan import plan_of_recipe
 from partialtune.model.loading import empty_model, load_config
 from partialtune.recipe.reading import read_recipe
 

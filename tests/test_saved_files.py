@@ -24,7 +24,9 @@ from partialtune.model.loading import load_tokenizer
 from partialtune.model.parameters import persistent_buffers
 from partialtune.proof.saved_files import saved_differences
 from partialtune.recipe.arguments import TextArguments, argument_types
-from partialtune.training.run_data import prepare_data
+from partialtune.training.training_data import prepare_data
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 BASE = "builtin:lilliput"
@@ -71,12 +73,11 @@ WAYS = {
 LAUNCHES = {"cpu_two_processes.yaml": "DDP", "ddp.yaml": "DDP", "multi_node.yaml": "DDP", "fsdp2.yaml": "FSDP2"}
 # Whatever in the package writes weights: where -> which ways of saving pass it.
 WRITERS = {
-    "results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
-    "delta/checkpoint.py": "save_file",  # deltas
-    "delta/rebuild.py": "model.save_pretrained",  # apply
+    "train/write_results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
+    "delta_checkpoint.py": "save_file",  # deltas
+    "rebuild.py": "model.save_pretrained",  # apply
     "freeze/lora.py": "save_file",  # adapters
-    "training/trainer.py": "super(PartialTrainer, self).save_model",  # Trainer's own way, of checkpoints and results.py
-    "builtin/model_folder.py": "model.to(kind).save_pretrained",  # how the bundled model was made, no run
+    "training/trainer.py": "super(PartialTrainer, self).save_model",  # Trainer's own way, of checkpoints too
 }
 
 
@@ -93,7 +94,7 @@ def save_in_shards() -> None:
 
 def draw_no_figures() -> None:
     """Most of such a run's seconds."""
-    from partialtune.train import results
+    from partialtune.train import write_results as results
 
     results.draw_figures = results.write_report = lambda folder: None
 
@@ -301,7 +302,7 @@ def train_halving(tmp_path, text, monkeypatch, kind=Halving, **changes):
         model.config.name_or_path = BASE
         return model
 
-    monkeypatch.setattr("partialtune.train.train.load_model", loaded)
+    monkeypatch.setattr("partialtune.train.prepare.load_model", loaded)
     values = {"model_name_or_path": BASE, "text": str(text), "output_dir": str(tmp_path / "run"), **RECIPE, **changes}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return main(["train", str(tmp_path / "recipe.yaml")]), tmp_path / "run"

@@ -26,18 +26,17 @@ from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import plan_freeze
-from partialtune.freeze.schedules import in_steps
-from partialtune.freeze.table import plan_table
-from partialtune.model.activation_checkpointing import check_support
+from partialtune.freeze.plan_table import plan_table
+from partialtune.freeze.recipe_plan import in_steps, plan_before_text
+from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
-from partialtune.training.batches import collate_windows
-from partialtune.training.optimizer_state import check_checkpoint
+from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import collate_windows
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -495,7 +494,7 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune.training import phases
+    from partialtune.training import phased_optimizer as phases
 
     def forget(group, optimizer):
         parameters, group["params"] = group["params"], []

@@ -19,10 +19,10 @@ from partialtune.errors import InputError, TextError
 from partialtune.net.addresses import lacks_secrets, without_secrets
 from partialtune.net.download import Limits
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.reading import read_recipe, same_run
+from partialtune.recipe.reading import read_recipe
 from partialtune.text.reading import read_texts
-from partialtune.training.checkpoints import finish_checkpoint, newest_whole_checkpoint
-from partialtune.training.optimizer_state import check_checkpoint
+from partialtune.training.checkpoint_files import finish_checkpoint, newest_whole_checkpoint
+from partialtune.training.resume_check import check_checkpoint, recipe_differences
 
 SECRET = "hf_ThisIsASecretThatNobodyMayEverSeeAnywhere"
 SOURCE = REPOSITORY / "src" / "partialtune"
@@ -172,10 +172,10 @@ def test_what_is_shown_of_an_address(address, shown):
 def test_an_address_with_and_without_its_secrets_is_one_source_and_two_whole_ones_are_two():
     whole, other, masked = ({"text": [text]} for text in ("http://h/a?id=17", "http://h/a?id=18", "http://h/a?id=***"))
     base = {"model_name_or_path": "x", "trainable": ["all"]}
-    assert same_run({**base, **masked}, {**base, **whole}) == []
-    assert same_run({**base, **whole}, {**base, **other}) == ["text"]
+    assert recipe_differences({**base, **masked}, {**base, **whole}) == []
+    assert recipe_differences({**base, **whole}, {**base, **other}) == ["text"]
     named = [{**base, "text": "t", "eval_texts": {"b": text}} for text in ("http://h/a?id=***", "http://h/a?id=18")]
-    assert same_run(*named) == []
+    assert recipe_differences(*named) == []
 
 
 class Planted:
@@ -188,6 +188,7 @@ class Planted:
         return open, (self.path, "w")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_code_in_a_checkpoints_pickles_is_never_run(tmp_path, name, capfd):
     recipe = small_recipe(tmp_path, max_steps=2, schedule=[], lr_scheduler_type="constant")

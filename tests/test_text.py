@@ -11,8 +11,9 @@ import pytest
 from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import TextError
 from partialtune.net.download import Download
+from partialtune.text import sources
 from partialtune.text.cleaning import with_line_feeds
-from partialtune.text.reading import load_text, read_texts
+from partialtune.text.reading import check_texts_unchanged, load_text, read_texts
 
 PLAIN = "A first line,\nand a second.\n"
 GUTENBERG = (
@@ -205,6 +206,28 @@ def test_the_builtin_text_is_the_same_every_time():
     code = "from partialtune.text.reading import read_texts; print(read_texts(['builtin:python-docs'])[0].sha256)"
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert again.stdout.strip() == text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
+
+
+class Shouted(sources.Source):
+    """A kind of source that this package does not have: shouted:PATH, a file in capitals."""
+
+    form, prefix = "shouted:PATH", "shouted:"
+
+    def read(self, name, text_column):
+        data = sources.Path(name.removeprefix(self.prefix)).read_bytes().upper()
+        return sources.RawText(name, lambda: iter((data,)))
+
+
+def test_a_new_kind_of_source_is_one_class_in_the_table(folder, monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", (Shouted(), *sources.SOURCES))
+    (text, other) = read_texts(["shouted:a.txt", "b.txt"])
+    assert (text.name, text.text, text.raw_bytes) == ("shouted:a.txt", f"a.txt\n{PLAIN}".upper(), len(text.text))
+    assert other.text == f"b.txt\n{PLAIN}"
+    kept = {text.name: text.sha256, other.name: other.sha256}
+    assert check_texts_unchanged(kept, list(kept), folder) == []
+    (folder / "a.txt").write_text("another")
+    with pytest.raises(TextError, match=r"shouted:a\.txt: sha256"):
+        check_texts_unchanged(kept, list(kept), folder)
 
 
 @pytest.fixture

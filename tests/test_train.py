@@ -19,8 +19,8 @@ from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.reading import read_texts
 from partialtune.text.tokenizing import tokenize_text
 from partialtune.text.windows import random_windows, split_text
-from partialtune.training import making, settings
-from partialtune.training.batches import collate_windows
+from partialtune.training import recipe_trainer, settings
+from partialtune.training.training_data import collate_windows
 from test_modeling import rename_to_hub
 
 pytestmark = pytest.mark.contract
@@ -175,8 +175,10 @@ def test_a_finished_run_is_not_repeated_and_a_changed_recipe_is_refused(quicksta
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_recipe_that_a_run_recorded_is_one_that_train_accepts(quickstart, tmp_path):
     words = ["--output_dir", str(tmp_path / "again"), "--max_steps", "1", "--validation_share", "0.01"]
+    words += ["--block_size", "32", "--prompts", "The"]  # the same number of windows, of fewer tokens to score
     assert main(["train", str(quickstart / "recipe.yaml"), *words]) == 0
 
 
@@ -221,6 +223,7 @@ def final_weights(folder):
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_base_with_the_hubs_names_gives_the_same_run(recipe, tmp_path, base):
     hub = tmp_path / "hub"
     shutil.copytree(base, hub)
@@ -257,6 +260,7 @@ def test_a_base_in_fp64_is_refused_before_anything_is_written(recipe, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe, tmp_path, base, capsys):
     assert main(["train", recipe]) == 0
     config, config_before = read(tmp_path / "run", "config.json"), read(base, "config.json")
@@ -267,6 +271,7 @@ def test_the_saved_config_is_that_of_the_base_and_verify_confirms_the_run(recipe
     assert "transformer.h.2" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("bf16", "pays", "precision"), [("true", None, "bf16"), ("auto", True, "bf16"), ("auto", False, "fp32")]
 )
@@ -299,6 +304,7 @@ def test_further_texts_are_scored_before_and_after(recipe, tmp_path):
     assert read(tmp_path / "run", "insight.json")["learning_curves"]["windows"]["other"] <= 16
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_full_fine_tuning_is_a_method(recipe, tmp_path):
     values = yaml.safe_load(Path(recipe).read_text())
     del values["trainable"]
@@ -360,6 +366,7 @@ def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("number", "code", "frozen_changed"),
     [
@@ -420,6 +427,7 @@ def test_a_frozen_weight_that_changed_in_the_last_step_ends_the_run_with_3_and_e
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_best_model_is_what_is_saved_audited_and_measured(recipe, tmp_path):
     schedule = "[{from_step: 4, trainable: ['blocks[0].mlp'], learning_rate: 100.0}]"  # which spoils it
     assert main(["train", recipe, "--load_best_model_at_end", "true", "--schedule", schedule]) == 0
@@ -437,6 +445,7 @@ def test_the_best_model_is_what_is_saved_audited_and_measured(recipe, tmp_path):
     assert {line["l2_delta"] for line in lines if line["step"] == steps[-1] and line["name"] in mlp} == {0.0}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("metric", ["bits_per_byte", "eval_perplexity"])
 def test_the_best_model_may_be_chosen_by_bits_per_byte_or_perplexity_of_which_less_is_better(recipe, tmp_path, metric):
     words = ["--load_best_model_at_end", "true", "--metric_for_best_model", metric, "--schedule", "[]"]
@@ -451,6 +460,7 @@ def test_the_best_model_may_be_chosen_by_bits_per_byte_or_perplexity_of_which_le
         assert state["best_metric"] == pytest.approx(scored, rel=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_learning_rate_that_follows_the_held_out_loss_needs_no_further_key(recipe, tmp_path):
     words = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--schedule", "[]", "--max_steps", "2"]
     assert main(["train", recipe, *words]) == 0
@@ -479,6 +489,7 @@ def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_pat
     assert read(tmp_path / "run", "audit.json")["frozen"]["changed"] == ["transformer.wpe.weight"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp_path):
     assert main(["train", recipe, "--lr_scheduler_type", "constant"]) == 0
     more = ["--lr_scheduler_type", "constant", "--max_steps", "12", "--resume_from_checkpoint", "auto"]
@@ -507,11 +518,12 @@ def gpt2_folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_folder, tmp_path):
+def test_the_main_job_runs_on_gpt2s_shape_with_the_real_book_and_tokenizer(gpt2_folder, tmp_path, monkeypatch):
+    # what is scored before and after costs more than the two steps: few windows of it, and one prompt
+    monkeypatch.setattr("partialtune.training.training_data.TRAINING_WINDOWS_SCORED", 4)
     gulliver = SOURCES[-1] / "gulliver" / "pg829_2025_utf8bom_crlf.txt"
     small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no", "--eval_strategy", "no"]
     words = ["--model_name_or_path", str(gpt2_folder), "--text", str(gulliver), "--output_dir", str(tmp_path / "run")]
-    # a few windows held out and one prompt: what is scored before and after costs more than the two steps
     share = "0.05" if SOURCES[-1] == EXCERPTS else "0.015"
     scored = ["--validation_share", share, "--prompts", "My father had a small estate in Nottinghamshire"]
     recipe = str(REPOSITORY / "recipes" / "gpt2" / "gulliver.yaml")
@@ -534,6 +546,7 @@ def test_raw_gulliver_has_158_345_tokens_and_cleaned_132_881(texts):
     assert counts == ([11_445, 9_833] if texts == EXCERPTS else [158_345, 132_881])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_path, base, monkeypatch):
     """Same windows, same order, fp32: plain AdamW over what trains, model in eval mode, no clipping, constant rate."""
     batches = []
@@ -542,7 +555,7 @@ def test_the_notebooks_recipe_and_a_plain_loop_end_with_the_same_weights(tmp_pat
         batches.append(collate_windows(rows)["input_ids"])
         return collate_windows(rows)
 
-    monkeypatch.setattr(making, "collate_windows", recorded)
+    monkeypatch.setattr(recipe_trainer, "collate_windows", recorded)
     (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
     steps, batch, block = 20, 4, 32
     words = [

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from conftest import tiny_gpt2
-from partialtune.delta.checkpoint import Base, write_delta
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.errors import FreezeViolation, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model import weight_files
 from partialtune.model.digests import digests
-from partialtune.model.files import dtypes_in
 from partialtune.model.loading import load_config, load_model
+from partialtune.model.model_checks import dtypes_in
 from partialtune.verify.comparison_table import comparison_table
 from partialtune.verify.verify import changed_values, verify
 from test_modeling import rename_to_hub

@@ -30,10 +30,10 @@ from partialtune.model.structure import read_structure
 from partialtune.recipe.reading import recipe_from_values
 from partialtune.scoring.evaluation import ScoredText, score_text
 from partialtune.scoring.prompts import probe_prompts
-from partialtune.training.making import make_trainer, prefix_phases
-from partialtune.training.run_data import RunData
+from partialtune.training.recipe_trainer import make_trainer, prefix_phases
 from partialtune.training.settings import training_arguments
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import RunData
 from partialtune.verify.verify import verify
 from tiny_models import tiny_config
 
@@ -232,9 +232,10 @@ class Trial:
             data = RunData(
                 sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1), largest_ids={}
             )
-            prefix = prefix_phases(recipe, self.plan, model, args, data, begun=None)
+            prefix = prefix_phases(recipe, self.plan, model, args, data)
             apply_plan(model, self.plan)
-            trainer = make_trainer(recipe, self.plan, model, args, data, prefix, {}, conformance)
+            made_of = {"plan": self.plan, "model": model, "args": args, "data": data}
+            trainer = make_trainer(recipe, **made_of, prefix=prefix, conformance=conformance)
             trainer.train()
             if trainer.audit.result.changed:
                 raise Wrong(f"the audit found changes in {', '.join(trainer.audit.result.changed)}")

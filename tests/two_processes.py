@@ -1,5 +1,6 @@
 """A function run by two gloo processes on this machine, forked from one that has done the imports."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -33,6 +34,7 @@ def on_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]
 def _as_rank(rank: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
     import torch
 
+    gc.freeze()  # what was imported before is not searched for garbage in each run
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)

@@ -6,7 +6,19 @@ Names are imported when they are first used, so that `partialtune --help` does n
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editors and type checkers
+    from partialtune.errors import FreezeViolation as FreezeViolation
+    from partialtune.freeze.apply import apply_plan as apply_plan
+    from partialtune.freeze.plan import FreezePlan as FreezePlan
+    from partialtune.freeze.plan import plan_freeze as plan_freeze
+    from partialtune.proof.audit import FreezeAuditCallback as FreezeAuditCallback
+    from partialtune.proof.deltas import WeightDeltaCallback as WeightDeltaCallback
+    from partialtune.rebuild import apply_delta as apply_delta
+    from partialtune.rebuild import load as load
+    from partialtune.recipe.reading import read_recipe as read_recipe
+    from partialtune.text.reading import load_text as load_text
 
 __version__ = "0.1.0"
 
@@ -26,10 +38,12 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'partialtune' has no attribute {name!r}")
-    return getattr(import_module(f"partialtune.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # a type checker that saw it would take every misspelt name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'partialtune' has no attribute {name!r}")
+        return getattr(import_module(f"partialtune.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

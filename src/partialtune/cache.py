@@ -1,7 +1,7 @@
 """The cache on disk: what a file is made of -> the file, made once, in $PARTIALTUNE_CACHE or ~/.cache/partialtune.
 
-    entry = cached(folder / "a.txt", build, ...)             # build(path) writes the file and returns its record
-    entry = stored("tokens", ".bin", {"text": digest, "tokenizer": fingerprint}, build)   # named by what it is made of
+    cached_file(folder / "a.txt", build, ...)        # build(path) writes the file and returns its record
+    cached_by_content("tokens", ".bin", {"text": digest, "tokenizer": fingerprint}, build)    # named by what made it
 
 A file appears by a rename after it was written and synced, its JSON record after it, so that a run that dies leaves
 nothing that a later one would trust. A lock keeps two processes from making the same file at once. `datasets` caches
@@ -10,6 +10,7 @@ deleted, follows links, and writes a lock file even to read (tried with datasets
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -25,8 +26,8 @@ from partialtune.files import lock
 
 logger = logging.getLogger(__name__)
 
-LIFETIME_DAYS = 30  # of what `stored` made, after its last use
-LAYOUT = 1  # of the stored files; raised when it changes, so that no older file is taken for a newer one
+LIFETIME_DAYS = 30  # of what `cached_by_content` made, after its last use
+LAYOUT = 1  # of files cached by content; raised when it changes, so that no older file is taken for a newer one
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class CachedFile:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `build` returned to `stored`."""
+        """What `build` returned to `cached_by_content`."""
         return self.record["facts"]
 
 
@@ -50,7 +51,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("PARTIALTUNE_CACHE") or "~/.cache/partialtune").expanduser()
 
 
-def stored(kind: str, suffix: str, made_of: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> CachedFile:
+def cached_by_content(
+    kind: str, suffix: str, made_of: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
+) -> CachedFile:
     """The file that is made of `made_of`: taken from the cache if it is there and whole, else built.
 
     What no run has used for LIFETIME_DAYS is removed when something new is made; the folder may be deleted at any other
@@ -73,7 +76,7 @@ def stored(kind: str, suffix: str, made_of: Mapping[str, Any], build: Callable[[
         facts = build(part)
         return {"mtime_ns": part.stat().st_mtime_ns, "facts": facts}  # a rename keeps the time
 
-    return cached(
+    return cached_file(
         path,
         build_with_time,
         waiting=f"Another process makes {path}: waiting for it.",
@@ -82,7 +85,9 @@ def stored(kind: str, suffix: str, made_of: Mapping[str, Any], build: Callable[[
     )
 
 
-def cached(path: Path, build: Callable[[Path], dict[str, Any]], *, waiting: str, again: str, advice: str) -> CachedFile:
+def cached_file(
+    path: Path, build: Callable[[Path], dict[str, Any]], *, waiting: str, again: str, advice: str
+) -> CachedFile:
     """The file at `path`, built if it is not there or not what its record says.
 
     Args:
@@ -117,10 +122,10 @@ def new_file(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
 
 
-def _opened(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+def _opened(path: Path, flags: int = os.O_RDONLY) -> io.BufferedReader | io.BufferedRandom:
     """A file of the cache, opened. Others may be able to write there: a link that they put there is an OSError."""
-    mode = "rb" if flags == os.O_RDONLY else "r+b"
-    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), mode)
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, "rb") if flags == os.O_RDONLY else os.fdopen(descriptor, "r+b")
 
 
 def _read(path: Path) -> CachedFile | None:

@@ -2,17 +2,29 @@
 
 The only module that calls collective operations on Python objects. Every process has to call these functions at the
 same place of the program: a process that takes another path leaves the rest waiting until `ddp_timeout`.
+
+Every process has a value already:
+    from_main(value)           all go on with the one of the main process
+    from_all(value)            all get the list of them, by rank
+    largest_of_all(number)     all get the largest; cheap enough for every step
+
+Something is still to be done, which may fail; a failure of one process then ends all of them with its exit code:
+    decided_by_main(decide)    by the main process alone, such as a look at a folder that it is about to write to
+    main_process_only          the same as a decorator, for what gives nothing back, such as writing a file
+    done_together(make)        by every process, such as saving, where one may find its disk full
+    first_on_each_node(make)   by every process, but on each machine by one before the others, which find its files
+
+On one process each of them is the plain value or the plain call.
 """
 
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
@@ -20,7 +32,6 @@ from transformers import TrainingArguments
 from partialtune.errors import (
     DiskError,
     EndedElsewhere,
-    InputError,
     PartialtuneError,
     code_of,
     disk_words,
@@ -28,17 +39,40 @@ from partialtune.errors import (
 )
 
 Value = TypeVar("Value")
-Decision = TypeVar("Decision")
 DDP_TIMEOUT = 1800  # seconds, Trainer's default
+
+
+def rank_and_processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def is_main() -> bool:
     """Whether this is the process that measures and writes: rank 0, or the only one."""
-    return not _several() or dist.get_rank() == 0
+    return rank_and_processes()[0] == 0
+
+
+def _several() -> bool:
+    return rank_and_processes()[1] > 1
+
+
+def launcher_says(variable: str) -> bool:
+    """Whether a variable by which `accelerate launch` passes a setting on says yes."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+def shards_parameters(args: TrainingArguments) -> bool:
+    """Whether recipe or launcher ask for FSDP."""
+    return bool(args.fsdp) or launcher_says("ACCELERATE_USE_FSDP")
+
+
+# ---- every process has a value ---------------------------------------------------------------------------------------
 
 
 def from_main(value: Value) -> Value:
-    """What the main process gave; every process has to call this together."""
+    """The main process's value, on every process."""
     if not _several():
         return value
     values = [value]
@@ -47,7 +81,7 @@ def from_main(value: Value) -> Value:
 
 
 def from_all(value: Value) -> list[Value]:
-    """What each process gave, by rank; every process has to call this together."""
+    """The value of each process, by rank."""
     if not _several():
         return [value]
     values: list = [None] * dist.get_world_size()
@@ -55,27 +89,36 @@ def from_all(value: Value) -> list[Value]:
     return values
 
 
-def raise_disk_error(words: str | None) -> None:
-    """End all processes where the main one could not write; every process has to call this together.
+def largest_of_all(number: int, device: torch.device) -> int:
+    """The largest number that any process gives.
 
     Args:
-        words: Of the main process: what could not be written, None where all was.
+        number: Of this process.
+        device: Where the processes communicate: NCCL knows GPUs alone.
+    """
+    if not _several():
+        return number
+    largest = torch.tensor([number], device=device)  # a tensor: objects would be pickled after every step
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+# ---- something is to be done, and may fail ---------------------------------------------------------------------------
+
+
+def decided_by_main(decide: Callable[[], Value]) -> Value:
+    """What `decide` gives on the main process, on every process.
+
+    Several processes that look at one folder while one of them begins to write would not see the same.
 
     Raises:
-        DiskError: On the main process; EndedElsewhere on the others, with the same exit code.
+        Exception: What `decide` raised, on the main process; whatever it is, the others do not wait for ever.
+        EndedElsewhere: On the others, with the exit code that the main process ends with.
     """
-    said = from_main(words)
-    if said is not None:
-        raise DiskError(said) if is_main() else EndedElsewhere("", DiskError.exit_code)
-
-
-def shards_parameters(args: TrainingArguments) -> bool:
-    """Whether recipe or launcher ask for FSDP."""
-    return bool(args.fsdp) or _said_by_launcher("ACCELERATE_USE_FSDP")
-
-
-def _said_by_launcher(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1")
+    value, error = _attempt(decide) if is_main() else (None, None)
+    failure, value = from_main((_failure_of(error), value))
+    _end_together(error, failure)
+    return value
 
 
 def main_process_only(function: Callable[..., None]) -> Callable[..., None]:
@@ -88,113 +131,66 @@ def main_process_only(function: Callable[..., None]) -> Callable[..., None]:
     return on_main_process
 
 
-def decided_by_main(decide: Callable[[], Decision]) -> Decision:
-    """What `decide` gives on the main process, on every process.
-
-    Several processes that look at one folder while one of them begins to write would not see the same.
-
-    Raises:
-        Exception: What `decide` raised, on the main process; whatever it is, the others do not wait for ever.
-        EndedElsewhere: On the others, with the exit code that the main process ends with.
-    """
-    made = _or_error(decide) if PartialState().is_main_process else None
-    if not _several():
-        return _or_raise(made)
-    outcome = [_failure_of(made), None if isinstance(made, _Failed) else made]
-    dist.broadcast_object_list(outcome, src=0)
-    _end_together(made, outcome[0])
-    return outcome[1]
-
-
-def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
-    """Stop where this process does not see a file that the main process has written.
+def raise_disk_error(words: str | None) -> None:
+    """End all processes where the main one could not write.
 
     Args:
-        folder: The run's folder.
-        name: The file's.
-        patience_seconds: How long to wait for it.
+        words: Of the main process: what could not be written, None where all was.
 
     Raises:
-        InputError: If it is not there after some time, which network file systems may take.
+        DiskError: On the main process; EndedElsewhere on the others, with the same exit code.
     """
-    PartialState().wait_for_everyone()
-    end = time.monotonic() + patience_seconds
 
-    def wait() -> None:
-        while not (folder / name).is_file():
-            if time.monotonic() > end:
-                raise InputError(
-                    f"output_dir: {folder.absolute()} is not the same folder on every machine of this run. "
-                    f"Name one on a file system that they share."
-                )
-            time.sleep(0.5)
+    def fail() -> None:
+        if words is not None:
+            raise DiskError(words)
 
-    done_together(wait)
+    decided_by_main(fail)
 
 
-def first_on_each_node(make: Callable[[], Decision]) -> Decision:
+def done_together(make: Callable[[], Value]) -> Value:
+    """What `make` gives on each process; an error on one of them, a full disk for example, ends all of them alike.
+
+    `make` may hold no collective operation that a process which failed in it would miss.
+
+    Raises:
+        Exception: What any process raised, on that process if it is a bug, and its words on the main process.
+        EndedElsewhere: On the others.
+    """
+    value, error = _attempt(make)
+    _end_together(error, next((failure for failure in from_all(_failure_of(error)) if failure is not None), None))
+    return value
+
+
+def first_on_each_node(make: Callable[[], Value]) -> Value:
     """What `make` gives, on every process; the first one of each machine goes first, so that others find its files.
 
     Raises:
-        Exception: What any process raised, on all of them; the main process says it.
+        Exception: As `done_together`.
     """
-    state = PartialState()
-    if not _several():
-        return make()
-    made = _or_error(make) if state.is_local_main_process else None
-    _end_together(made, _first_failure(made))
-    if not state.is_local_main_process:
-        made = _or_error(make)
-    _end_together(made, _first_failure(made))
-    return made
-
-
-def done_together(make: Callable[[], Decision]) -> Decision:
-    """What `make` gives on each process; an error on one of them, a full disk for example, ends all of them alike.
-
-    Every process has to call this together, and `make` may hold no collective operation that a process which failed
-    in it would miss.
-
-    Raises:
-        Exception: As `first_on_each_node`.
-    """
-    if not _several():
-        return make()
-    made = _or_error(make)
-    _end_together(made, _first_failure(made))
-    return made
-
-
-@dataclass(frozen=True)
-class _Failed:
-    error: Exception
+    first = PartialState().is_local_main_process
+    made = done_together(lambda: make() if first else None)
+    return done_together(lambda: made if first else make())
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What other processes are told of an error: not the error, which need not survive pickling."""
+    """What other processes are told of an error: not the error itself, which need not survive pickling."""
 
     words: str
     code: int
 
 
-def _or_error(make: Callable[[], Decision]) -> Decision | _Failed:
+def _attempt(make: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
     try:
-        return make()
+        return make(), None
     except Exception as error:  # noqa: BLE001  (raised again, whatever it is, when the others know)
-        return _Failed(error)
+        return None, error
 
 
-def _or_raise(made: Any) -> Any:
-    if isinstance(made, _Failed):
-        raise made.error
-    return made
-
-
-def _failure_of(made: Any) -> _Failure | None:
-    if not isinstance(made, _Failed):
+def _failure_of(error: Exception | None) -> _Failure | None:
+    if error is None:
         return None
-    error = made.error
     if isinstance(error, PartialtuneError):
         return _Failure(str(error), error.exit_code)
     if is_disk_fault(error):
@@ -204,27 +200,26 @@ def _failure_of(made: Any) -> _Failure | None:
     )
 
 
-def _first_failure(made: Any) -> _Failure | None:
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, _failure_of(made))
-    return next((failure for failure in failures if failure is not None), None)
+def _end_together(error: Exception | None, failure: _Failure | None) -> None:
+    """Raise on every process what one of them failed with.
 
+    Its words are said once, by the main process. A bug is raised where it happened, for its traceback.
 
-def _end_together(made: Any, failure: _Failure | None) -> None:
-    """Raise on every process what one of them failed with: in words once, on the main process; a bug where it is."""
+    Args:
+        error: Of this process.
+        failure: Of the first process that failed, None where none did.
+    """
     if failure is None:
         return
-    main_process = PartialState().is_main_process
-    cause = made.error if isinstance(made, _Failed) else None
-    if cause is not None and (main_process or not (isinstance(cause, PartialtuneError) or is_disk_fault(cause))):
-        raise cause
-    raise EndedElsewhere(failure.words if main_process else "", failure.code) from cause
+    is_bug = error is not None and not (isinstance(error, PartialtuneError) or is_disk_fault(error))
+    if is_bug or (error is not None and is_main()):
+        raise error
+    raise EndedElsewhere(failure.words if is_main() else "", failure.code) from error
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+# ---- processes that are lost -----------------------------------------------------------------------------------------
 
-
+# torch raises plain RuntimeErrors when the connection to another process breaks: their texts are all there is.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
 # gloo's own waits, the pair that it closes after one of them, those for its store, and NCCL's
 STALLED = (
@@ -236,7 +231,7 @@ STALLED = (
     "timed out after",
     "timeout of",
 )
-GO_ON = "What was saved before is in the run's folder; go on with: --resume_from_checkpoint auto"
+WHAT_IS_SAVED = "What was saved before is in the run's folder; go on with: --resume_from_checkpoint auto"
 
 
 @contextmanager
@@ -254,12 +249,12 @@ def peers_watched(patience_seconds: float = DDP_TIMEOUT) -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if _several() and any(words in said for words in LOST):
-            words = f"Another process of this run ended: it was killed, or says why above. {GO_ON}"
+            words = "Another process of this run ended: it was killed, or says why above."
         elif _several() and any(words in said for words in STALLED):
             words = (
                 f"Another process of this run did not answer for {patience_seconds:g} seconds (ddp_timeout): it was "
-                f"stopped, its machine is out of reach, or it is slower than that. {GO_ON}"
+                f"stopped, its machine is out of reach, or it is slower than that."
             )
         else:
             raise
-        raise EndedElsewhere(words) from error
+        raise EndedElsewhere(f"{words} {WHAT_IS_SAVED}") from error

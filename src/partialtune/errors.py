@@ -62,7 +62,7 @@ class Interrupted(PartialtuneError):
 
 
 class EndedElsewhere(PartialtuneError):
-    """Another process of the run ended, and has said why or was killed; this one ends too."""
+    """Another process of the run ended and gave the reason, or was killed; this one ends too."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -73,6 +73,21 @@ def is_ours(error: BaseException) -> bool:
     """Whether this package's code raised a caught error, and not that of a model or a library which it called."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
+
+
+def in_one_line(error: BaseException | str, longest: int = 200, first_line: bool = False) -> str:
+    """What a library says, in one line: cut between words, or its class where an error has no message.
+
+    in_one_line(KeyError("layers")) -> "'layers'"; in_one_line(AssertionError()) -> "AssertionError"
+
+    Args:
+        error: What was raised, or a text.
+        longest: Characters, at most.
+        first_line: Whether the lines after the first are left out: PyTorch puts the frames of its C++ stack there.
+    """
+    lines = str(error).splitlines()[:1] if first_line else str(error).split()
+    text = " ".join(lines) or type(error).__name__
+    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
 
 
 # what a disk, a network file system or its owner can do to us: no bug, and no traceback
@@ -88,7 +103,7 @@ def is_disk_fault(error: BaseException) -> bool:
 
 
 def disk_words(error: OSError) -> str:
-    """What the system said, of which file, and what to do."""
+    """The system's reason, the file, and what to do."""
     where = f": {error.filename}" if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     do = "Make room on the disk, or name another folder" if full else "Check the disk and who may write there"

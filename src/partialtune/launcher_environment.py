@@ -37,9 +37,9 @@ def check_launched() -> None:
     """
     found = left_over(os.environ)
     if found:
-        said = ", ".join(f"{name}={value}" for name, value in found.items())
+        shown = ", ".join(f"{name}={value}" for name, value in found.items())
         raise InputError(
-            f"The environment says that this process is one of several ({said}), but no launcher started it: "
+            f"The environment says that this process is one of several ({shown}), but no launcher started it: "
             f"{_lacking(found)}. For one process: unset {' '.join(found)}. For several: accelerate launch "
             f"--config_file accelerate_config.yaml --multi_gpu --num_processes N -m partialtune train RECIPE"
         )

@@ -23,7 +23,7 @@ def free_memory() -> int:
 
 
 def _cgroup_bytes(name: str) -> int | None:
-    """What a file of the control group says, None where there is none or no limit."""
+    """The number in a file of the control group; None where there is no such file, or no limit."""
     try:
         return int((CGROUP / name).read_text(encoding="ascii"))
     except (OSError, ValueError):  # `max`

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from partialtune.delta.checkpoint import Delta, check_base, check_config, check_result, read_delta
+from partialtune.delta_checkpoint import Delta, check_base, check_config, check_result, read_delta
 from partialtune.errors import InputError, ModelError
 from partialtune.files import move_all
 from partialtune.freeze.apply import untie_head
@@ -58,16 +58,16 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
     out = Path(out).expanduser()
     if out.is_symlink() and not out.exists():
         raise InputError(f"{out} is a link to {os.readlink(out)}, which is not there. Name a folder.")
-    empty = out.is_dir() and not any(out.iterdir())
+    empty = out.is_dir() and not any(out.iterdir())  # it is filled, an absent one is renamed into place
     if out.exists() and not empty:
         raise InputError(f"{out} exists and is no empty folder. Name another one for the rebuilt model.")
     out = out.resolve()
     check_writable(out, "OUT")
     folder, name = checkpoint_folder(os.fspath(delta), TOKENIZER_FILES)
     model = _rebuild(read_delta(folder, name), base)
-    beside = out if empty else out.parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{out.name}-") as aside:
+    same_disk = out if empty else out.parent  # a rename within one file system is whole or not at all
+    same_disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=same_disk, prefix=f".{out.name}-") as aside:
         whole = Path(aside) / "model"
         model.save_pretrained(whole)
         _check_written(whole, model, out)
@@ -86,7 +86,11 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
 
 
 def _check_written(whole: Path, model: PreTrainedModel, out: Path) -> None:
-    """Read the files back: between a model and a disk stand its own `state_dict` and the writers of files."""
+    """Read the files back: the model's own `state_dict` and the writers of files stand between it and the disk.
+
+    Raises:
+        ModelError: If they hold anything else than the model.
+    """
     buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)}
     different = saved_differences(whole, model, digests(model), buffers)
     if different:
@@ -97,6 +101,7 @@ def _check_written(whole: Path, model: PreTrainedModel, out: Path) -> None:
 
 
 def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
+    """The base with what the delta stores copied over it; config, base and result checked by their digests."""
     check_config(delta)
     place = base or delta.base.location
     try:
@@ -108,7 +113,7 @@ def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
             f"Say where it lies with --base."
         ) from error
     if delta.head == "untied":
-        untie_head(model)
+        untie_head(model)  # as the run did it before its first step: a copy of the token embedding
     check_base(delta, base_name, digests(model))
     parameters = dict(model.named_parameters())
     with torch.no_grad():

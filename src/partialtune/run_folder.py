@@ -1,10 +1,9 @@
-"""A run's folder: may the run start there, its lock, and the JSON files that it holds."""
+"""A run's folder: whether it can be written, its lock, and the small files in it: recipe, exit code, JSON."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import yaml
 from partialtune.errors import RecipeError, UploadIncomplete
 from partialtune.files import lock, write_whole
 from partialtune.net.addresses import without_secrets
-from partialtune.recipe.reading import same_run
 
 RECIPE_FILE = "recipe.yaml"
 EXIT_FILE = "exit.json"
@@ -21,53 +19,6 @@ LOCK_FILE = ".lock"
 DELTA_FILE = "delta.json"
 VALUES_FILE = "delta.safetensors"
 STATE_FILE = "trainer_state.json"  # Trainer's; written after the first step, and at the end
-
-
-class Standing(Enum):
-    """What an output folder means for a run that wants to use it."""
-
-    NEW = "absent or empty"
-    UNSTARTED = "holds this run, interrupted before its first optimizer step"
-    BEGUN = "holds this run, not finished"
-    FINISHED = "holds this run, finished"
-
-
-def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> Standing:
-    """Look at an output folder without touching it.
-
-    Args:
-        folder: The recipe's `output_dir`.
-        values: The recipe, flat.
-        resume: The recipe's `resume_from_checkpoint`.
-
-    Raises:
-        RecipeError: If it holds anything but this run, or this run without leave to go on, or cannot be written.
-    """
-    check_writable(folder)
-    if not folder.is_dir() or all(_is_left_by_a_start(path.name) for path in folder.iterdir()):
-        return Standing.NEW
-    if not (folder / RECIPE_FILE).is_file():
-        raise RecipeError(
-            f"output_dir: {folder} is not empty and holds no run of partialtune. "
-            f"Name another folder: --output_dir {folder}-2. Nothing was touched."
-        )
-    earlier, is_ours = _flat_recipe(folder / RECIPE_FILE)
-    different = same_run(earlier, values)
-    if different:
-        raise RecipeError(
-            f"output_dir: {folder} holds a run of another recipe; they differ in {', '.join(different)}. "
-            f"Name another folder: --output_dir {folder}-2. Nothing was touched."
-        )
-    if is_finished(folder) and not _goes_further(earlier, values):
-        return Standing.FINISHED
-    if is_ours and not _has_taken_a_step(folder):
-        return Standing.UNSTARTED
-    if resume is None:
-        raise RecipeError(
-            f"output_dir: {folder} holds this run, begun and not finished. Go on with it: "
-            f"--resume_from_checkpoint auto; or name another folder: --output_dir {folder}-2. Nothing was touched."
-        )
-    return Standing.BEGUN
 
 
 def check_writable(folder: Path, name: str = "output_dir") -> None:
@@ -92,38 +43,31 @@ def check_writable(folder: Path, name: str = "output_dir") -> None:
         raise RecipeError(f"{name}: {nearest} is not writable. Name a folder that is.")
 
 
-def _is_left_by_a_start(name: str) -> bool:
+def is_left_by_a_start(name: str) -> bool:
     """Whether a run leaves a file of this name before it has written its recipe."""
     return name in (LOCK_FILE, EXIT_FILE) or name.startswith(f".{RECIPE_FILE}.")
 
 
-def _has_taken_a_step(folder: Path) -> bool:
+def has_taken_a_step(folder: Path) -> bool:
     """Whether a run's folder holds anything that only an optimizer step leaves, or a state that cannot be read."""
-    state = folder / STATE_FILE
     if any(folder.glob("checkpoint-*")):
         return True
     try:
-        return state.exists() and read_json(state)["global_step"] != 0
-    except (OSError, ValueError, KeyError, TypeError):
+        if not (folder / STATE_FILE).exists():
+            return False
+        state = read_json(folder / STATE_FILE)
+    except (OSError, ValueError):
         return True
+    return not isinstance(state, dict) or state.get("global_step") != 0
 
 
-def recorded_sources(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of the texts of the run in a folder, as `recipe.yaml` keeps them under `run`."""
-    record = _recipe(folder / RECIPE_FILE).get("run")
-    sources = record.get("sources") if isinstance(record, dict) else None
-    entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
-    pairs = [(entry.get("name"), entry.get("sha256")) for entry in entries]
-    return {name: sha256 for name, sha256 in pairs if isinstance(name, str) and isinstance(sha256, str)}
+def recorded_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe in a run's folder, flat; where a run has written it, with what it recorded under the key `run`.
 
-
-def _flat_recipe(file: Path) -> tuple[dict[str, Any], bool]:
-    """A run's recipe, and whether a run wrote it: then it has the key `run`."""
-    values = _recipe(file)
-    return {key: value for key, value in values.items() if key != "run"}, "run" in values
-
-
-def _recipe(file: Path) -> dict[str, Any]:
+    Raises:
+        RecipeError: If it cannot be read.
+    """
+    file = folder / RECIPE_FILE
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,16 +77,23 @@ def _recipe(file: Path) -> dict[str, Any]:
     return values
 
 
-def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    return int(values.get("max_steps", -1)) > int(earlier.get("max_steps", -1))
+def recorded_sources(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of the texts of the run in a folder, as `recipe.yaml` keeps them under `run`."""
+    record = recorded_recipe(folder).get("run")
+    sources = record.get("sources") if isinstance(record, dict) else None
+    entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
+    pairs = [(entry.get("name"), entry.get("sha256")) for entry in entries]
+    return {name: sha256 for name, sha256 in pairs if isinstance(name, str) and isinstance(sha256, str)}
 
 
 def exit_code_of(folder: Path) -> int | None:
     """The code in a run's `exit.json`, None where there is none: it is written last, and taken away by what goes on."""
     try:
-        return int(read_json(folder / EXIT_FILE)["code"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        content = read_json(folder / EXIT_FILE)
+    except (OSError, ValueError):
         return None
+    code = content.get("code") if isinstance(content, dict) else None
+    return code if isinstance(code, int) else None
 
 
 def is_finished(folder: Path) -> bool:

@@ -44,10 +44,10 @@ def measure(policy: tuple[list[str], str], blocks: int, batch_size: int, block_s
     from partialtune.freeze.apply import apply_plan
     from partialtune.freeze.plan import plan_freeze
     from partialtune.model.loading import quiet_libraries
-    from partialtune.training.batches import collate_windows
     from partialtune.training.performance import performance
     from partialtune.training.settings import training_arguments
     from partialtune.training.trainer import PartialTrainer
+    from partialtune.training.training_data import collate_windows
 
     quiet_libraries()
     model = GPT2LMHeadModel(GPT2Config(n_layer=blocks))

@@ -79,9 +79,9 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
     from partialtune.cost.forecast import FP32_BYTES, growth_of_process
     from partialtune.freeze.apply import apply_plan
     from partialtune.freeze.plan import plan_freeze
-    from partialtune.training.batches import collate_windows
     from partialtune.training.settings import training_arguments
     from partialtune.training.trainer import PartialTrainer
+    from partialtune.training.training_data import collate_windows
 
     sizes = {
         "n_layer": shape.blocks,

@@ -43,7 +43,7 @@ def measure(policy: str, blocks: int, step: bool) -> None:
     from partialtune.insight.moved_tokens import moved_tokens, token_counts
     from partialtune.insight.next_token_shift import next_token_shift
     from partialtune.model.loading import load_tokenizer
-    from partialtune.proof.snapshots import take_snapshot
+    from partialtune.proof.snapshot import take_snapshot
     from partialtune.scoring.evaluation import ScoredText, evenly_spaced, score_text
     from partialtune.text.windows import chunked_windows
 

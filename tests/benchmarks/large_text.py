@@ -49,7 +49,7 @@ def measure(address: str, tokenizer_folder: str, cleaning: str) -> dict:
 
     from partialtune.net.download import cache_folder
     from partialtune.recipe.arguments import TextArguments
-    from partialtune.training.run_data import prepare_data
+    from partialtune.training.training_data import prepare_data
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     start, processor, before = time.perf_counter(), time.process_time(), _peak_mb()

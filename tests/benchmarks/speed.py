@@ -7,7 +7,8 @@ turns (A B A B) and medians are compared. Plain computes in fp32 with everything
 and in bf16. Seconds a step are plain's own and those of `performance.json`, peak memory is that of the whole process,
 imports and evaluation included. Utilisation = matrix products that the policy needs / seconds / rate of such products
 measured in the same round. The whole table takes about 25 minutes on 2 cores; what follows `--ours` is added to every
-command of ours: `--ours --torch_compile true`.
+command of ours: `--ours --torch_compile true`. With `--beside ../other/src` each command of ours takes turns with that
+of another checkout, such as the commit before a change, and a second table has their ratios.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 PLAIN = Path(__file__).with_name("plain_loop.py")
 BATCHES_OF_TEXT = 2  # an epoch; what is cached is met again from the third step on
+BESIDE = ", beside"  # after the precision of what another checkout took
 PRODUCT = (4096, 768, 3072)  # of the notebook's batch with a matrix of GPT-2's MLP: the rate that is measured
 
 
@@ -142,13 +144,14 @@ class Bench:
         output, peak, wall = run_process(words)
         return Measurement(policy, "plain", json.loads(output.splitlines()[-1])["median_step_seconds"], peak, wall)
 
-    def ours(self, job: Job, precision: str) -> Measurement:
+    def ours(self, job: Job, precision: str, source: Path | None = None) -> Measurement:
+        """A job of ours, by the package in the folder `source` of another checkout, or by the installed one."""
         recipe, run = self.folder / "recipe.json", self.folder / "run"
         recipe.write_text(json.dumps(self._recipe(job, precision, run)))  # JSON is YAML
-        _, peak, wall = run_process(["-m", "partialtune", "train", str(recipe), *self.more_words])
+        _, peak, wall = run_process(["-m", "partialtune", "train", str(recipe), *self.more_words], source)
         seconds = json.loads((run / "performance.json").read_text())["median_step_seconds"]
         shutil.rmtree(run)
-        return Measurement(job.name, precision, seconds, peak, wall)
+        return Measurement(job.name, precision + BESIDE * (source is not None), seconds, peak, wall)
 
     def _recipe(self, job: Job, precision: str, run: Path) -> dict[str, Any]:
         """What the plain loop does, as a recipe; evaluation is kept small."""
@@ -175,15 +178,16 @@ class Bench:
         }
 
 
-def run_process(words: Sequence[str]) -> tuple[str, float, float]:
-    """Run Python with `words`.
+def run_process(words: Sequence[str], source: Path | None = None) -> tuple[str, float, float]:
+    """Run Python with `words`, packages in the folder `source` before those installed.
 
     Returns:
         What it printed, its largest resident memory in 2^20 bytes, the seconds from its start to its end.
     """
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, *words], stdout=output)
+        environment = os.environ | ({"PYTHONPATH": str(source.resolve())} if source else {})
+        process = subprocess.Popen([sys.executable, *words], stdout=output, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -232,7 +236,7 @@ def make(shape: Shape, folder: Path) -> dict[str, float]:
 
 def needed(config: Any, shape: Shape, job: Job) -> float:
     """Multiplications and additions of a step's matrix products with weights, less those of a cached prefix."""
-    from partialtune.cost.utilisation import needed_products
+    from partialtune.cost.forecast import needed_products
     from partialtune.freeze.plan import plan_freeze
     from partialtune.model.loading import empty_model
 
@@ -264,14 +268,17 @@ TASKS = {"make": make, "rate": rate}
 # --- the table
 
 
-def measure(bench: Bench, jobs: Sequence[Job], precisions: Sequence[str]) -> Iterator[Measurement | dict[str, float]]:
+def measure(
+    bench: Bench, jobs: Sequence[Job], precisions: Sequence[str], beside: Path | None
+) -> Iterator[Measurement | dict[str, float]]:
     """One round: the rate of a product, then plain's policies, each followed by those of ours it is compared with."""
+    sources = [None] if beside is None else [beside, None]
     yield run_here("rate", bench.shape, bench.folder)
     for policy in dict.fromkeys(job.plain for job in jobs):
         yield bench.plain(policy)
         for job in jobs:
             if job.plain == policy:
-                yield from (bench.ours(job, precision) for precision in precisions)
+                yield from (bench.ours(job, precision, source) for precision in precisions for source in sources)
 
 
 def rows_of(jobs: Sequence[Job], precisions: Sequence[str], found: Sequence[Any], products: dict[str, float]):
@@ -312,6 +319,28 @@ def rows_of(jobs: Sequence[Job], precisions: Sequence[str], found: Sequence[Any]
             }
 
 
+def beside_table(jobs: Sequence[Job], precisions: Sequence[str], found: Sequence[Any]) -> str:
+    """What each job takes here over what it takes by the other checkout, medians over the rounds."""
+
+    def ratio(name: str, precision: str, what: str) -> float:
+        of = {
+            source: statistics.median(
+                getattr(entry, what)
+                for entry in found
+                if isinstance(entry, Measurement) and (entry.job, entry.precision) == (name, precision + source)
+            )
+            for source in ("", BESIDE)
+        }
+        return of[""] / of[BESIDE]
+
+    lines = ["| job | precision | time a step here / there | peak memory | whole command |", "|---|---|---|---|---|"]
+    for job in jobs:
+        for precision in precisions:
+            shown = [ratio(job.name, precision, what) for what in ("step_seconds", "peak_mb", "wall_seconds")]
+            lines.append(f"| {job.title} | {precision} | " + " | ".join(f"{one:.3f}" for one in shown) + " |")
+    return "\n".join(lines)
+
+
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| job | precision | s/step, plain | ours | ratio | target | MB, plain | ours | ratio | target "
@@ -337,6 +366,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of each process; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="rounds")
     parser.add_argument("--output", type=Path, help="write measurements and table as JSON")
+    parser.add_argument("--beside", type=Path, help="src folder of another checkout, measured in turn with this one")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where model, text and runs go, default: a temporary folder")
     for name, value in asdict(Shape()).items():
@@ -351,11 +381,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=words.folder) as folder:
         bench, found = Bench(Path(folder), shape, words.steps, words.ours), []
         for turn in range(words.repeats):
-            for entry in measure(bench, jobs, words.precisions):
+            for entry in measure(bench, jobs, words.precisions, words.beside):
                 print(f"round {turn + 1}: {entry}", file=sys.stderr, flush=True)
                 found.append(entry)
         rows = list(rows_of(jobs, words.precisions, found, bench.products))
     print(f"{shape}, {words.steps} steps, {words.repeats} rounds, load {os.getloadavg()[0]:.1f}\n\n{as_table(rows)}")
+    if words.beside:
+        print("\n" + beside_table(jobs, words.precisions, found))
     if words.output:
         measured = [asdict(entry) if isinstance(entry, Measurement) else {"rate": entry} for entry in found]
         content = {"shape": asdict(shape), "steps": words.steps, "ours": words.ours, "table": rows}

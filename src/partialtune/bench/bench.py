@@ -100,4 +100,4 @@ def run_variant(variant: Variant, steps: int) -> dict[str, Any]:
         return {"error": f"ended by {name}" + (", most likely out of memory" if name == "SIGKILL" else "")}
     if done.returncode:
         return {"error": f"failed with exit code {done.returncode}, see above"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])  # a model's own code may have printed before

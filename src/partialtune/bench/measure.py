@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from partialtune.bench.variants import plan_of, runnable
-from partialtune.cost.utilisation import needed_products, utilisation
+from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.errors import PartialtuneError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
@@ -24,15 +24,14 @@ from partialtune.model.loading import quiet_libraries
 from partialtune.recipe.reading import Recipe
 from partialtune.text.windows import chunked_windows
 from partialtune.training.launch import one_device_a_process, use_all_cores
-from partialtune.training.making import make_trainer, prefix_phases
 from partialtune.training.performance import performance
-from partialtune.training.precision import compute_dtype, product_rate
-from partialtune.training.run_data import RunData
-from partialtune.training.settings import training_arguments
+from partialtune.training.recipe_trainer import make_trainer, prefix_phases
+from partialtune.training.settings import compute_dtype, product_rate, training_arguments
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import RunData
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BATCHES = 2  # of different windows; after them an epoch begins anew
+BATCHES = 2  # batches of different windows; after them the next epoch begins
 
 
 def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
         recipe = runnable(values, steps, folder)
         args = training_arguments(recipe.training)
         one_device_a_process(args)
-        empty, plan = plan_of(recipe)
+        empty, plan = plan_of(recipe)  # on the meta device: counts arithmetic without holding weights
         trainer = trained(recipe, plan, random_model(empty, recipe).to(args.device), args)
         return result_of(trainer, empty, recipe.text.block_size)
 
@@ -77,10 +76,9 @@ def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: Trai
     """The Trainer of the recipe, after its steps."""
     data = random_data(recipe, args, model.config.get_text_config().vocab_size)
     conformance = check_conformance(model, recipe.text.block_size)
-    prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
+    prefix = prefix_phases(recipe, plan, model, args, data)
     apply_plan(model, plan)
-    origin = {}  # nothing goes on from here
-    trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
+    trainer = make_trainer(recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance)
     trainer.train()
     return trainer
 
@@ -113,7 +111,7 @@ def device_name(device: torch.device) -> str:
 
 
 def main() -> int:
-    """Measure what stdin says. Our own decisions are not logged: the parent speaks."""
+    """Measure the variant on stdin. Only errors are logged: the parent process reports what was measured."""
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     quiet_libraries()
     use_all_cores()

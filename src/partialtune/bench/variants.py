@@ -8,15 +8,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.methods import plan_of_recipe
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.schedules import in_places
-from partialtune.model.loading import check_fit, empty_model, load_config
+from partialtune.freeze.recipe_plan import plan_before_text
+from partialtune.model.loading import empty_model, load_config
+from partialtune.model.model_checks import check_fit
 from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
 
-# What says what trains: full fine-tuning leaves it out.
+# The keys that decide what trains: full fine-tuning leaves them out.
 POLICY_KEYS = ("method", "trainable", "schedule", "head", "lora_rank", "lora_alpha", "prefix_cache")
-# What would write, send, evaluate, or make the run longer or shorter: a measurement says it itself.
+# The keys of what a run writes, sends, evaluates, and of its length: a measurement sets these itself.
 RUN_KEYS = (
     *("output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
@@ -57,15 +57,15 @@ def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Varian
         overrides: `--key value` for all of them.
 
     Raises:
-        InputError: If a recipe is wrong, or its model is; all are looked at before the first is measured.
+        InputError: If a recipe is wrong, or its model is; all are checked before the first is measured.
     """
-    said = [entry for path in paths for entry in own_variants(path, read_recipe(path, overrides))]
-    entries = [*said, *((FULL, full_values(values)) for _, values in said)]
+    own = [entry for path in paths for entry in own_variants(path, read_recipe(path, overrides))]
+    entries = [*own, *((FULL, full_values(values)) for _, values in own)]
     numbers: dict[str, int] = {}  # of the first entry that trains everything on a batch
     for number, (_, values) in enumerate(entries):
         if values.get("method") == "full":
             numbers.setdefault(_key(full_values(values)), number)
-    kept = [number for number in range(len(entries)) if number < len(said) or number in numbers.values()]
+    kept = [number for number in range(len(entries)) if number < len(own) or number in numbers.values()]
     return [
         Variant(label, kept.index(numbers[_key(full_values(values))]), values)
         for label, values in (entries[number] for number in kept)
@@ -118,15 +118,14 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
     Raises:
         InputError: If the model cannot be had, is too short for the windows, or a selector is wrong.
     """
-    base, freeze = recipe.model, recipe.freeze
+    base = recipe.model
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
     model = empty_model(config, base.trust_remote_code)
-    schedule = in_places(freeze.schedule) if freeze.schedule else ()
-    return model, last_phase(plan_of_recipe(model, freeze, schedule))
+    return model, last_phase(plan_before_text(model, recipe.freeze))
 
 
 def last_phase(plan: FreezePlan) -> FreezePlan:
     """The plan in which all that any phase trains does so from the first step on."""
     parameters = tuple(replace(p, from_step=0) if p.trainable else p for p in plan.parameters)
-    return replace(plan, parameters=parameters, phases=(replace(plan.phases[-1], from_step=0),))
+    return replace(plan, parameters=parameters, phases=(replace(plan.phases[-1], from_step=0, from_epoch=None),))

@@ -80,10 +80,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.cost.forecast import forecast, forecast_table
-        from partialtune.freeze.methods import plan_before_text
-        from partialtune.freeze.table import plan_table
-        from partialtune.model.dropout import stop_layer_drop
+        from partialtune.freeze.plan_table import plan_table
+        from partialtune.freeze.recipe_plan import plan_before_text
         from partialtune.model.loading import empty_model, load_config, quiet_libraries
+        from partialtune.model.train_mode import stop_layer_drop
         from partialtune.recipe.reading import read_recipe
 
     quiet_libraries()
@@ -94,17 +94,17 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     plan = plan_before_text(model, recipe.freeze)
-    said = recipe.training
+    training = recipe.training
     try:
         cost = forecast(
             model,
             plan,
-            batch_size=said.get("per_device_train_batch_size", 8),
+            batch_size=training.get("per_device_train_batch_size", 8),
             block_size=recipe.text.block_size,
-            accumulation=said.get("gradient_accumulation_steps", 1),
-            bf16=said.get("bf16") is True,
-            optimizer=said.get("optim", "adamw_torch_fused"),
-            checkpointing=bool(said.get("activation_checkpointing")),
+            accumulation=training.get("gradient_accumulation_steps", 1),
+            bf16=training.get("bf16") is True,
+            optimizer=training.get("optim", "adamw_torch_fused"),
+            checkpointing=bool(training.get("activation_checkpointing")),
             fast_paths=recipe.speed.fast_paths,
         )
     except ModelError as error:  # a model whose forward pass decides by values has no step without them

@@ -49,8 +49,9 @@ def main(words: Sequence[str]) -> int:
         COMMANDS[known.command].run(known, overrides)
     except PartialtuneError as error:
         return _say(str(error), error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
+    except BrokenPipeError:  # whoever read our output has gone: `partialtune plan RECIPE | head`
+        # Python flushes stdout once more at its end, and would print a traceback of the same error there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if not is_disk_fault(error):
@@ -78,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _say(message: str, code: int) -> int:
-    """The last thing that our process prints; nothing where another process of the run says it."""
+    """Print the last line of our process; nothing where another process of the run has given the reason."""
     sys.stdout.flush()
     if message:
         from partialtune.net.addresses import without_secrets  # a help text need not wait for its patterns

@@ -27,8 +27,9 @@ from partialtune.errors import (
 from partialtune.files import lock
 from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
-from partialtune.run_folder import LOCK_FILE, Standing, exit_code_of, recorded_sources, standing_of
-from partialtune.text.reading import check_kept
+from partialtune.run_folder import LOCK_FILE, exit_code_of, recorded_sources
+from partialtune.text.reading import check_texts_unchanged
+from partialtune.training.resume_check import Standing, standing_of
 from partialtune.training.stopping import hears_signals
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def ended_with(job: Job) -> int | None:
     except RecipeError as error:
         raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
     if standing is Standing.FINISHED:
-        check_kept(
+        check_texts_unchanged(
             recorded_sources(job.folder),
             as_list(job.values["text"]),
             job.folder,

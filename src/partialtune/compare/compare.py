@@ -22,8 +22,8 @@ from partialtune.compare.results import Outcome, Row, failed_early, grouped, rea
 from partialtune.compare.table import comparison_csv, comparison_json
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
 from partialtune.files import write_whole
-from partialtune.freeze.methods import plan_before_text
 from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.recipe_plan import plan_before_text
 from partialtune.model.loading import empty_model, load_config
 from partialtune.recipe.key_rules import training_defaults
 from partialtune.run_folder import LOCK_FILE, locked, write_json

@@ -11,7 +11,7 @@ from partialtune.compare.policies import Policy
 from partialtune.compare.results import Outcome
 from partialtune.errors import InputError
 from partialtune.net.addresses import sources_without_secrets
-from partialtune.recipe.reading import same_run
+from partialtune.training.resume_check import recipe_differences
 
 # What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
 NAMED = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
@@ -95,7 +95,7 @@ def check_seeds(seeds: Mapping[str, Sequence[int]]) -> None:
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Keys in which two recipes are not the same run, a larger max_steps among them."""
-    return list(dict.fromkeys([*same_run(a, b), *same_run(b, a)]))
+    return list(dict.fromkeys([*recipe_differences(a, b), *recipe_differences(b, a)]))
 
 
 def unequal_facts(a: Outcome, b: Outcome) -> list[str]:

@@ -15,11 +15,11 @@ from typing import Any
 from partialtune.compare.policies import Policy, changed_values, changed_words
 from partialtune.errors import RecipeError
 from partialtune.recipe.arguments import TextArguments
-from partialtune.recipe.reading import same_run
 from partialtune.run_folder import read_json, write_json
 from partialtune.text.reading import read_texts
 from partialtune.text.stored_text import StoredText
 from partialtune.text.windows import split_text
+from partialtune.training.resume_check import recipe_differences
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Search:
         if not self.file.is_file():
             return []
         content = read_json(self.file)
-        different = [key for key in same_run(content["recipe"], self.values) if key != "learning_rate"]
+        different = [key for key in recipe_differences(content["recipe"], self.values) if key != "learning_rate"]
         different += ["max_steps"] if content["recipe"].get("max_steps") != self.values.get("max_steps") else []
         if different:
             raise RecipeError(

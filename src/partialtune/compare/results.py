@@ -18,8 +18,8 @@ from partialtune.metrics import HEADLINE
 from partialtune.net.addresses import sources_without_secrets
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
 from partialtune.recipe.key_rules import training_defaults
-from partialtune.recipe.reading import same_run
 from partialtune.run_folder import EXIT_FILE, exit_code_of, read_json
+from partialtune.training.resume_check import recipe_differences
 
 SEED = re.compile(r"(?<=.)-seed\d+$")  # endings that a comparison gives to the folders of its runs
 RATE_AND_SEED = re.compile(r"(?<=.)-lr[\d.e+-]+-seed\d+$|(?<=.)-seed\d+$")
@@ -258,7 +258,7 @@ def grouped(outcomes: Sequence[Outcome]) -> list[Row]:
 
 def same_policy(a: Outcome, b: Outcome) -> bool:
     """Whether two runs repeat one recipe with different seeds."""
-    different = {*same_run(a.values, b.values), *same_run(b.values, a.values)}
+    different = {*recipe_differences(a.values, b.values), *recipe_differences(b.values, a.values)}
     return a.seed != b.seed and different <= {"seed", "data_seed"}
 
 

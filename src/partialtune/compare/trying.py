@@ -14,19 +14,18 @@ from transformers import PretrainedConfig, set_seed
 from partialtune.compare.rates import Trial, keep_trial
 from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.methods import plan_of_recipe
-from partialtune.freeze.schedules import in_steps
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
 from partialtune.metrics import HEADLINE
 from partialtune.model.conformance import check_conformance
-from partialtune.model.files import check_finite
-from partialtune.model.loading import check_ids, load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
+from partialtune.model.model_checks import check_finite, check_ids
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.reading import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
 from partialtune.training.launch import one_device_a_process, use_all_cores
-from partialtune.training.making import make_trainer, prefix_phases
-from partialtune.training.run_data import RunData, prepare_data
+from partialtune.training.recipe_trainer import make_trainer, prefix_phases
 from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
+from partialtune.training.training_data import RunData, data_of_recipe
 
 
 def main(words: Sequence[str]) -> int:
@@ -52,9 +51,7 @@ def try_rates(file: Path, rates: Sequence[float], recipe: Recipe) -> None:
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     args = training_arguments(recipe.training)
-    data = prepare_data(
-        recipe.text, recipe.evaluation.eval_texts, tokenizer, args.seed if args.data_seed is None else args.data_seed
-    )
+    data = data_of_recipe(recipe, args, tokenizer)
     check_ids(base.model_name_or_path, config, data.largest_ids)
     if not data.scored["validation"].comes_back:
         raise TextError(
@@ -78,12 +75,13 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         conformance = check_conformance(model, recipe.text.block_size)
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
-        prefix = prefix_phases(recipe, plan, model, args, data, begun=None)
+        prefix = prefix_phases(recipe, plan, model, args, data)
         apply_plan(model, plan)
         model.to(args.device)
         set_seed(args.seed)
-        origin = {}  # nothing goes on from a trial
-        trainer = make_trainer(recipe, plan, model, args, data, prefix, origin, conformance)
+        trainer = make_trainer(
+            recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance
+        )
         length = recipe.training.get("max_steps")
         try:
             trainer.train()

@@ -13,7 +13,6 @@ from partialtune.cost.dry_step import Cost
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
-from partialtune.freeze.table import blocks_passed, frozen_blocks
 from partialtune.grammar.named_selectors import BLOCK_PARTS
 from partialtune.machine import peak_memory_mb, total_memory
 
@@ -61,7 +60,7 @@ def _schedule(plan: FreezePlan) -> str | None:
 def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
     """Few parameters are not little arithmetic."""
     parameters = plan.trainable_parameters / plan.total_parameters
-    arithmetic = cost.products.total / full.products.total
+    arithmetic = cost.products.total / full.products.total  # at least about a third: forward is one of three products
     if arithmetic < parameters + 0.25:
         return None
     return (
@@ -75,7 +74,7 @@ def _where_backward_stops(
     model: nn.Module, plan: FreezePlan, cost: Cost, costing: Callable[[FreezePlan], Cost]
 ) -> str | None:
     """What trains first decides how far backward runs; something near to it may stop it much earlier."""
-    passed = blocks_passed(plan)
+    passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
     if not passed or len(plan.phases) > 1:
         return None
     for cause, selectors, head in _alternatives(plan):
@@ -86,10 +85,9 @@ def _where_backward_stops(
         then = costing(other)
         saved = 1 - then.products.total / cost.products.total
         if saved >= WORTH_SAYING:
-            frozen = len(frozen_blocks(plan, passed))
             held = f" ({frozen} of them frozen)" if frozen else ""
             return (
-                f"{cause}, so backward runs through {_of_all(len(passed), plan.block_count)}{held}. "
+                f"{cause}, so backward runs through {_of_all(passed, plan.block_count)}{held}. "
                 f"{_in_a_recipe(plan, other)} would stop it at {_place(other)}, save {_percent(saved)} of the "
                 f"arithmetic and need {_mb(then.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
             )
@@ -138,11 +136,12 @@ def _untied(plan: FreezePlan) -> str | None:
 def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
     """The scores over the vocabulary are as large whatever is frozen; a smaller batch shrinks them."""
     memory = cost.memory
-    if memory.logits < memory.peak / 3:
+    if memory.logits < memory.peak / 3:  # (B, T, V) x 4 bytes x 3: of GPT-2 and 16 x 256 tokens 2.5 GB
         return None
     said = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
     if batch_size % 2:
         return f"{said}."
+    # What goes with the batch is halved; weights, gradients and the optimizer's state are as large for any batch.
     halved = memory.weights + memory.gradients + memory.optimizer + (memory.activations + memory.logits) // 2
     return (
         f"{said}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "

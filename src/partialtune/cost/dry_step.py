@@ -2,11 +2,15 @@
 
 Real autograd runs forward, backward and the optimizer on fake tensors, which have shapes, dtypes and a device, but no
 data. So backward stops where it will stop and every tensor lives as long as it will, whatever the architecture.
+
+`FakeTensorMode` and `TorchDispatchMode` have no public home in torch; its own FLOP counter and compiler stand on them.
+What the meter sees of a step without values is compared with what it sees of a real one, operation by operation, in
+`test_a_step_without_values_is_what_the_same_meter_sees_in_a_real_one` (tests/test_forecast.py).
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partialtune.cost.flops import ProductCounter, Products, tensors_in
 from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.errors import ModelError
-from partialtune.fast.gelu import fused_gelu
+from partialtune.fast.fast_modules import fused_gelu
 from partialtune.fast.head_loss import rows_at_once
 from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.activation_checkpointing import recompute_from
-from partialtune.model.dropout import stop_layer_drop
-from partialtune.model.structure import read_structure
+from partialtune.model.structure import decoder_blocks
+from partialtune.model.train_mode import recompute_from, stop_layer_drop
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,14 @@ def dry_step(
     Raises:
         ModelError: If the model decides by values what it computes.
     """
+    step = (model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing)
     try:
-        return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
+        return _cost_of_step(*step, fast_paths)
     except LogitsInUse:  # found out as in training: this model's loss is taken from its logits
-        paths = set(fast_paths) - {"loss"}
-        return _dry_step(model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, paths)
+        return _cost_of_step(*step, set(fast_paths) - {"loss"})
 
 
-def _dry_step(
+def _cost_of_step(
     model: nn.Module,
     plan: FreezePlan,
     batch_size: int,
@@ -101,38 +104,55 @@ def _dry_step(
     checkpointing: bool,
     fast_paths: Collection[str],
 ) -> Cost:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = without_values(model, fake)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # positions and masks that models make for themselves have values
+    twin = _twin_under_plan(model, plan, fake, checkpointing)
+    loss = _loss_without_logits(twin) if "loss" in fast_paths else None
+    vocabulary = twin.config.get_text_config().vocab_size if loss else None
+    rows = rows_of_logits(batch_size, block_size, vocabulary)
+    meter = StepMeter(twin, fake, rows, first_block=plan.phases[-1].first_block)
+    input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
+    with _failing_in_words(plan.model_name, loss), ExitStack() as paths:
+        if "gelu" in fast_paths:
+            paths.enter_context(fused_gelu(twin))
+        if loss:
+            paths.enter_context(loss.active())
+        memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
+    return Cost(meter.products(passes=accumulation), memory)
+
+
+def _twin_under_plan(model: nn.Module, plan: FreezePlan, fake: FakeTensorMode, checkpointing: bool) -> nn.Module:
+    """A copy of `model` without values to which the plan is applied, as a run does it."""
+    twin = _without_values(model, fake)
     stop_layer_drop(twin)  # apply_plan does it too, and says so, which belongs to a run
     apply_plan(twin, plan)
     if checkpointing:
         twin.activation_checkpointing_enable({"use_reentrant": False})
         recompute_from(twin, plan.phases[-1].first_block)
-    loss = LossWithoutLogits(twin) if "loss" in fast_paths else None
-    without_logits = loss is not None and not loss.needs_logits()
-    vocabulary = twin.config.get_text_config().vocab_size if without_logits else None
-    rows = rows_of_logits(batch_size, block_size, vocabulary)
-    meter = StepMeter(twin, fake, rows, first_block=plan.phases[-1].first_block)
-    input_ids = torch.zeros(batch_size, block_size, dtype=torch.long)
+    return twin
+
+
+def _loss_without_logits(model: nn.Module) -> LossWithoutLogits | None:
+    """None where the model's build says already that it needs all logits."""
+    loss = LossWithoutLogits(model)
+    return None if loss.needs_logits() else loss
+
+
+@contextmanager
+def _failing_in_words(model_name: str, loss: LossWithoutLogits | None) -> Iterator[None]:
+    """What the model's own code raises, in words: mostly it asks for a value, and there are none."""
     try:
-        with ExitStack() as paths:
-            if "gelu" in fast_paths:
-                paths.enter_context(fused_gelu(twin))
-            if without_logits:
-                paths.enter_context(loss.active())
-            memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
+        yield
     except LogitsInUse:
         raise
     except Exception as error:
-        if without_logits:  # BART takes its loss by itself, and finds that states are no logits
+        if loss:  # BART takes its loss by itself, and finds that states are no logits
             raise LogitsInUse from error
         raise ModelError(
-            f"{plan.model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
+            f"{model_name} cannot take a step without its weights, so that nothing can be forecast: {error}"
         ) from error
-    return Cost(meter.products(passes=accumulation), memory)
 
 
-def without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+def _without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
     """A copy of `model` in fp32 whose parameters and buffers are fake tensors on the CPU. Ties are kept."""
     twins: dict[int, torch.Tensor] = {}
     with fake:
@@ -162,12 +182,12 @@ class StepMeter(TorchDispatchMode):
         self._fake, self._rows = fake, rows
         head = getattr(model.get_output_embeddings(), "weight", None)
         self.counter = ProductCounter(self.ledger, list(model.parameters()), head)
-        for block in model.get_submodule(read_structure(model).blocks_path)[:first_block]:
+        for block in decoder_blocks(model)[:first_block]:
             block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
             block.register_forward_hook(lambda *_: setattr(self.counter, "in_prefix", False))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default:  # two in three of all, and nothing is computed
+        if func is torch.ops.prim.device.default:  # two in three of all calls, and nothing is computed
             return args[0].fake_device
         result = self._run(func, types, args, kwargs or {})
         outputs = tensors_in(result)
@@ -183,6 +203,7 @@ class StepMeter(TorchDispatchMode):
         return Products(**{purpose: passes * count for purpose, count in self.counter.counts.items()})
 
     def _run(self, func: Any, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # The fake mode is called by hand: entered, it would make fake tensors of positions and masks as well.
         if FakeTensor not in types:
             return func(*args, **kwargs)  # positions and masks have values, and models decide by them
         if func._overloadpacket is torch.ops.aten._grouped_mm:
@@ -256,7 +277,7 @@ def _empty_grouped_product(
 
     Rows (m, k) with one (k, n) an expert -> (m, n); (m, k) cut along k with (k, n) cut likewise -> one (m, n) each.
     """
-    shape = (left.shape[0], right.shape[-1])
+    shape: tuple[int, ...] = (left.shape[0], right.shape[-1])
     if right.ndim == 2:
         shape = (len(ends), *shape)
     return left.new_empty(shape, dtype=out_dtype)

@@ -1,4 +1,10 @@
-"""Arithmetic of a training step: operations as they are dispatched -> its matrix products by what they are for."""
+"""Arithmetic of a training step: operations as they are dispatched -> its matrix products by what they are for.
+
+torch's own `FlopCounterMode` counts by module, and does not tell what a product is for: that is found here from the
+operands. The formulas are torch's (`flop_registry`), and for what it has none, those at the end of this module.
+`_overloadpacket` (an operation without its overload, as the registry has it) has no public name; torch's counter uses
+it as well. `test_products_are_those_that_torch_counts_in_a_real_step` (tests/test_forecast.py) compares the two.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +141,7 @@ def _grouped_product(rows, matrices, *args, out_val=None, **kwargs) -> int:
 
 
 # What torch's own registry has no formula for. Also for `FlopCounterMode(custom_mapping=FORMULAS)`.
-FORMULAS = {
+FORMULAS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_backward,
     aten._grouped_mm: _grouped_product,

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.errors import is_ours
 from partialtune.fast.head_loss import head_cross_entropy
-from partialtune.model.modes import evaluating
+from partialtune.model.train_mode import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,12 @@ class LossWithoutLogits:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it, a forward pass with labels gives the same loss, and hidden states in place of logits."""
+        """Within it, a forward pass with labels gives the same loss, and hidden states in place of logits.
+
+        `loss_function` is transformers' property of every model. Its setter keeps what it is given in `_loss_function`,
+        which has no public way to be taken back: it is deleted, and the property looks the usual loss up again
+        (`test_logits_are_the_models_own_before_and_after`).
+        """
         head, owner = self._head, self._owner
         patched = vars(head).get("forward")  # by casts of a frozen head
         head.forward, owner.loss_function = self._pass_on, self._loss
@@ -97,7 +102,7 @@ class LossWithoutLogits:
         self._passed_on = hidden
         return hidden
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # how many targets there are differs from batch to batch: the graph would break here anyway
     def _loss(
         self,
         logits: torch.Tensor,
@@ -108,19 +113,24 @@ class LossWithoutLogits:
         shift_labels: torch.Tensor | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """As `ForCausalLMLoss`: the mean over the targets, or their sum over `num_items_in_batch`. (B, T, D) hidden."""
-        if logits is not self._passed_on:
+        """As `ForCausalLMLoss`: the mean over the targets, or their sum over `num_items_in_batch`.
+
+        Args:
+            logits: (B, T, D), the hidden states that the head has passed on.
+            labels: int64 (B, T), not shifted.
+        """
+        if logits is not self._passed_on:  # the same object: a cap, a scale or a slice would have made another one
             raise LogitsInUse
         self._passed_on = None
         if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # (B, T): the last token has no next one
         targets = shift_labels.reshape(-1).to(logits.device)  # (B * T,)
-        places = (targets != ignore_index).nonzero().squeeze(1)
-        hidden = logits.reshape(-1, logits.shape[-1]).index_select(0, places)
+        places = (targets != ignore_index).nonzero().squeeze(1)  # (N,)
+        hidden = logits.reshape(-1, logits.shape[-1]).index_select(0, places)  # (N, D)
         weight, bias = self._head.weight, self._head.bias
         dtype = _compute_dtype(hidden)
         nats = head_cross_entropy(hidden, weight, targets[places], bias, dtype, self._low_weight(dtype))
-        count = len(places) if num_items_in_batch is None else num_items_in_batch
+        count: Any = len(places) if num_items_in_batch is None else num_items_in_batch
         return nats / (count.to(nats.device) if torch.is_tensor(count) else count)
 
     def _low_weight(self, dtype: torch.dtype) -> torch.Tensor | None:

@@ -1,44 +1,53 @@
 """The frozen prefix computed once: windows -> what the last frozen block gives, kept; training goes on from there.
 
+In:  input_ids (windows, T), the model, and how many of its first blocks are frozen.
+Out: states (windows, T, D) on the host, which a forward pass over these windows starts from.
+
 The model's own forward pass stays in charge. Its first `blocks` decoder blocks are stood in for by ones that hand their
 input on, the last of them by one that gives the kept states. So positions, masks, final norm and whatever a model does
 between blocks are its own, and no architecture is written a second time.
+
+    whole pass:   embeddings -> block 0 -> block 1 -> block 2 -> block 3 -> norm, head     (blocks = 3)
+    from states:  embeddings -> hand on -> hand on -> give    -> block 3 -> norm, head
 """
 
 import math
+import os
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import nn
 
-from partialtune.errors import ModelError, PartialtuneError, is_ours
-from partialtune.fast.shared_memory import of_this_node, shared_tensor
-from partialtune.model.dropout import no_layer_drop
-from partialtune.model.modes import evaluating
-from partialtune.model.structure import read_structure
+from partialtune.errors import ModelError, PartialtuneError, in_one_line, is_ours
+from partialtune.model.structure import decoder_blocks, read_structure
+from partialtune.model.train_mode import evaluating
 from partialtune.progress import progress_bar
 
-
-class _Reached(Exception):
-    """The forward pass has come as far as it was wanted to."""
-
-
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a causal language model, in their order."""
-    return model.get_submodule(read_structure(model).blocks_path)
+IN_MEMORY = Path("/dev/shm")  # Linux; elsewhere, or where it is full, a file that the system keeps cached
 
 
 class PrefixCache:
     """States of windows behind the first `blocks` decoder blocks, (windows, T, D), on the host.
 
+    They take windows x T x D x 4 bytes in fp32: of GPT-2 (D = 768) and 600 windows of 256 tokens 472 MB, half in bf16.
+
     Args:
         model: The model itself, on its device, not its DDP wrapper.
         blocks: Number of frozen blocks that are computed once, at least 1.
         dtype: In which the states are kept.
+
+    Attributes:
+        blocks: The modules of these blocks.
+        states: (windows, T, D), empty before `fill`.
+        width: D, values of one token's state, known once there is one.
     """
 
     def __init__(self, model: nn.Module, blocks: int, dtype: torch.dtype) -> None:
@@ -46,10 +55,10 @@ class PrefixCache:
         self.blocks = list(decoder_blocks(model)[:blocks])
         self._dtype = dtype
         self._tail: tuple[None, ...] | None = None  # what a block gives beside its states; None where not a tuple
-        self._wide: torch.dtype = torch.float32
-        self._given: torch.Tensor | None = None
-        self.width = 0  # values of one token's state, known once there is one
-        self.states: torch.Tensor | None = None
+        self._wide: torch.dtype = torch.float32  # of what the blocks give themselves
+        self._given: torch.Tensor | None = None  # states of the batch that is in the model, within `giving`
+        self.width = 0
+        self.states = torch.empty(0)
 
     def fill(self, windows: Sequence[Dataset], batch_size: int, autocast_dtype: torch.dtype | None = None) -> None:
         """Compute the states of all windows. Of several processes each does its share; all have to call this.
@@ -63,17 +72,17 @@ class PrefixCache:
         Raises:
             ModelError: If the blocks give more than their states to those behind them.
         """
-        rank, processes = of_this_node()
+        rank, processes = _of_this_node()
         device = next(self._model.parameters()).device
         rows = [data.with_format("torch", columns=["input_ids"]) for data in windows]
-        places = [(data, index) for data in rows for index in range(len(data))]
+        places = [(data, index) for data in rows for index in range(len(data))]  # by the window's number
 
         def states_at(numbers: Sequence[int]) -> torch.Tensor:
-            ids = torch.stack([data[index]["input_ids"] for data, index in map(places.__getitem__, numbers)])
+            ids = torch.stack([data[index]["input_ids"] for data, index in map(places.__getitem__, numbers)])  # (B, T)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 return self.states_of(ids.to(device, torch.long))
 
-        self.states = shared_tensor((len(places), *states_at([0]).shape[1:]), self._dtype)
+        self.states = _shared_tensor((len(places), *states_at([0]).shape[1:]), self._dtype)
         mine = range(rank, len(places), processes)
         with progress_bar(len(places), f"frozen prefix of {len(self.blocks)} blocks, once", "windows") as bar:
             for at in range(0, len(mine), batch_size):
@@ -81,12 +90,12 @@ class PrefixCache:
                 self.states[torch.tensor(numbers)] = states_at(numbers).to("cpu", self._dtype)
                 bar.update(min(len(numbers) * processes, len(places) - bar.n))
         if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+            dist.barrier()  # the others' share is in the same memory, and has to be there before it is read
 
     @property
     def bytes(self) -> int:
         """Memory that the states take."""
-        return self.states.nbytes if self.states is not None else 0
+        return self.states.nbytes
 
     def install(self) -> None:
         """Let the blocks be stood in for, within `giving`."""
@@ -97,8 +106,8 @@ class PrefixCache:
     def remove(self) -> None:
         """Leave the blocks as they were, and drop the states."""
         for block in self.blocks:
-            vars(block).pop("forward", None)
-        self.states = None
+            vars(block).pop("forward", None)  # the class' own method is found again
+        self.states = torch.empty(0)
 
     @contextmanager
     def giving(self, numbers: torch.Tensor) -> Iterator[None]:
@@ -120,8 +129,11 @@ class PrefixCache:
         Raises:
             ModelError: If the blocks give anything else, or more, to those behind them.
         """
-        with evaluating(self._model):
-            output = _output_of(self.blocks[-1], self._model, input_ids)
+        last = self.blocks[-1]
+        with evaluating(self._model):  # dropout would give every window the states of one draw, in every epoch
+            output = reach(
+                self._model, input_ids, lambda stop: last.register_forward_hook(lambda _module, _args, out: stop(out))
+            )
         if isinstance(output, tuple):
             if any(part is not None for part in output[1:]):
                 raise ModelError(
@@ -143,126 +155,53 @@ class PrefixCache:
         return output
 
     def _stand_in(self, plain: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's own forward outside `giving`, for windows that are not kept; `other` within it."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs) if self._given is None else other(*args, **kwargs)
 
         return forward
 
     def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for a block before the last: its output has no meaning, but needs the shape of one."""
         if not args and "hidden_states" not in kwargs:
             raise ModelError(f"{type(self._model).__name__}: it does not call its blocks with `hidden_states`.")
         return self._as_block_gives(args[0] if args else kwargs["hidden_states"])
 
     def _give(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the last block."""
         return self._as_block_gives(self._given)
 
     def _as_block_gives(self, states: torch.Tensor) -> Any:
+        """Blocks give a tensor, or a tuple that begins with it: the model unpacks what it is used to."""
         return states if self._tail is None else (states, *self._tail)
 
 
-class Trial(NamedTuple):
-    """What came of starting one pass from kept states.
-
-    Attributes:
-        apart: How far it is from a whole one at the head's input, at most: ||difference|| / ||whole||.
-        width: Values of the state of one token.
-    """
-
-    apart: float
-    width: int
+# ---- forward passes that end on the way ------------------------------------------------------------------------------
 
 
-def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> Trial:
-    """Compare a pass that starts from kept states with a whole one, in train mode and in eval mode.
-
-    The prefix is in eval mode in both; whole and short pass begin from the same seed. They agree where the frozen
-    blocks give all that later ones use and draw nothing at random; the numbers of the later blocks are computed once
-    more, by the same operations. Between the two the model sees other tokens, so that nothing fits which it keeps of
-    its last pass.
-
-    Args:
-        model: A causal language model; it gets every module's mode back.
-        blocks: Number of frozen blocks.
-        input_ids: int64 (1, T).
-
-    Raises:
-        ModelError: If the states cannot be kept, or the model's forward pass fails on one of the ways, in words.
-    """
-    cache = PrefixCache(model, blocks, torch.float32)
-    prefix = [*cache.blocks, *map(model.get_submodule, modules_before_blocks(model, input_ids))]
-    states = cache.states_of(input_ids)
-    apart = []
-    with evaluating(model), no_layer_drop(model), torch.random.fork_rng():
-        for training in (True, False):
-            model.train(training)
-            for module in prefix:
-                module.eval()
-            whole = _head_input(model, input_ids)
-            _head_input(model, input_ids.flip(1))
-            cache.states = states
-            cache.install()
-            try:
-                with cache.giving(torch.zeros(1, dtype=torch.long)):
-                    short = _head_input(model, input_ids, f"a pass that starts from the states behind {blocks} blocks")
-            finally:
-                cache.remove()
-            alike = short.shape == whole.shape
-            apart.append(float((short - whole).norm() / whole.norm()) if alike else math.inf)
-    return Trial(max(apart, key=lambda one: math.inf if math.isnan(one) else one), cache.width)
+class _Reached(Exception):
+    """The forward pass has come as far as it was wanted to."""
 
 
-def _head_input(model: nn.Module, input_ids: torch.Tensor, what: str = "its forward pass") -> torch.Tensor:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(
-            f"{type(model).__name__}: it names no head (get_output_embeddings), so nothing can be compared."
-        )
-
-    def hook(stop: Callable[[Any], None]) -> Any:
-        def before(_head: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            stop(args[0] if args else next(iter(kwargs.values())))
-
-        return head.register_forward_pre_hook(before, with_kwargs=True)
-
-    torch.manual_seed(0)
-    return _reach(model, input_ids, hook, what)
-
-
-def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str]:
-    """Names of the modules without parameters that the forward pass meets before the first block: dropouts, mostly.
-
-    Args:
-        model: A causal language model.
-        input_ids: int64 (B, T), any.
-    """
-    path = read_structure(model).blocks_path
-    met: dict[str, None] = {}  # in the order of their calls
-    hooks = [
-        module.register_forward_pre_hook(lambda _module, _args, name=name: met.update({name: None}))
-        for name, module in model.named_modules()
-        if not name.startswith(f"{path}.") and name != path and next(module.parameters(), None) is None
-    ]
-    try:
-        first = model.get_submodule(f"{path}.0")
-        with evaluating(model):
-            _reach(model, input_ids, lambda stop: first.register_forward_pre_hook(lambda *_: stop(None)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(met)
-
-
-def _output_of(module: nn.Module, model: nn.Module, input_ids: torch.Tensor) -> Any:
-    return _reach(model, input_ids, lambda stop: module.register_forward_hook(lambda _module, _args, out: stop(out)))
-
-
-def _reach(
+def reach(
     model: nn.Module,
     input_ids: torch.Tensor,
     hook: Callable[[Callable[[Any], None]], Any],
     what: str = "its forward pass",
 ) -> Any:
-    """What a hook of the model is called with in a forward pass over `input_ids` (B, T), which ends there.
+    """A value inside a forward pass over `input_ids` (B, T), which ends as soon as it is there.
+
+    reach(model, ids, lambda stop: block.register_forward_hook(lambda _module, _args, out: stop(out))) -> block's output
+
+    Args:
+        model: A causal language model.
+        input_ids: int64 (B, T).
+        hook: Registers a hook that calls `stop(value)`, and returns its handle.
+        what: The pass, in an error.
+
+    Returns:
+        The first value that `stop` is called with.
 
     Raises:
         ModelError: If the model raises anything in it, or calls the hook's module never. Errors of this package's own
@@ -284,8 +223,75 @@ def _reach(
     except Exception as error:  # a model may raise anything: KeyError, RuntimeError, an assertion
         if is_ours(error):
             raise
-        words = " ".join(str(error).split())[:200]
+        words = in_one_line(error)
         raise ModelError(f"{type(model).__name__}: {what} fails ({type(error).__name__}: {words}).") from error
     finally:
         handle.remove()
     raise ModelError(f"{type(model).__name__}: its forward pass calls no module for a block, or none for its head.")
+
+
+def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str]:
+    """Names of the modules without parameters that the forward pass meets before the first block: dropouts, mostly.
+
+    They belong to the frozen prefix. A module without parameters follows its parent's mode: in train mode, GPT-2's
+    dropout of the embeddings would make other states in every pass.
+
+    Args:
+        model: A causal language model.
+        input_ids: int64 (B, T), any.
+    """
+    path = read_structure(model).blocks_path
+    met: dict[str, None] = {}  # in the order of their calls
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: met.update({name: None}))
+        for name, module in model.named_modules()
+        if not name.startswith(f"{path}.") and name != path and next(module.parameters(), None) is None
+    ]
+    try:
+        first = model.get_submodule(f"{path}.0")
+        with evaluating(model):
+            reach(model, input_ids, lambda stop: first.register_forward_pre_hook(lambda *_: stop(None)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(met)
+
+
+# ---- one tensor for all processes of a node --------------------------------------------------------------------------
+
+
+def _of_this_node() -> tuple[int, int]:
+    """Number of this process among those of its node, and how many they are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # not every launcher says it: each is then by itself
+    return (int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0), processes
+
+
+def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU, its values unset. Every process of a run has to call this together.
+
+    Several processes of a node get the same memory: each writes its share, all read everything, and memory holds it
+    once. It is a file that is unlinked as soon as all have it, so that nothing is left behind, however the run ends.
+    """
+    rank, processes = _of_this_node()
+    if processes == 1:
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape)
+    path = _new_file(size * dtype.itemsize) if rank == 0 else None
+    paths: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(paths, (socket.gethostname(), path))  # of several nodes each has a file of its own
+    here = next(path for host, path in paths if host == socket.gethostname() and path)
+    tensor = torch.from_file(here, shared=True, size=size, dtype=dtype).view(shape)
+    dist.barrier()  # all have mapped it: its name can go, the memory stays as long as one of them lives
+    if rank == 0:
+        os.unlink(here)
+    return tensor
+
+
+def _new_file(size: int) -> str:
+    room = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > size
+    descriptor, path = tempfile.mkstemp(prefix="partialtune-prefix-", dir=IN_MEMORY if room else None)
+    os.truncate(descriptor, size)
+    os.close(descriptor)
+    return path

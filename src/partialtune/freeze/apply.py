@@ -9,8 +9,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.dropout import stop_layer_drop
 from partialtune.model.parameters import named_weights
+from partialtune.model.train_mode import stop_layer_drop
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,10 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
         )
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
-    # No method of a class of its own, whose name save_pretrained would write into the config; nor a bound method, which
-    # pickle looks for in the model, by the function's name.
-    model.train = partial(train_what_is_trainable, model)
+    # On the instance: Trainer calls model.train() at every step and after every evaluation. Not a method of a class of
+    # our own, whose name save_pretrained would write into the config; nor a bound method, which pickle looks for in the
+    # model, by the function's name.
+    model.train = partial(_train_what_is_trainable, model)
     let_learn(model, plan.trainable)
 
 
@@ -56,7 +57,7 @@ def let_learn(model: nn.Module, names: Iterable[str], also_in_eval: Iterable[str
     chosen = set(names)
     for name, parameter in named_weights(model):
         parameter.requires_grad_(name in chosen)
-    model._modules_kept_in_eval = (*modules_without_trainables(model), *also_in_eval)
+    model._modules_kept_in_eval = (*_modules_without_trainables(model), *also_in_eval)
     model.train(model.training)
 
 
@@ -69,13 +70,16 @@ def untie_head(model: nn.Module) -> None:
     if head is None or head.weight is not embedding.weight:
         return
     head.weight = nn.Parameter(embedding.weight.detach().clone())
+    # Both: of a composite model the text part has a config of its own, which its own code reads.
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}  # what save_pretrained and tie_weights go by
+        # {alias: first name}, made once from the config: what save_pretrained and tie_weights go by. Left as it is, the
+        # one may leave the head out of the file, and the other tie it again.
+        model.all_tied_weights_keys = {}
 
 
-def modules_without_trainables(model: nn.Module) -> Iterator[str]:
+def _modules_without_trainables(model: nn.Module) -> Iterator[str]:
     """Names of the topmost modules that hold parameters of which none trains."""
 
     def walk(module: nn.Module, path: str) -> Iterator[str]:
@@ -89,7 +93,7 @@ def modules_without_trainables(model: nn.Module) -> Iterator[str]:
     return walk(model, "")
 
 
-def train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
+def _train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
     """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode.
 
     But for token embeddings that Trainer has told to add noise (NEFTune): its hook goes by their own mode, and a table

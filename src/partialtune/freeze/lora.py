@@ -55,15 +55,16 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
         raise RecipeError(f"trainable [{', '.join(selectors)}]: no matrix is left to adapt.")
     parameters = tuple(_with_adapters(model, structure, chosen, rank))
     learning = [parameter for parameter in parameters if parameter.trainable]
-    first = min(learning, key=lambda parameter: parameter.block)
+    first_block = min(parameter.block for parameter in learning if parameter.block is not None)
+    first = next(parameter for parameter in learning if parameter.block == first_block)
     return FreezePlan(
         model_name=structure.model_name,
         selectors=tuple(selectors),
         head="tied",
         block_count=structure.block_count,
         parameters=parameters,
-        ties=tuple(tuple(pair) for pair in structure.ties),
-        phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first.block),),
+        ties=tuple(structure.ties),
+        phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first_block),),
         adapter=Adapter(rank, alpha, tuple(chosen), seed),
     )
 
@@ -98,6 +99,8 @@ def _with_adapters(
         fixed = info.name in structure.fixed
         yield PlannedParameter(info.name, info.shape, info.numel, info.block, info.component, fixed=fixed)
         path = info.name.rpartition(".")[0]
+        # Behind the module's last parameter (its bias, where it has one): there peft puts the adapter, and the plan's
+        # order is that of named_parameters() once it is applied.
         if path in chosen and (following is None or following.name.rpartition(".")[0] != path):
             inputs, outputs = _width(model.get_submodule(path))
             for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
@@ -135,11 +138,11 @@ def add_adapters(model: nn.Module, adapter: Adapter) -> None:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=list(adapter.modules),
-        fan_in_fan_out=swapped,
+        fan_in_fan_out=swapped,  # GPT-2's Conv1D holds (inputs, outputs); peft warns where it is not told
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(adapter.seed)
+    with torch.random.fork_rng():  # the run's own random numbers go on as if no adapter had been made
+        torch.manual_seed(adapter.seed)  # of A; B begins at 0
         inject_adapter_in_model(config, model, ADAPTER)
     name = getattr(model.config, "name_or_path", "")
     config.base_model_name_or_path = model_location(name) if name.startswith("builtin:") else name

@@ -1,13 +1,18 @@
-"""The freeze plan: model + selectors -> data that says what trains, from when on, and why."""
+"""The freeze plan: model + selectors -> data that says what trains, from when on, and why.
 
-from collections.abc import Mapping, Sequence
+In:  a model, best on the meta device; selectors, and a schedule of further ones.
+Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and everything that has to know what trains
+     (optimizer, audit, deltas, forecast, report) reads it from the plan.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.schedule_syntax import read_schedule
+from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
@@ -23,9 +28,10 @@ class PlannedParameter:
         shape: Its shape.
         numel: Number of values.
         block: Index of its decoder block, None outside the blocks.
-        component: Its part of the model, see `structure.COMPONENTS`.
+        component: Its part of the model, see `layout.COMPONENTS`.
         selector: The selector that chose it, None where it is frozen.
-        from_step: First step of the phase that adds it, None where it is frozen.
+        from_step: First step of the phase that adds it. None where it is frozen, and where that phase begins at an
+            epoch in a plan made before the text is read.
         learning_rate: What that phase says, None where the recipe's holds.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
     """
@@ -43,7 +49,7 @@ class PlannedParameter:
     @property
     def trainable(self) -> bool:
         """Whether any phase of the run trains it."""
-        return self.from_step is not None
+        return self.selector is not None
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,20 @@ class Phase:
     from_epoch: float | None = None
 
     @property
+    def first_step(self) -> int:
+        """`from_step`, in a plan that is carried out.
+
+        Raises:
+            ValueError: In a plan made before the text is read, where the phase begins at an epoch.
+        """
+        if self.from_step is None:
+            raise ValueError(f"The phase from {self.start} has no step yet: plan again once the text is read.")
+        return self.from_step
+
+    @property
     def start(self) -> str:
         """`step 40`, or `epoch 1.5`."""
-        return f"step {self.from_step}" if self.from_epoch is None else f"epoch {self.from_epoch:g}"
+        return _start_words(self.from_step, self.from_epoch)
 
 
 @dataclass(frozen=True)
@@ -139,13 +156,24 @@ class FreezePlan:
         """First trainable parameter in forward order: backward stops there, in the last phase."""
         return self.phases[-1].backward_from
 
+    @property
+    def blocks_passed(self) -> range:
+        """The blocks that backward runs through in the last phase, on its way to the first trainable parameter."""
+        return range(self.phases[-1].first_block, self.block_count)
+
+    @property
+    def frozen_blocks_passed(self) -> list[int]:
+        """Those of them that hold nothing that trains."""
+        trained = {parameter.block for parameter in self.parameters if parameter.trainable}
+        return [block for block in self.blocks_passed if block not in trained]
+
     def phase_at(self, step: int) -> Phase:
         """The phase that step number `step`, counted from 0, belongs to; the first for a negative number."""
-        return next((phase for phase in reversed(self.phases) if phase.from_step <= step), self.phases[0])
+        return next((phase for phase in reversed(self.phases) if phase.first_step <= step), self.phases[0])
 
     def groups(self) -> dict[str, list[PlannedParameter]]:
         """Parameters by place, in the plan's order: `block_07/attention` in blocks, `final_norm` outside them."""
-        width = max(2, len(str(self.block_count - 1)))
+        width = max(2, len(str(self.block_count - 1)))  # digits, so that the labels sort as text: block_02, block_10
         grouped: dict[str, list[PlannedParameter]] = {}
         for parameter in self.parameters:
             inside = f"block_{parameter.block:0{width}d}/" if parameter.block is not None else ""
@@ -199,6 +227,7 @@ def plan_freeze(
     trainable: Sequence[str],
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
+    before_text: bool = False,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
@@ -210,6 +239,8 @@ def plan_freeze(
         head: `untied` gives the head a matrix of its own where the model ties it to the token embedding.
         schedule: Later phases, `{"from_step": 40, "trainable": [...], "learning_rate": 1e-5}`: each adds to what
             trains; in its list `!selector` takes away from what that list adds.
+        before_text: Whether phases may begin at `from_epoch`, for a plan that is shown and not carried out: how many
+            steps an epoch has is known once the text is read.
 
     Returns:
         The plan; `apply_plan` carries it out.
@@ -221,67 +252,90 @@ def plan_freeze(
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
     first = [trainable] if isinstance(trainable, str) else list(trainable)
-    additions = _additions(first, schedule)
+    additions = _additions(first, schedule, before_text)
     structure = with_fixed(read_structure(model, head=head), model)
+    # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    learning = _what_learns(structure, additions)
-    parameters = tuple(
-        PlannedParameter(
-            name=info.name,
-            shape=info.shape,
-            numel=info.numel,
-            block=info.block,
-            component=info.component,
-            fixed=info.name in structure.fixed,
-            **learning.get(info.name, {}),
-        )
-        for info in structure.parameters
-    )
+    chosen = _what_trains(structure, additions)
     return FreezePlan(
         model_name=structure.model_name,
         selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=parameters,
-        ties=tuple(tuple(pair) for pair in structure.ties),
-        phases=_phases(structure, parameters),
+        parameters=tuple(_planned_parameters(structure, additions, chosen)),
+        ties=tuple(structure.ties),
+        phases=_phases(structure, additions, chosen),
     )
 
 
-def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of the schedule in steps, checked, and before them what trains from the start."""
+def _start_words(step: int | None, epoch: float | None) -> str:
+    """Where a phase begins: `step 40`, or `epoch 1.5` where it is said in epochs."""
+    return f"step {step}" if epoch is None else f"epoch {epoch:g}"
+
+
+def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool) -> list[dict[str, Any]]:
+    """The entries of the schedule, checked, and before them what trains from the start."""
+    # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
     entries, problems = read_schedule(schedule, trains_from_start=bool(first))
-    if any("from_epoch" in entry for entry in entries):
+    if not before_text and any("from_epoch" in entry for entry in entries):
         problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
     if problems:
         raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
     return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
 
 
-def _what_learns(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Name of each trainable parameter -> selector, step and rate of the first entry that adds it."""
-    learning: dict[str, dict[str, Any]] = {}
+def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
+    """Name of each trainable parameter -> the selector that chose it, and which entry is the first that adds it."""
+    starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
+    trains: dict[str, tuple[str, int]] = {}
     for number, addition in enumerate(additions):
-        step, rate = addition["from_step"], addition.get("learning_rate")
         try:
             chosen = resolve_selectors(structure, addition["trainable"])
         except RecipeError as problem:
-            raise RecipeError(f"schedule, from step {step}: {problem}" if number else str(problem)) from problem
-        new = {name: selector for name, selector in chosen.items() if name not in learning}
+            where = f"schedule, from {starts[number]}: " if number else ""
+            raise RecipeError(f"{where}{problem}") from problem
+        # What trains already keeps its phase and its rate, though a later entry names it again.
+        new = {name: (selector, number) for name, selector in chosen.items() if name not in trains}
         if not new:
+            since = starts[max(trains[name][1] for name in chosen)]
             raise RecipeError(
-                f"schedule, from step {step}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "
-                f"already since step {max(learning[name]['from_step'] for name in chosen)}. Take the entry out."
+                f"schedule, from {starts[number]}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "
+                f"already since {since}. Take the entry out."
             )
-        learning |= {n: {"selector": s, "from_step": step, "learning_rate": rate} for n, s in new.items()}
-    return learning
+        trains |= new
+    return trains
 
 
-def _phases(structure: ModelStructure, parameters: Sequence[PlannedParameter]) -> tuple[Phase, ...]:
-    phases = []
-    for step in sorted({parameter.from_step for parameter in parameters if parameter.trainable}):
-        names = tuple(p.name for p in parameters if p.trainable and p.from_step <= step)
+def _planned_parameters(
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+) -> Iterator[PlannedParameter]:
+    for info in structure.parameters:
+        selector, number = chosen.get(info.name, (None, None))
+        addition = {} if number is None else additions[number]
+        yield PlannedParameter(
+            name=info.name,
+            shape=info.shape,
+            numel=info.numel,
+            block=info.block,
+            component=info.component,
+            selector=selector,
+            from_step=addition.get("from_step"),
+            learning_rate=addition.get("learning_rate"),
+            fixed=info.name in structure.fixed,
+        )
+
+
+def _phases(
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+) -> tuple[Phase, ...]:
+    phases: list[Phase] = []
+    for number, addition in enumerate(additions):
+        names = tuple(i.name for i in structure.parameters if i.name in chosen and chosen[i.name][1] <= number)
         backward_from = structure.first_in_forward_order(names)
-        rank = structure.by_name[backward_from].forward_rank  # 1 + index in a block
-        phases.append(Phase(step, names, backward_from, first_block=min(max(rank - 1, 0), structure.block_count)))
+        assert backward_from is not None  # every entry adds something: `_what_trains` has seen to it
+        rank = structure.by_name[backward_from].forward_rank  # 0 before the blocks, 1 + index in a block
+        first_block = min(max(rank - 1, 0), structure.block_count)
+        if number and not any(addition.get(key) for key in STARTS):  # it begins at 0, as `trainable` before it does
+            phases.pop()
+        phases.append(Phase(addition.get("from_step"), names, backward_from, first_block, addition.get("from_epoch")))
     return tuple(phases)

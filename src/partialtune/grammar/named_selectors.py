@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Place(Protocol):
-    """What a row may ask about one name of a parameter. `model.layout.Place` is what it gets."""
+class Candidate(Protocol):
+    """One name of a parameter, and what a row may ask about it. It gets `model.layout.Place`."""
 
     @property
     def name(self) -> str:
@@ -45,17 +45,17 @@ class NamedSelector:
     """
 
     word: str
-    chooses: Callable[[Place], bool]
+    chooses: Callable[[Candidate], bool]
     of_blocks: bool = False
     in_words: str = ""
     also_written: tuple[str, ...] = ()
 
 
-def _components(*names: str) -> Callable[[Place], bool]:
+def _components(*names: str) -> Callable[[Candidate], bool]:
     return lambda place: place.component in names
 
 
-def _bias(place: Place) -> bool:
+def _bias(place: Candidate) -> bool:
     """Of blocks and the final norm, as `norms` is: not GPT-J's head, nor a projection beside the embeddings."""
     return place.is_bias and (place.block is not None or place.component == "final_norm")
 

@@ -128,9 +128,9 @@ def _parse_pattern(written: str, body: str) -> Pattern:
 def _parse_index(written: str, item: str) -> int | slice:
     if not re.fullmatch(r"[+-]?[0-9]{1,9}|([+-]?[0-9]{1,9})?(:([+-]?[0-9]{1,9})?){1,2}", item):
         raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {HOW_BLOCKS_ARE_WRITTEN}")
+    if ":" not in item:
+        return int(item)
     numbers = [int(number) if number else None for number in item.split(":")]
-    if len(numbers) == 1:
-        return numbers[0]
     if numbers[2:] == [0]:
         raise RecipeError(f"{written}: the step of a slice cannot be 0. blocks[::2] is every second block.")
     return slice(*numbers)

@@ -81,7 +81,7 @@ def quoting_advice(value: Any, hint: Any) -> str:
 
 def _path(value: Any, location: tuple[Any, ...]) -> list[str]:
     """Where in `value` a pydantic location points, in words; its names for the members of a union are left out."""
-    words = []
+    words: list[str] = []
     for part in location:
         if isinstance(value, list) and isinstance(part, int):
             words, value = [*words, f" as entry {part + 1}"], value[part]
@@ -94,6 +94,7 @@ def _lenient(hint: Any) -> Any:
     """The type with our conversions put in, for pydantic."""
     from pydantic import BeforeValidator, Field, PlainValidator
 
+    # Types made at run time, of which mypy knows nothing: hence its two exceptions below.
     members = [member for member in union_members(hint) if member is not NoneType]
     if len(members) < len(union_members(hint)):
         return _lenient(Union[tuple(members)]) | None  # noqa: UP007
@@ -105,9 +106,9 @@ def _lenient(hint: Any) -> Any:
     if get_origin(hint) is Literal:
         return Annotated[hint, BeforeValidator(lambda value: _no_as_word(value, get_args(hint)))]
     if get_origin(hint) is list:
-        return Annotated[list[_lenient(get_args(hint)[0])], BeforeValidator(_as_list)]
+        return Annotated[list[_lenient(get_args(hint)[0])], BeforeValidator(_as_list)]  # type: ignore[misc]
     if get_origin(hint) is dict:
-        return dict[tuple(map(_lenient, get_args(hint)))]
+        return dict[tuple(map(_lenient, get_args(hint)))]  # type: ignore[misc]
     return hint
 
 

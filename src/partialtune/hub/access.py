@@ -1,6 +1,6 @@
-"""Where a run is pushed to, and whether it may be: a target -> nothing, or an error that says what to do.
+"""Where a run is pushed to, and checks that it can be: a target -> nothing, or an error that says what to do.
 
-Asked before any training.
+Called before any training.
 """
 
 import logging
@@ -23,7 +23,7 @@ from partialtune.net.hub_client import (
     ask,
     hub_api,
     in_words,
-    may_pass,
+    is_temporary,
     time_limits,
 )
 
@@ -120,6 +120,7 @@ def _check_token() -> None:
             f"There is no Hugging Face token. Make one with write access at {constants.ENDPOINT}/settings/tokens, "
             f"then run `hf auth login` or set HF_TOKEN."
         )
+    # With a line end or a letter outside ASCII in it, the HTTP client raises an error of its own about headers.
     if not re.fullmatch(r"[!-~]+", token):
         raise InputError("The Hugging Face token has characters in it that no token has. Copy it again.")
 
@@ -167,7 +168,7 @@ def _provide_branch(api: HfApi, target: Target, patience: Patience) -> None:
 
 def _refusal(error: Exception, repo_id: str, user: Mapping[str, Any]) -> InputError:
     """The error that says why the repository cannot be written to, and what to do."""
-    if may_pass(error):
+    if is_temporary(error):
         return _unreachable(error)
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in REFUSED:
         return InputError(f"{repo_id} cannot be prepared on the Hub. {in_words(error)}")
@@ -189,7 +190,7 @@ def _advice(repo_id: str, user: Mapping[str, Any]) -> str:
 
 
 def _unreachable(error: Exception) -> InputError:
-    if not may_pass(error):
+    if not is_temporary(error):
         return InputError(f"The Hub cannot be asked. {in_words(error)}")
     return HubUnreachable(
         f"The Hub could not be reached, several times over. {in_words(error)} "

@@ -1,6 +1,6 @@
 """A finished run's folder -> a repository on the Hugging Face Hub, verified: one commit, or none where nothing differs.
 
-A push can be run again at any time. It looks at what the Hub has, sends what is missing in a single commit, and looks
+A push can be run again at any time. It lists what the Hub has, sends what is missing in a single commit, and lists
 again: "pushed" means that the Hub's sizes and digests of all files of the run equal those on disk. Since a commit is
 all or nothing, the branch holds either what it held before or the whole run, however the push ends.
 """

@@ -132,7 +132,9 @@ def trained_matrices(plan: FreezePlan) -> list[Change]:
         if not entry.trainable or (factor is None and (len(entry.shape) < 2 or min(entry.shape[-2:]) < 2)):
             continue
         if factor is None:
-            changes.append(Change(entry.name, (entry,), entry.shape[-2:], math.prod(entry.shape[:-2])))
+            changes.append(
+                Change(entry.name, (entry,), (entry.shape[-2], entry.shape[-1]), math.prod(entry.shape[:-2]))
+            )
             continue
         pair = adapters.setdefault(factor["module"], {})
         pair[factor["factor"]] = entry

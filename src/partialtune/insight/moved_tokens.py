@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from partialtune.freeze.plan import FreezePlan
 from partialtune.insight.tokens import TokenTexts
 from partialtune.model.parameters import CHUNK, named_weights, whole
-from partialtune.text.windows import let_go
+from partialtune.text.windows import release_pages
 
 SHOWN_TOKENS = 40
 COUNTED_AT_ONCE = 1 << 22  # token ids of a memory map
@@ -40,7 +40,7 @@ def token_counts(token_ids: Sequence[np.ndarray]) -> np.ndarray:
             more = np.bincount(ids[at : at + COUNTED_AT_ONCE], minlength=len(counts))
             more[: len(counts)] += counts
             counts = more
-            let_go(ids)
+            release_pages(ids)
     return counts
 
 

@@ -1,4 +1,7 @@
-"""What a base model says of itself: a Hub id, folder or bundled name -> language and licence, from its model card."""
+"""What a base model says of itself: a Hub id, folder or bundled name -> language and licence, from its model card.
+
+Apart from `loading`, which brings torch: the page maker, who only asks which fields there are, need not wait for it.
+"""
 
 import logging
 from pathlib import Path
@@ -40,7 +43,7 @@ def stated_by(name: str, commit: str | None = None) -> dict[str, Any]:
 
 
 def _card(name: str, commit: str | None) -> Path:
-    from partialtune.model.loading import model_location  # brings torch, which who only reads STATED does not need
+    from partialtune.model.loading import model_location  # here: it brings torch
 
     location = model_location(name)
     if Path(location).is_dir():

@@ -1,4 +1,4 @@
-"""A checkpoint as the command line names it -> a folder on this disk, fetched from the Hub where it lies there."""
+"""A checkpoint as the command line names it -> a folder on this disk, after a download where it lies on the Hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from partialtune.model.loading import model_location
 from partialtune.net.hub_client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits
 
 PLAN_FILE = "freeze_plan.json"
+# Patterns of what is fetched from the Hub: weights as safetensors, never as pickles, and what says how to read them.
 FETCHED = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", "adapter_model.safetensors", "delta.json", "delta.safetensors", PLAN_FILE),
@@ -35,13 +36,14 @@ def checkpoint_folder(name: str, beside: Sequence[str] = ()) -> tuple[Path, str]
         ModelError: If it is none of these, or cannot be fetched.
     """
     hub_id, at, revision = name.rpartition("@")
-    if not at or Path(name).expanduser().is_dir():
+    if not at or Path(name).expanduser().is_dir():  # a folder's own name may hold an @
         hub_id, revision = name, ""
     here = Path(hub_id).expanduser()
+    # `model_location` refuses adapters, which are no model; here they are one of the things to compare.
     location = here if (here / ADAPTER_CONFIG_NAME).is_file() else Path(model_location(hub_id))
     if not location.is_dir():
         folder = _fetch(hub_id, revision, [*FETCHED, *beside])
-        return folder, f"{name} (commit {folder.name})"
+        return folder, f"{name} (commit {folder.name})"  # the Hub's cache names a snapshot's folder by its commit
     if revision:
         raise ModelError(f"{name}: {hub_id} is on this disk, where it has one revision. Leave out @{revision}.")
     return location, name

@@ -11,23 +11,31 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from partialtune.model.dropout import LAYER_DROP, is_dropout
+from partialtune.model.train_mode import LAYER_DROP, is_dropout
 
-# Keys that change no logit of a loaded model, at any depth of the config.
-WITHOUT_EFFECT = frozenset(
-    (
-        *("_name_or_path", "architectures", "auto_map", "transformers_version", "tokenizer_class", "model_type"),
-        *("dtype", "torch_dtype", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward"),
-        *("initializer_range", "initializer_factor", "init_std"),  # of new weights
-        *("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "task_specific_params", "prefix"),
-        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),  # of classifiers
-        *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
-        *("router_aux_loss_coef", "router_z_loss_coef"),
-        # What these two change shows in the weights: a head of its own is compared with the token embedding, and other
-        # shapes are refused.
-        *("tie_word_embeddings", "vocab_size"),
-    )
-)
+# Keys that change no logit of a loaded model, at any depth of the config -> whether `verify` notes that they differ.
+WITHOUT_EFFECT: Mapping[str, bool] = {
+    # Every save writes them anew, so that they differ between a base and what was trained from it.
+    **dict.fromkeys(("_name_or_path", "architectures", "dtype", "transformers_version"), False),
+    # It shows in the weights: a head of its own is compared with the token embedding, and has a note of its own.
+    "tie_word_embeddings": False,
+    # It shows in the weights: other shapes are refused.
+    "vocab_size": True,
+    # The class to load. It does have an effect: whoever calls `function_keys` compares `model_type` beside them.
+    **dict.fromkeys(("model_type", "auto_map", "tokenizer_class"), True),
+    # How weights are held (`dtype` in older files) and run through, not what comes out.
+    **dict.fromkeys(("torch_dtype", "use_cache", "gradient_checkpointing", "chunk_size_feed_forward"), True),
+    # New weights alone are drawn by them.
+    **dict.fromkeys(("initializer_range", "initializer_factor", "init_std"), True),
+    # Read by generation and by pipelines.
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"), True),
+    **dict.fromkeys(("task_specific_params", "prefix"), True),
+    # Read by classifiers.
+    **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"), True),
+    # What is given out beside the logits, and the weight of a router's loss.
+    **dict.fromkeys(("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"), True),
+    **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef"), True),
+}
 
 
 def function_keys(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +55,13 @@ def _flat(content: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
+
+
+def notable_differences(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
+    """The keys in which two configs differ and that `verify` notes, each as `use_cache (True -> False)`."""
+    one, other = before.to_dict(), after.to_dict()
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    return [f"{key} ({one.get(key)} -> {other.get(key)})" for key in keys if WITHOUT_EFFECT.get(key, True)]
 
 
 def config_differences(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
@@ -84,6 +99,6 @@ def config_digest(file: Path) -> str:
     content = json.loads(file.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} holds no JSON object")  # noqa: TRY004  (damage, as other JSON that is wrong)
-    keys = {"model_type": content.get("model_type"), **function_keys(content)}  # by it transformers chooses the class
+    keys = {"model_type": content.get("model_type"), **function_keys(content)}  # transformers chooses the class by it
     canonical = json.dumps(keys, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

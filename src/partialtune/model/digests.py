@@ -1,4 +1,4 @@
-"""sha256 digests of parameters and buffers, and quick checksums that see every changed bit."""
+"""Parameter or buffer -> its sha256, which proves that no bit changed, and a quick checksum that shows if one did."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -21,14 +21,17 @@ from partialtune.model.parameters import (
     persistent_buffers,
     piece_size,
     whole,
+    whole_on_main,
 )
 
-INTEGERS = {1: torch.uint8, 2: torch.int16}  # by bytes of an element; wider ones are read as several int32
-HELD_BY_FP32 = frozenset(
-    {torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16}
-)  # beside floats below 64 bits
+# Beside floats below 64 bits. Whole numbers of 32 bits are not among them: fp32 has 24 bits for its digits.
+HELD_BY_FP32 = frozenset({torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16})
+INTEGERS = {1: torch.uint8, 2: torch.int16}  # to sum, by bytes of an element; wider ones are read as several int32
 ROW = CPU_PIECE  # elements that `bit_sum` weighs by one table
-ROWS_AT_ONCE = 2**7  # of them off the CPU, where each costs 256 kB and a few launches
+ROWS_AT_ONCE = 2**7  # of them off the CPU, where each costs 2^15 x 8 bytes = 256 kB and a few launches
+
+
+# ---- sha256 ---------------------------------------------------------------------------------------------------------
 
 
 def digest(parameter: torch.Tensor) -> str:
@@ -59,12 +62,12 @@ def fp32_holds(values: torch.Tensor) -> bool:
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Which values of two tensors of one shape and dtype are equal in every bit. 0 and -0 differ, a NaN equals itself.
 
-    The shape is theirs; of a complex value it says it for both parts, in a last dimension of 2.
+    The result has their shape; of complex values a last dimension of 2 more, for the real and the imaginary part.
     """
     if one.is_complex():
         one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
     integers = {**INTEGERS, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return one.contiguous().view(integers) == other.contiguous().view(integers)
+    return one.contiguous().view(integers) == other.contiguous().view(integers)  # as integers: == takes 0 for -0
 
 
 def buffer_digest(buffer: torch.Tensor) -> str:
@@ -80,7 +83,22 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 def digests_of(named: Named) -> dict[str, str]:
     """`digest` of each tensor by name."""
+    # Gathered here, one after another, and hashed in threads: collective operations have to be called in one order.
     return in_threads(lambda name, values: _digest_of_whole(values), ((name, whole(tensor)) for name, tensor in named))
+
+
+def digests_on_main(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """sha256 by name on the main process, nothing on others, which only take part where a tensor is gathered."""
+    gathered = ((name, whole_on_main(tensor)) for name, tensor in named)
+    return digests_of((name, values) for name, values in gathered if values is not None)
+
+
+def buffer_digests(model: nn.Module) -> dict[str, str]:
+    """sha256 of each persistent buffer by name on the main process, nothing on others."""
+    return {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)} if is_main() else {}
+
+
+# ---- quick checksums ------------------------------------------------------------------------------------------------
 
 
 def bit_sum(parameter: torch.Tensor) -> int:
@@ -115,16 +133,18 @@ class _Part(NamedTuple):
 
 def _local_part(tensor: torch.Tensor) -> _Part:
     """A shard's sum is added to the others', so that nothing is gathered; the whole where shards are no rows of it."""
-    values, start, groups = tensor.detach(), 0, ()
+    values, start = tensor.detach(), 0
+    groups: tuple[dist.ProcessGroup, ...] = ()
     if is_sharded(values):
         from torch.distributed.tensor import Shard  # takes 0.4 s, and is there already where something is sharded
 
         sharded = [(number, placement) for number, placement in enumerate(values.placements) if placement.is_shard()]
-        if not sharded:
+        if not sharded:  # replicated: each process has all of it
             values = values.to_local()
+        # `type is`, not isinstance: the rows of torch's _StridedShard lie apart
         elif len(sharded) == 1 and type(sharded[0][1]) is Shard and sharded[0][1].dim == 0:
             dimension, mesh, shape = sharded[0][0], values.device_mesh, values.shape
-            rows = -(-shape[0] // mesh.size(dimension))  # as torch.chunk does it
+            rows = -(-shape[0] // mesh.size(dimension))  # of each process but the last ones, as torch.chunk does it
             start = min(rows * mesh.get_local_rank(dimension), shape[0]) * shape[1:].numel()
             values, groups = values.to_local(), (mesh.get_group(dimension),)
         else:
@@ -133,7 +153,8 @@ def _local_part(tensor: torch.Tensor) -> _Part:
         values = torch.view_as_real(values.resolve_conj())
     flat = values.contiguous().reshape(-1)
     integers = flat.view(INTEGERS.get(flat.element_size(), torch.int32))
-    return _Part(integers, start * (integers.numel() // max(1, values.numel())), groups)
+    integers_a_value = integers.numel() // max(1, values.numel())  # fp64 counts as two
+    return _Part(integers, start * integers_a_value, groups)
 
 
 def _weighted_sum(integers: torch.Tensor, start: int) -> torch.Tensor:
@@ -144,15 +165,16 @@ def _weighted_sum(integers: torch.Tensor, start: int) -> torch.Tensor:
     """
     device = integers.device
     table, number, column = _row_weights(device), start // ROW, start % ROW
-    first = integers[: ROW - column] if column else integers[:0]
+    first = integers[: ROW - column] if column else integers[:0]  # the rest of a row that another process began
     body = integers[len(first) :]
     whole_rows = body[: len(body) // ROW * ROW].view(-1, ROW)
     last = body[whole_rows.numel() :]
     sums = [(first * table[column : column + len(first)]).sum().view(1)] if column else []
     for rows in whole_rows.split(1 if device.type == "cpu" else ROWS_AT_ONCE) if len(whole_rows) else ():
-        sums.append((rows * table).sum(1))
+        sums.append((rows * table).sum(1))  # int64, (rows,)
     sums.append((last * table[: len(last)]).sum().view(1))
     by_row = torch.cat(sums)
+    # Rows are numbered from 2^32 on: a row's weight is then that of no place within a row.
     return (by_row * _odd_numbers(2**32 + number, len(by_row), device)).sum()
 
 
@@ -166,27 +188,8 @@ def _odd_numbers(first: int, count: int, device: torch.device) -> torch.Tensor:
 
     The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
     """
+    # torch has no unsigned 64-bit arithmetic; the factors are the paper's, as negative int64.
     mixed = (torch.arange(first, first + count, device=device) + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
-    for shift, factor in (
-        (30, -0x40A7B892E31B1A47),
-        (27, -0x6B2FB644ECCEEE15),
-    ):  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-        mixed = (mixed ^ (mixed >> shift)) * factor
-    return (mixed ^ (mixed >> 31)) | 1
-
-
-def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:
-    """All values of a parameter on the main process, None on others, which only take part where it is gathered."""
-    values = whole(parameter) if is_main() or is_sharded(parameter) else None
-    return values if is_main() else None
-
-
-def digests_on_main(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """sha256 by name on the main process, nothing on others, which only take part where a tensor is gathered."""
-    gathered = ((name, whole_on_main(tensor)) for name, tensor in named)
-    return digests_of((name, values) for name, values in gathered if values is not None)
-
-
-def buffer_digests(model: nn.Module) -> dict[str, str]:
-    """sha256 of each persistent buffer by name on the main process, nothing on others."""
-    return {name: buffer_digest(buffer) for name, buffer in persistent_buffers(model)} if is_main() else {}
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return (mixed ^ (mixed >> 31)) | 1  # >> of int64 copies the sign, which the paper's does not: harmless for weights

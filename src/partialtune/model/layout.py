@@ -8,14 +8,19 @@ Read from the module tree alone:
 3. the head is what the model has around its body: the output embeddings and what comes with them;
 4. inside a block the outermost module that says what it is (attention, mlp, mixer) names the component of all that
    it holds, except that a norm is a norm wherever it stands.
+
+There is no table of model names here. Implementations name their classes for what they do (`GPT2Attention`,
+`MixtralSparseMoeBlock`, `JambaMambaMixer`); where a class is only a container or a matrix (`ModuleList`, `Sequential`,
+`Linear`), the attribute that holds it says it (`self_attn`, `ffn`, `fc1`).
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from partialtune.errors import ModelError
-from partialtune.model.roles import holds_parameters, is_norm, role_in_block, says_embedding, says_final, says_position
 
 COMPONENTS = (
     "embeddings.tokens",
@@ -29,6 +34,18 @@ COMPONENTS = (
     "head",
     "other",
 )
+# The last word counts: in Qwen3MoeAttention, RecurrentGemmaMlp and xLSTMFeedForward an earlier one is the model's name.
+CLASS_WORDS = re.compile(
+    r"(?P<attention>Attention|Attn)"
+    r"|(?P<mixer>Mamba|Mixer|SSM|Delta|ShortConv|Recurrent|LSTM)"
+    r"|(?P<mlp>MLP|Mlp|MoE|Moe|FeedForward|FFN|Experts?|Router)"
+    r"|(?P<neither>Norm|DecoderLayer|Residual)"
+)
+ATTRIBUTES = {
+    "attention": re.compile(r"(self_|cross_)?(attn|attention)"),
+    "mixer": re.compile(r"mixer|mamba|ssm"),
+    "mlp": re.compile(r"mlps?|ffn|feed_forward|fc_?(\d|in|out)|intermediate|output|experts|router"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module):
+        # With duplicates: a module that stands at two paths (a shared layer, a tied head) answers to both.
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.tokens = self._find_tokens(model)
         lists = self._lists_of_blocks()
@@ -68,6 +86,7 @@ class Layout:
 
     def place(self, name: str) -> Place:
         """The block and the component of one full parameter name."""
+        # By whole parts of the dotted name, never by a bare prefix: "h.1" begins "h.10.attn", too.
         if not _within(name, self.blocks):
             return Place(name, None, self._component_outside_blocks(name))
         index = name.removeprefix(f"{self.blocks}.").partition(".")[0]
@@ -75,7 +94,7 @@ class Layout:
 
     def _component_in_block(self, block: str, name: str) -> str:
         owner = name.rpartition(".")[0]
-        if is_norm(self.modules[owner]):
+        if is_norm(self.modules[owner]):  # before its place is asked: Qwen3's q_norm lies inside attention
             return "norms"
         path = block
         while path != owner:
@@ -88,6 +107,8 @@ class Layout:
     def _component_outside_blocks(self, name: str) -> str:
         owner = self.modules[name.rpartition(".")[0]]
         inner = name.removeprefix(f"{self.trunk}.")
+        # In this order: the head before the token embedding, since a head may say `embed_out`; and the embedding by
+        # which module it is before its name is asked, since names that speak of embeddings are many.
         if self.final_norm and _within(name, self.final_norm):
             return "final_norm"
         if self._is_head(name):
@@ -105,9 +126,13 @@ class Layout:
     def _is_head(self, name: str) -> bool:
         if self.head is None:
             return False
-        if self.body is not None and _within(name, self.whole) and not _within(name, self.body):
-            return True
-        return _within(name, self.head) or self._narrows_to_tokens(name)
+        return self._is_beside_body(name) or _within(name, self.head) or self._narrows_to_tokens(name)
+
+    def _is_beside_body(self, name: str) -> bool:
+        """Whether it stands around the body, as the transform before BERT's head does."""
+        if self.whole is None or self.body is None:
+            return False
+        return _within(name, self.whole) and not _within(name, self.body)
 
     def _token_width(self) -> int:
         return next(self.modules[self.tokens].parameters()).shape[-1]
@@ -135,7 +160,7 @@ class Layout:
 
     def _path_returned_by(self, model: nn.Module, method: str) -> str | None:
         try:
-            module = getattr(model, method, lambda: None)()
+            module = getattr(model, method, lambda: None)()  # a plain nn.Module has no such method
         except NotImplementedError:  # transformers' own word for "this architecture does not say"
             return None
         return next((path for path, other in self.modules.items() if other is module), None)
@@ -208,3 +233,46 @@ def _common_parent(one: str, other: str) -> str:
             break
         shared.append(left)
     return ".".join(shared)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation: its class says so, and no module below it holds parameters.
+
+    The second half keeps out RobertaPreLayerNormAttention, an attention of a model with Norm in its name.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding) or "norm" not in type(module).__name__.lower():
+        return False
+    return not holds_parameters(module.children())
+
+
+def holds_parameters(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of these modules, or a module below one, has a parameter."""
+    return any(next(module.parameters(), None) is not None for module in modules)
+
+
+def role_in_block(attribute: str, module: nn.Module) -> str | None:
+    """The part of a block that a module is: "attention", "mlp", "mixer", or None where neither class nor name says.
+
+    What calls itself attention is attention, also a linear one (KimiDeltaAttention). Other modules that mix tokens are
+    mixers: Mamba, gated DeltaNet, recurrences, short convolutions. A module named for a norm that is none, and a whole
+    decoder layer inside a block (Zamba's shared one), are containers: what they hold has to be asked.
+    """
+    words = [match.lastgroup for match in CLASS_WORDS.finditer(type(module).__name__)]
+    if words and words[-1] != "neither":
+        return words[-1]
+    return next((role for role, names in ATTRIBUTES.items() if names.fullmatch(attribute)), None)
+
+
+def says_position(text: str) -> bool:
+    """Whether a dotted name or a class name speaks of positions: `wpe`, `embed_positions`, `...PositionalEmbedding`."""
+    return bool(re.search(r"(?:^|[._])(?:pos|positions?|wpe)(?:[._]|$)|Position", text))
+
+
+def says_embedding(text: str) -> bool:
+    """Whether a dotted name speaks of embeddings: `embeddings.LayerNorm`, `word_embeddings_layernorm`, `mask_emb`."""
+    return bool(re.search(r"(?:^|[._])(?:emb|embed|embeddings?)(?:[._]|$)", text))
+
+
+def says_final(text: str) -> bool:
+    """Whether a norm's name says that it comes last: `ln_f`, `final_layer_norm`, `out_norm`, `ln_out`."""
+    return bool(re.search(r"(?:^|_)(?:f|final|out|output)(?:_|$)", text))

@@ -1,9 +1,16 @@
-"""Model and tokenizer: a Hub id, folder or bundled name -> model in fp32, tokenizer; or the model without weights."""
+"""Model and tokenizer: a Hub id, folder or bundled name -> config, model in fp32, tokenizer; or an empty model.
+
+In:  `model_name_or_path` as a recipe has it, its revision, and what the recipe changes in the config.
+Out: transformers' own objects; or a ModelError that says in one sentence why not, and what to do.
+
+In the order of their calls: `model_location`, `load_config`, `load_tokenizer`, then `empty_model` (a plan, a forecast)
+or `load_model` (a run). What is asked of files and of what was loaded stands in `model_checks`.
+"""
 
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +28,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
-from partialtune.errors import ModelError
-from partialtune.model.dropout import set_dropout
-from partialtune.model.files import (
+from partialtune.errors import ModelError, in_one_line
+from partialtune.model.model_checks import (
     check_loaded,
     check_weights,
-    context_of,
     refuse_adapter,
     refuse_wider_than,
     without_safetensors,
 )
+from partialtune.model.train_mode import set_dropout
 from partialtune.run_folder import is_delta
 
 logger = logging.getLogger(__name__)
@@ -72,28 +78,40 @@ def load_config(
         ModelError: If there is none, or it belongs to no causal language model.
     """
     with _loading(name, revision):
-        refuse_adapter(name, model_location(name), revision)
-        config = AutoConfig.from_pretrained(
-            model_location(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        location = model_location(name)
+        refuse_adapter(name, location, revision)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
         config.get_text_config()  # MusicGen has two, and no causal language model is made of it
-    if not trust_remote_code and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not trust_remote_code and not _is_causal(config):
         raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
     if dropout != "model":
         with _loading(name, revision):
             set_dropout(config, float(dropout))
     config.name_or_path = name  # what messages call it: not the folder of a bundled model
-    config._commit_hash = hub_commit(name, revision)  # transformers 5.23 knows it while it loads, and keeps it no more
+    # transformers 5.23 knows the commit while it loads, and keeps it no more. It is put back under transformers' own
+    # name: `load_model` and the run's record read it here, since the weights have to be of the same commit
+    # (`test_a_base_that_moved_on_the_hub_is_taken_at_the_commit_that_the_run_began_with`).
+    config._commit_hash = _hub_commit(name, revision)
     return config
 
 
-def hub_commit(name: str, revision: str = "main") -> str | None:
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Whether `AutoModelForCausalLM` has a class for it.
+
+    `_model_mapping` is private to transformers: the table that from_pretrained looks into. Asked beforehand, so that
+    the refusal is one sentence and comes before any weights. `test_a_model_that_is_no_causal_lm_is_refused` notices a
+    change.
+    """
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def _hub_commit(name: str, revision: str = "main") -> str | None:
     """The commit that a Hub id's revision was resolved to when its config was loaded; None for a folder."""
-    folder = files_folder(name, revision)
+    folder = _files_folder(name, revision)
     return None if folder == Path(model_location(name)) else folder.name
 
 
-def files_folder(name: str, revision: str = "main") -> Path:
+def _files_folder(name: str, revision: str = "main") -> Path:
     """The folder that holds a model's files: its own, or the one of a Hub id in the cache once its config is there."""
     location = model_location(name)
     file = None if Path(location).is_dir() else try_to_load_from_cache(location, "config.json", revision=revision)
@@ -125,25 +143,26 @@ def load_model(
     if is_delta(Path(model_location(name))):
         raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
     check_weights(name, model_location(name), config)
+    commit = getattr(config, "_commit_hash", None) or revision  # that of the config, though the branch moved just now
     with _loading(name, revision):
         model, report = AutoModelForCausalLM.from_pretrained(
             model_location(name),
             config=config,
-            revision=getattr(config, "_commit_hash", None) or revision,  # the same, though the branch moved just now
+            revision=commit,
             trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            use_safetensors=True,
+            dtype=dtype,  # said outright: by default transformers takes the one that config.json names, mostly bf16
+            use_safetensors=True,  # pickles can run code when they are opened
             output_loading_info=True,
         )
     model.config.name_or_path = name
     check_loaded(name, model, report)
-    if not trust_remote_code and type(model.config) not in AutoModelForCausalLM._model_mapping:
+    if not trust_remote_code and not _is_causal(model.config):
         raise ModelError(
             f"{name} is a {config.model_type} model, of which the text part alone would be saved, as a "
             f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "
             f"result could not be used."
         )
-    refuse_wider_than(dtype, name, files_folder(name, getattr(config, "_commit_hash", None) or revision))
+    refuse_wider_than(dtype, name, _files_folder(name, commit))
     return model
 
 
@@ -162,49 +181,13 @@ def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = 
     return tokenizer
 
 
-def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: int) -> None:
-    """Stop where the windows are longer than the model's context; warn where the tokenizer has more tokens than it.
-
-    Tokens that were added to a tokenizer and are never used need no place in the model: `check_ids` sees which are.
-
-    Raises:
-        ModelError: If the windows are too long.
-    """
-    text_config = config.get_text_config()
-    context = context_of(config)
-    if context and block_size > context:
-        raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
-    if vocabulary > text_config.vocab_size:
-        logger.warning(
-            "%s: its tokenizer has %s tokens, its model %s. The model does not know the others; no text may use them.",
-            *(name, f"{vocabulary:,}", f"{text_config.vocab_size:,}"),
-        )
-
-
-def check_ids(name: str, config: PretrainedConfig, largest: Mapping[str, int]) -> None:
-    """Stop where a text holds a token that the model has no place for, whatever the counts of tokens are.
-
-    Args:
-        name: The model.
-        config: Its configuration.
-        largest: Text -> the largest of its token ids.
-
-    Raises:
-        ModelError: Names the text.
-    """
-    size = config.get_text_config().vocab_size
-    for text, token_id in largest.items():
-        if token_id >= size:
-            raise ModelError(
-                f"{name}: {text} has a token with the id {token_id:,}, and the model's ids are 0 to {size - 1:,}. "
-                f"Tokenizer and model do not belong together; or tokens were added to the tokenizer and not to the "
-                f"model (model.resize_token_embeddings(len(tokenizer)), then save both)."
-            )
-
-
 @contextmanager
 def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
-    """Say in one sentence why a model cannot be loaded."""
+    """Say in one sentence why a model cannot be loaded.
+
+    Raises:
+        ModelError: In the place of whatever else is raised within.
+    """
     try:
         yield
     except ModelError:
@@ -215,14 +198,10 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
         if what == "model" and "safetensors" in str(error) and "file named" in str(error):  # of a Hub id
             raise without_safetensors(name, name, has_pickle=True) from error
         where = f" at revision {revision}" if revision != "main" else ""
-        raise ModelError(f"The {what} {name}{where} cannot be loaded: {_first_sentences(error)}") from error
-
-
-def _first_sentences(error: Exception | str, longest: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, str | OSError | ValueError | RuntimeError):  # KeyError('x') alone says nothing
-        text = f"{text} ({type(error).__name__})"
-    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " ..."
+        said = in_one_line(error, longest=300)
+        if not isinstance(error, OSError | ValueError | RuntimeError):  # KeyError('x') alone says nothing
+            said = f"{said} ({type(error).__name__})"
+        raise ModelError(f"The {what} {name}{where} cannot be loaded: {said}") from error
 
 
 # Warnings of transformers that mean nothing in the way it is used here.
@@ -243,7 +222,7 @@ class _PassedOn(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        words = _first_sentences(record.getMessage())
+        words = in_one_line(record.getMessage(), longest=300)
         if words not in self._said and not any(part in words for part in MEANINGLESS):
             self._said.add(words)
             logger.log(record.levelno, "transformers says: %s", words)

@@ -1,22 +1,28 @@
-"""A model's parameters under plain dotted names, and their whole values a piece at a time."""
+"""A model's parameters and buffers under plain dotted names, and their whole values, a piece and a thread at a time."""
 
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-INSIDE_PEFT = re.compile(r"\.base_layer(?=\.)|(?<=\.lora_[AB])\.default(?=\.)")
-CHUNK = 4 * 2**20  # elements handled at once, 16 MB in fp32: keeps temporaries small beside any model
-# Elements reduced at once. On a CPU temporaries then stay in its cache and below what malloc maps afresh, and an
-# operation in its thread: four to ten times less of its time than in pieces of 16 MB, and no waiting for other threads
-# on a busy machine. Elsewhere each piece costs a few launches.
-CPU_PIECE, DEVICE_PIECE = 2**15, 2**24
+from partialtune.distributed import is_main
+
 Named = Iterable[tuple[str, torch.Tensor]]
 Result = TypeVar("Result")
+
+INSIDE_PEFT = re.compile(r"\.base_layer(?=\.)|(?<=\.lora_[AB])\.default(?=\.)")
+CHUNK = 4 * 2**20  # elements handled at once, 16 MB in fp32: keeps temporaries small beside any model
+# Elements reduced at once. On a CPU temporaries of 2^15 x 4 bytes = 128 kB stay in its cache and below what malloc maps
+# afresh, and each operation in its own thread: four to ten times faster than in pieces of 16 MB, and nothing waits for
+# other threads on a busy machine. Elsewhere each piece costs a few launches, so pieces are large: 64 MB in fp32.
+CPU_PIECE, DEVICE_PIECE = 2**15, 2**24
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
 
 
 def plain_name(name: str) -> str:
@@ -26,7 +32,7 @@ def plain_name(name: str) -> str:
     plain_name("base_model.model.h.0.c_fc.base_layer.weight") -> "h.0.c_fc.weight"
     plain_name("base_model.model.h.0.c_fc.lora_A.default.weight") -> "h.0.c_fc.lora_A.weight"
     """
-    if "_orig_mod." in name:
+    if "_orig_mod." in name:  # anywhere in the name: a block may be compiled by itself
         name = name.replace("_orig_mod.", "")
     name = name.removeprefix("module.").removeprefix("base_model.model.")
     return INSIDE_PEFT.sub("", name)
@@ -45,13 +51,19 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
+            # torch has no public way to ask which buffers are persistent but `state_dict()`, which would run the
+            # model's own hooks and, sharded, gather every weight. Should torch rename the set, this raises
+            # AttributeError; should it change its meaning, test_audit's "table that the model computes" fails.
             if name not in module._non_persistent_buffers_set:
                 yield plain_name(f"{path}.{name}" if path else name), buffer
 
 
+# ---- whole values ---------------------------------------------------------------------------------------------------
+
+
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether this process holds a part only, as under `fully_shard`."""
-    return hasattr(parameter, "full_tensor")
+    return hasattr(parameter, "full_tensor")  # of DTensor, whose import takes 0.4 s where nothing is sharded
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -62,6 +74,15 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     """
     values = parameter.detach()
     return values.full_tensor() if is_sharded(values) else values
+
+
+def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:
+    """All values of a parameter on the main process, None on others, which only take part where it is gathered."""
+    values = whole(parameter) if is_main() or is_sharded(parameter) else None
+    return values if is_main() else None
+
+
+# ---- a piece and a thread at a time ---------------------------------------------------------------------------------
 
 
 def chunks_of(values: torch.Tensor, size: int = CHUNK) -> Iterator[torch.Tensor]:
@@ -75,9 +96,10 @@ def piece_size(device: torch.device) -> int:
 
 
 def in_threads(work: Callable[[str, torch.Tensor], Result], named: Named) -> dict[str, Result]:
-    """`work(name, tensor)` by name, as many at once as torch has threads; hashing and torch let go of Python's lock.
+    """`work(name, tensor)` by name, as many at once as torch has threads; hashing and torch release Python's lock.
 
-    Tensors are taken one after another, in the order given, and no more of them are kept than are being worked on.
+    Tensors are taken one after another, in the order given, and no more of them are kept than are being worked on:
+    `ThreadPoolExecutor.map` would take all of them first, and gather a sharded model whole.
     """
     threads, found = max(1, torch.get_num_threads()), {}
     at_work: deque[tuple[str, Future[Result]]] = deque()
@@ -93,10 +115,10 @@ def in_threads(work: Callable[[str, torch.Tensor], Result], named: Named) -> dic
 def numbers(scalars: Iterable[torch.Tensor]) -> list:
     """Tensors of one shape and dtype -> what their `tolist()` gives, waiting for each device once."""
     scalars = list(scalars)
-    places: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     for index, scalar in enumerate(scalars):
-        places.setdefault(scalar.device, []).append(index)
-    found = {}
-    for indices in places.values():
+        by_device.setdefault(scalar.device, []).append(index)
+    found: dict[int, Any] = {}
+    for indices in by_device.values():
         found |= zip(indices, torch.stack([scalars[index] for index in indices]).tolist(), strict=True)
     return [found[index] for index in range(len(scalars))]

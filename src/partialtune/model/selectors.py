@@ -18,6 +18,7 @@ from partialtune.model.structure import ModelStructure
 
 logger = logging.getLogger(__name__)
 
+# Words that ask for a tied tensor by one of its names. `all` or `/regex/` beside `!head` is no contradiction.
 ONE_NAME_OF_A_TIE = ("head", "embeddings", "embeddings.tokens")
 
 
@@ -59,12 +60,13 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
 
 
 def _add_and_remove(steps: Iterable[tuple[Selector, dict[str, set[str]]]]) -> dict[str, str]:
+    """First name of each parameter that is left -> the selector that chose it first."""
     chosen: dict[str, str] = {}
     for selector, matches in steps:
         if not selector.removes:
-            chosen = dict.fromkeys(matches, selector.text) | chosen
+            chosen = dict.fromkeys(matches, selector.text) | chosen  # on the right what was there: the first one stays
             continue
-        if not matches.keys() & chosen.keys():
+        if not matches.keys() & chosen.keys():  # the order counts: `['!biases', all]` trains the biases
             logger.warning("%s takes nothing away: no selector before it chose what it names", selector.text)
         chosen = {name: text for name, text in chosen.items() if name not in matches}
     return chosen
@@ -80,7 +82,7 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
     }
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
-    if selector.removes:
+    if selector.removes:  # what is fixed may be named, and is not there to be taken away
         return matches
     added = {name: names for name, names in matches.items() if name not in structure.fixed}
     if not added:
@@ -103,6 +105,7 @@ def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:
 
 
 def _numbers_of_blocks(structure: ModelStructure, selector: Selector) -> set[int]:
+    """Python's own slicing of range(count) decides, so that blocks[-2:] and blocks[::2] mean what they mean there."""
     count, model = structure.block_count, structure.model_name
     numbers: set[int] = set()
     for index in selector.indices or ():
@@ -153,7 +156,7 @@ def _why_no_match(structure: ModelStructure, selector: Selector, blocks: set[int
         return f"{_ranges(blocks)} of {structure.model_name} hold none."
     places = [place for info in structure.parameters for place in info.places if place.block is not None]
     parts = [part for part in BLOCK_PARTS if any(NAMED[part].chooses(p) and p.block in blocks for p in places)]
-    holders = {place.block for place in places if NAMED[selector.part].chooses(place)}
+    holders = {p.block for p in places if p.block is not None and NAMED[selector.part].chooses(p)}
     has = f"{_ranges(blocks)} of {structure.model_name} {'has' if len(blocks) == 1 else 'have'} {', '.join(parts)}"
     return f"{has}; {selector.part} is in {_ranges(holders) if holders else 'none of its blocks'}."
 
@@ -169,12 +172,12 @@ def _what_it_has(structure: ModelStructure) -> str:
 def _nearest_names(structure: ModelStructure, pattern: Pattern) -> str:
     """Why a regular expression matches nothing: mostly it fits a part of names, and has to fit a whole one."""
     inside = [name for name in structure.by_name if pattern.search(name)]
-    if inside:
+    if inside:  # who writes /ln_1/ thinks of re.search; a part of a name would match h.1 in h.10
         return (
             f"it has to match a full name and fits only a part of {len(inside)} names, such as {inside[0]}: "
             f"/.*{pattern.pattern}.*/ would take them."
         )
-    plain = re.sub(r"\\(.)", r"\1", pattern.pattern)
+    plain = re.sub(r"\\(.)", r"\1", pattern.pattern)  # without its backslashes it looks like the names
     nearest = difflib.get_close_matches(plain, structure.by_name, n=3, cutoff=0) or list(structure.by_name)[:3]
     return f"the nearest names in {structure.model_name} are {', '.join(nearest)}."
 

@@ -85,7 +85,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
     """
     if head not in ("tied", "untied"):
         raise RecipeError(f"head is {head!r}. It can be 'tied' (as the model is) or 'untied' (a tensor of its own).")
-    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper names the model so
     _refuse_quantised(model)
     layout = Layout(model)
     if layout.towers:
@@ -103,6 +103,11 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
         block_count=layout.block_count,
         parameters=tuple(_describe(tensor, places, layout.block_count) for tensor, places in tensors.values()),
     )
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of a causal language model, in their order."""
+    return model.get_submodule(read_structure(model).blocks_path)
 
 
 def with_fixed(structure: ModelStructure, model: nn.Module) -> ModelStructure:

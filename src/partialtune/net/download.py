@@ -22,7 +22,7 @@ import urllib3
 from tqdm import tqdm
 
 from partialtune import __version__
-from partialtune.cache import cache_root, cached, new_file
+from partialtune.cache import cache_root, cached_file, new_file
 from partialtune.errors import TextError
 from partialtune.net.addresses import without_secrets
 from partialtune.net.retries import retry_after, whole_number, with_retries
@@ -96,7 +96,7 @@ def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) ->
         said = _receive_with_retries(url, part, limits or Limits())
         return {"url": shown, **said, "fetched": datetime.now(UTC).isoformat(timespec="seconds")}
 
-    entry = cached(
+    entry = cached_file(
         path,
         build,
         waiting=f"Another process fetches {shown}: waiting for it.",

@@ -1,4 +1,4 @@
-"""How the Hugging Face Hub is asked: a call -> its answer, tried again where that helps, or its failure in a sentence.
+"""A call of the Hugging Face Hub -> its answer, tried again where that helps, or its failure in a sentence.
 
 The client of `huggingface_hub` retries neither whoami nor create_repo nor a commit, and waits for an answer without
 end. Here every call has a time-out and a few tries. A token never gets into a message.
@@ -26,11 +26,11 @@ from partialtune.errors import InputError
 from partialtune.net.retries import Answer, retry_after, with_retries
 
 LONGEST_QUOTE = 300  # characters of what a server said; some send a page
-PASSING_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
+TEMPORARY_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
 
 
 class HubUnreachable(InputError):
-    """The Hub did not answer, or not in a way that can be used: nothing is known about what was asked."""
+    """The Hub did not answer, or with something unreadable: whether the call had an effect is not known."""
 
 
 class NotThereYet(Exception):
@@ -66,15 +66,15 @@ def ask(call: Callable[[], Answer], patience: Patience) -> Answer:
     return with_retries(call, patience, HUB_ERRORS, _seconds_asked, in_words)
 
 
-def may_pass(error: Exception) -> bool:
+def is_temporary(error: Exception) -> bool:
     """Whether the same call may succeed a little later."""
     error = _root(error)
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in PASSING_STATUSES or error.response.status_code >= 500
+        return error.response.status_code in TEMPORARY_STATUSES or error.response.status_code >= 500
     if isinstance(error, OfflineModeIsEnabled | httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
         return False
-    passing = (httpx2.TransportError, ConnectionError, json.JSONDecodeError, NotThereYet, PlainHttpNext)
-    return isinstance(error, passing)
+    temporary = (httpx2.TransportError, ConnectionError, json.JSONDecodeError, NotThereYet, PlainHttpNext)
+    return isinstance(error, temporary)
 
 
 def in_words(error: Exception) -> str:
@@ -82,8 +82,8 @@ def in_words(error: Exception) -> str:
     error = _root(error)
     host = constants.ENDPOINT
     if isinstance(error, HfHubHTTPError):
-        said = " ".join((error.server_message or "").split())[:LONGEST_QUOTE]
-        words = f"{error.response.url.host} answered {error.response.status_code}" + (f": {said}" if said else "")
+        quote = " ".join((error.server_message or "").split())[:LONGEST_QUOTE]
+        words = f"{error.response.url.host} answered {error.response.status_code}" + (f": {quote}" if quote else "")
     elif isinstance(error, httpx2.TimeoutException):
         words = f"{host} did not answer in time"
     elif isinstance(error, httpx2.TransportError | ConnectionError):
@@ -104,9 +104,9 @@ def time_limits(seconds: float) -> Iterator[None]:
     """
 
     def limit(request: httpx2.Request) -> None:
-        said = request.extensions.get("timeout", {})
+        asked = request.extensions.get("timeout", {})
         request.extensions["timeout"] = {
-            part: said.get(part) or seconds for part in ("connect", "read", "write", "pool")
+            part: asked.get(part) or seconds for part in ("connect", "read", "write", "pool")
         }
 
     hooks = get_session().event_hooks  # offline mode and request ids
@@ -120,7 +120,10 @@ def time_limits(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def storage_protocol(seconds: float) -> Iterator[None]:
-    """Until its end `without_xet` holds, and Xet, which knows no `time_limits`, gives up after so much silence."""
+    """Inside it, Xet gives up after that many seconds of silence, and `without_xet` may switch it off.
+
+    Xet is a library of its own, written in Rust: the `time_limits` of the client's requests do not reach it.
+    """
     chosen = constants.HF_HUB_DISABLE_XET
     os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{seconds:.0f}s")
     try:
@@ -155,18 +158,18 @@ def progress_bars() -> Iterator[None]:
 
 
 def _root(error: Exception) -> Exception:
-    """The client wraps what broke a transfer into a RuntimeError."""
+    """The cause of a failed transfer: the client wraps it into a RuntimeError."""
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS) else error
 
 
 def _seconds_asked(error: Exception) -> float | None:
     """Seconds that the server asks us to wait, 0 where it says nothing; None where another try cannot help."""
-    if not may_pass(error):
+    if not is_temporary(error):
         return None
     error = _root(error)
     if not isinstance(error, HfHubHTTPError):
         return 0.0
-    limit = parse_ratelimit_headers(error.response.headers)
+    limit = parse_ratelimit_headers(error.response.headers)  # the Hub's own headers, which say more than Retry-After
     if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     return retry_after(error.response.headers.get("Retry-After", ""))

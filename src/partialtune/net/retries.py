@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def with_retries(
     call: Callable[[], Answer],
     waits: Waits,
     errors: tuple[type[Exception], ...],
-    seconds_asked: Callable[[Exception], float | None],
-    in_words: Callable[[Exception], str] = str,
+    seconds_asked: Callable[[Any], float | None],
+    in_words: Callable[[Any], str] = str,
 ) -> Answer:
     """What `call` returns. The last failure is raised as it came.
 

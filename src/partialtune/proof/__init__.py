@@ -1,1 +1,1 @@
-"""Proof: digests, deltas, the audit of a run, and the comparison of two checkpoints."""
+"""The proof of a run: its start, how far each weight moved, the audit, and the saved files read back."""

@@ -1,8 +1,9 @@
-"""What a freeze audit found, as data and in words."""
+"""What a freeze audit found: its reasons, its verdict, `audit.json`, and the sentences of log and page."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# Why a trainable parameter kept every bit: a warning but for KEPT_EVERY_BIT, which is a violation.
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
 NOT_REACHED = "the run ended before step {step}, from which its phase trains it"
 ONLY_SKIPPED = "had a gradient only in steps that were skipped, because a gradient overflowed in fp16"
@@ -92,7 +93,7 @@ class Audit:
 
     def violations(self) -> str:
         """The violations in words, empty if there are none."""
-        parts = [
+        parts = [  # what has gone counts as changed too, and is named once
             ("frozen parameters changed", [name for name in self.changed if name not in self.missing]),
             ("persistent buffers changed", [n for n in self.changed_buffers if n not in self.missing_buffers]),
             ("parameters of the plan are not in the model", self.missing),
@@ -103,8 +104,8 @@ class Audit:
             ("trainable parameters are missing from the optimizer", self.not_in_optimizer),
             ("differences between what was audited and the saved files", [str(one) for one in self.saved or ()]),
         ]
-        said = [f"{len(names)} {what}: {some(names)}" for what, names in parts if names]
-        return "; ".join(said + [PLAN_AFTERWARDS] * bool(self.other_names))
+        found = [f"{len(names)} {what}: {some(names)}" for what, names in parts if names]
+        return "; ".join(found + [PLAN_AFTERWARDS] * bool(self.other_names))
 
     def warnings(self) -> list[str]:
         """A sentence for each thing that is no violation, and that a reader should know."""
@@ -125,7 +126,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class SavedDifference:
-    """Something in saved files that is not what was proved: a tensor or a file by its name, and what is wrong."""
+    """Something in saved files that is not what was audited: the name of a tensor or a file, and what is wrong."""
 
     name: str
     what: str

@@ -3,26 +3,25 @@
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from partialtune.distributed import raise_disk_error
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.distances import ParameterDelta, unknown
-from partialtune.proof.snapshots import Snapshot, measure_deltas, take_snapshot
-from partialtune.proof.stopwatch import Stopwatch
+from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
 
 logger = logging.getLogger(__name__)
 
 DELTAS_FILE = "weight_deltas.jsonl"
 
 
-class WeightDeltaCallback(TrainerCallback):
-    """Compares the weights with a snapshot from before the first step, and writes what it finds.
+class WeightDeltaCallback(SnapshotCallback):
+    """Compares the weights with a snapshot from before the first step, and writes how far each has moved.
 
     Every `delta_steps` steps and at the end it appends a line a parameter to `weight_deltas.jsonl`:
     `step, name, block, component, trainable, l2_delta, relative_delta, max_abs_delta`, and puts the L2 deltas of the
@@ -40,29 +39,19 @@ class WeightDeltaCallback(TrainerCallback):
         output_dir: Folder of the file, `args.output_dir` where absent.
 
     Attributes:
-        seconds: Time spent in snapshot and reports so far.
+        snapshot, seconds: As in `SnapshotCallback`.
     """
 
     def __init__(self, plan: FreezePlan, delta_steps: int = 10, output_dir: str | os.PathLike | None = None) -> None:
-        self.plan = plan
+        super().__init__(plan, output_dir)
         self.delta_steps = delta_steps
-        self.output_dir = output_dir
-        self.snapshot: Snapshot | None = None
-        self._watch = Stopwatch()
         self._reported_at = -1
         self._unwritten: list[str] = []
         self._log: Callable[[dict[str, float]], None] | None = None
 
-    @property
-    def seconds(self) -> float:
-        return self._watch.seconds
-
     def attach(self, trainer: Trainer) -> None:
         """Send the values through `trainer.log`, so that trackers get them too."""
         self._log = trainer.log
-
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        self._take_snapshot(args, model)  # the only hook before a checkpoint is loaded: deltas count from the base
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.snapshot is None:
@@ -72,7 +61,7 @@ class WeightDeltaCallback(TrainerCallback):
                     "deltas count from that step. Pass it in callbacks=[...] to count from the base.",
                     state.global_step,
                 )
-            self._take_snapshot(args, model)
+            self.take_snapshot(args, state, model)
         self._keep_lines_up_to(state.global_step, args, state)
         self._reported_at = state.global_step
 
@@ -82,7 +71,7 @@ class WeightDeltaCallback(TrainerCallback):
             self._report(args, state, control, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self._reported_at != state.global_step:
+        if self._reported_at != state.global_step:  # ended before `max_steps`, or another model was loaded
             self._report(args, state, control, model)
         refused = self._write_lines(args) if state.is_world_process_zero else None
         raise_disk_error(refused and f"{refused} Make room on the disk, then go on from the last checkpoint.")
@@ -92,19 +81,15 @@ class WeightDeltaCallback(TrainerCallback):
             self._write_lines(args)
 
     def report_again(self, args, state) -> None:
-        """Take back the report of this step: another model has taken the place of the one that it was about."""
-        self._reported_at = None
+        """Drop the report of this step, so that training ends with a new one: another model has been loaded since."""
+        self._reported_at = -1
         self._keep_lines_up_to(state.global_step - 1, args, state)
 
     def _file(self, args) -> Path:
-        return Path(self.output_dir or args.output_dir) / DELTAS_FILE
-
-    def _take_snapshot(self, args, model) -> None:
-        with self._watch:
-            self.snapshot = take_snapshot(model, self.plan, self._file(args).parent)
+        return self.folder(args) / DELTAS_FILE
 
     def _keep_lines_up_to(self, step: int, args, state) -> None:
-        """A resumed run reports the steps after its checkpoint again: their old lines go."""
+        """Remove the lines of later steps: a resumed run reports the steps after its checkpoint again."""
         refused = None
         if state.is_world_process_zero:
             self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
@@ -118,6 +103,7 @@ class WeightDeltaCallback(TrainerCallback):
     def _rewrite(step: int, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+        # A process that was killed may have left half a line, at the end.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_whole(file, "".join(kept).encode())
 
@@ -125,7 +111,7 @@ class WeightDeltaCallback(TrainerCallback):
         """Append the lines that are not written yet; where that fails, all of them stay for the next time.
 
         Returns:
-            Why it failed.
+            Why it failed, None where it did not.
         """
         if not self._unwritten:
             return None
@@ -137,7 +123,7 @@ class WeightDeltaCallback(TrainerCallback):
         except OSError as error:
             with suppress(OSError):
                 if size is not None:
-                    os.truncate(file, size)  # half of the lines may have found room
+                    os.truncate(file, size)  # there may have been room for some of the lines
             refused = f"{file} could not be written: {error.strerror or error}."
             logger.warning("%s Its %d new lines are tried again at the next save.", refused, len(self._unwritten))
             return refused
@@ -146,6 +132,7 @@ class WeightDeltaCallback(TrainerCallback):
 
     def _report(self, args, state, control, model) -> None:
         with self._watch:
+            # A parameter of the plan that has left the model still gets its line: its distance is unknown, not 0.
             deltas = {parameter.name: unknown(parameter.name) for parameter in self.plan.parameters}
             deltas |= {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
             self._reported_at = state.global_step
@@ -154,13 +141,13 @@ class WeightDeltaCallback(TrainerCallback):
                 self._write_lines(args)
             values = self.group_deltas(deltas)
         if self._log is not None:
-            wanted = control.should_log
+            should_log = control.should_log
             self._log(values)
-            control.should_log = wanted  # on_log takes the wish back, and the loss of this step would not be logged
-        else:
+            control.should_log = should_log  # CallbackHandler.on_log clears it: this step's loss would not be logged
+        else:  # user callbacks get no trainer, and run after the trackers
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
 
-    def _lines(self, step: int, deltas: dict[str, ParameterDelta]):
+    def _lines(self, step: int, deltas: dict[str, ParameterDelta]) -> Iterator[str]:
         for parameter in self.plan.parameters:
             delta = deltas[parameter.name]
             line = {

@@ -1,4 +1,7 @@
-"""Distances between two states of a tensor, summed in fp64: on its own device where that has fp64, else on the CPU."""
+"""How far a tensor is from what it was: L2 norm, relative and largest change, summed in fp64.
+
+In fp32 the sum over the 38.6 million values of GPT-2's embeddings would lose what single small changes add to it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ import torch
 
 from partialtune.model.parameters import chunks_of, piece_size
 
-HAVE_FP64 = ("cpu", "cuda")  # MPS has none
+HAVE_FP64 = ("cpu", "cuda")  # devices; MPS has none, and its values are moved to the CPU
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,16 @@ def change_sums(now: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
     now, before = as_real(now), None if before is None else as_real(before)
     device = now.device if now.device.type in HAVE_FP64 else torch.device("cpu")
     square_sum, largest = torch.zeros(2, dtype=torch.float64, device=device)
-    size = piece_size(device)
+    size = piece_size(device)  # widened piece by piece: temporaries stay small beside any tensor
     earlier = [None] * -(-now.numel() // size) if before is None else chunks_of(before, size)
     for piece, piece_before in zip(chunks_of(now, size), earlier, strict=True):
-        exact = torch.float64 if piece.is_floating_point() else torch.int64
+        exact = torch.float64 if piece.is_floating_point() else torch.int64  # fp64 holds whole numbers up to 2^53 only
         change = piece.to(device, exact)
         if piece_before is not None:
             change = change - piece_before.to(device)
         change = change.to(torch.float64)
         square_sum = square_sum + torch.dot(change, change)
-        low, high = torch.aminmax(change)
+        low, high = torch.aminmax(change)  # both in one pass, where abs() would write a copy
         largest = torch.maximum(largest, torch.maximum(high, -low))
     return torch.stack([square_sum, largest])
 
@@ -84,4 +87,5 @@ def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_befor
         before: Its values before, of the same shape; the floating-point dtypes may differ.
         norm_before: `l2_norm(before)`.
     """
-    return delta_from_sums(name, *change_sums(now, before).tolist(), norm_before)
+    square_sum, largest = change_sums(now, before).tolist()
+    return delta_from_sums(name, square_sum, largest, norm_before)

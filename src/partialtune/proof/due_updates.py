@@ -1,8 +1,11 @@
 """Whether an optimizer's steps were large enough to move a parameter that kept every bit.
 
-A gradient alone is no reason to move: an update below half the spacing of floating-point numbers near a value rounds
-away. So before each step values, gradients and the optimizer's state of what has not moved yet are noted, and where it
-has not moved afterwards either, the optimizer's own class does that step again, on a copy in fp64.
+A parameter that trains and did not move is a fault only if an update was lost. A gradient alone does not tell: an
+update below half the spacing of floating-point numbers near a value rounds away (near 1 half the spacing of fp32 is
+6e-8 upwards, of bf16 4e-3). So before each step the values, gradients and optimizer state of what has not moved yet are
+noted. Where it has not moved after the step either, the optimizer's own class takes that step again on a copy in fp64,
+and the update is compared with the spacing. What has moved once is watched no more: after the first step of an ordinary
+run nothing is left to note, and the proof costs nothing.
 """
 
 import copy
@@ -16,24 +19,26 @@ from torch import nn
 from partialtune.errors import InputError
 from partialtune.model.digests import bit_sums, same_bits
 from partialtune.model.parameters import is_sharded, numbers, piece_size
+from partialtune.proof.audit_result import CANNOT_BE_TOLD, NEVER_A_GRADIENT, ONLY_SKIPPED, TOO_SMALL
 
 logger = logging.getLogger(__name__)
 
-SAMPLED = 4096  # values of a parameter that are looked at, each with the largest gradient of its part of the tensor
+SAMPLED = 4096  # values of a parameter that are noted, each with the largest gradient of its part of the tensor
 # Each value's update depends on that value's gradient and state alone, so that a sample can be stepped by itself.
 ELEMENTWISE = {
     *(torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam),
     *(torch.optim.SGD, torch.optim.ASGD, torch.optim.RMSprop, torch.optim.Rprop),
     *(torch.optim.Adagrad, torch.optim.Adadelta),
 }
-# Others step whole tensors. Nearly all have moved after the first step, so larger ones are stepped again only if not.
+# Others (Adafactor) need whole tensors, copied with their state before the step: of at most so many values in the first
+# step, in which nearly all parameters move, and of at most so many once a parameter has kept every bit in a step.
 WHOLE_AT_ONCE, WHOLE_UP_TO = 2**16, 2**22
 SMALLEST = 5e-324  # the smallest fp64 above 0
-ONE_BY_ONE = {"fused": None, "foreach": False, "capturable": False}  # on a CPU, in fp64
+ONE_BY_ONE = {"fused": None, "foreach": False, "capturable": False}  # fast kernels take no fp64 on a CPU
 
 
 class Due(NamedTuple):
-    """An update that a step was to make, and what it has to exceed to change a bit: half the spacing at its value."""
+    """An update that a step was due to make, and half the spacing at its value: a larger update changes a bit."""
 
     update: float
     half_spacing: float
@@ -56,8 +61,8 @@ class _Noted(NamedTuple):
     places: torch.Tensor | None
     values: torch.Tensor
     gradient: torch.Tensor
-    settings: Mapping[str, Any]
-    state: Mapping[str, Any] | None  # None where the step cannot be done again
+    settings: Mapping[str, Any]  # of the optimizer's group: rate, betas, weight decay
+    state: Mapping[str, Any] | None  # the optimizer's; None where the step cannot be taken again
 
 
 class DueUpdates:
@@ -66,7 +71,7 @@ class DueUpdates:
     Attributes:
         had_gradient: Names of those that had a gradient other than 0 in a step that was taken at a rate above 0.
         skipped: Names of those that had one in a step that the gradient scaler of fp16 skipped.
-        due: Names of those that moved, or were to move.
+        due: Names of those that moved, or were due to move.
         largest: For the others, where it can be told, the update that came closest to moving them.
         optimizer_name: Class of the optimizer.
     """
@@ -110,11 +115,15 @@ class DueUpdates:
         self.after_step()
         for name, (parameter, group) in self._watched.items():
             rate = group.get("lr")
+            # At rate 0, as in the first step of a warm-up, nothing moves. A shard may be empty.
             if parameter.grad is not None and (rate is None or rate > 0) and _local(parameter).numel():
                 self._noted[name] = self._note(name, parameter, group, scale)
 
     def after_step(self) -> None:
-        """Look at what was noted: did it move? Else, was it to move? Does nothing where nothing was noted."""
+        """For all that was noted: did it move? Else, was it due to? Does nothing where nothing was noted.
+
+        It is called again before the next step and at saves, since not every loop calls it after each step.
+        """
         noted, self._noted = self._noted, {}
         if not noted:
             return
@@ -124,6 +133,7 @@ class DueUpdates:
             return
         self.had_gradient |= with_gradient
         moved = _names(noted, lambda name: ~same_bits(self._present(name, noted[name]), noted[name].values).all())
+        # Of some only a sample was noted: another value may have moved, now or in an earlier step.
         others = {n: self._watched[n][0] for n in noted if n not in moved and not is_sharded(self._watched[n][0])}
         moved |= {name for name, total in bit_sums(others.items()).items() if total != self._start.get(name, total)}
         for name in noted.keys() - moved:
@@ -147,7 +157,7 @@ class DueUpdates:
         }
 
     def go_back_to(self, state: Mapping[str, Any]) -> None:
-        """Know what a checkpoint knew; one of an older version knows less.
+        """Take over what a checkpoint keeps; one of an older version keeps less.
 
         Raises:
             InputError: If it is not what `state` gives.
@@ -161,8 +171,16 @@ class DueUpdates:
         except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"The checkpoint's trainer_state.json is damaged: its freeze audit ({error}).") from error
 
+    def why_not_due(self, name: str) -> str:
+        """Why no update had to move a parameter, as far as that can be told."""
+        if name not in self.had_gradient:
+            return ONLY_SKIPPED if name in self.skipped else NEVER_A_GRADIENT
+        if name in self.largest:
+            return TOO_SMALL.format(**self.largest[name]._asdict())
+        return CANNOT_BE_TOLD.format(optimizer=self.optimizer_name)
+
     def merge(self, states: Iterable[Mapping[str, Any]]) -> None:
-        """Take over what all processes know, each of its own shards."""
+        """Take over what all processes found, each on its own shards."""
         for state in states:
             for known, key in ((self.had_gradient, "had_gradient"), (self.skipped, "skipped"), (self.due, "due")):
                 known.update(state[key])
@@ -172,7 +190,7 @@ class DueUpdates:
     def _note(self, name: str, parameter: nn.Parameter, group: Mapping[str, Any], scale: float) -> _Noted:
         gradient = _local(parameter.grad)
         if gradient.is_sparse:
-            gradient = gradient.coalesce().values()  # enough to see whether there is any
+            gradient = gradient.coalesce().values()  # enough to tell whether one is not 0
             return _Noted(torch.zeros(0, dtype=torch.int64), gradient.new_zeros(0), gradient, {}, None)
         state = _plain(self._optimizer).state.get(parameter, {})
         by_element = type(_plain(self._optimizer)) in ELEMENTWISE and not parameter.is_complex()
@@ -199,17 +217,17 @@ class DueUpdates:
         return _at(self._watched[name][0], noted.places)
 
     def _due(self, noted: _Noted) -> Due | None:
-        """What the step was to change, None where that cannot be told."""
+        """The update that the step was due to make at the value that it came closest to moving, None if unknown."""
         values = noted.values
         if noted.state is None or not values.is_floating_point():
             return None
         try:
             update = stepped_again(type(_plain(self._optimizer)), noted) - values.to("cpu", torch.float64)
-        except Exception as error:  # noqa: BLE001  (a class of anybody's may raise anything; training is not concerned)
-            logger.debug("%s does no step in fp64: %s", self.optimizer_name, error)
+        except Exception as error:  # noqa: BLE001  (anybody's optimizer may raise anything; training goes on)
+            logger.debug("%s takes no step in fp64: %s", self.optimizer_name, error)
             return None
         half = half_spacing(values.cpu(), update)
-        share = torch.where(update.isfinite(), update.abs() / half, 0.0).flatten()
+        share = torch.where(update.isfinite(), update.abs() / half, 0.0).flatten()  # above 1: a bit had to change
         best = int(share.argmax())
         return Due(abs(float(update.flatten()[best])), float(half.flatten()[best])) if share[best] > 0 else NONE
 
@@ -221,7 +239,7 @@ def stepped_again(kind: type[torch.optim.Optimizer], noted: _Noted) -> torch.Ten
     settings = {**noted.settings, **{key: value for key, value in ONE_BY_ONE.items() if key in noted.settings}}
     optimizer = kind([{**settings, "params": [values]}])
     optimizer.state[values].update(
-        {
+        {  # moments in fp64; a step count, which has no dimensions, as it is
             key: value.to("cpu", torch.float64) if isinstance(value, torch.Tensor) and value.ndim else value
             for key, value in noted.state.items()
         }
@@ -260,7 +278,7 @@ def places_of_largest(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper."""
+    """The optimizer inside accelerate's wrapper, which is known by `step_was_skipped`."""
     return optimizer.optimizer if hasattr(optimizer, "step_was_skipped") else optimizer
 
 
@@ -277,7 +295,7 @@ def _at(tensor: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
 
 
 def _taken(value: Any, parameter: nn.Parameter, places: torch.Tensor) -> Any:
-    """What the optimizer keeps for the values at these places."""
+    """The part of an optimizer's state that belongs to the values at these places."""
     of_each = isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim > 0
     return _at(value, places) if of_each else _copied(value)
 

@@ -1,4 +1,4 @@
-"""What is proved is what is saved: a folder just written -> what its files hold otherwise than the audit states.
+"""A folder that was just saved + the audit's digests -> where the files differ: what is proved is what is saved.
 
 The audit digests the weights in memory. Between them and the disk stand the model's own `state_dict`, hooks, renamings
 and the writer of the files. So the files are read back as a reader would read them, one tensor at a time, and digested.
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.delta.checkpoint import check_config, read_delta
+from partialtune.delta_checkpoint import check_config, read_delta
 from partialtune.errors import ModelError, is_disk_fault
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_differences
@@ -35,15 +35,15 @@ def saved_differences(
     buffers: Mapping[str, str],
     plan: FreezePlan | None = None,
 ) -> list[SavedDifference]:
-    """Read a saved model back and compare it with what is known of it; empty where the files hold that very model.
+    """Read a saved model back and compare it with its digests; empty where the files hold that very model.
 
     Only files are read and nothing is gathered: of several processes one is enough.
 
     Args:
         folder: Holds the model as safetensors files, as a delta, or as adapters.
         model: That was saved.
-        digests: sha256 by name of the parameters to compare: all of them, or those that are known.
-        buffers: sha256 by name of the persistent buffers, see `weights.buffer_digest`.
+        digests: sha256 by name of the parameters to compare: all of them, or, at a checkpoint, the frozen ones.
+        buffers: sha256 by name of the persistent buffers, see `digests.buffer_digest`.
         plan: Of the run, where there is one; says whether there are adapters.
     """
     remote_code = any(one.__module__.startswith(REMOTE) for one in type(model).__mro__)
@@ -57,12 +57,12 @@ def saved_differences(
         return [
             *_weight_differences(weights, digests),
             *_buffer_differences(weights, buffers),
-            *_unknown(weights, model),
+            *_not_of_the_model(weights, model),
             *_config_differences(model.config, weights.config),
         ]
     except (ModelError, SafetensorError, OSError, ValueError, KeyError) as error:
         if is_disk_fault(error):
-            raise  # of the machine, not of the files
+            raise  # a fault of the machine, not of the files
         return [SavedDifference(folder.name, f"cannot be read back: {error}")]
 
 
@@ -81,14 +81,14 @@ def _compared(digests: Mapping[str, str], found: Mapping[str, str]) -> Iterator[
 
 
 def _buffer_differences(weights: Weights, buffers: Mapping[str, str]) -> Iterator[SavedDifference]:
-    """Of the buffers that the files hold: others are made anew by the model, as no file has them."""
+    """Of the buffers that the files hold. Others are computed by the model, so that no file has them."""
     for name in sorted(weights.buffers & buffers.keys()):
         if buffer_digest(weights.read(name)) != buffers[name]:
             yield SavedDifference(name, OTHER_VALUES)
 
 
-def _unknown(weights: Weights, model: PreTrainedModel) -> Iterator[SavedDifference]:
-    """Parameters in the files that the model does not have, such as a head that is one of its own there."""
+def _not_of_the_model(weights: Weights, model: PreTrainedModel) -> Iterator[SavedDifference]:
+    """Parameters in the files that the model does not have, such as a head that is tied in the model alone."""
     audited = {name for name, _ in named_weights(model)}
     for info in weights.structure.parameters:
         if info.name not in audited:
@@ -101,7 +101,7 @@ def _config_differences(audited: PretrainedConfig, saved: PretrainedConfig) -> I
 
 
 def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
-    """What is stored, from the file; the rest by what `delta.json` says of the base, which is digested at each load."""
+    """What is stored, by its values; the rest by the base's digests in `delta.json`, which each load compares."""
     delta = read_delta(folder, folder.name)
     check_config(delta)
     values = TensorFiles([folder / VALUES_FILE])
@@ -116,7 +116,7 @@ def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[Sav
 
 
 def _adapter_differences(folder: Path, plan: FreezePlan, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
-    """Of the adapters, which are all that is saved: the base's own weights were compared in memory."""
+    """Of the adapters, which are all that is saved: the base's own weights were audited in memory."""
     file = TensorFiles([folder / ADAPTER_SAFE_WEIGHTS_NAME])
     names = {plain_name(name): name for name in file.names}
     trained = {name: digests[name] for name in plan.trainable if name in digests}

@@ -12,13 +12,13 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.model.conformance import next_token_loss
 from partialtune.model.parameters import named_weights
 from partialtune.progress import progress_bar
-from partialtune.proof.snapshots import l2_norm
-from partialtune.training.batches import collate_windows
+from partialtune.proof.distances import l2_norm
+from partialtune.training.training_data import collate_windows
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe saw.
+    """The norms that one pass over the windows gives.
 
     Attributes:
         plan: Of the whole model: every tensor once, with its block and component.
@@ -50,7 +50,7 @@ def probe(model: PreTrainedModel, windows: Dataset, batch_size: int, head: str =
         batch_size: Windows of one pass.
         head: As in a recipe.
     """
-    plan = plan_freeze(model, ["all"], head=head)
+    plan = plan_freeze(model, ["all"], head=head)  # a frozen parameter would get no gradient to rank by
     apply_plan(model, plan)
     model.eval()  # dropout off: the gradient of the text, not of chance
     loss = sum(_losses(model, windows, batch_size))

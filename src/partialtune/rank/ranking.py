@@ -17,19 +17,19 @@ from partialtune.cost.advice import as_yaml
 from partialtune.freeze.plan import PlannedParameter
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
-from partialtune.model.files import check_finite
 from partialtune.model.layout import COMPONENTS
-from partialtune.model.loading import check_fit, check_ids, load_config, load_model, load_tokenizer
+from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.reading import Recipe
 from partialtune.tables import draw_table
-from partialtune.training.run_data import prepare_data
+from partialtune.training.training_data import prepare_data
 
 # Components that the selector of the same word chooses: `other` and `embeddings.other` have none to paste.
 PASTED = frozenset(COMPONENTS).intersection(WORDS)
 BATCHES = 4
 WINDOWS_A_BATCH = 8  # Trainer's default
-USUAL_SHARE = 4  # of its blocks one in so many is proposed, where nothing else is said
+USUAL_SHARE = 4  # one block in four is proposed where `top` is not given
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     Raises:
         InputError: If model or text cannot be read.
     """
-    base, said = recipe.model, recipe.training
-    batch_size, seed = said.get("per_device_train_batch_size", WINDOWS_A_BATCH), said.get("seed", 42)
+    base, training = recipe.model, recipe.training
+    batch_size, seed = training.get("per_device_train_batch_size", WINDOWS_A_BATCH), training.get("seed", 42)
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
     check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
-    data = prepare_data(recipe.text, {}, tokenizer, said.get("data_seed", seed))
+    data = prepare_data(recipe.text, {}, tokenizer, training.get("data_seed", seed))
     check_ids(base.model_name_or_path, config, data.largest_ids)
     windows = draw_windows(data.train, batches * batch_size, seed)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
@@ -116,7 +116,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
 
     Args:
         probe: Of the model on the recipe's text.
-        top: How many blocks to choose; where it is not said, a quarter of them, at least one.
+        top: How many blocks to choose; if None, a quarter of them, at least one.
     """
     plan = probe.plan
     count = min(top or max(1, round(plan.block_count / USUAL_SHARE)), plan.block_count)
@@ -127,7 +127,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
         loss=probe.loss,
         blocks=blocks,
         parts=_ordered(probe, _part_of),
-        chosen=tuple(sorted(entry.block for entry in blocks[:count])),
+        chosen=tuple(sorted(entry.block for entry in blocks[:count] if entry.block is not None)),
     )
 
 
@@ -144,15 +144,16 @@ def _ordered(
         if place is not None and not parameter.fixed:  # no selector adds it
             members.setdefault(place, []).append(parameter)
     entries = [_ranked(probe, *place, parameters) for place, parameters in members.items()]
+    # Ratios are 0 or more: what has none, since all its weights are 0, comes last.
     return tuple(sorted(entries, key=lambda entry: -1 if entry.ratio is None else entry.ratio, reverse=True))
 
 
 def _ranked(probe: Probe, block: int | None, component: str | None, parameters: Sequence[PlannedParameter]) -> Ranked:
+    # The norm of a part is the root of the summed squares of its tensors' norms.
     gradient = math.hypot(*(probe.gradient_norms[parameter.name] for parameter in parameters))
     weights = math.hypot(*(probe.weight_norms[parameter.name] for parameter in parameters))
-    whole = f"blocks[{block}]"
     return Ranked(
-        selector=component if block is None else whole if component is None else f"{whole}.{component}",
+        selector=_selector(block, component),
         parameters=sum(parameter.numel for parameter in parameters),
         gradient_norm=gradient,
         weight_norm=weights,
@@ -160,6 +161,12 @@ def _ranked(probe: Probe, block: int | None, component: str | None, parameters: 
         block=block,
         component=component,
     )
+
+
+def _selector(block: int | None, component: str | None) -> str:
+    if block is None:
+        return str(component)
+    return f"blocks[{block}]" if component is None else f"blocks[{block}].{component}"
 
 
 def ranking_table(ranking: Ranking, most_parts: int = 12) -> str:
@@ -193,7 +200,9 @@ def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
         values: Of that recipe, flat.
         ranking: Its ranking.
     """
-    left_out = ("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache")
-    left_out += ("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo")  # it is another model
+    left_out = (
+        *("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
+        *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),  # it is another model
+    )
     kept = {key: value for key, value in values.items() if key not in left_out}
     return {**kept, "trainable": ranking.selectors, "output_dir": f"{values['output_dir'].rstrip('/')}-ranked"}

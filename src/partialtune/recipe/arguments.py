@@ -1,4 +1,4 @@
-"""What a recipe may say about our own stages: plain dataclasses, one a stage.
+"""The keys of a recipe that are our own: plain dataclasses, one for each stage of a run.
 
 In: nothing but the standard library, so that a help text costs milliseconds. Out: fields with their type, default,
 help with unit, and the bound that a value must keep. The other keys of a recipe are those of
@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from partialtune.grammar.values import Bound, allowed, at_least
+from partialtune.text.sources import SOURCE_HELP
 
 DEFAULT_PROMPTS = ("Once upon a time", "The first thing to know is", "It was a great surprise to")
 
@@ -56,8 +57,7 @@ class TextArguments:
 
     text: list[str] = field(
         metadata={
-            "help": "Training text, one or more of: http(s) URL, path, glob (sorted), builtin:python-docs (the "
-            "reference text in every CPython), hf:DATASET[:CONFIG[:SPLIT]].",
+            "help": f"Training text, one or more of: {SOURCE_HELP}.",
             "bound": SOURCES,
         }
     )
@@ -215,7 +215,7 @@ def recipe_help() -> str:
     """Our own recipe keys, a few lines each: key, what is allowed, default, help. Imports nothing heavy."""
     hints, sections = argument_types(), []
     for cls in ARGUMENT_CLASSES:
-        lines = [f"{cls.__doc__.rstrip('.')}:"]
+        lines = [f"{str(cls.__doc__).rstrip('.')}:"]
         for entry in fields(cls):
             lines += [f"  {entry.name}: {_allowed_and_default(entry, hints[entry.name])}"]
             lines += [f"      {line}" for line in textwrap.wrap(entry.metadata["help"], 100)]
@@ -226,8 +226,8 @@ def recipe_help() -> str:
 
 def _allowed_and_default(entry: Field, hint: Any) -> str:
     default = default_of(entry)
-    said = "required" if default is MISSING else f"default: {_show_default(default)}"
-    return f"{allowed(hint, entry.metadata.get('bound'))} ({said})"
+    fallback = "required" if default is MISSING else f"default: {_show_default(default)}"
+    return f"{allowed(hint, entry.metadata.get('bound'))} ({fallback})"
 
 
 def _show_default(default: Any) -> str:

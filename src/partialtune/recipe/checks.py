@@ -28,32 +28,33 @@ from partialtune.recipe.key_rules import (
 )
 from partialtune.recipe.parsing import Entry, Problem, Words, word_value
 from partialtune.recipe.trainer_checks import training_problems
+from partialtune.text.sources import SOURCE_FORMS
 
 REQUIRED = {
     "model_name_or_path": "Give a Hub id, a folder, or builtin:lilliput",
-    "text": "Give an http(s) URL, a path, a glob, builtin:python-docs or hf:DATASET",
+    "text": f"Give {SOURCE_FORMS}",
     "trainable": "Give selectors, such as ['blocks[-2:]', final_norm], or say method: full",
     "output_dir": "Give a folder that does not exist yet, such as outputs/first",
 }
 HOW_TO_INSTALL_PEFT = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
-# Floats in TrainingArguments because they may be shares; whole numbers of steps stay whole.
+# Typed float in TrainingArguments, because a value below 1 is a share of the run; a whole number of steps stays an int.
 STEPS_OR_SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay")
 
 
-def with_present_names(said: Mapping[Any, Entry], problems: list[Problem]) -> dict[Any, Entry]:
+def with_present_names(given: Mapping[Any, Entry], problems: list[Problem]) -> dict[Any, Entry]:
     """Deprecated names of a field replaced by the present one; both at once is a problem."""
     for old, new in ALIASES.items():
-        if old in said and new in said:
-            problems.append(Problem(said[old].origin, old, f"is the former name of {new}, said as well. Keep {new}."))
-    doubled = {old for old, new in ALIASES.items() if new in said}
-    return {ALIASES.get(key, key): entry for key, entry in said.items() if key not in doubled}
+        if old in given and new in given:
+            problems.append(Problem(given[old].origin, old, f"is the former name of {new}, said as well. Keep {new}."))
+    doubled = {old for old, new in ALIASES.items() if new in given}
+    return {ALIASES.get(key, key): entry for key, entry in given.items() if key not in doubled}
 
 
-def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str) -> dict[str, Any]:
-    """Convert and check everything that was said.
+def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: str) -> dict[str, Any]:
+    """Convert and check every value that was given.
 
     Args:
-        said: Entries by key, after the command line has won over the file.
+        given: Entries by key, after the command line has won over the file.
         problems: Mistakes that reading the file and the words has found already.
         name: What the message calls the recipe.
 
@@ -61,20 +62,21 @@ def checked_values(said: Mapping[Any, Entry], problems: list[Problem], name: str
         RecipeError: If there is any problem; lists these and those found here, one a line.
     """
     types, values, problems = recipe_types(), {}, list(problems)
-    for key, entry in said.items():
+    for key, entry in given.items():
         try:
             values[key] = _checked_value(key, entry.value, types)
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        from_start = bool(values.get("trainable", "trainable" in said))
+        from_start = bool(values.get("trainable", "trainable" in given))
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
-        problems += [Problem(said["schedule"].origin, "schedule", message) for message in wrong]
-    found = [*_missing(said, values), *_contradictions(values)]
+        problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    found = [*_missing(given, values), *_contradictions(values)]
+    # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
     if not wrong_keys & training_defaults().keys():
         found += training_problems(values)
-    problems += [Problem(said[key].origin if key in said else "", key, message) for key, message in found]
+    problems += [Problem(given[key].origin if key in given else "", key, message) for key, message in found]
     if problems:
         raise _error(name, problems)
     return values
@@ -86,6 +88,7 @@ def _checked_value(key: Any, value: Any, types: Mapping[str, Any]) -> Any:
     if key not in types:
         raise ValueError(unknown_key(key, nearest(key, types)))
     hint, bound = types[key], bound_of(key)
+    # Words of the command line are read only here: the key's type decides whether `[a]` is a list or a text.
     value = word_value(value, hint) if isinstance(value, Words) else value
     try:
         converted = convert_value(value, hint)
@@ -107,19 +110,19 @@ def _default_advice(key: str) -> str:
     return f" Leave it out for the default, {OTHER_DEFAULTS.get(key) or show(default)}."
 
 
-def _missing(said: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in REQUIRED:
-        if key not in said and key != "trainable":
+        if key not in given and key != "trainable":
             yield key, f"missing. {REQUIRED[key]}."
-    partial = "method" not in said or values.get("method") in ("partial", "lora")
-    scheduled = "schedule" in said and values.get("schedule") != []
-    if partial and not scheduled and ("trainable" not in said or values.get("trainable") == []):
+    partial = "method" not in given or values.get("method") in ("partial", "lora")
+    scheduled = "schedule" in given and values.get("schedule") != []
+    if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, message) for converted values that cannot stand together; keys that were not said are absent."""
-    if all(key in values for key in LENGTHS) and values["max_steps"] != -1:
+    """(key, message) for converted values that cannot stand together; keys that were not given are absent."""
+    if all(key in values for key in LENGTHS) and values["max_steps"] != -1:  # -1: count epochs
         steps, epochs = (values[key] for key in LENGTHS)
         message = f"max_steps {steps} and num_train_epochs {epochs:g} both say how long to train. Keep one of them."
         yield "max_steps", message
@@ -132,6 +135,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
     if values.get("save_strategy") == "best" and not names_metric:
         yield "save_strategy", "best needs metric_for_best_model: loss."
+    # Reentrant checkpointing passes no gradient on in a block whose input requires none: the embeddings' output would
+    # have to require one, and backward would not stop at the first block that trains.
     if (values.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
         message = "use_reentrant needs gradients at every block's input: backward would run through all frozen blocks"
         yield "activation_checkpointing_kwargs", f"{message}. Take it out."

@@ -1,7 +1,7 @@
 """Rules for single recipe keys: types, bounds, refused keys, former names.
 
-In: nothing, or a key. Out: tables, and what they say of a key. A key of a new feature needs a field in `arguments.py`
-alone; these tables are about the fields of `transformers.TrainingArguments`.
+In: nothing, or a key. Out: tables, and the row of a key. A key of a new feature needs a field in `arguments.py` alone;
+these tables are about the fields of `transformers.TrainingArguments`, which checks no types.
 """
 
 from enum import Enum
@@ -52,7 +52,7 @@ TRAINING_BOUNDS = {
 # Optimizers that keep one state per parameter, so that a checkpoint can name it.
 OPTIMIZERS = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"]
 
-# Where the hint of TrainingArguments takes more, or less, than a recipe may say.
+# Where a recipe allows more, or less, than the type hint of TrainingArguments.
 TRAINING_TYPES: dict[str, Any] = {
     "output_dir": str,
     "resume_from_checkpoint": Literal["auto"] | str | None,
@@ -72,7 +72,7 @@ REASONS = {
     "train_sampling_strategy": " All windows are of one length, so that there is nothing to group.",
 }
 
-# What stands in for Trainer's default where a key is not said.
+# What stands in for Trainer's default where a key is not given.
 OTHER_DEFAULTS = {
     "logging_steps": "1 in runs of up to 200 steps, else 10",
     "eval_strategy": "steps where text is held out, else no",
@@ -204,7 +204,7 @@ def _without_enums(hint: Any) -> Any:
     if enums:
         return Literal[tuple(choice.value for choice in enums[0])]
     if get_origin(hint) is list:
-        return list[_without_enums(get_args(hint)[0])]
+        return list[_without_enums(get_args(hint)[0])]  # type: ignore[misc]  # a type that is made at run time
     if get_origin(hint) in (Union, UnionType):
         return Union[tuple(map(_without_enums, members))]  # noqa: UP007
     return hint

@@ -25,9 +25,11 @@ from partialtune.net.addresses import without_secrets
 UNQUOTED = re.compile(
     r"(?<![\w:/.])!?/[^\s,]+/(?=[\s,\]]|$)|!?[\w.]+\[[^\]]*\](?:\.\w+)?|![\w./]+|(?<![\w/.])\*[^\s,\]]*"
 )
-EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 wants both a point and a sign
+# YAML 1.1 wants a point and a signed exponent, 5.0e-5: PyYAML reads 5e-5 and 1.0e5 as text.
+EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
 COMMAND_LINE = "command line"  # the origin of a value that a command-line word gives
 KEY = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+# A text in quotes, or a comment: what needs no (further) quotes.
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"|(?:^|\s)#.*")
 
 
@@ -36,7 +38,7 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Block style with indented lists; the same list said twice is written twice, not as an anchor."""
+    """Block style with indented lists; a list that occurs twice is written twice, not as an anchor."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         return super().increase_indent(flow, False)
@@ -45,6 +47,7 @@ class _RecipeDumper(yaml.SafeDumper):
         return True
 
 
+# A mapping of its own: SafeLoader's is shared by everything in this process that reads YAML.
 _RecipeLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -70,7 +73,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """What a recipe's file says: values as YAML reads them, the line of each key, duplicate keys as problems."""
+    """A recipe's file as it was read: values as YAML gives them, the line of each key, duplicate keys as problems."""
 
     values: dict[Any, Any]
     lines: dict[str, int]
@@ -162,6 +165,7 @@ def _duplicate_keys(
     node: yaml.Node | None, above: str = "", visited: frozenset[int] = frozenset()
 ) -> Iterator[Problem]:
     """Keys that a mapping holds twice, at any depth: YAML forbids them, PyYAML lets the last one win."""
+    # An anchor may stand inside what it names (`a: &a [*a]`): such a node holds itself.
     if id(node) in visited or not isinstance(node, yaml.CollectionNode):
         return
     visited = visited | {id(node)}
@@ -176,16 +180,18 @@ def _duplicate_keys(
             where = f"lines {first_lines[key]} and {line}" if line != first_lines[key] else f"line {line}"
             yield Problem(f"line {line}", f"{above}{key}", f"said twice, in {where}. Keep one of them.")
         first_lines.setdefault(key, line)
-        if above or key != "run":
+        if above or key != "run":  # `run` records what a run did, and is not read
             yield from _duplicate_keys(value_node, f"{above}{key}.", visited)
 
 
 def _describe_yaml_error(error: Exception, text: str) -> str:
     """What PyYAML found, with line, column, the line itself, and the quotes that it wants where they would mend it."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
-        return f"Line {line}: {' '.join(str(error).split())}. Take that out, or put it in quotes."
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if (
+        not isinstance(error, yaml.MarkedYAMLError) or mark is None
+    ):  # a character that YAML forbids, or too deep a nesting
+        number = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        return f"Line {number}: {' '.join(str(error).split())}. Take that out, or put it in quotes."
     problem = str(error.problem).replace("could not determine a constructor for the tag", "YAML takes for a tag:")
     number, line, hint = _suspect(error, text.splitlines())
     shown = f"\n    line {number}: {line.strip()}\n  {hint or _other_hint(problem)}"
@@ -193,9 +199,10 @@ def _describe_yaml_error(error: Exception, text: str) -> str:
 
 
 def _suspect(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, str, str]:
-    """(number, line, hint) of the line that quotes would mend: where the parser stopped, or where it had begun."""
+    """(number, line, hint) of the line that quotes would mend: where the parser stopped, or up to five above it."""
     stop = min(error.problem_mark.line, max(len(lines) - 1, 0))
     start = error.context_mark.line if error.context_mark else stop
+    # Of a bracket that is never closed PyYAML complains lines later: hence the lines above, too.
     for number in dict.fromkeys([stop, *range(max(start, stop - 5), stop)]):
         hint = _quoting_hint(lines[number]) if lines else ""
         if hint:
@@ -246,20 +253,21 @@ def group_words(words: Sequence[str]) -> tuple[dict[str, Words], list[Problem]]:
 
     group_words(["--max-steps", "5", "--prompts", "a b", "c"]) -> ({"max_steps": ("5",), "prompts": ("a b", "c")}, [])
     """
-    said: dict[str, Words] = {}
-    problems, key = [], None
+    words_of: dict[str, Words] = {}
+    problems: list[Problem] = []
+    key = None
     for word in words:
         match = KEY.fullmatch(word)
         if match:
             key, value = match.group(1).replace("-", "_"), match.group(2)
-            if key in said:
+            if key in words_of:
                 problems.append(Problem(COMMAND_LINE, key, "said twice. Keep one; a list is --key a b."))
-            said[key] = Words(() if value is None else (value,))
+            words_of[key] = Words(() if value is None else (value,))
         elif key is None or word.startswith("--"):
             problems.append(_stray(word))
         else:
-            said[key] = Words((*said[key], word))
-    return said, problems
+            words_of[key] = Words((*words_of[key], word))
+    return words_of, problems
 
 
 def _stray(word: str) -> Problem:

@@ -1,16 +1,17 @@
 """A recipe: flat YAML and command-line words -> checked arguments for every stage.
 
-In: a path and words, or a mapping of values. Out: a `Recipe`, or one RecipeError that lists every mistake. What is
-wrong with the file as such is said before transformers is imported, all else before a model or a text is touched.
+In: a path and words, or a mapping of values. Out: a `Recipe`, or one RecipeError that lists every mistake. Mistakes of
+the file as such (`parsing`) are raised before transformers is imported, those of keys and values (`checks`) before a
+model or a text is touched.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from partialtune.net.addresses import SOURCE_KEYS, same_sources, sources_without_secrets
+from partialtune.net.addresses import sources_without_secrets
 from partialtune.recipe.arguments import (
     EvaluationArguments,
     FreezeArguments,
@@ -18,20 +19,20 @@ from partialtune.recipe.arguments import (
     SpeedArguments,
     TextArguments,
     argument_fields,
-    default_of,
 )
 from partialtune.recipe.checks import checked_values, with_present_names
 from partialtune.recipe.key_rules import LENGTHS, training_defaults
-from partialtune.recipe.parsing import COMMAND_LINE, Entry, Words, group_words, read_recipe_file, write_recipe_file
+from partialtune.recipe.parsing import (
+    COMMAND_LINE,
+    Entry,
+    Problem,
+    Words,
+    group_words,
+    read_recipe_file,
+    write_recipe_file,
+)
 
 logger = logging.getLogger(__name__)
-
-# Keys that do not make it another run: where it is put, where it goes on from, what is logged and pushed.
-FREE_KEYS = (
-    *("run", "output_dir", "resume_from_checkpoint", "push_to_hub", "report_to", "run_name", "project"),
-    *("disable_tqdm", "include_num_input_tokens_seen"),
-)
-FREE_PREFIXES = ("logging_", "log_", "hub_", "trackio_")
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Recipe:
     Attributes:
         path: The YAML file; None for a recipe made from values.
         model, text, freeze, evaluation, speed: Our own keys, by stage, with defaults.
-        training: Keywords of `transformers.TrainingArguments` that were said. `bf16` may be "auto".
+        training: Keywords of `transformers.TrainingArguments` that were given. `bf16` may be "auto".
         resume: "auto", the folder of a checkpoint, or None.
-        values: Everything that was said, converted, as one flat mapping.
+        values: Every value that was given, converted, as one flat mapping; no defaults.
     """
 
     path: Path | None
@@ -68,8 +69,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = read_recipe_file(Path(path))
     words, stray = group_words(overrides)
     problems = [*file.problems, *stray]
-    said = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
-    from_file = with_present_names(said, problems)
+    in_file = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
+    from_file = with_present_names(in_file, problems)
     from_words = with_present_names({key: Entry(value, COMMAND_LINE) for key, value in words.items()}, problems)
     merged = {**_without_other_length(from_file, from_words), **from_words}
     return _recipe(checked_values(merged, problems, str(path)), Path(path))
@@ -81,9 +82,9 @@ def recipe_from_values(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: As `read_recipe`.
     """
-    problems = []
-    said = with_present_names({key: Entry(value, "") for key, value in values.items() if key != "run"}, problems)
-    return _recipe(checked_values(said, problems, "The recipe"), None)
+    problems: list[Problem] = []
+    given = with_present_names({key: Entry(value, "") for key, value in values.items() if key != "run"}, problems)
+    return _recipe(checked_values(given, problems, "The recipe"), None)
 
 
 def _without_other_length(from_file: dict[Any, Entry], from_words: dict[Any, Entry]) -> dict[Any, Entry]:
@@ -129,42 +130,3 @@ def write_recipe(path: Path, values: Mapping[str, Any], run: Mapping[str, Any]) 
     order = {key: place for place, key in enumerate([*argument_fields(), *training_defaults()])}
     known = sorted((key for key in values if key != "run"), key=lambda key: order.get(key, len(order)))
     write_recipe_file(path, sources_without_secrets({key: values[key] for key in known}), run)
-
-
-def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Keys in which two recipes are not the same run, in the order of the dataclasses; empty if they are.
-
-    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not said counts
-    as its default.
-
-    Args:
-        a: Values of the run that exists, as in `Recipe.values`; its key `run` is ignored.
-        b: Values of the run to start.
-    """
-    old, new = _effective(a), _effective(b)
-    differing = [key for key in {**old, **new} if not _is_same(key, old.get(key), new.get(key)) and not _is_free(key)]
-    if "max_steps" in differing and new["max_steps"] > old["max_steps"] > 0:
-        differing.remove("max_steps")
-    return differing
-
-
-def _is_same(key: str, old: Any, new: Any) -> bool:
-    return old == new or (key in SOURCE_KEYS and same_sources(old, new))
-
-
-def _is_free(key: str) -> bool:
-    return key in FREE_KEYS or key.startswith(FREE_PREFIXES)
-
-
-def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with the defaults of everything that was not said, and with what those defaults stand for."""
-    defaults = {key: default_of(entry) for key, entry in argument_fields().items()}
-    defaults |= training_defaults()
-    held_out = values.get("validation_share") != 0
-    defaults |= {"eval_strategy": "steps" if held_out else "no", "activation_checkpointing": False}
-    effective = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-    for key, other in (("window_stride", "block_size"), ("data_seed", "seed")):
-        effective[key] = effective[other] if effective[key] is None else effective[key]
-    if effective["method"] == "full":
-        effective["trainable"] = ["all"]
-    return {key: value for key, value in effective.items() if value is not MISSING}

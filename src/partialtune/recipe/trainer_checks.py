@@ -28,11 +28,13 @@ def training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     import torch
 
     training = {key: value for key, value in values.items() if key in training_defaults()}
-    if training.get("bf16") == "auto":
+    if training.get("bf16") == "auto":  # measured by the run, before it builds the real TrainingArguments
         del training["bf16"]
     training["use_cpu"] = training.get("use_cpu") or not torch.accelerator.is_available()
     if values.get("validation_share") != 0:  # where text is held out, it is scored in between by default
         training.setdefault("eval_strategy", "steps")
+    # The run sets its own eval_steps, when it knows its length. Equal to save_steps they pass the one check that there
+    # is: load_best_model_at_end wants save_steps to be a multiple of them.
     training.setdefault("eval_steps", training.get("save_steps", training_defaults()["save_steps"]))
     yield from _wrong_trackers(training.get("report_to"))
     if training.get("fp16") and training["use_cpu"]:
@@ -52,7 +54,9 @@ def _built(training: Mapping[str, Any]) -> tuple[Any, str | None]:
     from transformers import TrainingArguments
 
     class Checked(TrainingArguments):
-        device = torch.device("cpu")  # the real property starts torch.distributed, which is the run's business
+        # The real property picks a device and starts torch.distributed, which belongs to the run: a recipe is also
+        # read by commands that train nothing.
+        device = torch.device("cpu")
 
     log = logging.getLogger(TrainingArguments.__module__)
     was_silent, log.disabled = log.disabled, True  # its warnings come once, when the run builds the real one
@@ -116,10 +120,12 @@ def _refusal_of_schedule(args: "TrainingArguments", kwargs: Mapping[str, Any]) -
 
     steps = args.max_steps if args.max_steps > 0 else STEPS_TRIED
     warmup = args.get_warmup_steps(steps)
+    # The cheapest optimizer there is: a schedule reads its learning rate alone.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, dict(kwargs))
         for factor in getattr(scheduler, "lr_lambdas", []):
+            # The ends of the run and of its warm-up and the middle: a polynomial or a power goes wrong at an end.
             for step in sorted({0, 1, warmup, warmup + 1, steps // 2, steps - 1, steps}):
                 value = factor(step)
                 if isinstance(value, complex) or not math.isfinite(value) or value < 0:

@@ -15,12 +15,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 
+from partialtune.distributed import from_all, rank_and_processes
 from partialtune.metrics import METRICS, WINDOW_SUMS
-from partialtune.model.modes import evaluating
+from partialtune.model.train_mode import evaluating
 from partialtune.progress import progress_bar
 from partialtune.text.windows import chunked_windows
 
@@ -123,7 +123,7 @@ def score_tokens(
         The figures, and nats = -ln p(token | those before it in its window) of the watched windows, fp32, shape
         (watched, block_size - 1): column t is the window's token t + 1.
     """
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, processes = rank_and_processes()
     count = len(scored.windows)
     # Every process runs equally many forward passes, because a sharded model communicates in each of them: who has one
     # window less than the others scores window 0 once more and drops that row.
@@ -150,10 +150,6 @@ def score_tokens(
     return figures, np.array([kept[index] for index in wanted], dtype=np.float32)
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of each scored token, fp32 (B, T - 1), and which of the five first guesses is it, bool (B, T - 1, 5)."""
     # the mask of ones says that a window which happens to hold the pad token is not padded
@@ -178,11 +174,7 @@ def _rows(nats: torch.Tensor, hits: torch.Tensor) -> list[list[float]]:
 
 def _gathered(rows: list[T]) -> list[T]:
     """The rows of all processes."""
-    if not _distributed():
-        return rows
-    shares: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, rows)
-    return [row for share in shares for row in share]
+    return [row for share in from_all(rows) for row in share]
 
 
 def _metric_of(rows: list[list[float]], text_tokens: int, text_bytes: int) -> dict[str, float | int | None]:

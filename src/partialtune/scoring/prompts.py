@@ -24,9 +24,8 @@ from transformers import (
 )
 
 from partialtune.errors import TextError
-from partialtune.model.files import context_of
-from partialtune.model.loading import check_ids
-from partialtune.model.modes import evaluating
+from partialtune.model.model_checks import check_ids, context_of
+from partialtune.model.train_mode import evaluating
 from partialtune.text.tokenizing import tokenize_text
 
 logger = logging.getLogger(__name__)

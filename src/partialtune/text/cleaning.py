@@ -85,13 +85,13 @@ def clean_gutenberg_pieces(pieces: Pieces) -> CleanedPieces:
 
 
 def looks_like_gutenberg(pieces: Pieces) -> bool:
-    """Whether a text carries a header or a footer of Project Gutenberg; see `cleaning.is_gutenberg`."""
+    """Whether a text carries a header or a footer of Project Gutenberg; see `gutenberg.is_gutenberg`."""
     return is_gutenberg(Ends.of(pieces(), ZONE).text)
 
 
 @dataclass
 class Ends:
-    """The first and the last `width` characters of a text that passes by, and its length."""
+    """The first and the last `width` characters of a text, and its length; gathered while its pieces pass."""
 
     width: int
     head: str = ""
@@ -115,15 +115,16 @@ class Ends:
 
 
 def unified_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """The text with unified lines (`cleaning.unify_lines`); each piece but the last one ends with a line."""
+    """The text with unified lines (`gutenberg.unify_lines`); each piece but the last one ends with a line end."""
     first, rest = True, []
     for piece in pieces:
         cut = _after_last_line(piece)
         if cut == 0:
             rest.append(piece)
             continue
-        # only a text's first character is a byte order mark, later ones are text
         done = "".join([*rest, piece[:cut]])
+        # A byte order mark is taken off the first piece alone: elsewhere it is a character of the text. unify_lines
+        # takes one off any start, so later pieces get a line feed in front, which is cut off again.
         yield unify_lines(done if first else "\n" + done)[0 if first else 1 :]
         first, rest = False, [piece[cut:]]
     last = "".join(rest)
@@ -150,7 +151,11 @@ def _without_byte_order_mark(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _after_last_line(piece: str) -> int:
-    """The place after the last line end that is certainly whole; 0 if there is none. \\r may begin \\r\\r\\n."""
+    """The place after the last line end that is certainly whole; 0 if there is none.
+
+    A \\r at the end of a piece may be the beginning of \\r\\n or \\r\\r\\n, also with a \\f or \\x1a between, which
+    `unify_lines` takes out before it looks for line ends.
+    """
     newline = piece.rfind("\n")
     if newline >= 0:
         return newline + 1
@@ -162,7 +167,7 @@ def _after_last_line(piece: str) -> int:
 
 def _book_lines(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
     """The lines from character `start` to `end`, without the blank ones at both ends."""
-    at, unfinished, blank, begun = 0, "", 0, False
+    at, unfinished, blank, started = 0, "", 0, False  # blank lines are held back until a line follows them
     for piece in pieces:
         part = piece[max(0, start - at) : max(0, end - at)]
         at += len(piece)
@@ -173,11 +178,11 @@ def _book_lines(pieces: Iterable[str], start: int, end: int) -> Iterator[str]:
             if not line:
                 blank += 1
                 continue
-            yield from [""] * (blank if begun else 0)
-            blank, begun = 0, True
+            yield from [""] * (blank if started else 0)
+            blank, started = 0, True
             yield line
     if unfinished:
-        yield from [""] * (blank if begun else 0)
+        yield from [""] * (blank if started else 0)
         yield unfinished
 
 

@@ -23,16 +23,6 @@ Chunks = Callable[[], Iterator[bytes]]  # a file's bytes in order, from the begi
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A decoded text: a byte order mark is still its first character; `damaged` counts U+FFFD in it."""
-
-    text: str
-    encoding: str
-    encoding_from: str
-    damaged: int
-
-
-@dataclass(frozen=True)
 class Encoding:
     """How bytes are read, and what that rests on: a byte order mark, a header, ..."""
 
@@ -42,13 +32,13 @@ class Encoding:
 
 @dataclass
 class Damage:
-    """Counts the U+FFFD characters of a text that passes by."""
+    """Counts the U+FFFD characters of a text while its pieces pass."""
 
     count: int = 0
     first: str = ""  # the first one with the characters around it
 
     def watched(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces, once each was looked at."""
+        """The pieces, each counted before it is given out."""
         for piece in pieces:
             found = piece.count("\ufffd")
             if found and not self.count:
@@ -58,30 +48,12 @@ class Damage:
             yield piece
 
     def warn(self, name: str, encoding: Encoding) -> None:
-        """Say it, if there was any."""
+        """Log a warning, if there was any damage."""
         if self.count:
             logger.warning(
                 "%s: %d damaged characters, read as %s (%s), stand in the text as U+FFFD; the first one in %r.",
                 *(name, self.count, encoding.name, encoding.origin, self.first),
             )
-
-
-def decode_text(data: bytes, name: str, http_charset: str | None = None) -> Decoded:
-    """Decode a text that lies in memory; see `choose_encoding`.
-
-    Args:
-        data: The file as it is.
-        name: How messages call it.
-        http_charset: The charset of the HTTP header it came with, if one was given there.
-
-    Raises:
-        TextError: If the data is empty, binary or an HTML page.
-    """
-    encoding = choose_encoding(lambda: iter((data,)), name, http_charset)
-    damage = Damage()
-    text = "".join(damage.watched(decoded_pieces(iter((data,)), encoding.name)))
-    damage.warn(name, encoding)
-    return Decoded(text, encoding.name, encoding.origin, damage.count)
 
 
 def choose_encoding(chunks: Chunks, name: str, http_charset: str | None = None) -> Encoding:
@@ -114,6 +86,7 @@ def decoded_pieces(chunks: Iterable[bytes], encoding: str) -> Iterator[str]:
 
 
 def _choose(chunks: Chunks, head: bytes, name: str, http_charset: str | None) -> Encoding:
+    """`choose_encoding`, for bytes that are a text."""
     for mark, encoding in BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return Encoding(encoding, "byte order mark")
@@ -131,7 +104,7 @@ def _choose(chunks: Chunks, head: bytes, name: str, http_charset: str | None) ->
         characters += len(piece)
         others += len(piece) - len(piece.encode("ascii", errors="ignore"))
         damaged += piece.count("\ufffd")
-    if others > 2 * damaged:
+    if others > 2 * damaged:  # most of what is no ASCII decodes: UTF-8 with some damage, since cp1252 rarely does
         return Encoding("utf-8", "mostly valid UTF-8")
     if others > characters / 4:
         logger.warning(
@@ -153,11 +126,11 @@ def _decodes(chunks: Iterable[bytes], encoding: str) -> bool:
 
 
 def _declared_charsets(chunks: Chunks, head: bytes, http_charset: str | None) -> Iterator[tuple[str, str]]:
-    """The charsets that a text is said to be in, as Python's names, each with who says so."""
+    """The charsets that are declared for a text, as Python's names, each with where it is declared."""
     head = head[:_HEADER_BYTES]
     line = _GUTENBERG_CHARSET.search(head) if b"gutenberg" in head.lower() else None
-    said = [(http_charset, "HTTP header"), (line and line[1].decode("ascii", "replace"), "Gutenberg header")]
-    for charset, origin in said:
+    declared = [(http_charset, "HTTP header"), (line and line[1].decode("ascii", "replace"), "Gutenberg header")]
+    for charset, origin in declared:
         if charset and (encoding := python_encoding(charset)):
             # Windows programs say ISO-8859-1 and mean cp1252, whose quotes are control characters there.
             windows = encoding == "iso8859-1" and any(re.search(rb"[\x80-\x9f]", chunk) for chunk in chunks())

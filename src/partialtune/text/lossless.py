@@ -1,4 +1,4 @@
-"""Whether a tokenizer can write a text: text -> ids -> text, on a sample -> shares of what is unknown and what is lost.
+"""Whether a text comes back from its token ids: text -> ids -> text, on a sample -> shares unknown and lost.
 
 Bits per byte is a fair score only where the ids hold the whole text. A tokenizer that knows few words or lowers its
 letters has less to predict, and an untrained model would score 1.2 bits per byte with it.
@@ -27,8 +27,8 @@ _PARTS = re.compile(r"\s|\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How well a tokenizer writes a text, measured on a sample of it.
+class RoundTrip:
+    """How much of a text comes back from its token ids, measured on a sample of it.
 
     Attributes:
         unknown: Share of the ids that are the tokenizer's unknown token.
@@ -39,17 +39,17 @@ class Writing:
     lost: float
 
     @property
-    def whole(self) -> bool:
-        """Whether the text comes back from its ids."""
+    def lossless(self) -> bool:
+        """Whether the text comes back from its ids, but for TOLERATED."""
         return self.lost <= TOLERATED
 
     def warn(self, name: str) -> None:
-        """Say what is lost, if anything is."""
+        """Log what is lost, if anything is."""
         if not self.unknown and not self.lost:
             return
         fate = (
             "so little that its bits per byte are given all the same"
-            if self.whole
+            if self.lossless
             else "so its bits per byte are withheld: they would count bytes that no token stands for"
         )
         logger.warning(
@@ -59,8 +59,8 @@ class Writing:
         )
 
 
-def writing_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase) -> Writing:
-    """Measure how well a tokenizer writes texts.
+def round_trip_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase) -> RoundTrip:
+    """Measure how much of texts comes back from their token ids.
 
     A text comes back if decoding its ids gives the same characters, up to Unicode's canonical equivalence (NFC) and a
     space that the tokenizer puts in front: neither takes anything from what is to be predicted.
@@ -74,8 +74,8 @@ def writing_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizer
         characters += len(stretch)
         unknown += row.count(tokenizer.unk_token_id)
         tokens += len(row)
-    literal = sum(stretch.count(str(tokenizer.unk_token)) for stretch in stretches)  # a text may say <unk> itself
-    return Writing(max(0, unknown - literal) / max(1, tokens), lost / max(1, characters))
+    literal = sum(stretch.count(str(tokenizer.unk_token)) for stretch in stretches)  # a text may hold <unk> itself
+    return RoundTrip(max(0, unknown - literal) / max(1, tokens), lost / max(1, characters))
 
 
 def _sample(texts: Sequence[str | StoredText]) -> Iterator[str]:

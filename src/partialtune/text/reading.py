@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialtune.cache import stored
+from partialtune.cache import cached_by_content
 from partialtune.errors import TextError
 from partialtune.net import sniffing
 from partialtune.text import cleaning as cleaning_code
 from partialtune.text import decoding, gutenberg, stored_text, unwrapping
 from partialtune.text.cleaning import CLEANINGS, cleaned_pieces
 from partialtune.text.decoding import Damage, Encoding, choose_encoding, decoded_pieces
-from partialtune.text.sources import RawText, expand_all, raw_text, source_of
+from partialtune.text.sources import RawText, expand_sources, raw_text, source_of
 from partialtune.text.stored_text import StoredText, write_pieces
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def read_texts(
     """
     if cleaning not in CLEANINGS:
         raise TextError(f"text_cleaning is {cleaning!r}: choose one of {', '.join(CLEANINGS)}.")
-    names = expand_all(sources)
+    names = expand_sources(sources)
     texts: list[SourceText] = []
     for name in names:
         text = _read_source(raw_text(name, text_column), cleaning, in_memory_bytes)
@@ -106,11 +106,13 @@ def read_texts(
     return texts
 
 
-def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path, text_column: str = "text") -> list[str]:
-    """Stop where a text is not the one that a run was trained on. Nothing is fetched: only what lies here is read.
+def check_texts_unchanged(
+    recorded: Mapping[str, str], sources: Sequence[str], run: Path, text_column: str = "text"
+) -> list[str]:
+    """Raise where a text is not the one that a finished run was trained on. Only what lies on this machine is read.
 
     Args:
-        recorded: Name -> sha256 of each text, as the run kept them. Where it kept none, nothing is compared.
+        recorded: Name -> sha256 of each text, from the run's `recipe.yaml`. Where it is empty, nothing is compared.
         sources: What the recipe names now.
         run: The run's folder, for the message.
         text_column: Which column of files with columns is read.
@@ -128,9 +130,9 @@ def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path, t
     for source in sources:
         if source_of(source).on_network:
             continue
-        with suppress(TextError):  # it is gone, and so is not another one
-            for name in expand_all([source]):
-                found = _sha256(raw_text(name, text_column))
+        with suppress(TextError):  # a text that is gone has not become another one
+            for name in expand_sources([source]):
+                found, _ = _digest(raw_text(name, text_column))
                 present.add(name)
                 if recorded.get(name) != found:
                     was = f"sha256 {recorded[name][:12]} then" if name in recorded else "not among its texts"
@@ -143,28 +145,27 @@ def check_kept(recorded: Mapping[str, str], sources: Sequence[str], run: Path, t
     return [name for name in recorded if name not in present]
 
 
-def _sha256(raw: RawText) -> str:
-    digest = hashlib.sha256()
-    for chunk in raw.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_source(raw: RawText, cleaning: str, in_memory_bytes: int) -> SourceText:
-    """Decode and clean one text, into memory or into the cache, and log what was decided."""
+def _digest(raw: RawText) -> tuple[str, int]:
+    """The sha256 of a text's bytes, and their number."""
     digest, size = hashlib.sha256(), 0
     for chunk in raw.chunks():
         digest.update(chunk)
         size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def _read_source(raw: RawText, cleaning: str, in_memory_bytes: int) -> SourceText:
+    """Decode and clean one text, into memory or into the cache, and log what was decided."""
+    sha256, size = _digest(raw)
     content: str | StoredText
     if size <= in_memory_bytes:
-        prepared = _prepare(raw, cleaning)
-        content, facts = "".join(prepared.pieces), prepared.facts
+        pieces, facts = _prepare(raw, cleaning)
+        content = "".join(pieces)
     else:
-        content, facts = _store_text(raw, cleaning, digest.hexdigest())
+        content, facts = _store_text(raw, cleaning, sha256)
     encoding = Encoding(facts["encoding"], facts["encoding_from"])
     Damage(facts["damaged"], facts.pop("first_damage")).warn(raw.name, encoding)
-    source = SourceText(name=raw.name, content=content, sha256=digest.hexdigest(), raw_bytes=size, **facts)
+    source = SourceText(name=raw.name, content=content, sha256=sha256, raw_bytes=size, **facts)
     _log_decisions(source, cleaning)
     return source
 
@@ -173,44 +174,34 @@ def _store_text(raw: RawText, cleaning: str, sha256: str) -> tuple[StoredText, d
     """The text in the cache: by its bytes, how they are read, and the code that does it."""
 
     def build(path: Path) -> dict[str, Any]:
-        prepared = _prepare(raw, cleaning)
-        return {"marks": write_pieces(prepared.pieces, path), **prepared.facts}
+        pieces, facts = _prepare(raw, cleaning)
+        return {"marks": write_pieces(pieces, path), **facts}
 
     code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in CODE)).hexdigest()
     given = [raw.charset, raw.encoding and raw.encoding.origin]
-    entry = stored("texts", ".txt", {"raw": sha256, "encoding": given, "cleaning": cleaning, "code": code}, build)
+    made_of = {"raw": sha256, "encoding": given, "cleaning": cleaning, "code": code}
+    entry = cached_by_content("texts", ".txt", made_of, build)
     facts = dict(entry.facts)
     marks = tuple((characters, size) for characters, size in facts.pop("marks"))
     return StoredText(entry.path, entry.sha256, marks, start=0, end=marks[-1][0]), facts
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A decoded and cleaned text, and fields of SourceText."""
-
-    pieces: Iterator[str]
-    facts: dict[str, Any]
-
-
-def _prepare(raw: RawText, cleaning: str) -> _Prepared:
-    """Decide how a text is read and cleaned; its pieces do it."""
+def _prepare(raw: RawText, cleaning: str) -> tuple[Iterator[str], dict[str, Any]]:
+    """The pieces of a decoded and cleaned text, and what was decided: fields of SourceText, and the first damage."""
     encoding = raw.encoding or choose_encoding(raw.chunks, raw.name, raw.charset)
     damage = Damage()
     for _ in damage.watched(decoded_pieces(raw.chunks(), encoding.name)):
-        pass
-    facts = {"encoding": encoding.name, "encoding_from": encoding.origin}
-    facts |= {"damaged": damage.count, "first_damage": damage.first}
-
-    def pieces() -> Iterator[str]:
-        return decoded_pieces(raw.chunks(), encoding.name)
-
-    cleaned = cleaned_pieces(pieces, cleaning)
-    facts |= {
+        pass  # a pass of its own: damage in a part that cleaning cuts away counts too
+    cleaned = cleaned_pieces(lambda: decoded_pieces(raw.chunks(), encoding.name), cleaning)
+    return _not_blank(cleaned.pieces, raw.name), {
+        "encoding": encoding.name,
+        "encoding_from": encoding.origin,
+        "damaged": damage.count,
+        "first_damage": damage.first,
         "cleaning": cleaned.cleaning,
         "removed_head": cleaned.removed_head,
         "removed_foot": cleaned.removed_foot,
     }
-    return _Prepared(_not_blank(cleaned.pieces, raw.name), facts)
 
 
 def _not_blank(pieces: Iterator[str], name: str) -> Iterator[str]:

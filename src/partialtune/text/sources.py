@@ -1,8 +1,9 @@
 """A text source as a recipe names it -> the texts it stands for -> the bytes of each, chunk by chunk.
 
-Each kind of source is one class here and one line in SOURCES. To add one, such as `zip:FOLDER/books.zip`: write a class
-with a `prefix` and a `read` that returns a RawText, put it into SOURCES, and test it in tests/test_text.py. Decoding,
-cleaning, tokens, the cache and what a run records of its texts need to know nothing of it.
+Each kind of source is one class here and one entry in SOURCES. To add one, such as `zip:FOLDER/books.zip`, write a
+class with `form`, `help`, `prefix` and a `read` that returns a RawText, put it into SOURCES before File, and test it in
+tests/test_text.py. Decoding, cleaning, tokens, the cache, what a run records of its texts, messages and the help text
+take it from there.
 """
 
 import difflib
@@ -52,13 +53,15 @@ class Source:
     """A kind of text source.
 
     Attributes:
-        form: How it is written, for messages.
+        form: How it is named, in messages: "Give an http(s) URL, a path, ...".
+        help: The same in the help text of `--text`, with more detail.
         prefix: What its names begin with.
-        on_network: Whether its texts may have to be fetched. What lies here is compared when a finished run is asked
-            for again.
+        on_network: Whether its texts may have to be fetched. Those that lie on this machine are compared with the ones
+            of a finished run when its recipe is started again.
     """
 
     form: str
+    help: str
     prefix: str = ""
     on_network: bool = False
 
@@ -87,6 +90,7 @@ class BuiltIn(Source):
     """The reference text that comes with Python itself, its topics in alphabetical order."""
 
     form = "builtin:python-docs"
+    help = "builtin:python-docs (the reference text in every CPython)"
     prefix = "builtin:"
 
     def read(self, name: str, text_column: str) -> RawText:
@@ -104,6 +108,7 @@ class HubDataset(Source):
     """A data set: hf:DATASET[:CONFIG[:SPLIT]]. The rows of its text column, each ended by a line end, in UTF-8."""
 
     form = "hf:DATASET"
+    help = "hf:DATASET[:CONFIG[:SPLIT]]"
     prefix = "hf:"
     on_network = True
 
@@ -118,7 +123,8 @@ class HubDataset(Source):
 class WebAddress(Source):
     """An http(s) address of a plain text, or of a file with columns; fetched once, then taken from the cache."""
 
-    form = "address"
+    form = "an http(s) URL"
+    help = "http(s) URL"
     on_network = True
 
     def claims(self, name: str) -> bool:
@@ -146,7 +152,8 @@ class WebAddress(Source):
 class File(Source):
     """A path or a glob of text files, or of files with columns."""
 
-    form = "path, glob"
+    form = "a path, a glob"
+    help = "path, glob (sorted)"
 
     def expand(self, name: str) -> list[str]:
         path = Path(name).expanduser()
@@ -172,7 +179,11 @@ class File(Source):
         return _file_text(Path(name), name, PurePosixPath(name).suffix, text_column)
 
 
-SOURCES: tuple[Source, ...] = (WebAddress(), BuiltIn(), HubDataset(), File())  # the first that claims a name reads it
+# The first that claims a name reads it; File, last, claims every name.
+SOURCES: tuple[Source, ...] = (BuiltIn(), HubDataset(), WebAddress(), File())
+_IN_MESSAGES = sorted(SOURCES, key=lambda source: source.prefix != "")  # what needs no prefix is named first
+SOURCE_FORMS = " or ".join(", ".join(source.form for source in _IN_MESSAGES).rsplit(", ", 1))
+SOURCE_HELP = ", ".join(source.help for source in _IN_MESSAGES)
 
 
 def source_of(name: str) -> Source:
@@ -181,11 +192,11 @@ def source_of(name: str) -> Source:
 
 
 def raw_text(name: str, text_column: str) -> RawText:
-    """Fetch or find a text; nothing of a file is read yet. Arguments and errors as in `Source.read`."""
+    """One text -> its bytes, fetched or found. Arguments and errors as in `Source.read`."""
     return source_of(name).read(name, text_column)
 
 
-def expand_all(sources: Sequence[str]) -> list[str]:
+def expand_sources(sources: Sequence[str]) -> list[str]:
     """The sources with globs expanded; every problem in one error. A file that comes up twice is read once."""
     names: dict[str, None] = {}  # in order, each once
     problems: list[str] = []
@@ -202,7 +213,7 @@ def expand_all(sources: Sequence[str]) -> list[str]:
     if problems:
         raise TextError("\n".join(problems))
     if not names:
-        raise TextError("No text is named: give at least one address, path, glob, builtin:python-docs or hf:DATASET.")
+        raise TextError(f"No text is named: give {SOURCE_FORMS}.")
     return list(names)
 
 

@@ -23,7 +23,7 @@ import transformers
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.cache import stored
+from partialtune.cache import cached_by_content
 from partialtune.progress import progress_bar
 from partialtune.text.stored_text import StoredText
 
@@ -115,9 +115,10 @@ def _split_pattern(pre_tokenizer: dict) -> str | None:
 
 def token_ids_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """The token ids of each text, shape (n,), int32; memory-mapped from one file if any of the texts lies on disk."""
-    if all(isinstance(text, str) for text in texts):
+    in_memory = [text for text in texts if isinstance(text, str)]
+    if len(in_memory) == len(texts):
         words = WordTokens(tokenizer)  # what one text taught serves the next
-        return [tokenize_text(text, tokenizer, words) for text in texts]
+        return [tokenize_text(text, tokenizer, words) for text in in_memory]
 
     def build(path: Path) -> dict[str, Any]:
         words = WordTokens(tokenizer)
@@ -125,7 +126,7 @@ def token_ids_of(texts: Sequence[str | StoredText], tokenizer: PreTrainedTokeniz
             return {"lengths": [_write_tokens(token_pieces(text, tokenizer, words), file) for text in texts]}
 
     made_of = {"texts": [_identity(text) for text in texts], "tokenizer": tokenizer_fingerprint(tokenizer)}
-    entry = stored("tokens", ".bin", made_of, build)
+    entry = cached_by_content("tokens", ".bin", made_of, build)
     if not sum(entry.facts["lengths"]):  # a text of a few characters, all held out; an empty file cannot be mapped
         return [np.empty(0, dtype=np.int32) for _ in texts]
     ids = np.memmap(entry.path, dtype="<i4", mode="r")

@@ -12,7 +12,7 @@ import mmap
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 from tqdm import tqdm
 
-from partialtune.cache import stored
+from partialtune.cache import cached_by_content
 from partialtune.errors import RecipeError, TextError
 from partialtune.progress import progress_bar
 from partialtune.text.stored_text import StoredText
@@ -31,7 +31,7 @@ CUT_CONTEXT = 20 * WORD_SEARCH  # characters on each side of it that are read fr
 ZERO_WIDTH_JOINER = "\N{ZERO WIDTH JOINER}"
 SLAB_WINDOWS = 1024  # windows written between two updates of the progress bar
 
-Text = TypeVar("Text", str, StoredText)
+Text = str | StoredText
 
 
 def split_text(text: Text, validation_share: float) -> tuple[Text, Text]:
@@ -117,7 +117,7 @@ def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int, 
     return _write_windows(slabs, block_size, count, path)
 
 
-def windows_of(
+def cached_windows(
     token_ids: Sequence[np.ndarray], made_by: Sequence[Any], make: Callable[[Path | None], Dataset]
 ) -> Dataset:
     """The windows of texts: in memory for tokens in memory, else in an Arrow file.
@@ -130,7 +130,7 @@ def windows_of(
     if not any(isinstance(ids, np.memmap) for ids in token_ids):
         return make(None)
     files = sorted({Path(ids.filename).name for ids in token_ids})  # a file's name says what is in it
-    entry = stored(
+    entry = cached_by_content(
         "windows", ".arrow", {"tokens": files, "made_by": list(made_by)}, lambda path: {"windows": len(make(path))}
     )
     return Dataset.from_file(str(entry.path))
@@ -141,7 +141,7 @@ def _slabs(ids: np.ndarray, block_size: int, stride: int) -> Iterator[np.ndarray
     views = np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
     for at in range(0, len(views), SLAB_WINDOWS):
         yield views[at : at + SLAB_WINDOWS]
-        let_go(ids)
+        release_pages(ids)
 
 
 def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: np.ndarray, block_size: int):
@@ -152,11 +152,11 @@ def _gathered(sources: Sequence[np.ndarray], starts_before: np.ndarray, drawn: n
         mine = source == number
         starts = drawn[mine] - starts_before[number]
         rows[mine] = sources[number][starts[:, None] + np.arange(block_size)]
-        let_go(sources[number])
+        release_pages(sources[number])
     return rows
 
 
-def let_go(ids: np.ndarray) -> None:
+def release_pages(ids: np.ndarray) -> None:
     """Give the pages of a memory map back; they are counted as memory of the process as long as they are mapped."""
     mapped = getattr(ids, "_mmap", None)
     if mapped is not None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from partialtune.distributed import DDP_TIMEOUT, _said_by_launcher, shards_parameters
+from partialtune.distributed import DDP_TIMEOUT, launcher_says, shards_parameters
 from partialtune.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def check_launcher() -> None:
     Raises:
         InputError: In that case.
     """
-    if _said_by_launcher("ACCELERATE_USE_DEEPSPEED"):
+    if launcher_says("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
             "The launcher says DeepSpeed: it partitions parameters, and snapshot, deltas and audit need whole ones. "
             "Take recipes/launch/fsdp2.yaml where one GPU is too small, else recipes/launch/ddp.yaml."
@@ -86,7 +86,7 @@ def check_engine(args: TrainingArguments) -> None:
     Raises:
         InputError: For FSDP1, for FSDP that saves shards, and for FSDP without a GPU.
     """
-    by_launcher = _said_by_launcher("ACCELERATE_USE_FSDP")
+    by_launcher = launcher_says("ACCELERATE_USE_FSDP")
     if not shards_parameters(args):
         return
     version = os.environ.get("FSDP_VERSION", "1") if by_launcher else args.fsdp_plugin_args["fsdp_version"]

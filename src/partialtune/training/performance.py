@@ -1,4 +1,4 @@
-"""What training cost: seconds of each step and of its parts, peak memory, arithmetic -> `performance.json`."""
+"""How training goes, and what it cost: its bar, seconds of steps and their parts, memory -> `performance.json`."""
 
 import statistics
 import time
@@ -6,14 +6,40 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from partialtune.machine import peak_memory_mb
+from partialtune.progress import progress_bar
 
 if TYPE_CHECKING:
-    from partialtune.fast.paths import FastPaths
+    from partialtune.fast.fast_paths import FastPaths
 
 PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
+
+
+class TrainingProgress(TrainerCallback):
+    """The bar of training: steps done, training loss, held-out loss, in place of a printed line for every log entry."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar = progress_bar(state.max_steps, "training", "steps", initial=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = {"loss": "loss", "eval_loss": "held-out"}
+        self._shown |= {shown: f"{logs[name]:.4f}" for name, shown in names.items() if name in (logs or {})}
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+        self._bar = None
 
 
 class StepTimer(TrainerCallback):

@@ -1,27 +1,37 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: a checkpoint in mid-training, an orderly end anywhere else, exit code 130 or 143.
+"""What ends training before its last step: a signal, or a loss or gradients that are not finite.
 
+Ctrl-C, SIGTERM and SIGUSR1 give a checkpoint in mid-training, an orderly end anywhere else, exit code 130 or 143.
 Schedulers send SIGTERM before they kill (Kubernetes, a preempted SLURM job) or what they were told to, mostly SIGUSR1,
 some time before a limit. Both mean: save what there is, and go on later.
+
+A step whose loss or gradients are not finite ends the run before the optimizer takes it; its windows are named.
 """
 
+import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
-from partialtune.errors import Interrupted
+from partialtune.distributed import from_all, largest_of_all
+from partialtune.errors import Interrupted, TrainingDiverged
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # a second, which a mistake in the recipe need not wait for
 
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON = "Go on with: --resume_from_checkpoint auto"
+ROWS_AT_ONCE = 4096  # of the training windows, when those of a batch are looked for
+NAMED = 16  # windows of a step that diverged, in the message
 
 
-def exit_code_of(number: int) -> int:
+def signal_exit_code(number: int) -> int:
     """130 for Ctrl-C, 143 for either way of asking a process to end."""
     return 130 if number == signal.SIGINT else 143
 
@@ -36,7 +46,7 @@ class _Ended(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name}: stopped outside of the training steps. {GO_ON}")
-        self.exit_code = exit_code_of(number)
+        self.exit_code = signal_exit_code(number)
 
 
 @contextmanager
@@ -118,18 +128,9 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def asked_to_stop(self, args: TrainingArguments) -> bool:
-        """Whether any process has received a signal; every process has to call this together."""
-        self.received = self._any_process(args, self.received)
+        """Whether any process has received a signal: all have to save together."""
+        self.received = largest_of_all(self.received or 0, args.device) or None
         return self.received is not None
-
-    @staticmethod
-    def _any_process(args: TrainingArguments, received: int | None) -> int | None:
-        """The signal that any process received: all have to save together."""
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return received
-        flag = torch.tensor([received or 0], device=args.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag) or None
 
     def raise_if_stopped(self, args: TrainingArguments) -> None:
         """End the run with 130 or 143 where a signal stopped it; all processes of it.
@@ -141,4 +142,62 @@ class StopOnSignal(TrainerCallback):
             name = signal.Signals(self.received).name
             where = f"a checkpoint in {args.output_dir}" if self._saved else "the last step"
             message = f"{name}: stopped after {where}. {GO_ON}"
-            raise Interrupted(message, exit_code_of(self.received))
+            raise Interrupted(message, signal_exit_code(self.received))
+
+
+class BatchWatch:
+    """Remembers the windows of the present optimizer step, and stops the run where its gradients are not finite.
+
+    Under DDP and FSDP a value that is not finite reaches the gradients of every process, so that all stop together.
+
+    Args:
+        windows: Training windows, `input_ids` (T,); None where no window has a number.
+    """
+
+    def __init__(self, windows: "Dataset | None") -> None:
+        self.windows = windows
+        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []  # input_ids (B, T), loss; accumulated ones too
+
+    def add(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
+        """Take note of a batch that went through forward and backward."""
+        self._batches.append((input_ids, loss.detach()))
+
+    def end_step(self, step: int, grad_norm: float | torch.Tensor | None, rate: float, stop: bool) -> None:
+        """Judge the step by its gradients.
+
+        Args:
+            step: Optimizer steps that were taken so far.
+            grad_norm: Norm of all gradients, None where it is unknown.
+            rate: Learning rate, for the message.
+            stop: Whether a norm that is not finite ends the run.
+
+        Raises:
+            TrainingDiverged: In that case; the weights are those from before the step.
+        """
+        batches, self._batches = self._batches, []
+        if not stop or grad_norm is None or math.isfinite(grad_norm):
+            return
+        losses = [float(loss) for _, loss in batches]
+        wrong = [ids for (ids, _), loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        what = "the loss" if any(from_all(bool(wrong))) else "the gradients"
+        of_each = from_all(self._numbers_of(wrong if what == "the loss" else [ids for ids, _ in batches]))
+        numbers = sorted({number for numbers in of_each for number in numbers})
+        shown = ", ".join(map(str, numbers[:NAMED])) + f" and {len(numbers) - NAMED} more" * (len(numbers) > NAMED)
+        raise TrainingDiverged(
+            f"Training diverged: {what} of step {step + 1} became non-finite (learning rate {rate:.3g}), in training "
+            f"windows {shown or 'without a number'}. The step was not taken. Lower learning_rate, add warmup_steps, or "
+            f"look at these windows. Checkpoints from before are kept."
+        )
+
+    def _numbers_of(self, batches: Sequence[torch.Tensor]) -> list[int]:
+        """The places of windows in the training windows, found by their tokens; of equal ones the first."""
+        rows = {row.astype(np.int32).tobytes() for ids in batches for row in ids.cpu().numpy()}
+        numbers: dict[bytes, int] = {}
+        if self.windows is None or not rows:
+            return []
+        for start in range(0, len(self.windows), ROWS_AT_ONCE):
+            stretch = self.windows.with_format("numpy")[start : start + ROWS_AT_ONCE]["input_ids"]
+            for place, row in enumerate(np.asarray(stretch, dtype=np.int32), start=start):
+                if row.tobytes() in rows:
+                    numbers.setdefault(row.tobytes(), place)
+        return sorted(numbers.values())

@@ -1,18 +1,26 @@
 """The Hugging Face Trainer of this package: phases, whole checkpoints, a loss that must stay finite, the decay rule."""
 
+import copy
 import logging
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import IntervalStrategy, PretrainedConfig, Trainer
+from transformers import (
+    IntervalStrategy,
+    PretrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,7 +29,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
 from partialtune.errors import RecipeError, TrainingDiverged
-from partialtune.fast.paths import FastPaths
+from partialtune.fast.fast_paths import FastPaths
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
@@ -31,24 +39,24 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.saved_files import saved_differences
-from partialtune.proof.stopwatch import Stopwatch
-from partialtune.training.batches import numbered
-from partialtune.training.checkpoints import (
+from partialtune.proof.snapshot import Stopwatch
+from partialtune.training.checkpoint_files import (
     ASIDE,
+    FirstStepRecord,
     clear_aside,
     disk_errors,
     finish_checkpoint,
     read_with_care,
     rotate_checkpoints,
     with_ties,
+    write_state,
 )
-from partialtune.training.divergence import BatchWatch
-from partialtune.training.optimizer_state import key_by_name
-from partialtune.training.origin import write_origin
-from partialtune.training.performance import StepTimer
-from partialtune.training.phases import PhaseCallback, split_by_phase
-from partialtune.training.progress import FirstStepRecord, TrainingProgress
-from partialtune.training.stopping import StopOnSignal
+from partialtune.training.performance import StepTimer, TrainingProgress
+from partialtune.training.phased_optimizer import PhaseCallback, key_by_name, split_by_phase
+from partialtune.training.resume_check import RunOrigin, write_origin
+from partialtune.training.settings import compute_dtype
+from partialtune.training.stopping import BatchWatch, StopOnSignal
+from partialtune.training.training_data import numbered
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +64,11 @@ logger = logging.getLogger(__name__)
 class PartialTrainer(Trainer):
     """Trainer that carries out a plan, phase by phase, measures one step's arithmetic, stops at a non-finite loss and
     never leaves half a checkpoint.
+
+    These private methods of transformers' Trainer are overridden, here and nowhere else; each says why, and what
+    breaks without: `_determine_best_metric`, `_get_grad_norm`, `_get_output_dir`, `_load_best_model`,
+    `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_maybe_log_save_evaluate`,
+    `_run_epoch`, `_save`, `_save_checkpoint`.
 
     Args:
         plan: The plan that was applied to the model.
@@ -65,9 +78,9 @@ class PartialTrainer(Trainer):
         fast_paths: Of `loss`, `gelu`, `casts`.
         prefix: What each phase does with its frozen prefix.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
-        origin: What the run began with, kept in each checkpoint (see `origin.origin_of`).
+        origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
         conformance: Whether the model's own loss is used, and what its saved config says where the run changed it.
-        Others: As for `transformers.Trainer`.
+        Others: As for `transformers.Trainer`; none of them is changed.
 
     Attributes:
         audit, deltas, timer, stop: Its callbacks.
@@ -86,63 +99,59 @@ class PartialTrainer(Trainer):
         decay_everything: bool = False,
         fast_paths: Collection[str] = (),
         prefix: Sequence[PrefixPhase] = (),
-        origin: Mapping[str, Any] | None = None,
+        origin: RunOrigin | None = None,
         conformance: Conformance | None = None,
         tokens_per_byte: float | None = None,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
         **kwargs,
     ) -> None:
-        self.audit = FreezeAuditCallback(plan, stop_on_violation=stop_on_violation)
-        self.deltas = WeightDeltaCallback(plan, delta_steps=delta_steps)
-        self.timer, self.stop = StepTimer(), StopOnSignal()
-        self.audit.interrupted = lambda: self.stop.asked_to_stop(self.args)
-        self.plan = plan
-        self.decay_everything = decay_everything
-        self.origin = origin or {}
-        self.tokens_per_byte = tokens_per_byte
-        self.batch = BatchWatch(kwargs.get("train_dataset"))
+        self.plan, self.origin = plan, origin
+        self.decay_everything, self.tokens_per_byte = decay_everything, tokens_per_byte
+        self.batch, self.reading_back = BatchWatch(train_dataset), Stopwatch()
         self.flops_per_step: int | None = None
-        self.reading_back = Stopwatch()
         self._saving_in: str | None = None
-        if len(plan.phases) > 1:  # what later phases train has no gradient yet; Trainer says no under checkpointing
-            kwargs["args"].ddp_find_unused_parameters = True
         conformance = conformance or Conformance()
+        use_cache = getattr(model.config, "use_cache", None)
+        self._config_as_loaded = {**conformance.config_as_loaded, "use_cache": use_cache}
         if conformance.loss_fault:
             kwargs["compute_loss_func"] = next_token_loss
             fast_paths = set(fast_paths) - {"loss"}  # which stands in for a loss that the model takes itself
-        self.fast = self._fast_paths(fast_paths, prefix or [PrefixPhase(0, 0, 0, "off")], kwargs)
-        callbacks = [PhaseCallback(plan, self.fast), self.timer, self.deltas, self.audit, self.stop, FirstStepRecord()]
-        use_cache = getattr(kwargs["model"].config, "use_cache", None)
-        self._config_as_loaded = {**conformance.config_as_loaded, "use_cache": use_cache}
-        super().__init__(callbacks=callbacks, **kwargs)
+        evaluated = eval_dataset if args.eval_strategy != IntervalStrategy.NO else None
+        self.fast = _fast_paths(model, args, fast_paths, prefix, train_dataset, evaluated)
+        if self.fast.keeps_prefix:
+            train_dataset, first = numbered(train_dataset, 0), len(train_dataset)
+            eval_dataset = eval_dataset if evaluated is None else numbered(evaluated, first)
+        super().__init__(
+            model=model,
+            args=_for_phases(args, plan),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=self._make_callbacks(delta_steps, stop_on_violation),
+            **kwargs,
+        )
         if conformance.loss_fault:
             self.model_accepts_loss_kwargs = False  # its forward pass takes no loss: the number of targets is ours
         if self.is_fsdp_enabled and len(plan.phases) > 1:
             raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+        self._replace_printers()
+        self.deltas.attach(self)
+
+    def _make_callbacks(self, delta_steps: int, stop_on_violation: bool) -> list[TrainerCallback]:
+        self.audit = FreezeAuditCallback(self.plan, stop_on_violation=stop_on_violation)
+        self.audit.interrupted = lambda: self.stop.asked_to_stop(self.args)
+        self.deltas = WeightDeltaCallback(self.plan, delta_steps=delta_steps)
+        self.timer, self.stop = StepTimer(), StopOnSignal()
+        # a phase begins first: the others measure what learns in the step
+        return [PhaseCallback(self.plan, self.fast), self.timer, self.deltas, self.audit, self.stop, FirstStepRecord()]
+
+    def _replace_printers(self) -> None:
         for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
             self.remove_callback(printer)
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
-        self.deltas.attach(self)
-
-    @staticmethod
-    def _fast_paths(enabled: Collection[str], prefix: Sequence[PrefixPhase], settings: dict[str, Any]) -> FastPaths:
-        """The fast paths; where a prefix is kept, the data sets in `settings` get the numbers of their windows."""
-        args, train, held_out = settings["args"], settings["train_dataset"], settings.get("eval_dataset")
-        if shards_parameters(args):  # the other paths hold whole weights
-            enabled = {"gelu"} & set(enabled)
-        evaluates = held_out is not None and args.eval_strategy != IntervalStrategy.NO
-        fast = FastPaths(
-            settings["model"],
-            enabled,
-            prefix,
-            [train, held_out] if evaluates else [train],
-            args.per_device_eval_batch_size,
-            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        )
-        if fast.keeps_prefix:
-            settings["train_dataset"] = numbered(train, 0)
-            settings["eval_dataset"] = numbered(held_out, len(train)) if evaluates else held_out
-        return fast
 
     def train(self, *args, **kwargs):
         with self.fast:
@@ -183,6 +192,8 @@ class PartialTrainer(Trainer):
         return loss
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # Called when the callbacks of a step are over and before anything is logged, evaluated or saved. Without, the
+        # seconds of evaluation and saves would be counted to the step.
         self.timer.end()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -198,6 +209,8 @@ class PartialTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm of the gradients, all processes' by now; one that is not finite ends the run before it does harm."""
+        # The one place between backward and the optimizer's step that knows the norm. Without, the step is taken, and
+        # the weights are spoilt before `log` sees that the loss is not finite.
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step, and goes on
         self.batch.end_step(self.state.global_step, norm, self._get_learning_rate(), stop=not scaled)
@@ -215,7 +228,9 @@ class PartialTrainer(Trainer):
         return output
 
     def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # Trainer would do one step more than asked for
+        # Trainer asks only after a step whether it was the last: without, a run that goes on from a checkpoint of its
+        # last step would take one step more than asked for.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
@@ -243,16 +258,12 @@ class PartialTrainer(Trainer):
     def save_state(self) -> None:
         """The log, as a whole or not at all."""
         if self.is_world_process_zero():
-            file = Path(self.args.output_dir) / TRAINER_STATE_NAME
-            aside = file.with_name(f".{file.name}.part")
-            try:
-                self.state.save_to_json(str(aside))
-                os.replace(aside, file)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_state(Path(self.args.output_dir) / TRAINER_STATE_NAME, self.state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as the model was loaded, each tied tensor once, and without the pickle; of LoRA the adapters alone."""
+        # All of Trainer's ways to save end here. Without, the saved config has `use_cache: false`, FSDP saves a tied
+        # head twice, LoRA the whole model, and `training_args.bin` is a pickle that nobody should have to open.
         folder = Path(output_dir or self.args.output_dir)
         if self.plan.adapter is None:
             with self.config_as_loaded():
@@ -275,6 +286,7 @@ class PartialTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
+        # Without, adapters are not loaded, and a damaged file ends in a traceback and exit code 1.
         with read_with_care(Path(resume_from_checkpoint)):
             if self.plan.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -283,6 +295,8 @@ class PartialTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""
+        # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
+        # the best model by what the last steps did, and find fault with parameters that went back to the base.
         best = self.state.best_model_checkpoint
         if self.plan.adapter is None:
             super()._load_best_model()
@@ -293,8 +307,10 @@ class PartialTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """With `save_strategy: best` this decides what is saved; a signal wants a checkpoint in any case."""
+        # Without, Trainer takes back the `should_save` that the signal has set, and the run ends unsaved.
         return super()._determine_best_metric(metrics, trial) or self.stop.agreed
 
+    # Without these two, a damaged optimizer.pt, scheduler.pt or rng_state.pth ends in a traceback and exit code 1.
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -304,6 +320,8 @@ class PartialTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _get_output_dir(self, trial) -> str:
+        # While a checkpoint is saved, everything goes aside. Without, Trainer writes in place, and a kill leaves a
+        # half checkpoint of the highest number.
         return self._saving_in or super()._get_output_dir(trial)
 
     def read_back(self, folder: Path, digests: Mapping[str, str], buffers: Mapping[str, str]) -> list[SavedDifference]:
@@ -313,6 +331,8 @@ class PartialTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
+        # Without, a checkpoint may be half written, may hold a frozen parameter that changed, and Trainer's rotation
+        # may delete the last whole one.
         self.audit.check_frozen(self.args, self.state, self.model)
         run = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
@@ -347,7 +367,7 @@ class PartialTrainer(Trainer):
         if self.args.should_save:
             run = Path(self.args.output_dir)
             with disk_errors(name, run):
-                self.state.save_to_json(str(run / ASIDE / name / TRAINER_STATE_NAME))
+                write_state(run / ASIDE / name / TRAINER_STATE_NAME, self.state)
                 write_origin(run / ASIDE / name, self.origin)
                 finish_checkpoint(run / ASIDE / name, run / name)
 
@@ -355,3 +375,37 @@ class PartialTrainer(Trainer):
 def _set_all(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         setattr(config, key, value)
+
+
+def _for_phases(args: TrainingArguments, plan: FreezePlan) -> TrainingArguments:
+    """Trainer's arguments, for a plan of several phases a copy that lets DDP find parameters without a gradient.
+
+    What later phases train has none yet, and DDP would wait for it. Trainer's own choice is not to look for them where
+    activations are recomputed.
+    """
+    if len(plan.phases) > 1:
+        args = copy.copy(args)
+        args.ddp_find_unused_parameters = True
+    return args
+
+
+def _fast_paths(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    enabled: Collection[str],
+    prefix: Sequence[PrefixPhase],
+    train: Dataset,
+    evaluated: Dataset | None,
+) -> FastPaths:
+    """The fast paths of a run; `evaluated` are the windows that it evaluates on, None where it does not."""
+    if shards_parameters(args):  # the other paths hold whole weights
+        enabled = {"gelu"} & set(enabled)
+    dtype = compute_dtype(args)
+    return FastPaths(
+        model,
+        enabled,
+        prefix or [PrefixPhase(0, 0, 0, "off")],
+        [train] if evaluated is None else [train, evaluated],
+        args.per_device_eval_batch_size,
+        None if dtype == torch.float32 else dtype,
+    )

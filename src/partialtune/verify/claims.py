@@ -1,4 +1,4 @@
-"""What may have moved between a base and an adapted checkpoint: selectors, or a freeze plan's own words -> a claim."""
+"""Selectors, or a run's freeze plan -> the claim of what may have moved between a base and an adapted checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import ModelError
+from partialtune.model.digests import digest
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure
+from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
+from partialtune.verify.open_checkpoint import Adapters, adapted_matrix
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Which parameters may move, and by whose word.
+    """Which parameters may move, and what says so.
 
     Attributes:
-        text: Whose word it is.
+        text: The claim in words.
         trainable: Names of the parameters that may move.
-        before: sha256 of parameters of the base by name, as far as the claim speaks of them.
+        before: sha256 of parameters of the base by name, as far as the claim states them.
         after: The same for the adapted checkpoint.
-        head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None where nothing
-            says so.
-        scale: For LoRA, alpha / rank of the run; None where nothing says so.
+        head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
+        scale: For LoRA, alpha / rank of the run; None if unknown.
     """
 
     text: str
@@ -70,6 +72,7 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     digests = f"{len(before):,} digests before and {len(after):,} after"
     return Claim(
         text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
+        # `is True`: a damaged plan's "false" is a text, and must not let a parameter move
         trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
         before=before,
         after=after,
@@ -88,3 +91,42 @@ def _entries(file: Path, adapted: str) -> dict[str, dict[str, Any]]:
             f"{adapted}: its {file.name} cannot be read as a freeze plan ({error}). Say with --trainable what may move."
         ) from error
     return entries
+
+
+def claim_of_adapters(
+    base: Weights, adapters: Adapters, plan: Path, trainable: Sequence[str] | None
+) -> tuple[Claim | None, tuple[str, ...]]:
+    """What may be adapted, by selectors or by the run's plan, and adapters that are not those that the run ended with.
+
+    Raises:
+        ModelError: If the plan cannot be read.
+        RecipeError: If a selector cannot be applied.
+    """
+    if trainable is not None:
+        return claim_of_selectors(base.structure, trainable), ()
+    if not plan.is_file():
+        return None, ()
+    try:
+        content = read_json(plan)
+        entries = {entry["name"]: entry for entry in content["parameters"]}
+        adapter = content.get("adapter")
+        scale = adapter["alpha"] / adapter["rank"] if adapter else None
+        planned = {name: entry["sha256_after"] for name, entry in entries.items() if entry["trainable"]}
+        before = {name: entry["sha256_before"] for name, entry in entries.items() if name not in planned}
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{adapters.name}: its {plan.name} cannot be read as a freeze plan ({error}).") from error
+    others = {name for name in planned.keys() | adapters.tensors.keys() if not _is_as_planned(name, planned, adapters)}
+    return (
+        Claim(
+            text=f"only what {plan.name} of {adapters.name} adapts may move; base and adapters have to be as it "
+            f"says ({len(before):,} and {len(planned):,} digests)",
+            trainable=frozenset(map(adapted_matrix, planned)),  # the plan names adapters; what moves is their matrix
+            before={name: sha256 for name, sha256 in before.items() if sha256 and name in base.structure.by_name},
+            scale=scale,
+        ),
+        tuple(sorted(others)),
+    )
+
+
+def _is_as_planned(name: str, planned: dict[str, str], adapters: Adapters) -> bool:
+    return name in planned and name in adapters.tensors and digest(adapters.tensors[name]) == planned[name]

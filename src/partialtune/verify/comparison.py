@@ -1,11 +1,13 @@
-"""What a comparison of two checkpoints found, as plain data: each parameter's change, the claim, the verdict."""
+"""What a comparison of two checkpoints found, as plain data: each parameter's change, the claim, the verdict, notes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from partialtune.errors import FreezeViolation
+from partialtune.model.config_keys import notable_differences
+from partialtune.model.weight_files import Weights
 from partialtune.words import counted, joined
 
 
@@ -98,7 +100,7 @@ class Comparison:
                 f"The config of {self.adapted} makes another function of the same weights: "
                 f"{joined(self.changed_config, 240)}."
             )
-        for checkpoint, names, moment, remedy in (
+        for checkpoint, differing, moment, remedy in (
             (
                 self.base,
                 self.not_the_base,
@@ -107,8 +109,8 @@ class Comparison:
             ),
             (self.adapted, self.not_the_result, "ended with (sha256_after)", ""),
         ):
-            if names:
-                where = f"in {counted(len(names), 'parameter')}: {joined(names, 160)}"
+            if differing:
+                where = f"in {counted(len(differing), 'parameter')}: {joined(differing, 160)}"
                 sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
         return sentences
 
@@ -155,3 +157,48 @@ def relative_change(parameters: Sequence[ComparedParameter]) -> float | None:
         return None
     norm = math.hypot(*(parameter.norm_before for parameter in parameters))
     return math.hypot(*(parameter.l2_delta for parameter in parameters)) / norm if norm else None
+
+
+# ---- notes ----------------------------------------------------------------------------------------------------------
+
+
+def notes_on(comparison: Comparison, before: Weights, after: Weights, rounded: Sequence[str]) -> list[str]:
+    """What a reader should know beside the table and the verdict, a sentence each.
+
+    Args:
+        comparison: Without its notes.
+        before: Weights of the base.
+        after: Weights of the adapted checkpoint.
+        rounded: Changed parameters that are those of the base, rounded to the fewer bits they are stored in.
+    """
+    notes = [*_about_heads(before, after), *_about_heads(after, before)]
+    unmoved = [parameter.name for parameter in comparison.unmoved]
+    if unmoved:
+        notes.append(f"{counted(len(unmoved), 'parameter')} may move and kept every bit: {joined(unmoved, 160)}.")
+    if rounded:
+        notes.append(
+            f"{counted(len(rounded), 'parameter')} of {after.name} equal the base rounded to fewer bits: "
+            f"{joined(rounded, 160)}. Save the adapted model in fp32, so that storing changes nothing."
+        )
+    changed = comparison.changed_buffers
+    if changed and comparison.claim is None:
+        notes.append(f"{counted(len(changed), 'buffer')} changed, which no selector speaks of: {joined(changed, 160)}.")
+    notes += [*_about_unused(before), *_about_unused(after)]
+    violations = comparison.changed_config if comparison.claim else ()
+    different = [one for one in notable_differences(before.config, after.config) if one not in violations]
+    if different:
+        notes.append(f"config.json differs: {joined(different, 200)}.")
+    return notes
+
+
+def _about_heads(tied: Weights, untied: Weights) -> Iterator[str]:
+    own = {info.name for info in untied.structure.parameters}
+    for name, alias in tied.structure.ties:
+        if alias in own:
+            yield f"{alias} has a tensor of its own in {untied.name}; compared with {name}, which it is in {tied.name}."
+
+
+def _about_unused(weights: Weights) -> Iterator[str]:
+    if weights.unused:
+        unused = f"{counted(len(weights.unused), 'tensor')} that the model does not use ({joined(weights.unused, 100)})"
+        yield f"{weights.name} holds {unused}: not compared."

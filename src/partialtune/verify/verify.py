@@ -1,35 +1,35 @@
 """Two checkpoints -> which parameters moved, by how much, and whether only those that may.
 
-What may move is said by selectors, or else by the `freeze_plan.json` beside the adapted model, whose digests of base
-and result are then checked too. Values are compared widened: a 16-bit base equals its fp32 copy.
+What may move is what selectors choose, or else what the `freeze_plan.json` beside the adapted model trains; the plan's
+digests of base and result are then checked too. Values are compared widened: a 16-bit base equals its fp32 copy.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from partialtune.delta.delta_weights import open_delta
 from partialtune.errors import ModelError
 from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.model.config_keys import config_differences
 from partialtune.model.digests import digest, same_bits
 from partialtune.model.parameters import chunks_of
 from partialtune.model.structure import ModelStructure, ParameterInfo
-from partialtune.model.weight_files import Weights, open_weights
+from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
 from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
-from partialtune.run_folder import is_delta
-from partialtune.verify.adapters import NOTE, Adapters, claim_of_adapters, holds_adapters, merged, open_adapters
-from partialtune.verify.claims import Claim, claim_of_plan, claim_of_selectors
-from partialtune.verify.comparison import ComparedParameter, Comparison
-from partialtune.verify.comparison_notes import comparison_notes
+from partialtune.verify.claims import Claim, claim_of_adapters, claim_of_plan, claim_of_selectors
+from partialtune.verify.comparison import ComparedParameter, Comparison, notes_on
+from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_adapters, open_checkpoint
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
+ADAPTERS_NOTE = (
+    "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
+    "merged into it."
+)
 
 
 def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> Comparison:
@@ -49,28 +49,10 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    with _as("BASE"):
-        before = _open(*checkpoint_folder(base))
-    other_adapters = ()
-    with _as("ADAPTED"):
-        folder, name = checkpoint_folder(adapted)
-        adapters = open_adapters(folder, name, before) if holds_adapters(folder) else None
-        after = merged(before, adapters) if adapters else _open(folder, name, before)
+    before, after, adapters = _open_both(base, adapted)
     structure = _common_structure(before, after)
-    if adapters:
-        claim, other_adapters = claim_of_adapters(before, adapters, folder / PLAN_FILE, trainable)
-    else:
-        claim = _claim(structure, after, trainable)
-    has_digests = claim is not None and bool(claim.before or claim.after)
-    parameters, rounded, digests_before, digests_after = [], [], {}, {}
-    for info, old, new in _pairs(structure, before, after):
-        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable)
-        parameters.append(parameter)
-        if has_digests:
-            digests_after[info.name] = digest(new)
-            digests_before[info.name] = digest(old) if parameter.changed else digests_after[info.name]
-        if parameter.changed and _is_rounded(old, new):
-            rounded.append(info.name)
+    claim, other_adapters = _claim(structure, before, after, adapters, trainable)
+    parameters, rounded, digests_before, digests_after = _compare_all(structure, before, after, claim)
     changed_config = _changed_adapters(adapters, claim) if adapters else _changed_config(before, after, claim)
     comparison = Comparison(
         base=before.name,
@@ -82,8 +64,38 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
     )
-    notes = comparison_notes(comparison, before, after, rounded)
-    return replace(comparison, notes=(*([NOTE.format(name=name)] if adapters else []), *notes))
+    notes = notes_on(comparison, before, after, rounded)
+    return replace(comparison, notes=(*([ADAPTERS_NOTE.format(name=after.name)] if adapters else []), *notes))
+
+
+def _open_both(base: str, adapted: str) -> tuple[Weights, Weights, Adapters | None]:
+    """Base and adapted checkpoint, and the adapters that make the second of the first, where it is made so."""
+    with _as("BASE"):
+        before = open_checkpoint(*checkpoint_folder(base))
+    with _as("ADAPTED"):
+        folder, name = checkpoint_folder(adapted)
+        if not holds_adapters(folder):
+            return before, open_checkpoint(folder, name, before), None
+        adapters = open_adapters(folder, name, before)
+        return before, adapters.merged_into(before), adapters
+
+
+def _compare_all(
+    structure: ModelStructure, before: Weights, after: Weights, claim: Claim | None
+) -> tuple[list[ComparedParameter], list[str], dict[str, str], dict[str, str]]:
+    """Each parameter compared, names of those that were only rounded, and digests of both where a claim states any."""
+    has_digests = claim is not None and bool(claim.before or claim.after)
+    parameters, rounded, digests_before, digests_after = [], [], {}, {}
+    for info, old, new in _pairs(structure, before, after):
+        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable)
+        parameters.append(parameter)
+        if has_digests:
+            digests_after[info.name] = digest(new)
+            # What is equal once widened has equal digests: what is frozen is hashed once.
+            digests_before[info.name] = digest(old) if parameter.changed else digests_after[info.name]
+        if parameter.changed and _is_rounded(old, new):
+            rounded.append(info.name)
+    return parameters, rounded, digests_before, digests_after
 
 
 def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
@@ -106,13 +118,9 @@ def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return torch.float64 if one.is_floating_point or other.is_floating_point else torch.promote_types(one, other)
 
 
-def _open(folder: Path, name: str, at_hand: Weights | None = None) -> Weights:
-    return open_delta(folder, name, at_hand) if is_delta(folder) else open_weights(folder, name)
-
-
 @contextmanager
 def _as(role: str) -> Iterator[None]:
-    """Say of which of the two an error speaks."""
+    """Begin the message of an error with the checkpoint that it is about: BASE or ADAPTED."""
     try:
         yield
     except ModelError as error:
@@ -146,11 +154,20 @@ def _why_not_comparable(before: Weights, after: Weights) -> str | None:
     return None
 
 
-def _claim(structure: ModelStructure, after: Weights, trainable: Sequence[str] | None) -> Claim | None:
-    if trainable is not None:
-        return claim_of_selectors(structure, trainable)
+def _claim(
+    structure: ModelStructure,
+    before: Weights,
+    after: Weights,
+    adapters: Adapters | None,
+    trainable: Sequence[str] | None,
+) -> tuple[Claim | None, tuple[str, ...]]:
+    """What may have moved, and names of adapters that are not those that the run ended with."""
     plan = after.folder / PLAN_FILE
-    return claim_of_plan(structure, plan, after.name) if plan.is_file() else None
+    if adapters:
+        return claim_of_adapters(before, adapters, plan, trainable)
+    if trainable is not None:
+        return claim_of_selectors(structure, trainable), ()
+    return claim_of_plan(structure, plan, after.name) if plan.is_file() else None, ()
 
 
 def _pairs(
@@ -189,7 +206,7 @@ def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
 
 
 def _changed_config(before: Weights, after: Weights, claim: Claim | None) -> list[str]:
-    """The keys in which the configs stand for other functions. A head is untied by its run, or not at all."""
+    """The keys in which the configs stand for other functions; of ties one that is not what the run ended with."""
     changes = config_differences(before.config, after.config)
     base, adapted = (getattr(w.config.get_text_config(), "tie_word_embeddings", None) for w in (before, after))
     if claim is not None and claim.head is not None and bool(adapted) != (bool(base) and claim.head != "untied"):
@@ -208,5 +225,5 @@ def _other_than(claimed: Mapping[str, str], found: Mapping[str, str]) -> tuple[s
 
 
 def _is_rounded(before: torch.Tensor, now: torch.Tensor) -> bool:
-    """Whether nothing happened but storing in fewer bits."""
+    """Whether the values are those before, stored in fewer bits."""
     return now.element_size() < before.element_size() and changed_values(now, before.to(now.dtype)) == 0

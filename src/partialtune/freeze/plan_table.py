@@ -1,7 +1,5 @@
 """A freeze plan in words and columns, for the terminal."""
 
-from collections.abc import Iterable
-
 from partialtune.freeze.plan import FreezePlan
 from partialtune.tables import draw_table
 
@@ -26,7 +24,7 @@ def plan_table(plan: FreezePlan) -> str:
 def _selector_rows(plan: FreezePlan) -> str:
     chosen: dict[str, int] = {}
     for parameter in plan.parameters:
-        if parameter.trainable:
+        if parameter.selector is not None:
             chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
     rows = [
         (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
@@ -85,18 +83,6 @@ def _tie_and_fixed_lines(plan: FreezePlan) -> list[str]:
 
 
 def _backward_line(plan: FreezePlan) -> str:
-    passed = blocks_passed(plan)
-    frozen = frozen_blocks(plan, passed)
-    held = f", {len(frozen)} of them frozen" if frozen else ""
-    return f"backward reaches {plan.backward_from} and runs through {len(passed)} of {plan.block_count} blocks{held}"
-
-
-def blocks_passed(plan: FreezePlan) -> range:
-    """The blocks that backward runs through on its way to the first trainable parameter."""
-    return range(plan.phases[-1].first_block, plan.block_count)
-
-
-def frozen_blocks(plan: FreezePlan, blocks: Iterable[int]) -> list[int]:
-    """Those of `blocks` that hold nothing that trains."""
-    trained = {parameter.block for parameter in plan.parameters if parameter.trainable}
-    return [block for block in blocks if block not in trained]
+    passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
+    held = f", {frozen} of them frozen" if frozen else ""
+    return f"backward reaches {plan.backward_from} and runs through {passed} of {plan.block_count} blocks{held}"

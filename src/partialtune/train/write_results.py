@@ -1,20 +1,20 @@
 """What a run leaves in its folder: plan, model, insight, performance, scores and pages."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from partialtune.cost.utilisation import needed_products, utilisation
-from partialtune.delta.checkpoint import Base, write_delta
-from partialtune.distributed import decided_by_main, done_together, main_process_only
+from partialtune.cost.forecast import needed_products, utilisation
+from partialtune.delta_checkpoint import Base, write_delta
+from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only
 from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
 from partialtune.hub.published_files import WEIGHTS
-from partialtune.insight.run_insight import sampled_continuations
+from partialtune.insight.learning_curves import LearningCurves
+from partialtune.insight.run_insight import sampled_continuations, weight_insight
+from partialtune.model.loading import empty_model
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
 from partialtune.pages.report import write_report
@@ -23,11 +23,12 @@ from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.reading import Recipe
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import compare_prompts, format_prompts
-from partialtune.train.before_after import Look, Sight
+from partialtune.train.evaluate_before_after import Evaluation, Evaluator
+from partialtune.train.prepare import RunStart
 from partialtune.train.summary import closing_words
-from partialtune.training.checkpoints import ASIDE, clear_aside, disk_errors
+from partialtune.training.checkpoint_files import ASIDE, clear_aside, disk_errors
 from partialtune.training.performance import performance
-from partialtune.training.precision import compute_dtype, product_rate
+from partialtune.training.settings import compute_dtype, product_rate
 from partialtune.training.trainer import PartialTrainer
 
 logger = logging.getLogger(__name__)
@@ -97,28 +98,44 @@ def check_saved(folder: Path, trainer: PartialTrainer) -> FreezeViolation | None
     return None
 
 
-@main_process_only
-def write_insight(folder: Path, look: Look, before: Sight, after: Sight, found: Mapping[str, Any]) -> None:
-    """`insight.json`: what moved and what shifted, beyond the scores."""
-    shift = {"next_token_shift": look.shift(before, after)}
-    samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
-    write_json(folder / "insight.json", {**found, **shift, **samples})
+def write_insight(
+    start: RunStart,
+    trainer: PartialTrainer,
+    curves: LearningCurves,
+    evaluator: Evaluator,
+    before: Evaluation,
+    after: Evaluation,
+) -> None:
+    """`insight.json`: what moved and what shifted, beyond the scores. Every process calls this to gather weights."""
+    copies, counts = trainer.deltas.snapshot.copies, start.data.token_counts
+    moved = weight_insight(start.model, start.plan, copies, counts, start.tokenizer, is_main())
+
+    def write() -> None:
+        shift = {"next_token_shift": evaluator.token_shift(before, after)}
+        samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
+        content = {**moved, "learning_curves": curves.to_json(), **shift, **samples}
+        write_json(start.folder / "insight.json", content)
+
+    decided_by_main(write)
 
 
 @main_process_only
-def write_performance(folder: Path, trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) -> None:
+def write_performance(start: RunStart, trainer: PartialTrainer) -> None:
     """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
-    args = trainer.args
+    args, block_size = trainer.args, start.recipe.text.block_size
+    empty = empty_model(start.config, start.recipe.model.trust_remote_code)
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
     needed = needed_products(empty, trainer.plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
     used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
     watched = trainer.deltas.seconds + trainer.audit.seconds
     content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched)
-    write_json(folder / "performance.json", {**content, "saved_files_check_seconds": trainer.reading_back.seconds})
+    write_json(
+        start.folder / "performance.json", {**content, "saved_files_check_seconds": trainer.reading_back.seconds}
+    )
 
 
 @main_process_only
-def write_results(folder: Path, trainer: PartialTrainer, before: Sight, after: Sight) -> None:
+def write_results(folder: Path, trainer: PartialTrainer, before: Evaluation, after: Evaluation) -> None:
     """Everything that is known only after training, and the pages made of it."""
     logged = reversed(trainer.state.log_history)
     metrics = next((entry for entry in logged if "train_runtime" in entry), {})  # none if the last save found a fault

@@ -1,7 +1,6 @@
 """The Trainer of a recipe, and what each phase of the run does with its frozen prefix."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -12,10 +11,10 @@ from partialtune.machine import free_memory
 from partialtune.metrics import best_model_metric
 from partialtune.model.conformance import Conformance
 from partialtune.recipe.reading import Recipe
-from partialtune.training.batches import collate_windows
-from partialtune.training.run_data import RunData
+from partialtune.training.resume_check import RunOrigin
 from partialtune.training.settings import evaluation_steps, run_length
 from partialtune.training.trainer import PartialTrainer
+from partialtune.training.training_data import RunData, collate_windows
 
 
 def prefix_phases(
@@ -24,11 +23,20 @@ def prefix_phases(
     model: PreTrainedModel,
     args: TrainingArguments,
     data: RunData,
-    begun: Mapping[str, Any] | None,
+    saved: RunOrigin | None = None,
 ) -> list[PrefixPhase]:
-    """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now."""
-    if recipe.speed.prefix_cache == "auto" and begun is not None and "prefix_cache" in begun["choices"]:
-        return [PrefixPhase(**phase) for phase in begun["choices"]["prefix_cache"]]
+    """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now.
+
+    Args:
+        recipe: Its `prefix_cache` may be "auto".
+        plan: Not applied yet.
+        model: As it was loaded.
+        args, data: Of the run.
+        saved: What the run began with, where it goes on from a checkpoint.
+    """
+    wanted = recipe.speed.prefix_cache
+    if wanted == "auto" and saved is not None and saved.choices.prefix_cache is not None:
+        return saved.choices.prefix_cache
     held_out = len(data.held_out or [])
     windows = Windows(
         training=len(data.train),
@@ -37,25 +45,34 @@ def prefix_phases(
         steps=run_length(args, len(data.train)),
         eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
     )
-    wanted = recipe.speed.prefix_cache
     lengths = lengths_to_try(wanted, plan, windows)
     tried = try_prefixes(lengths, recipe.text.window_sampling, args, model, data.train)
     width = max((one.width for one in tried.values()), default=0)
-    size = recipe.text.block_size * width * (2 if args.bf16 or args.fp16 else 4)
+    size = recipe.text.block_size * width * (2 if args.bf16 or args.fp16 else 4)  # bytes a window, of states (T, width)
     return choose_prefix(wanted, plan, windows, size, free_memory(), tried)
 
 
 def make_trainer(
     recipe: Recipe,
+    *,
     plan: FreezePlan,
     model: PreTrainedModel,
     args: TrainingArguments,
     data: RunData,
     prefix: Sequence[PrefixPhase],
-    origin: Mapping[str, Any],
     conformance: Conformance,
+    origin: RunOrigin | None = None,
 ) -> PartialTrainer:
-    """The Trainer of the run. The plan is applied already: Trainer takes what trains at that moment."""
+    """The Trainer of the run.
+
+    Args:
+        recipe: Of the run.
+        plan: Applied to the model already: Trainer takes what trains at that moment.
+        model, args, data: Of the run.
+        prefix: Of `prefix_phases`.
+        conformance: Of `check_conformance`.
+        origin: What the run began with, for its checkpoints; None where nothing will go on from them.
+    """
     return PartialTrainer(
         plan=plan,
         delta_steps=recipe.freeze.delta_steps,

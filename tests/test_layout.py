@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from partialtune.model.roles import is_norm, role_in_block, says_embedding, says_final, says_position
+from partialtune.model.layout import is_norm, role_in_block, says_embedding, says_final, says_position
 
 
 def module_called(name: str, **children: nn.Module) -> nn.Module:

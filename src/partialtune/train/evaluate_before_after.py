@@ -1,4 +1,4 @@
-"""One look at a model: texts and prompts -> scores, probes and the nats of single held-out tokens."""
+"""Texts and prompts, scored before training and after: scores, probes and the nats of single held-out tokens."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What a model made of the texts and prompts at one moment; `nats` of single held-out tokens, None without such."""
+class Evaluation:
+    """What a model scored at one moment.
+
+    Attributes:
+        scores: TEXT -> its figures, as in `evaluation.json`.
+        prompts: Next tokens and continuations.
+        nats: Of single held-out tokens, (windows, block_size - 1); None where nothing is held out.
+    """
 
     scores: dict[str, dict[str, Any]]
     prompts: list[PromptProbe]
@@ -28,43 +34,59 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Look:
-    """The same texts and prompts for every look at a model, before training and after."""
+class Evaluator:
+    """The same texts and prompts for the model before training and after.
+
+    Attributes:
+        tokenizer: Of the model.
+        texts: TEXT -> its windows.
+        prompts: To be continued.
+        batch_size: Windows of a forward pass.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     texts: Mapping[str, ScoredText]
     prompts: Sequence[str]
     batch_size: int
 
-    def before(self, model: PreTrainedModel, folder: Path, base_sha256: Mapping[str, str]) -> Sight:
-        """The look at the base, whose parameters have these digests; scores that an earlier start of the very same run
-        left in its folder are used again."""
+    def before(self, model: PreTrainedModel, folder: Path, base_sha256: Mapping[str, str]) -> Evaluation:
+        """Evaluate the base; what an earlier start of the very same run left in its folder is used again.
+
+        Args:
+            model: The base, on its device, with the plan applied.
+            folder: The run's.
+            base_sha256: Digest of each parameter, by its name.
+        """
         basis = basis_of(
             base_sha256, model.config, self.tokenizer, self.texts, self.prompts, self.batch_size, model.device
         )
         kept = KeptScores(folder / KEPT_FILE, basis)
         if kept.used:
             logger.info("Scores of the base, taken by an earlier start, are used again: %s.", ", ".join(kept.used))
-        sight = self.at(model, "before", kept)
-        spoilt = [name for name, scores in sight.scores.items() if scores["loss"] is None]
+        evaluation = self._evaluate(model, "before", kept)
+        spoilt = [name for name, scores in evaluation.scores.items() if scores["loss"] is None]
         if spoilt:
             logger.warning(
                 "The loss of the base is not a finite number, before any training, on: %s.", ", ".join(spoilt)
             )
-        return sight
+        return evaluation
 
-    def at(self, model: PreTrainedModel, moment: str, kept: KeptScores | None = None) -> Sight:
-        """What the model makes of them; `kept` gives back what was scored before, and keeps what is scored now."""
+    def after(self, model: PreTrainedModel) -> Evaluation:
+        """Evaluate the trained model."""
+        return self._evaluate(model, "after")
+
+    def _evaluate(self, model: PreTrainedModel, moment: str, kept: KeptScores | None = None) -> Evaluation:
+        """`kept` gives back what was scored by an earlier start, and keeps what is scored now."""
         scores, nats = {}, {}
         for name, text in self.texts.items():
             watched = WATCHED_WINDOWS if name == "validation" else 0
             score = partial(score_tokens, model, text, self.batch_size, f"{name}, {moment}", watched)
             scores[name], nats[name] = kept.text(name, score) if kept else score()
         probe = partial(probe_prompts, model, self.tokenizer, self.prompts)
-        return Sight(scores, kept.prompts(probe) if kept else probe(), nats.get("validation"))
+        return Evaluation(scores, kept.prompts(probe) if kept else probe(), nats.get("validation"))
 
-    def shift(self, before: Sight, after: Sight) -> dict[str, Any] | None:
-        """What happened to the held-out tokens between two looks; None where nothing is held out."""
+    def token_shift(self, before: Evaluation, after: Evaluation) -> dict[str, Any] | None:
+        """What happened to single held-out tokens between two evaluations; None where nothing is held out."""
         if before.nats is None or after.nats is None:
             return None
         windows = self.texts["validation"].windows.with_format("numpy")

@@ -15,8 +15,7 @@ from datasets import Dataset
 from torch import nn
 
 from partialtune.errors import ModelError
-from partialtune.fast.casts import CastOnce
-from partialtune.fast.gelu import fused_gelu
+from partialtune.fast.fast_modules import CastOnce, fused_gelu
 from partialtune.fast.no_logits import LossWithoutLogits
 from partialtune.fast.prefix import PrefixCache, modules_before_blocks
 from partialtune.fast.prefix_choice import PrefixPhase
@@ -57,7 +56,7 @@ class FastPaths:
         self._held = ExitStack()
         self.in_use: list[str] = []
         self.before_blocks: list[str] = []
-        with suppress(ModelError):  # it calls its blocks otherwise than as modules: nothing is known of what is before
+        with suppress(ModelError):  # the model calls its blocks otherwise than as modules: what is before is not known
             self.before_blocks = modules_before_blocks(
                 model, torch.zeros((1, 2), dtype=torch.long, device=_device(model))
             )
@@ -78,7 +77,10 @@ class FastPaths:
         return self
 
     def _take_loss(self) -> None:
-        """Every process sees the same windows and weights, and decides alike."""
+        """Take the loss without logits, if it agrees with the model's own on the first window.
+
+        Every process sees the same window and weights, and decides alike.
+        """
         loss = LossWithoutLogits(self._model)
         row = torch.as_tensor(self._windows[0][0]["input_ids"], dtype=torch.long)
         why_not = loss.refusal(row[None].to(_device(self._model)))
@@ -97,6 +99,7 @@ class FastPaths:
         """Suit the phase of this step; its parameters require gradients by now. On every process."""
         self.leave()
         phase = [phase for phase in self._prefix if phase.from_step <= step][-1]
+        # The cache before the casts: it computes all states by the model's own modules, and patches blocks alone.
         if phase.blocks:
             self._cache = PrefixCache(self._model, phase.blocks, self._autocast_dtype or torch.float32)
             self._cache.fill(self._windows, self._batch_size, self._autocast_dtype)
@@ -122,7 +125,7 @@ class FastPaths:
             numbers: int64 (B,), of the windows in the batch; None where they are unknown.
         """
         with ExitStack() as held:
-            if self._cache is not None and numbers is not None:
+            if self._cache is not None and numbers is not None:  # else the blocks compute as they are
                 held.enter_context(self._cache.giving(numbers))
             if self._loss is not None:
                 held.enter_context(self._loss.active())

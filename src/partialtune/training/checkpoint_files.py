@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there: written aside, marked complete, renamed; the newest whole one found.
 
 The marker, `complete.json`, is written last and holds size and sha256 of every other file, so that a file that was cut
-short, lost or changed is found before anything is loaded from it.
+short, lost or changed is found before anything is loaded from it. Trainer's own way is to write in place, and to go on
+from the highest number, whole or not.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -12,15 +14,19 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerCallback, TrainerState
 
 from partialtune.distributed import is_main
-from partialtune.errors import DiskError, InputError
+from partialtune.errors import DiskError, InputError, in_one_line, is_ours
+from partialtune.files import write_whole
+from partialtune.run_folder import STATE_FILE, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +35,13 @@ REPLACED = "replaced"  # in it: a checkpoint that one of the same step takes the
 MARKER = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
-# how PyTorch says that a file could not be written
+# How PyTorch says that a file could not be written: in RuntimeErrors without a number.
 CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
-# what reading a file that is not what it should be can raise in json, PyTorch and safetensors
-UNREADABLE = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, RuntimeError),
-    *(pickle.UnpicklingError, SafetensorError, MemoryError),
-)
+# What reading a file that is damaged, or holds something else, raises in Python, PyTorch and safetensors.
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, pickle.UnpicklingError, SafetensorError)
+# What libraries raise beside it, since they take what they read apart without a look at its types. Raised by a line of
+# this package these are bugs, and stay what they are: what we read ourselves is checked before it is used.
+UNREADABLE_TO_LIBRARIES = (TypeError, AttributeError, LookupError, AssertionError)
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -57,11 +63,25 @@ def damage_of(checkpoint: Path, read: bool = True) -> list[str]:
         read: Whether to compare the files' sha256 too, about a second for 2 GB, or only their sizes.
     """
     try:
-        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-        promised = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+        promised = _promised(read_json(checkpoint / MARKER))
         return [problem for entry in promised if (problem := _problem(checkpoint, *entry, read))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return [f"{MARKER} is missing or cannot be read"]
+
+
+def _promised(marker: Any) -> list[tuple[str, int, str]]:
+    """Name, bytes and sha256 of each file that a marker promises.
+
+    Raises:
+        ValueError: If it is no marker.
+    """
+    files = marker.get("files") if isinstance(marker, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise ValueError(f"{MARKER} names no files")
+    promised = [(name, entry.get("bytes"), entry.get("sha256")) for name, entry in files.items()]
+    if not all(isinstance(size, int) and isinstance(sha256, str) for _, size, sha256 in promised):
+        raise ValueError(f"{MARKER} lacks sizes or digests")
+    return promised
 
 
 def _problem(checkpoint: Path, name: str, size: int, sha256: str, read: bool) -> str | None:
@@ -98,7 +118,7 @@ def finish_checkpoint(aside: Path, final: Path) -> None:
     files = [path for path in paths if path.is_file()]
     entries = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (aside / MARKER).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
-    for path in (*paths, aside / MARKER, aside):
+    for path in (*paths, aside / MARKER, aside):  # folders too: a file's name lies in its folder
         _sync(path)
     if os.path.lexists(final):
         os.replace(final, aside.parent / REPLACED)  # of a link the link; what it names stays where it is
@@ -147,13 +167,15 @@ def read_with_care(checkpoint: Path) -> Iterator[None]:
     """Say in one sentence that a checkpoint does not hold what it should.
 
     Raises:
-        InputError: In the place of what reading raises.
+        InputError: In the place of what files can raise; a bug of this package stays what it is.
     """
     try:
         yield
-    except UNREADABLE as error:
+    except (*UNREADABLE, *UNREADABLE_TO_LIBRARIES) as error:
+        if isinstance(error, UNREADABLE_TO_LIBRARIES) and is_ours(error):
+            raise
         raise InputError(
-            f"{checkpoint} cannot be gone on from: {_first_line(error)}. Take a checkpoint that this version of "
+            f"{checkpoint} cannot be gone on from: {_reason(error)}. Take a checkpoint that this version of "
             f"partialtune saved, or start in a new output_dir."
         ) from error
 
@@ -179,14 +201,14 @@ def disk_errors(what: str, run: Path) -> Iterator[None]:
         whole = [path.name for path in checkpoints_in(run) if not damage_of(path, read=False)]
         kept = f"{whole[-1]} is complete" if whole else "There is no complete checkpoint yet"
         raise DiskError(
-            f"{what} could not be saved in {run}: {_first_line(error)}. {kept}. Make room on the disk, "
+            f"{what} could not be saved in {run}: {_reason(error)}. {kept}. Make room on the disk, "
             f"then go on with: --resume_from_checkpoint auto"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return reason.splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """Without the number and the file that an OSError's own text holds, and without its full stop."""
+    return in_one_line(getattr(error, "strerror", None) or error, first_line=True).removesuffix(".")
 
 
 def _sha256(file: Path) -> str:
@@ -200,3 +222,25 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- trainer_state.json ----------------------------------------------------------------------------------------------
+
+
+def write_state(file: Path, state: TrainerState) -> None:
+    """Write Trainer's state as `TrainerState.save_to_json` does, but as a whole or not at all."""
+    content = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+    write_whole(file, content.encode())
+
+
+class FirstStepRecord(TrainerCallback):
+    """Writes `trainer_state.json` after the first step: a run without it took none, and its folder counts as empty."""
+
+    def __init__(self) -> None:
+        self._written = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not self._written:
+            with suppress(OSError):  # no reason to end the run; the next step tries again
+                write_state(Path(args.output_dir) / STATE_FILE, state)
+                self._written = True

@@ -1,20 +1,24 @@
-"""The recipe's texts -> what a run trains and scores on: training windows, held-out windows, scored texts."""
+"""The recipe's texts -> what a run trains and scores on: training windows, held-out windows, scored texts; batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
+from partialtune.recipe.reading import Recipe
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
-from partialtune.text.lossless import writing_of
+from partialtune.text.lossless import round_trip_of
 from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, read_texts
 from partialtune.text.stored_text import StoredText, utf8_bytes
 from partialtune.text.tokenizing import token_ids_of
-from partialtune.text.windows import chunked_windows, let_go, random_windows, split_text, windows_of
+from partialtune.text.windows import cached_windows, chunked_windows, random_windows, release_pages, split_text
+from partialtune.training.settings import data_seed
 
 TRAINING_WINDOWS_SCORED = 256
 
@@ -38,6 +42,16 @@ class RunData:
     scored: dict[str, ScoredText]
     token_counts: np.ndarray
     largest_ids: dict[str, int]
+
+
+def data_of_recipe(recipe: Recipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """The windows and scored texts of a recipe; in files that several processes share, so that they are made once.
+
+    Raises:
+        TextError: As `prepare_data`.
+    """
+    in_memory = IN_MEMORY_BYTES if args.world_size == 1 else 0
+    return prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, data_seed(args), in_memory)
 
 
 def prepare_data(
@@ -84,7 +98,7 @@ def prepare_data(
         largest[f"eval_texts {name}"] = _largest(token_ids)
         scored[name] = _scored(texts, token_ids, arguments.block_size)
         written[name] = texts
-    scored = {name: _with_writing(name, text, written[name], tokenizer) for name, text in scored.items()}
+    scored = {name: _with_round_trip(name, text, written[name], tokenizer) for name, text in scored.items()}
     held_out = scored["validation"].windows if held_out_texts else None
     return RunData(sources, train, held_out, scored, counts, largest)
 
@@ -93,37 +107,60 @@ def _largest(token_ids: Sequence[np.ndarray]) -> int:
     """The largest of the ids, -1 where there is none."""
     largest = max((int(ids.max()) for ids in token_ids if len(ids)), default=-1)
     for ids in token_ids:
-        let_go(ids)
+        release_pages(ids)
     return largest
 
 
-def _with_writing(
+def _with_round_trip(
     name: str, scored: ScoredText, texts: Sequence[str | StoredText], tokenizer: PreTrainedTokenizerBase
 ) -> ScoredText:
-    """A scored text with the word on whether it comes back from its tokens, which is said where it does not."""
-    writing = writing_of(texts, tokenizer)
-    writing.warn(name)
-    return replace(scored, comes_back=writing.whole)
+    """A scored text with whether it comes back from its tokens; a warning is logged where it does not."""
+    round_trip = round_trip_of(texts, tokenizer)
+    round_trip.warn(name)
+    return replace(scored, comes_back=round_trip.lossless)
 
 
 def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments, seed: int) -> Dataset:
     """Windows as the recipe wants them."""
     size = arguments.block_size
     if arguments.window_sampling == "random":
-        return windows_of(
+        return cached_windows(
             token_ids, ["random", size, seed, np.__version__], lambda path: random_windows(token_ids, size, seed, path)
         )
     stride = arguments.window_stride or size
-    return windows_of(token_ids, ["chunked", size, stride], lambda path: chunked_windows(token_ids, size, stride, path))
+    return cached_windows(
+        token_ids, ["chunked", size, stride], lambda path: chunked_windows(token_ids, size, stride, path)
+    )
 
 
 def _scored(
     texts: Sequence[str | StoredText], token_ids: Sequence[np.ndarray], block_size: int, limit: int | None = None
 ) -> ScoredText:
     """What `evaluation.scored_text` prepares, of texts in memory or on disk."""
-    windows = windows_of(
+    windows = cached_windows(
         token_ids,
         ["chunked", block_size, block_size],
         lambda path: chunked_windows(token_ids, block_size, block_size, path),
     )
     return ScoredText(evenly_spaced(windows, limit), sum(map(len, token_ids)), utf8_bytes(texts))
+
+
+def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T), and `window`, int64 (B,), where they are numbered.
+
+    The model shifts the labels by one.
+    """
+    input_ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])  # (B, T)
+    labels = input_ids.clone()
+    # The first token of a window is context and no target. Left a label, it would be counted: Trainer divides the
+    # summed loss by the number of labels, and for GPT-2 its losses would come out (T - 1) / T too small.
+    labels[:, 0] = -100
+    batch = {"input_ids": input_ids, "labels": labels}
+    if "window" in rows[0]:
+        batch["window"] = torch.tensor([row["window"] for row in rows])
+    return batch
+
+
+def numbered(windows: Dataset, first: int) -> Dataset:
+    """Windows with a column `window` that counts from `first`: the prefix cache finds their states by it."""
+    return windows.add_column("window", np.arange(first, first + len(windows)))

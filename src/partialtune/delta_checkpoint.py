@@ -29,7 +29,7 @@ from partialtune.words import joined
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of both files; a reader refuses a later one
+FORMAT = 1  # of both files; later ones are refused
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Base:
 
     Attributes:
         model_name_or_path: Hub id, folder or `builtin:` name.
-        revision: Of the Hub, as the recipe says it.
+        revision: Of the Hub, as in the recipe.
         commit: That it resolved to; None where the base does not come from the Hub.
     """
 
@@ -67,8 +67,8 @@ class Delta:
         before: sha256 of each parameter of the base by name, an untied head included.
         after: The same of the result.
         stored: Names of the parameters in `delta.safetensors`.
-        config: sha256 of the result's config.json, see `config_keys.config_digest`; None in deltas from before it was
-            written down.
+        config: sha256 of the result's config.json, see `config_keys.config_digest`; None in older deltas, which have
+            none.
     """
 
     folder: Path
@@ -110,7 +110,7 @@ def write_delta(
     if not is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)  # after the gathering, which every process must reach
-    aside = folder / f".{VALUES_FILE}.part"
+    aside = folder / f".{VALUES_FILE}.part"  # renamed when it is whole: a killed process leaves no half file
     save_file(values, aside, metadata={"format": "pt"})
     os.replace(aside, folder / VALUES_FILE)
     _write_config(folder, model)
@@ -119,7 +119,7 @@ def write_delta(
 
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
-    """What `save_pretrained` writes beside weights."""
+    """What `save_pretrained` writes beside weights: the two config files, of a model in fp32."""
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)
@@ -172,6 +172,7 @@ def read_delta(folder: Path, name: str) -> Delta:
                 f"{name} is a delta of format {content['format']}, written by partialtune "
                 f"{content['partialtune_version']}; this is {__version__}, which reads format {FORMAT}. Update it."
             )
+        # pread: a mapped file would count as memory of this process, as far as it was read
         with safe_open(folder / VALUES_FILE, framework="pt", backend="pread") as file:
             shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         delta = Delta(
@@ -193,7 +194,7 @@ def read_delta(folder: Path, name: str) -> Delta:
 
 
 def _check_texts(delta: Delta) -> None:
-    """Names and digests are texts, whatever else JSON could hold.
+    """Make sure that names and digests are texts: a damaged `delta.json` is an error here, not somewhere later.
 
     Raises:
         TypeError: If one is not.
@@ -207,7 +208,11 @@ def _check_texts(delta: Delta) -> None:
 
 
 def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mapping[str, list[int]]) -> None:
-    """Every parameter that changed is stored, and nothing else than parameters in their shapes."""
+    """Make sure that every parameter that changed is stored, and nothing else than parameters in their shapes.
+
+    Raises:
+        ModelError: If not.
+    """
     wrong = [name for name, shape in shapes.items() if declared.get(name) != shape]
     wrong += [name for name in declared if delta.before[name] != delta.after[name] and name not in delta.stored]
     if wrong:
@@ -218,7 +223,7 @@ def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mappin
 
 
 def check_config(delta: Delta) -> None:
-    """Make sure that the delta's config.json is the one that the run ended with: it says what the weights compute.
+    """Make sure that the delta's config.json is the one that the run ended with, since weights alone are no model.
 
     Raises:
         ModelError: If a key of it that changes the function has another value, or it cannot be read.
@@ -241,7 +246,7 @@ def check_config(delta: Delta) -> None:
         )
 
 
-def check_base(delta: Delta, name: str, found: dict[str, str]) -> None:
+def check_base(delta: Delta, name: str, found: Mapping[str, str]) -> None:
     """Refuse a base other than the delta's.
 
     Args:

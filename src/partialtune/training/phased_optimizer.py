@@ -1,22 +1,28 @@
-"""The phases of a plan, carried out in training: parameters learn, and are in the optimizer, from their step on.
+"""The optimizer of a plan: parameters are in it from the step of their phase on, and its state is kept by their names.
 
 All that any phase trains requires gradients when the model is wrapped for several processes, since DDP never
 synchronises what is thawed later, and the optimizer is made with all of it, so that its groups and the learning rate
 scheduler are complete. Only then is what belongs to later phases taken out again, until its phase begins.
+
+PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of other trainable layers of the same
+shapes loads without a word, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from partialtune.fast.paths import FastPaths
+from partialtune.errors import InputError
+from partialtune.fast.fast_paths import FastPaths
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.activation_checkpointing import keep_activations, recompute_from
 from partialtune.model.parameters import named_weights
+from partialtune.model.train_mode import keep_activations, recompute_from
 
 logger = logging.getLogger(__name__)
 
@@ -102,3 +108,63 @@ def phase_words(plan: FreezePlan, phase: Phase) -> str:
     count = sum(parameter.numel for parameter in plan.parameters if parameter.name in names)
     share = count / plan.total_parameters
     return f"trainable {count:,} of {plan.total_parameters:,} ({share:.1%}), backward stops at {phase.backward_from}"
+
+
+# ---- state by name -------------------------------------------------------------------------------------------------
+
+
+def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Let the optimizer's `state_dict` name parameters as the plan does, and `load_state_dict` take such a one.
+
+    {"state": {name: {"exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [name, ...]}]}
+    """
+    name_of = {id(parameter): name for name, parameter in named_weights(model)}
+    optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of))
+    optimizer.register_load_state_dict_pre_hook(partial(_names_to_places, name_of))
+
+
+def _places_to_names(
+    name_of: Mapping[int, str], optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> dict[str, Any]:
+    names = [name for group in _names_by_group(name_of, optimizer) for name in group]
+    groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
+    return {"state": {names[place]: state for place, state in state_dict["state"].items()}, "param_groups": groups}
+
+
+def _names_to_places(
+    name_of: Mapping[int, str], optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Parameters that are not named, those of later phases, keep the state that the optimizer was made with."""
+    names, saved = _names_by_group(name_of, optimizer), saved_groups(state_dict)
+    if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
+        raise InputError(
+            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on` or "
+            "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
+        )
+    place_of = {name: place for place, name in enumerate(name for group in names for name in group)}
+    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | state_dict["state"]
+    groups = [{**old, "params": [place_of[name] for name in new]} for old, new in zip(saved, names, strict=True)]
+    return {"state": {place_of[name]: state for name, state in states.items()}, "param_groups": groups}
+
+
+def saved_groups(saved: Any) -> list[dict[str, Any]]:
+    """The groups of parameters in an optimizer's saved state, each with its names under `params`.
+
+    Raises:
+        ValueError: If it is no such state.
+    """
+    groups, state = (saved.get("param_groups"), saved.get("state")) if isinstance(saved, Mapping) else (None, None)
+    if not (isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)):
+        raise ValueError("its optimizer holds no groups of parameters")
+    names = [group.get("params") for group in groups]
+    if not all(
+        isinstance(of_group, list) and all(isinstance(name, str | int) for name in of_group) for of_group in names
+    ):
+        raise ValueError("its optimizer holds groups without names of parameters")
+    if not (isinstance(state, Mapping) and state.keys() <= {name for of_group in names for name in of_group}):
+        raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
+    return groups
+
+
+def _names_by_group(name_of: Mapping[int, str], optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    return [[name_of[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -1,6 +1,7 @@
-"""Is it a whole model, in weights that can be trained? Asked of its files before loading, and of what was loaded.
+"""Is it a whole model, in weights that can be trained, and does it fit the run? Asked before loading and afterwards.
 
-In: a name, folder, config, loading report or model. Out: nothing, or a ModelError that says the reason and the way out.
+In:  a name, folder, config, loading report or model; the run's block size and token ids.
+Out: nothing, or a ModelError that says the reason and the way out.
 """
 
 import json
@@ -62,7 +63,7 @@ def _merge_command(adapter: str, base: str | None) -> str:
     if base and base.startswith("builtin:"):
         with suppress(ModelError):  # of another version of this package
             base = str(builtin_folder(base))
-    base, adapter = in_command(base or "BASE", "BASE"), in_command(adapter, "ADAPTER")
+    base, adapter = _in_command(base or "BASE", "BASE"), _in_command(adapter, "ADAPTER")
     return (
         'python -c "from peft import PeftModel; '
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -71,7 +72,7 @@ def _merge_command(adapter: str, base: str | None) -> str:
     )
 
 
-def in_command(place: str, else_this: str) -> str:
+def _in_command(place: str, else_this: str) -> str:
     """A folder or Hub id in a command that is advised; another word where a shell would read more into it."""
     return place if PLAIN.fullmatch(place) else else_this
 
@@ -106,7 +107,7 @@ def without_safetensors(name: str, location: str, has_pickle: bool) -> ModelErro
         return ModelError(
             f"The model {name} cannot be loaded: beside its config.json is no file named model.safetensors."
         )
-    place = in_command(location, "MODEL")
+    place = _in_command(location, "MODEL")
     return ModelError(
         f"{name} has its weights in *.bin files alone. These are pickles, which can run code when they are opened; "
         f"partialtune opens safetensors files only. Where you trust it, convert it first, with: "
@@ -207,7 +208,7 @@ def dtypes_in(folder: Path) -> dict[str, str]:
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
         files = [folder / name for name in sorted(names)]
-    found = {}
+    found: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt", backend="pread") as opened:
             found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
@@ -218,3 +219,43 @@ def context_of(config: PretrainedConfig) -> int | None:
     """Tokens that the model takes at once; None where its config sets no limit (missing, 0, or XLNet's -1)."""
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return context if context and context > 0 else None
+
+
+def check_fit(name: str, config: PretrainedConfig, block_size: int, vocabulary: int) -> None:
+    """Stop where the windows are longer than the model's context; warn where the tokenizer has more tokens than it.
+
+    Tokens that were added to a tokenizer and are never used need no place in the model: `check_ids` sees which are.
+
+    Raises:
+        ModelError: If the windows are too long.
+    """
+    text_config = config.get_text_config()
+    context = context_of(config)
+    if context and block_size > context:
+        raise ModelError(f"block_size is {block_size}, and {name} has a context of {context}. Use at most {context}.")
+    if vocabulary > text_config.vocab_size:
+        logger.warning(
+            "%s: its tokenizer has %s tokens, its model %s. The model does not know the others; no text may use them.",
+            *(name, f"{vocabulary:,}", f"{text_config.vocab_size:,}"),
+        )
+
+
+def check_ids(name: str, config: PretrainedConfig, largest: Mapping[str, int]) -> None:
+    """Stop where a text holds a token that the model has no place for, whatever the counts of tokens are.
+
+    Args:
+        name: The model.
+        config: Its configuration.
+        largest: Text -> the largest of its token ids.
+
+    Raises:
+        ModelError: Names the text.
+    """
+    size = config.get_text_config().vocab_size
+    for text, token_id in largest.items():
+        if token_id >= size:
+            raise ModelError(
+                f"{name}: {text} has a token with the id {token_id:,}, and the model's ids are 0 to {size - 1:,}. "
+                f"Tokenizer and model do not belong together; or tokens were added to the tokenizer and not to the "
+                f"model (model.resize_token_embeddings(len(tokenizer)), then save both)."
+            )

@@ -1,0 +1,83 @@
+"""What a recipe trains: its freeze arguments and its schedule -> a plan, by method.
+
+    trainable: [final_norm]
+    schedule:
+      - {from_step: 40, trainable: ['blocks[-1]'], learning_rate: 2.0e-5}
+      - {from_epoch: 1.5, trainable: ['blocks[-2]']}
+
+A phase may begin at an epoch, whose step is known once the text is read: before it, `plan_before_text` makes a plan
+that is shown; after it, `in_steps` and `plan_of_recipe` make the one that is carried out.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from partialtune.errors import RecipeError
+from partialtune.freeze.lora import plan_lora
+from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.recipe.arguments import FreezeArguments
+
+
+def plan_of_recipe(
+    model: nn.Module,
+    freeze: FreezeArguments,
+    schedule: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+    before_text: bool = False,
+) -> FreezePlan:
+    """The plan of a recipe. The model is not touched and may lie on the meta device.
+
+    Args:
+        model: A causal language model.
+        freeze: The recipe's arguments; `method: full` has `trainable: [all]` by now.
+        schedule: The recipe's, in steps.
+        seed: Of the start values of adapters.
+        before_text: As in `plan_freeze`.
+
+    Raises:
+        RecipeError: As `plan_freeze` and `plan_lora`.
+    """
+    if freeze.method == "lora":
+        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed)
+    return plan_freeze(model, freeze.trainable, head=freeze.head, schedule=schedule, before_text=before_text)
+
+
+def plan_before_text(model: nn.Module, freeze: FreezeArguments) -> FreezePlan:
+    """The plan of a recipe whose text was not read: a phase that begins at an epoch has no step yet.
+
+    Raises:
+        RecipeError: As `plan_of_recipe`.
+    """
+    return plan_of_recipe(model, freeze, freeze.schedule, before_text=True)
+
+
+def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps: int) -> list[dict[str, Any]]:
+    """The same schedule with every `from_epoch` as the nearest `from_step`.
+
+    in_steps([{"from_epoch": 1.5, "trainable": ["head"]}], epoch_steps=10, run_steps=30)
+    -> [{"from_step": 15, "trainable": ["head"]}]
+
+    Args:
+        schedule: Entries as `read_schedule` returns them.
+        epoch_steps: Optimizer steps of one epoch.
+        run_steps: Optimizer steps of the whole run.
+
+    Raises:
+        RecipeError: If an entry begins when the run has ended.
+    """
+    resolved, late = [], []
+    for number, entry in enumerate(schedule, start=1):
+        step = entry["from_step"] if "from_step" in entry else round(entry["from_epoch"] * epoch_steps)
+        resolved.append({"from_step": step, **{key: entry[key] for key in entry if key not in STARTS}})
+        if step >= run_steps:
+            epoch = f"from_epoch {entry['from_epoch']:g}, which is " if "from_epoch" in entry else ""
+            late.append(f"schedule, entry {number}: {epoch}from_step {step}")
+    if late:
+        raise RecipeError(
+            f"{'; '.join(late)}: the run has {run_steps} steps, 0 to {run_steps - 1}, {epoch_steps} an epoch. "
+            f"Begin earlier, train longer (max_steps, num_train_epochs), or take it out."
+        )
+    return resolved

@@ -1,0 +1,179 @@
+"""What a model does differently while it trains: dropout, LayerDrop, activation checkpointing; and eval mode meanwhile.
+
+In: a model or its config. Each function changes it in place, or for as long as a `with` lasts.
+
+LayerDrop (Fan et al. 2019, https://arxiv.org/abs/1909.11556) leaves a whole block out of a step with some probability.
+The decoder decides it by its own train mode, which it has as soon as anything in it trains: frozen blocks would be
+left out too, and no gradient would come where the only block that trains is.
+
+Activation checkpointing here keeps the saving of freezing: exactly the blocks that backward passes are recomputed. Left
+to itself transformers makes the embeddings' output require gradients, so that backward runs through every frozen block,
+and it does not checkpoint blocks in eval mode, which frozen ones are.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+from partialtune.errors import ModelError
+from partialtune.model.structure import decoder_blocks
+
+# attention_dropout, resid_pdrop, hidden_dropout_prob, attn_drop_rate, ...
+DROPOUT = re.compile(r"dropout|pdrop|(?:^|_)drop(?:_(?:rate|prob|p))?$")
+# What is dropped there is no value of an activation: whole layers, branches and paths (stochastic depth), tokens on
+# their way to experts, whose share also scales what is computed in eval mode.
+NO_DROPOUT = re.compile(r"(?:layer|block|path|token|router)_?drop|drop_?(?:layer|block|path|token|connect)")
+LAYER_DROP = re.compile(r"(?:\w+_)?layer_?drop(?:_rate|_prob)?")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every submodule has the mode that it had, frozen ones in eval too.
+
+    no_grad, not inference_mode: buffers that a forward pass makes (rotary tables) must be usable in training later.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training  # not module.train(), which would set all below it too
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def is_dropout(key: str) -> bool:
+    """Whether a field of a config is the probability of a dropout, by its name."""
+    return DROPOUT.search(key) is not None and NO_DROPOUT.search(key) is None
+
+
+def set_dropout(config: PreTrainedConfig, share: float) -> None:
+    """Put `share` on every dropout of `config`: of its own, of the text model in it, and of the parts of that.
+
+    Raises:
+        ModelError: If a field does not take it.
+    """
+    text = config.get_text_config()
+    for part in {id(part): part for part in (config, text, *_parts(text))}.values():
+        for key, value in part.to_dict().items():
+            if is_dropout(key) and isinstance(value, int | float) and not isinstance(value, bool):
+                _set(part, key, share)
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """MPT and DBRX keep the dropout of attention in a config within their config."""
+    return [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+
+
+def _set(config: PreTrainedConfig, key: str, share: float) -> None:
+    """Fields are checked against their types: most take a float, MPT's attention an int alone."""
+    try:
+        setattr(config, key, share)
+    except StrictDataclassError as error:
+        if share == int(share) and isinstance(getattr(config, key), int):
+            setattr(config, key, int(share))
+            return
+        raise ModelError(
+            f"dropout is {share:g}, and {key} of {type(config).__name__} takes no such value: a config that holds it "
+            f"could not be loaded again. Say dropout: 0, or dropout: model."
+        ) from error
+
+
+# ---- LayerDrop -------------------------------------------------------------------------------------------------------
+
+
+def _layer_drops(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
+    """Where blocks are left out at random in train mode: (dotted name, module, attribute, probability above 0).
+
+    Modules read it from their config as they are made: the config is not what counts, and keeps its value.
+    """
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if LAYER_DROP.fullmatch(key) and isinstance(value, int | float) and value > 0:
+                yield f"{path}.{key}" if path else key, module, key, value
+
+
+def stop_layer_drop(model: nn.Module) -> str:
+    """Switch LayerDrop off in the model, for good. Its config keeps its value, which is what is saved.
+
+    Returns:
+        What was switched off, in words; empty where the model has no LayerDrop.
+    """
+    found = list(_layer_drops(model))
+    for _, module, key, _ in found:
+        setattr(module, key, 0.0)
+    if not found:
+        return ""
+    was = ", ".join(f"{name} {share:g}" for name, _, _, share in found)
+    return f"LayerDrop is off (it was {was}): no block may be left out of a step. The config keeps its value."
+
+
+@contextmanager
+def no_layer_drop(model: nn.Module) -> Iterator[None]:
+    """Within it no block is left out, as under a plan; afterwards the model is as it was."""
+    found = list(_layer_drops(model))
+    for _, module, key, _ in found:
+        setattr(module, key, 0.0)
+    try:
+        yield
+    finally:
+        for _, module, key, share in found:
+            setattr(module, key, share)
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+def check_support(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raises ModelError where the recipe asks for checkpointing and the model has none."""
+    if args.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(model).__name__} has no activation checkpointing. Take activation_checkpointing out, and lower "
+            f"per_device_train_batch_size if memory is short (gradient_accumulation_steps makes up for it)."
+        )
+
+
+def recompute_from(model: nn.Module, first_block: int) -> None:
+    """Recompute the blocks from number `first_block` on in backward, also those in eval mode, and no others.
+
+    Blocks in train mode are left to transformers, which `activation_checkpointing_enable` has told to. So are blocks
+    that it does not mark: with `every_n_layers` it marks some.
+    """
+    # Switched on by activation_checkpointing_enable(): it makes backward run through every frozen block to the input.
+    model.disable_input_require_grads()
+    keep_activations(model)
+    for block in decoder_blocks(model)[first_block:]:
+        if getattr(block, "gradient_checkpointing", False):  # transformers' mark on a block
+            block.forward = _recomputed(block, block.forward)
+
+
+def keep_activations(model: nn.Module) -> None:
+    """Undo `recompute_from`."""
+    for block in decoder_blocks(model):
+        vars(block).pop("forward", None)  # the class' own method is found again
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, checkpointed where gradients are wanted and transformers would not do it. The mode stays eval.
+
+    `_gradient_checkpointing_func` is private to transformers: its checkpoint function with the recipe's keywords, which
+    `activation_checkpointing_enable` puts on every block, and which its GradientCheckpointingLayer calls in train mode
+    alone. Should it go, `test_exactly_the_blocks_that_backward_passes_are_recomputed` (tests/test_schedules.py) fails.
+    """
+
+    def forward_of_frozen_block(*args: Any, **kwargs: Any) -> Any:
+        if block.training or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return block._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+
+    return forward_of_frozen_block

@@ -1,0 +1,269 @@
+"""The start of a run, which every later state is compared with: digests of all weights, copies of what trains.
+
+Of several processes the main one holds the copies, and its digests count for all of them: a run starts from one set of
+weights, which the others may receive only later, as under FSDP.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from partialtune.distributed import from_main, is_main
+from partialtune.freeze.plan import FreezePlan
+from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
+from partialtune.model.parameters import in_threads, is_sharded, named_weights, numbers, whole_on_main
+from partialtune.proof.distances import ParameterDelta, change_sums, delta_from_sums, l2_norm, unknown
+
+logger = logging.getLogger(__name__)
+
+IN_MEMORY_UP_TO = 10**9  # bytes of all copies together
+ALIGNMENT = 64  # bytes: a tensor begins where any dtype may
+SHARED_AS = "partialtune_snapshot"  # attribute of a run's TrainerState
+
+
+# ---- copies ---------------------------------------------------------------------------------------------------------
+
+
+class MemoryCopies(dict[str, torch.Tensor]):
+    """Real copies on the CPU. Never views: on a CPU `parameter.data` is the live tensor."""
+
+    def __setitem__(self, name: str, values: torch.Tensor) -> None:
+        super().__setitem__(name, values.detach().to("cpu", copy=True))
+
+
+class TensorInFile(NamedTuple):
+    """Where in the file a tensor lies, and what it is."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class FileCopies(MutableMapping[str, torch.Tensor]):
+    """Copies in a file that has no name: the system frees it with the process, however that ends.
+
+    Each read maps one tensor, for as long as that lives, so that memory holds no more than the tensors in use.
+
+    Args:
+        folder: On the disk to use. A system's folder for temporary files may itself lie in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it lives as long as the copies)
+        self._tensors: dict[str, TensorInFile] = {}
+
+    def __setitem__(self, name: str, values: torch.Tensor) -> None:
+        """Written and not mapped: a disk that fills up is then an error here, where a mapped write ends the process."""
+        end = self._file.seek(0, os.SEEK_END)
+        self._file.write(bytes(-end % ALIGNMENT))
+        flat = values.detach().cpu().contiguous().reshape(-1)
+        tensor = TensorInFile(self._file.tell(), values.shape, values.dtype)
+        self._file.write(flat.view(torch.uint8).numpy().data)
+        self._file.flush()
+        self._tensors[name] = tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        offset, shape, dtype = self._tensors[name]
+        size = shape.numel() * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)  # nothing cannot be mapped
+        mapped = np.memmap(self._file, np.uint8, mode="c", offset=offset, shape=(size,))  # c: a write stays in memory
+        return torch.from_numpy(mapped).view(dtype).view(shape)
+
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def room_for_copies(size: int, folder: Path | None) -> MutableMapping[str, torch.Tensor]:
+    """An empty mapping that copies what is put into it.
+
+    Args:
+        size: Bytes of all that will be put into it. Up to `IN_MEMORY_UP_TO` they are kept in memory.
+        folder: Where the file may lie, made if missing; None for memory in any case.
+    """
+    if folder is None or size <= IN_MEMORY_UP_TO:
+        return MemoryCopies()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        logger.warning(
+            "The start of what trains takes %.1f GB, and %s has %.1f GB left: it is kept in memory.",
+            size / 1e9,
+            folder,
+            free / 1e9,
+        )
+        return MemoryCopies()
+    logger.info("The start of what trains, %.1f GB, is kept in a file without a name in %s.", size / 1e9, folder)
+    return FileCopies(folder)
+
+
+# ---- the snapshot ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The start of a run: what every later state is compared with.
+
+    Attributes:
+        digests: sha256 by parameter name.
+        bit_sums: Quick checksum of each parameter, see `digests.bit_sum`.
+        buffers: sha256 by name of each persistent buffer, see `digests.buffer_digest`.
+        trainable: Names of what trains.
+        copies: A real copy of each trainable parameter, on the CPU in its own dtype, in memory or in a file; empty on
+            other processes than the main one.
+        norms: L2 norm of each copy.
+    """
+
+    digests: Mapping[str, str]
+    bit_sums: Mapping[str, int]
+    buffers: Mapping[str, str]
+    trainable: frozenset[str]
+    copies: Mapping[str, torch.Tensor]
+    norms: Mapping[str, float]
+
+
+def take_snapshot(
+    model: nn.Module, plan: FreezePlan, folder: Path | None = None, known: Snapshot | None = None
+) -> Snapshot:
+    """The snapshot of `model` as it is now. All processes of a run have to call this together.
+
+    Args:
+        model: The plan is applied to it.
+        plan: Says what trains.
+        folder: On the disk that takes the copies where they are large, see `room_for_copies`. None for memory.
+        known: An earlier snapshot, which is returned where it still is the model's and of the same plan.
+    """
+    trainable = frozenset(plan.trainable)
+    sums = from_main(bit_sums((name, p) for name, p in named_weights(model) if is_main() or is_sharded(p)))
+    buffers = from_main(buffer_digests(model))
+    if known is not None and (known.trainable, known.bit_sums, known.buffers) == (trainable, sums, buffers):
+        return known
+    copies = _copies(model, trainable, folder)
+    return Snapshot(
+        digests=from_main(digests_on_main(named_weights(model))),
+        bit_sums=sums,
+        buffers=buffers,
+        trainable=trainable,
+        copies=copies,
+        norms={name: l2_norm(copies[name]) for name in copies},
+    )
+
+
+def _copies(model: nn.Module, trainable: frozenset[str], folder: Path | None) -> Mapping[str, torch.Tensor]:
+    learning = [(name, parameter) for name, parameter in named_weights(model) if name in trainable]
+    copies = room_for_copies(sum(p.numel() * p.element_size() for _, p in learning) if is_main() else 0, folder)
+    for name, parameter in learning:
+        values = whole_on_main(parameter)
+        if values is not None:
+            copies[name] = values
+    return copies
+
+
+def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDelta]:
+    """How far each parameter of `model` is from the snapshot, in the order of `named_parameters()`.
+
+    All processes of a run have to call this together. What trains is measured on the main one and unknown on others.
+    So is what the snapshot does not know or knows in another shape; what is no longer there comes last, unknown too.
+    """
+    named = list(named_weights(model))
+    # What is frozen is not copied: an equal checksum is a distance of 0, another one an unknown distance.
+    present = bit_sums((name, parameter) for name, parameter in named if name not in snapshot.trainable)
+    learning = ((name, whole_on_main(parameter)) for name, parameter in named if name in snapshot.trainable)
+    on_main = ((name, v) for name, v in learning if v is not None and _shape_of(snapshot, name) == v.shape)
+    changes = in_threads(lambda name, values: change_sums(values, snapshot.copies[name]), on_main)
+    measured = dict(zip(changes, numbers(changes.values()), strict=True))
+    for name, parameter in named:
+        if name in measured:
+            square_sum, largest = measured[name]
+            yield delta_from_sums(name, square_sum, largest, snapshot.norms[name])
+        elif name in present and present[name] == snapshot.bit_sums.get(name):
+            yield ParameterDelta(name, 0.0, 0.0 if parameter.numel() else None, 0.0)
+        else:
+            yield unknown(name)
+    names = {name for name, _ in named}
+    yield from (unknown(name) for name in snapshot.bit_sums if name not in names)
+
+
+def _shape_of(snapshot: Snapshot, name: str) -> torch.Size | None:
+    return snapshot.copies[name].shape if name in snapshot.copies else None
+
+
+# ---- what the callbacks share ---------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Adds up the seconds spent inside `with stopwatch:`.
+
+    Attributes:
+        seconds: So far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+class SnapshotCallback(TrainerCallback):
+    """Takes a snapshot before the first step, one for all callbacks of a run, and counts the seconds that it costs.
+
+    Args:
+        plan: The plan that was applied to the model.
+        output_dir: Folder of what is written, `args.output_dir` where absent.
+
+    Attributes:
+        snapshot: The start of the run; None before the Trainer is made.
+        seconds: Time spent in snapshot and measurements so far.
+    """
+
+    def __init__(self, plan: FreezePlan, output_dir: str | os.PathLike | None = None) -> None:
+        self.plan = plan
+        self.output_dir = output_dir
+        self.snapshot: Snapshot | None = None
+        self._watch = Stopwatch()
+
+    @property
+    def seconds(self) -> float:
+        return self._watch.seconds
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self.take_snapshot(args, state, model)  # the only hook before a checkpoint is loaded: the start is the base
+
+    def take_snapshot(self, args, state, model: nn.Module) -> None:
+        """Take the snapshot, or that of another callback of this run if nothing has changed since.
+
+        Trainer hands its callbacks neither itself nor each other. What they have in common is the `TrainerState`,
+        which is a new one for each training; only its declared fields are saved. On the model, the copies would be
+        copied and pickled with it.
+        """
+        with self._watch:
+            known = getattr(state, SHARED_AS, None)
+            self.snapshot = take_snapshot(model, self.plan, self.folder(args), known)
+            setattr(state, SHARED_AS, self.snapshot)
+
+    def folder(self, args) -> Path:
+        """Where the callback writes."""
+        return Path(self.output_dir or args.output_dir)

@@ -1,0 +1,237 @@
+"""Everything that is checked and decided before a run writes anything: recipe -> `RunStart`.
+
+The cheap comes first: the output folder, then processes and precision, config and tokenizer, the texts, and only then
+the weights. What `auto` means is decided here, once: `resume_from_checkpoint`, `bf16`, `prefix_cache`.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from partialtune.distributed import decided_by_main, first_on_each_node, main_process_only
+from partialtune.errors import InputError
+from partialtune.fast.prefix_choice import PrefixPhase
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
+from partialtune.hub.push import Target, check_access
+from partialtune.model.conformance import Conformance, check_conformance
+from partialtune.model.loading import load_config, load_model, load_tokenizer, model_location
+from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
+from partialtune.model.train_mode import check_support
+from partialtune.recipe.arguments import ModelArguments
+from partialtune.recipe.reading import Recipe
+from partialtune.run_folder import recorded_sources
+from partialtune.scoring.prompts import check_prompts
+from partialtune.text.reading import check_texts_unchanged
+from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint
+from partialtune.training.launch import check_engine, check_precision, check_processes, one_device_a_process
+from partialtune.training.recipe_trainer import prefix_phases, tokens_per_byte
+from partialtune.training.resume_check import (
+    RunOrigin,
+    Standing,
+    at_saved_commit,
+    check_checkpoint,
+    check_origin,
+    origin_of,
+    read_origin,
+    standing_of,
+    with_choices,
+)
+from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
+from partialtune.training.training_data import RunData, data_of_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run starts with. All of it was checked, and nothing was written yet.
+
+    Attributes:
+        recipe: As it was read.
+        folder: Its `output_dir`.
+        standing: What the folder held when it was looked at.
+        checkpoint: Where training goes on from, None for a start from the base.
+        args: Trainer's arguments, with what follows from the recipe, the checkpoint and the length of the run.
+        config: Of the base.
+        tokenizer: Of the base.
+        data: Windows, and the texts that are scored.
+        model: The base in fp32 on the CPU, in eval mode. The plan is not applied yet.
+        conformance: Whose loss trains, and what the saved config says.
+        plan: What trains in which phase.
+        prefix: What each phase does with its frozen prefix.
+        origin: What the run begins with, kept in each of its checkpoints.
+    """
+
+    recipe: Recipe
+    folder: Path
+    standing: Standing
+    checkpoint: Path | None
+    args: TrainingArguments
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    model: PreTrainedModel
+    conformance: Conformance
+    plan: FreezePlan
+    prefix: list[PrefixPhase]
+    origin: RunOrigin
+
+
+def prepare(recipe: Recipe) -> RunStart | None:
+    """Check everything that can be known before training, and decide what `auto` means. Every process calls this.
+
+    Returns:
+        None where the output folder holds this run, finished.
+
+    Raises:
+        InputError: If anything that was given cannot be used. Nothing was written.
+    """
+    folder = Path(recipe.training["output_dir"])
+    standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
+    if standing is Standing.FINISHED:
+        say_finished(recipe, folder)
+        return None
+    if standing is Standing.UNSTARTED:
+        logger.info("%s holds this run, ended before its first optimizer step: it starts again.", folder)
+    check_precision(recipe.training)
+    checkpoint, saved = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
+    args = checked_arguments(recipe, saved)
+    base = at_saved_commit(recipe.model, saved)
+    config, tokenizer = load_before_texts(recipe, base)
+    if recipe.training.get("push_to_hub"):
+        check_hub(recipe)
+    data = checked_data(recipe, args, config, tokenizer)
+    model, conformance = load_base(recipe, base, config)
+    check_support(args, model)
+    schedule = in_steps(
+        recipe.freeze.schedule, steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
+    )
+    plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
+    prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, saved))
+    origin = decided_by_main(lambda: origin_of(recipe, args=args, model=model, data=data, plan=plan, prefix=prefix))
+    if checkpoint is not None:
+        decided_by_main(lambda: check_same_run(checkpoint, plan, saved, origin))
+    return RunStart(
+        recipe, folder, standing, checkpoint, args, config, tokenizer, data, model, conformance, plan, prefix, origin
+    )
+
+
+def say_finished(recipe: Recipe, folder: Path) -> None:
+    """Say that there is nothing to do, once the texts are those of the run.
+
+    Raises:
+        TextError: If one of them has changed.
+    """
+    unread = decided_by_main(
+        lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
+    )
+    not_compared = f" Not looked at again: {', '.join(unread)}." if unread else ""
+    logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared)
+
+
+def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, RunOrigin | None]:
+    """The checkpoint that the recipe asks for and what its run began with; None for a start from the base.
+
+    Raises:
+        InputError: If the one that it names is not whole.
+    """
+    checkpoint = newest_whole_checkpoint(folder) if resume == "auto" else Path(resume) if resume else None
+    if checkpoint is None:
+        return None, None
+    damage = damage_of(checkpoint) if resume != "auto" else []
+    if damage:
+        raise InputError(
+            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
+            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
+        )
+    return checkpoint, read_origin(checkpoint)
+
+
+def checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArguments:
+    """Trainer's arguments, for processes and an engine that the run can have.
+
+    Args:
+        recipe: `bf16` may be "auto".
+        saved: What the run began with, where it goes on from a checkpoint.
+
+    Raises:
+        InputError: If the launcher contradicts the recipe, or started what cannot be trained with.
+    """
+    args = training_arguments(with_choices(recipe.training, saved))
+    check_precision({"bf16": args.bf16, "fp16": args.fp16})  # again: `bf16: auto` is decided by now
+    check_processes(args)
+    one_device_a_process(args)
+    check_engine(args)
+    return args
+
+
+def load_before_texts(recipe: Recipe, base: ModelArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of the base, once all is well that can be known without texts and weights.
+
+    Raises:
+        InputError: If model, windows and prompts do not belong together.
+    """
+    name = base.model_name_or_path
+    config = load_config(name, base.model_revision, base.dropout, base.trust_remote_code)
+    check_weights(name, model_location(name), config)  # `load_model` asks again, but after the texts: minutes later
+    tokenizer = load_tokenizer(name, base.model_revision, base.trust_remote_code)
+    check_fit(name, config, recipe.text.block_size, vocabulary=len(tokenizer))
+    check_prompts(recipe.evaluation.prompts, tokenizer, config)
+    return config, tokenizer
+
+
+def checked_data(
+    recipe: Recipe, args: TrainingArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> RunData:
+    """The run's windows and texts; `args` get what follows from how many windows there are.
+
+    Raises:
+        InputError: If a text cannot be used, or has not what the recipe wants to choose the best model by.
+    """
+    data = first_on_each_node(lambda: data_of_recipe(recipe, args, tokenizer))
+    decided_by_main(lambda: check_ids(recipe.model.model_name_or_path, config, data.largest_ids))
+    suit_length(args, recipe.training, len(data.train), held_out=data.held_out is not None)
+    decided_by_main(lambda: tokens_per_byte(args, data))
+    return data
+
+
+def load_base(recipe: Recipe, base: ModelArguments, config: PretrainedConfig) -> tuple[PreTrainedModel, Conformance]:
+    """The base, of which the weights are finite, and how it has to be trained.
+
+    Raises:
+        ModelError: If it cannot be trained.
+    """
+    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    check_finite(base.model_name_or_path, model)
+    return model, check_conformance(model, recipe.text.block_size)
+
+
+def plan_in_steps(recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, windows: int) -> FreezePlan:
+    """The plan of the recipe, in which each phase begins at a step also where the recipe counts epochs.
+
+    Raises:
+        RecipeError: If a selector or the schedule does not fit the model or the length of the run.
+    """
+    schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
+    return plan_of_recipe(model, recipe.freeze, schedule, args.seed)
+
+
+def check_same_run(checkpoint: Path, plan: FreezePlan, saved: RunOrigin, origin: RunOrigin) -> None:
+    """Stop where the checkpoint is one of another run."""
+    check_checkpoint(checkpoint, plan)
+    check_origin(checkpoint, saved, origin)
+
+
+@main_process_only
+def check_hub(recipe: Recipe) -> None:
+    """Make sure of the access to the Hub before hours of training."""
+    check_access(push_target(recipe))
+
+
+def push_target(recipe: Recipe) -> Target:
+    """Where the recipe wants the run to be pushed to."""
+    said = recipe.training
+    return Target(said.get("hub_model_id") or "", said.get("hub_revision"), said.get("hub_private_repo"))
