@@ -193,8 +193,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from partialtune.compare.compare import COMPARISON_FILE, compare_recipes, compare_runs, raise_if_failed
-    from partialtune.compare.options import are_runs, read_choices
-    from partialtune.compare.table import comparison_lines
+    from partialtune.compare.policies import are_runs, read_choices
+    from partialtune.compare.presentation import comparison_lines
     from partialtune.model.loading import quiet_libraries
 
     quiet_libraries()

@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialtune.compare.children import RunQueue, last_words, steps_of
+from partialtune.compare.comparable import check_recipes, check_runs, check_seeds, differing_lengths
 from partialtune.compare.frontier import render_frontier
-from partialtune.compare.ground import check_recipes, check_runs, check_seeds, differing_lengths
-from partialtune.compare.options import Choices
-from partialtune.compare.page import render_page, subtitle
-from partialtune.compare.policies import Job, Policy, read_policies
-from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate, write_training_text
-from partialtune.compare.results import Outcome, Row, failed_early, grouped, read_outcome
-from partialtune.compare.table import comparison_csv, comparison_json
+from partialtune.compare.learning_rates import RateTrial, Search, at_the_end_of_the_list, best_rate, write_training_text
+from partialtune.compare.outcomes import Outcome, Row, failed_early, grouped, read_outcome
+from partialtune.compare.policies import Choices, Job, Policy, read_policies
+from partialtune.compare.presentation import comparison_csv, comparison_json, render_page, subtitle
+from partialtune.compare.run_queue import RunQueue, last_words, steps_of
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
@@ -197,7 +195,7 @@ def run_policies(
     plans: Mapping[str, FreezePlan],
     seeds: Sequence[int],
     choices: Choices,
-    trials: Mapping[str, Sequence[Trial]],
+    trials: Mapping[str, Sequence[RateTrial]],
 ) -> list[Row]:
     """Run every policy with every seed, seed by seed, so that a comparison that is cut short has whole seeds."""
     outcomes: dict[str, list[Outcome]] = {policy.name: [] for policy in policies}
