@@ -4,9 +4,12 @@ import errno
 import shutil
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from transformers import TrainerState
 
-from partialtune.errors import DiskError
+from partialtune.errors import DiskError, InputError
+from partialtune.files import write_whole
 from partialtune.training.checkpoint_files import (
     ASIDE,
     MARKER,
@@ -16,7 +19,9 @@ from partialtune.training.checkpoint_files import (
     disk_errors,
     finish_checkpoint,
     newest_whole_checkpoint,
+    read_with_care,
     rotate_checkpoints,
+    write_state,
 )
 
 pytestmark = pytest.mark.contract
@@ -115,6 +120,27 @@ def test_a_full_disk_is_said_in_words_and_the_half_checkpoint_makes_room(tmp_pat
 def test_another_error_while_saving_stays_what_it_is(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), disk_errors("checkpoint-20", tmp_path):
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("error", [ValueError("no JSON"), EOFError(), MemoryError(), OSError(errno.EIO, "I/O error")])
+def test_what_a_damaged_file_raises_is_said_in_words(tmp_path, error):
+    with pytest.raises(InputError, match="cannot be gone on from"), read_with_care(tmp_path):
+        raise error
+
+
+def test_a_type_that_a_library_did_not_expect_is_the_files_fault_and_one_that_we_did_not_expect_is_a_bug(tmp_path):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(InputError, match="cannot be gone on from"), read_with_care(tmp_path):
+        torch.optim.SGD([parameter]).load_state_dict([1, 2])
+    with pytest.raises(AttributeError, match="with_name"), read_with_care(tmp_path):
+        write_whole("no path", b"")  # raised by a line of this package
+
+
+def test_the_state_is_written_as_trainer_writes_it(tmp_path):
+    state = TrainerState(global_step=3, log_history=[{"loss": 1.5, "step": 3}])
+    state.save_to_json(str(tmp_path / "theirs.json"))
+    write_state(tmp_path / "ours.json", state)
+    assert (tmp_path / "ours.json").read_bytes() == (tmp_path / "theirs.json").read_bytes()
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path):

@@ -609,7 +609,7 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
     trial.write_text(
         "import sys, time; from pathlib import Path\n"
         "from partialtune.compare.learning_rates import RateTrial, keep_trial\n"
-        "from partialtune.recipe.reading import read_recipe\n"
+        "from partialtune.recipe.recipe import read_recipe\n"
         "Path(sys.argv[1] + '.begun').touch()\n"
         "time.sleep(2)\n"
         "values = read_recipe(sys.argv[3], sys.argv[4:]).values\n"

@@ -15,7 +15,7 @@ LATIN = "Der Müller aß Käse, très bien, naïve café. "
 
 
 def decode_text(data, name, http_charset=None):
-    """The characters of a file, how they were read, and how many are damaged; as `reading` does it piece by piece."""
+    """The characters of a file, how they were read, and how many are damaged, as in `reading`."""
     encoding = choose_encoding(lambda: iter((data,)), name, http_charset)
     damage = Damage()
     text = "".join(damage.watched(decoded_pieces(iter((data,)), encoding.name)))

@@ -31,7 +31,7 @@ from partialtune.hub import push
 from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
-from partialtune.recipe.reading import read_recipe
+from partialtune.recipe.recipe import read_recipe
 from partialtune.run_folder import locked, write_exit
 from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text

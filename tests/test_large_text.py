@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from datasets import table
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from conftest import REPOSITORY
 from partialtune.builtin import builtin_folder
 from partialtune.cache import LIFETIME_DAYS, cached_by_content
+from partialtune.distributed import first_on_each_node
 from partialtune.errors import TextError
 from partialtune.recipe.arguments import TextArguments
 from partialtune.text import cleaning, reading, sources, stored_text, tokenizing
@@ -32,6 +34,7 @@ from partialtune.text.windows import split_text
 from partialtune.training import training_data as data
 from partialtune.training.training_data import prepare_data
 from test_decoding import decode_text
+from two_processes import on_two_processes
 
 LLAMA_3_PATTERN = tokenizing._LLAMA_3
 WRAPPED = (
@@ -558,33 +561,24 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_change(tmp
         read_texts([book], in_memory_bytes=0)
 
 
+def read_as_one_of_two(book, cache):
+    """How often this process tokenised a text, and how many windows it has."""
+    os.environ["PARTIALTUNE_CACHE"] = cache
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    made, make = [], tokenizing.token_pieces
+    tokenizing.token_pieces = lambda *arguments: made.append(1) or make(*arguments)
+    tokenizer = AutoTokenizer.from_pretrained(builtin_folder("builtin:lilliput"))
+    arguments = TextArguments(text=[book], block_size=32)
+    windows = len(first_on_each_node(lambda: prepare_data(arguments, {}, tokenizer, 0, 0)).train)
+    state.wait_for_everyone()
+    return len(made), windows
+
+
 @pytest.mark.slow
 def test_two_processes_read_what_the_first_one_made(book, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch.distributed as dist\n"
-        "from accelerate import PartialState\n"
-        "from transformers import AutoTokenizer\n"
-        "from partialtune.text import tokenizing\n"
-        "from partialtune.recipe.arguments import TextArguments\n"
-        "from partialtune.builtin import builtin_folder\n"
-        "from partialtune.training.training_data import prepare_data\n"
-        "from partialtune.distributed import first_on_each_node\n"
-        "state = PartialState(cpu=True)\n"
-        "assert state.num_processes == 2\n"
-        "made, make = [], tokenizing.token_pieces\n"
-        "tokenizing.token_pieces = lambda *arguments: made.append(1) or make(*arguments)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(builtin_folder('builtin:lilliput'))\n"
-        "arguments = TextArguments(text=[sys.argv[1]], block_size=32)\n"
-        "data = first_on_each_node(lambda: prepare_data(arguments, {}, tokenizer, 0, 0))\n"
-        "open(f'{sys.argv[2]}/{state.process_index}', 'w').write(f'{len(made)} {len(data.train)}')\n"
-        "state.wait_for_everyone()\n"
-        "dist.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, str(script), book, str(tmp_path)], check=False, timeout=300)
-    (made, first), (made_again, second) = ((tmp_path / rank).read_text().split() for rank in "01")
-    assert (made, made_again) == ("2", "0")
+    (made, first), (made_again, second) = on_two_processes(read_as_one_of_two, book, str(tmp_path / "cache"))
+    assert (made, made_again) == (2, 0)
     assert first == second
 
 

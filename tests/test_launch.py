@@ -118,7 +118,7 @@ def test_variables_of_a_launcher_that_did_not_start_us_are_named_before_anything
     variables, said = LEFT_OVER[name]
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("partialtune.recipe.reading.read_recipe", lambda *args: pytest.fail("it went on"))
+    monkeypatch.setattr("partialtune.recipe.recipe.read_recipe", lambda *args: pytest.fail("it went on"))
     assert main(["train", "recipe.yaml"]) == 2
     err = capfd.readouterr().err
     assert re.search(said, err), err

@@ -16,7 +16,7 @@ from partialtune.model.digests import digests
 from partialtune.rank.figure import draw_ranking
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import rank, ranking_table
-from partialtune.recipe.reading import read_recipe
+from partialtune.recipe.recipe import read_recipe
 from test_modeling import rename_to_hub
 from test_plan import marian
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from partialtune.errors import RecipeError
-from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values, write_recipe
+from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values, write_recipe
 from partialtune.training.resume_check import recipe_differences
 
 GOOD = {
@@ -439,7 +439,7 @@ def test_values_from_python_are_checked_in_the_same_way(tmp_path):
 def test_what_is_wrong_with_the_file_is_said_before_transformers_is_imported(tmp_path):
     (tmp_path / "broken.yaml").write_text("trainable: [blocks[-1]]")
     code = (
-        "import sys\nfrom partialtune.recipe.reading import read_recipe\nfrom partialtune.errors import RecipeError\n"
+        "import sys\nfrom partialtune.recipe.recipe import read_recipe\nfrom partialtune.errors import RecipeError\n"
         f"for name in ('gone.yaml', 'broken.yaml', ''):\n"
         f"    try: read_recipe({str(tmp_path)!r} + '/' + name)\n"
         "    except RecipeError: print('refused', 'transformers' in sys.modules or 'torch' in sys.modules)\n"

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.recipe_plan import plan_of_recipe
 from partialtune.model.loading import empty_model, load_config
-from partialtune.recipe.reading import read_recipe
+from partialtune.recipe.recipe import read_recipe
 
 RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "launch" not in path.parts)
 COUNTS = re.compile(r"Trains ([\d,]+) of ([\d,]+) parameters \((\d+\.\d+)%\)")

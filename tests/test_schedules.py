@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import (
     BloomConfig,
@@ -29,14 +27,16 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.plan_table import plan_table
 from partialtune.freeze.recipe_plan import in_steps, plan_before_text
+from partialtune.model.digests import digests
 from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
-from partialtune.recipe.reading import read_recipe, recipe_from_values, write_recipe
+from partialtune.recipe.recipe import read_recipe, recipe_from_values, write_recipe
 from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
 from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import collate_windows
+from two_processes import on_two_processes
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -447,6 +447,17 @@ def test_state_that_an_optimizer_is_made_with_enters_with_its_parameters(tmp_pat
         assert found == {step: set(trainer.plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)}
 
 
+def test_a_trainer_leaves_its_callers_arguments_as_they_were(tmp_path):
+    args = training_arguments({"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"})
+    before, model = dict(vars(args)), tiny_gpt2()
+    plan = plan_freeze(model, ["final_norm"], schedule=PHASES)
+    apply_plan(model, plan)
+    data = {"train_dataset": some_windows(), "data_collator": collate_windows}
+    trainer = PartialTrainer(plan=plan, delta_steps=1, model=model, args=args, **data)
+    assert trainer.args.ddp_find_unused_parameters is True
+    assert vars(args) == before
+
+
 def test_a_checkpoint_of_another_layer_of_the_same_shape_is_refused(tmp_path):
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_of(tmp_path / "first", tiny_gpt2(), ["blocks[0]"], (), **changes).train()
@@ -658,64 +669,46 @@ def test_a_model_without_checkpointing_is_refused_in_words(tmp_path):
 
 # ---- two processes --------------------------------------------------------------------------------------------------
 
-TWO_PROCESSES = """
-import json, os, sys
-from pathlib import Path
-import torch, torch.distributed as dist
-from transformers import TrainerCallback
-sys.path.insert(0, sys.argv[1])
-from conftest import tiny_gpt2
-from partialtune.model.digests import digests
-from test_schedules import PHASES, trainer_of
 
 class Compare(TrainerCallback):
+    """After each step: whether both processes hold the same weights, and their digests."""
+
+    def __init__(self):
+        self.rows = []
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         both = [None, None]
         dist.all_gather_object(both, digests(model))
-        rows.append([both[0] == both[1], both[0]])
-
-rows = []
-changes = {"activation_checkpointing": sys.argv[3] == "checkpointing", "per_device_train_batch_size": 2}
-changes |= {"gradient_accumulation_steps": 2, "logging_steps": 1}
-trainer = trainer_of(sys.argv[2], tiny_gpt2(), ["final_norm"], PHASES, Compare(), **changes)
-trainer.train()
-wrapped = trainer.model_wrapped
-found = {
-    "world_size": dist.get_world_size(),
-    "wrapped": type(wrapped).__name__,
-    "finds_unused": wrapped.find_unused_parameters,
-    "equal": [same for same, _ in rows],
-    "digests": [found for _, found in rows],
-    "passed": trainer.audit.result.passed,
-}
-if dist.get_rank() == 0:
-    Path(sys.argv[2], "found.json").write_text(json.dumps(found))
-dist.barrier()
-sys.stdout.flush()
-os._exit(0)  # gloo's threads abort an interpreter that ends, now and then; nothing is left to be done
-"""
+        self.rows.append([both[0] == both[1], both[0]])
 
 
-def run_on_two_processes(folder, how):
-    (folder / "script.py").write_text(TWO_PROCESSES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [str(folder / "script.py"), str(Path(__file__).parent), str(folder), how]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*launcher, *words], env=environment, timeout=300, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads((folder / "found.json").read_text())
+def train_as_one_of_two(folder, how):
+    compare = Compare()
+    changes = {"activation_checkpointing": how == "checkpointing", "per_device_train_batch_size": 2}
+    changes |= {"gradient_accumulation_steps": 2, "logging_steps": 1}
+    trainer = trainer_of(folder, tiny_gpt2(), ["final_norm"], PHASES, compare, **changes)
+    trainer.train()
+    wrapped = trainer.model_wrapped
+    return {
+        "world_size": dist.get_world_size(),
+        "wrapped": type(wrapped).__name__,
+        "finds_unused": wrapped.find_unused_parameters,
+        "equal": [same for same, _ in compare.rows],
+        "digests": [found for _, found in compare.rows],
+        "passed": trainer.audit.result.passed,
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "checkpointing"])
 def test_two_processes_hold_equal_weights_after_every_step_of_every_phase(tmp_path, how):
-    found = run_on_two_processes(tmp_path, how)
+    found, _ = on_two_processes(train_as_one_of_two, tmp_path, how)
     assert (found["world_size"], found["wrapped"], found["finds_unused"]) == (2, "DistributedDataParallel", True)
     assert found["equal"] == [True] * 9
     assert found["passed"] is True
     plan = plan_freeze(tiny_gpt2(), ["final_norm"], schedule=PHASES)
     for name in plan.trainable:
-        values = [digests[name] for digests in found["digests"]]
+        values = [step[name] for step in found["digests"]]
         began = next(parameter.from_step for parameter in plan.parameters if parameter.name == name)
         assert len(set(values[:began])) <= 1, f"{name} moved before its phase"
         assert len(set(values[began:])) == 9 - began, f"{name} stood still"

@@ -1,5 +1,6 @@
 """The whole run: what it must show, on the bundled model, on GPT-2's shape, and against a plain PyTorch loop."""
 
+import inspect
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer
 
 from conftest import EXCERPTS, REPOSITORY, SOURCES, gpt2_tokenizer, tiny_gpt2
 from partialtune.cli import main
@@ -496,6 +497,36 @@ def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp
     assert main(["train", recipe, *more]) == 0
     assert read(tmp_path / "run", "trainer_state.json")["global_step"] == 12
     assert sorted({line["step"] for line in lines_of(tmp_path / "run")}) == [8, 10, 12]
+
+
+# ---- what the Trainer relies on in transformers ----------------------------------------------------------------------
+
+OVERRIDDEN = {
+    "_determine_best_metric": {"metrics", "trial"},
+    "_get_grad_norm": {"model", "grad_norm"},
+    "_get_output_dir": {"trial"},
+    "_load_best_model": set(),
+    "_load_from_checkpoint": {"resume_from_checkpoint", "model"},
+    "_load_optimizer_and_scheduler": {"checkpoint"},
+    "_load_rng_state": {"checkpoint"},
+    "_maybe_log_save_evaluate": {"tr_loss", "grad_norm", "model", "trial", "epoch", "start_time"},
+    "_run_epoch": {"model", "epoch", "train_dataloader"},
+    "_save": {"output_dir", "state_dict"},
+    "_save_checkpoint": {"model", "trial"},
+}
+
+
+def test_every_private_method_of_trainer_that_is_overridden_is_still_there_and_named_in_the_docstring():
+    from partialtune.training.trainer import PartialTrainer
+
+    private = {name for name in vars(PartialTrainer) if name.startswith("_") and not name.startswith("__")}
+    assert {name for name in private if hasattr(Trainer, name)} == set(OVERRIDDEN)
+    for name, parameters in OVERRIDDEN.items():
+        assert parameters <= inspect.signature(getattr(Trainer, name)).parameters.keys(), name
+        assert f"`{name}`" in PartialTrainer.__doc__
+        source = inspect.getsource(Trainer)
+        assert f"self.{name}(" in source, f"nothing calls {name} any more"
+    assert callable(Trainer._get_learning_rate)
 
 
 # ---- GPT-2's shape and the notebook's arithmetic --------------------------------------------------------------------

@@ -27,7 +27,7 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.model.conformance import CAUSAL_SETTINGS, Conformance, check_conformance
 from partialtune.model.loading import empty_model, load_config, load_model
 from partialtune.model.structure import read_structure
-from partialtune.recipe.reading import recipe_from_values
+from partialtune.recipe.recipe import recipe_from_values
 from partialtune.scoring.evaluation import ScoredText, score_text
 from partialtune.scoring.prompts import probe_prompts
 from partialtune.training.recipe_trainer import make_trainer, prefix_phases

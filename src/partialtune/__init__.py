@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editor
     from partialtune.proof.deltas import WeightDeltaCallback as WeightDeltaCallback
     from partialtune.rebuild import apply_delta as apply_delta
     from partialtune.rebuild import load as load
-    from partialtune.recipe.reading import read_recipe as read_recipe
+    from partialtune.recipe.recipe import read_recipe as read_recipe
     from partialtune.text.reading import load_text as load_text
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ _HOME = {
     "load": "rebuild",
     "load_text": "text.reading",
     "plan_freeze": "freeze.plan",
-    "read_recipe": "recipe.reading",
+    "read_recipe": "recipe.recipe",
 }
 
 __all__ = sorted(_HOME)

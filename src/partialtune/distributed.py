@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -115,7 +115,10 @@ def decided_by_main(decide: Callable[[], Value]) -> Value:
         Exception: What `decide` raised, on the main process; whatever it is, the others do not wait for ever.
         EndedElsewhere: On the others, with the exit code that the main process ends with.
     """
-    value, error = _attempt(decide) if is_main() else (None, None)
+    value: Any = None
+    error: Exception | None = None
+    if is_main():
+        value, error = _attempt(decide)
     failure, value = from_main((_failure_of(error), value))
     _end_together(error, failure)
     return value
@@ -169,7 +172,7 @@ def first_on_each_node(make: Callable[[], Value]) -> Value:
         Exception: As `done_together`.
     """
     first = PartialState().is_local_main_process
-    made = done_together(lambda: make() if first else None)
+    made: Any = done_together(lambda: make() if first else None)
     return done_together(lambda: made if first else make())
 
 
@@ -181,7 +184,7 @@ class _Failure:
     code: int
 
 
-def _attempt(make: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+def _attempt(make: Callable[[], Value]) -> tuple[Any, Exception | None]:
     try:
         return make(), None
     except Exception as error:  # noqa: BLE001  (raised again, whatever it is, when the others know)
@@ -203,7 +206,7 @@ def _failure_of(error: Exception | None) -> _Failure | None:
 def _end_together(error: Exception | None, failure: _Failure | None) -> None:
     """Raise on every process what one of them failed with.
 
-    Its words are said once, by the main process. A bug is raised where it happened, for its traceback.
+    The main process alone prints its message. A bug is raised where it happened, for its traceback.
 
     Args:
         error: Of this process.
@@ -211,9 +214,10 @@ def _end_together(error: Exception | None, failure: _Failure | None) -> None:
     """
     if failure is None:
         return
-    is_bug = error is not None and not (isinstance(error, PartialtuneError) or is_disk_fault(error))
-    if is_bug or (error is not None and is_main()):
-        raise error
+    if error is not None:
+        is_bug = not isinstance(error, PartialtuneError) and not is_disk_fault(error)
+        if is_bug or is_main():
+            raise error
     raise EndedElsewhere(failure.words if is_main() else "", failure.code) from error
 
 
@@ -236,7 +240,7 @@ WHAT_IS_SAVED = "What was saved before is in the run's folder; go on with: --res
 
 @contextmanager
 def peers_watched(patience_seconds: float = DDP_TIMEOUT) -> Iterator[None]:
-    """Say in words that another process of the run is gone, or does not answer any more.
+    """Turn what torch raises when another process is gone, or does not answer any more, into an explanation.
 
     Args:
         patience_seconds: The recipe's `ddp_timeout`, which the message names.
@@ -247,10 +251,10 @@ def peers_watched(patience_seconds: float = DDP_TIMEOUT) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if _several() and any(words in said for words in LOST):
+        reason = str(error)
+        if _several() and any(words in reason for words in LOST):
             words = "Another process of this run ended: it was killed, or says why above."
-        elif _several() and any(words in said for words in STALLED):
+        elif _several() and any(words in reason for words in STALLED):
             words = (
                 f"Another process of this run did not answer for {patience_seconds:g} seconds (ddp_timeout): it was "
                 f"stopped, its machine is out of reach, or it is slower than that."

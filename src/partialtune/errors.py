@@ -3,6 +3,7 @@
 import errno
 from pathlib import Path
 from traceback import walk_tb
+from typing import TypeGuard
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -97,7 +98,7 @@ DISK_FAULTS = (
 )
 
 
-def is_disk_fault(error: BaseException) -> bool:
+def is_disk_fault(error: BaseException) -> TypeGuard[OSError]:
     """Whether the system could not read or write a file, for a reason that lies in the machine."""
     return isinstance(error, OSError) and error.errno in DISK_FAULTS
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from partialtune.model.loading import quiet_libraries
 from partialtune.rank.ranking import rank_recipe
-from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
+from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 from partialtune.train.train import train
 
 

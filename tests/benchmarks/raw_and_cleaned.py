@@ -35,8 +35,8 @@ def measure(name: str, source: str, steps: int) -> Row:
     """Train on one form of the text."""
     from transformers import AutoTokenizer
 
+    from partialtune import load_text
     from partialtune.builtin import builtin_folder
-    from partialtune.text.reading import load_text
     from partialtune.text.tokenizing import tokenize_text
 
     text = load_text(source, CLEANINGS[name])

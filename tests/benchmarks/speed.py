@@ -213,9 +213,9 @@ def make(shape: Shape, folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+    from partialtune import load_text
     from partialtune.builtin import builtin_folder
     from partialtune.model.loading import quiet_libraries
-    from partialtune.text.reading import load_text
 
     quiet_libraries()
     torch.manual_seed(0)

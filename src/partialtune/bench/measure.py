@@ -21,7 +21,7 @@ from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import quiet_libraries
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.text.windows import chunked_windows
 from partialtune.training.launch import one_device_a_process, use_all_cores
 from partialtune.training.performance import performance

@@ -12,7 +12,7 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import plan_before_text
 from partialtune.model.loading import empty_model, load_config
 from partialtune.model.model_checks import check_fit
-from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
+from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
 POLICY_KEYS = ("method", "trainable", "schedule", "head", "lora_rank", "lora_alpha", "prefix_cache")

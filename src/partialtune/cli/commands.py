@@ -55,7 +55,7 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.distributed import DDP_TIMEOUT, peers_watched
         from partialtune.model.loading import quiet_libraries
-        from partialtune.recipe.reading import read_recipe
+        from partialtune.recipe.recipe import read_recipe
         from partialtune.training.launch import check_launcher, join_processes, use_all_cores
         from partialtune.training.stopping import ended_by_signals
 
@@ -84,7 +84,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.freeze.recipe_plan import plan_before_text
         from partialtune.model.loading import empty_model, load_config, quiet_libraries
         from partialtune.model.train_mode import stop_layer_drop
-        from partialtune.recipe.reading import read_recipe
+        from partialtune.recipe.recipe import read_recipe
 
     quiet_libraries()
     recipe = read_recipe(_recipe_path(known.recipe), overrides)
@@ -277,7 +277,7 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.model.loading import quiet_libraries
         from partialtune.rank.figure import draw_ranking
         from partialtune.rank.ranking import rank_recipe, ranking_table, recipe_of
-        from partialtune.recipe.reading import read_recipe, write_recipe
+        from partialtune.recipe.recipe import read_recipe, write_recipe
         from partialtune.training.launch import use_all_cores
 
     _at_least_one(batches=known.batches, top=known.top)

@@ -193,7 +193,7 @@ def failed_early(
     folder: Path, values: Mapping[str, Any], total: int, trainable: int, code: int, reason: str
 ) -> Outcome:
     """A run that ended before it had written its plan."""
-    facts = {"sources": [], "windows": None}
+    facts: dict[str, Any] = {"sources": [], "windows": None}
     return Outcome(folder, sources_without_secrets(values), total, trainable, facts, {}, {}, None, code, reason)
 
 

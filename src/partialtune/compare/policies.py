@@ -14,7 +14,7 @@ from partialtune.errors import InputError, RecipeError
 from partialtune.grammar.values import MORE_THAN_ZERO, convert_value
 from partialtune.recipe.key_rules import LENGTHS, SEED
 from partialtune.recipe.parsing import group_words
-from partialtune.recipe.reading import Recipe, read_recipe, recipe_from_values
+from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 OURS = {
     "resume_from_checkpoint": "a comparison always goes on by itself",

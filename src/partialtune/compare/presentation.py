@@ -115,7 +115,9 @@ def _record(row: Row, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, An
 
 
 def _two_columns(column: str, spread: Spread | None) -> dict[str, float | None]:
-    return {column: spread and spread.mean, f"{column}_sd": spread and spread.deviation}
+    if spread is None:
+        return {column: None, f"{column}_sd": None}
+    return {column: spread.mean, f"{column}_sd": spread.deviation}
 
 
 def comparison_json(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:

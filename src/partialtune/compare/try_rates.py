@@ -20,7 +20,7 @@ from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.model.model_checks import check_finite, check_ids
 from partialtune.net.addresses import without_secrets
-from partialtune.recipe.reading import Recipe, read_recipe
+from partialtune.recipe.recipe import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
 from partialtune.training.launch import one_device_a_process, use_all_cores
 from partialtune.training.recipe_trainer import make_trainer, prefix_phases

@@ -119,9 +119,9 @@ class LossWithoutLogits:
             logits: (B, T, D), the hidden states that the head has passed on.
             labels: int64 (B, T), not shifted.
         """
-        if logits is not self._passed_on:  # the same object: a cap, a scale or a slice would have made another one
+        passed_on, self._passed_on = self._passed_on, None
+        if passed_on is None or logits is not passed_on:  # a cap, a scale or a slice would have made another tensor
             raise LogitsInUse
-        self._passed_on = None
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # (B, T): the last token has no next one
         targets = shift_labels.reshape(-1).to(logits.device)  # (B * T,)

@@ -82,7 +82,7 @@ class Target:
 
 
 def check_access(target: Target, patience: Patience | None = None) -> None:
-    """Make sure that a push will be let in. A missing repository or branch is created.
+    """Check that a push will be accepted. A missing repository or branch is created.
 
     Args:
         target: The repository and branch.

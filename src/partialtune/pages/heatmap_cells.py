@@ -7,7 +7,7 @@ the axes fill the whole figure and their y axis points down, so a box is drawn e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partialtune.pages.figure_style import WIDTH, Theme, mixed
 from partialtune.pages.run_files import Group, RunFiles, forward_order
@@ -126,7 +126,7 @@ def draw_cell(axes: "Axes", cell: HeatCell, box: Box, colors, theme: Theme) -> N
     if cell.state in ("frozen", "changed"):
         draw_hatched(axes, box, cell.state, theme, edge)
         return
-    face = colors.to_rgba(cell.relative) if cell.relative else theme.ground
+    face: Any = colors.to_rgba(cell.relative) if cell.relative else theme.ground
     axes.add_patch(rectangle(box, facecolor=face, **edge))
     if cell.state in ("still", "unknown"):
         axes.add_patch(inner_frame(box, theme.muted))

@@ -1,6 +1,6 @@
 """What the report's tables hold and its sentences say: a run's files -> rows of cells and words for the template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from partialtune.pages.html import Cell, cell, yaml_words
@@ -70,7 +70,7 @@ def digest_words(parameter: Mapping[str, Any]) -> str:
 
 def performance_rows(performance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, figure with its unit); what was not measured is left out."""
-    known = {
+    known: dict[str, tuple[str, Callable[[Any], str]]] = {
         "median_step_seconds": ("Median step", lambda value: f"{significant(value, 3)} s"),
         "tokens_per_second": ("Throughput", lambda value: f"{significant(value, 3)} tokens/s"),
         "peak_memory_mb": ("Peak memory", lambda value: f"{count(value)} MiB"),

@@ -142,7 +142,8 @@ def learning_curves(run: RunFiles) -> list[Curve]:
     for name, values in points.items():
         known = sorted((step, value) for step, value in values.items() if math.isfinite(value))
         if len(known) > 1:
-            curves.append(Curve(name, *(tuple(column) for column in zip(*known, strict=True)), sampled.get(name)))
+            steps, bits = zip(*known, strict=True)
+            curves.append(Curve(name, steps, bits, sampled.get(name)))
     return curves
 
 

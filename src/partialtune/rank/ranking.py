@@ -21,7 +21,7 @@ from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.rank.probe import Probe, draw_windows, probe
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.tables import draw_table
 from partialtune.training.training_data import prepare_data
 

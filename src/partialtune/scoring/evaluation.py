@@ -132,7 +132,8 @@ def score_tokens(
     device = next(model.parameters()).device
     windows = scored.windows.with_format("numpy")
     wanted = spaced_indices(count, watched).tolist()
-    kept, keep = {}, set(wanted)
+    kept: dict[int, np.ndarray] = {}
+    keep = set(wanted)
 
     rows: list[list[float]] = []
     bar = progress_bar(count, description, "windows", **({} if description else {"disable": True}))

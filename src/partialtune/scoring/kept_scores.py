@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from partialtune.distributed import decided_by_main
+from partialtune.distributed import decided_by_main, is_main, rank_and_processes
 from partialtune.files import write_whole
 from partialtune.metrics import METRICS
 from partialtune.scoring.evaluation import ScoredText
@@ -65,16 +64,16 @@ class KeptScores:
     def _keep(self, name: str, part: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         self._parts[name] = part
         self._tensors |= tensors
-        if PartialState().is_main_process:
+        if is_main():
             metadata = {"basis": self.basis, "parts": json.dumps(self._parts, allow_nan=False)}
             with suppress(OSError, SafetensorError):  # they are taken again then
                 write_whole(self.file, save(self._tensors, metadata))
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(self.file, "pt") as kept:
-            metadata = kept.metadata()
-            if metadata["basis"] == self.basis:
-                return json.loads(metadata["parts"]), {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        with suppress(OSError, SafetensorError, ValueError), safe_open(self.file, "pt") as kept:
+            metadata = kept.metadata() or {}
+            if metadata.get("basis") == self.basis:
+                return json.loads(metadata.get("parts", "")), {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
         return {}, {}
 
 
@@ -96,14 +95,13 @@ def basis_of(
         texts, prompts, batch_size: What is scored, and how much at once.
         device: Where.
     """
-    state = PartialState()
     basis = {
         "base": dict(base_sha256),
         "config": config.to_json_string(use_diff=False),
         "tokenizer": _tokenizer_basis(tokenizer),
         "texts": {name: _text_basis(text) for name, text in texts.items()},
         "prompts": list(prompts),
-        "batch": [batch_size, state.num_processes, torch.get_num_threads()],
+        "batch": [batch_size, rank_and_processes()[1], torch.get_num_threads()],
         "device": [device.type, torch.cuda.get_device_name(device) if device.type == "cuda" else ""],
         "metrics": list(METRICS),
         "versions": [version(name) for name in ("partialtune", "torch", "transformers")],

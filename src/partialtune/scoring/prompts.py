@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from transformers import (
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 SHOWN_TOKENS = 5  # rows of a prompt's table in the terminal; evaluation.json holds all that were kept
 COLUMN_WIDTH = 48  # two of them and a gap: about 100 columns
 CACHE_AGREES = 1e-3  # of the largest logit: rounding is far below it, positions that are off by one far above
-SAMPLING = {"temperature": 1.0, "top_p": 0.95, "seed": 0}  # the model's own distribution but for its longest tail
+# The model's own distribution but for its longest tail.
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 0}
 
 
 @dataclass(frozen=True)

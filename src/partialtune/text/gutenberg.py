@@ -13,6 +13,7 @@ WIDEST_GAP = 2_500  # characters of a header or licence without a word that only
 FRONT = 6_000  # characters at either end of the book itself where credits and transcriber's notes are looked for
 ENDS = ZONE + 4 * FRONT  # characters at either end beyond which nothing is looked at
 
+# *** START OF THE PROJECT GUTENBERG EBOOK X ***; where the asterisks were lost, capitals alone: prose may say it too.
 _START_MARKER = re.compile(
     r"^[ \t]*(?:\*+\s*(?i:START\s+OF\s+(?:THE\s+|THIS\s+)?(?:COPYRIGHTED\s+)?PROJECT\s+GUTENBERG)"
     r"|START OF (?:THE |THIS )?PROJECT GUTENBERG).*$",
@@ -23,8 +24,11 @@ _END_MARKER = re.compile(
     r"|END OF (?:THE |THIS )?PROJECT GUTENBERG).*$",
     re.M,
 )
+# Until about 2003 the licence stood before the book: *START*THE SMALL PRINT! ... *END*THE SMALL PRINT!
 _SMALL_PRINT_START = re.compile(r"^[ \t]*\*+\s*START[\s*]*THE SMALL PRINT.*$", re.I | re.M)
 _SMALL_PRINT_END = re.compile(r"^[ \t]*\*+\s*END[\s*]*THE SMALL PRINT.*$", re.I | re.M)
+# "End of Project Gutenberg's X", "Ende dieses Projekt Gutenberg Etextes". The first letter is large: "at the end of the
+# Gutenberg press" is a sentence. \w{3,6} after "pro": project, projekt, projet, projeto, and their misspellings.
 _END_WORD = r"(?=[A-Z])(?i:(?:THIS\s+IS\s+)?THE\s+END|END|ENDE|FIN|FINE|FIM|EINDE|SLUT|SLUTT|LOPPU|KONIEC)\b"
 _FOOTER_LINE = re.compile(
     r"^[ \t]*(?:[*_=\[\"'“-]+\s*)?(?:"
@@ -44,6 +48,7 @@ _FIELD = (
     r"|Subtitle|Contributor|Last updated|Most recently updated|Original publication|Credits)[ \t]*:"
 )
 _FIELDS = re.compile(_FIELD, re.I | re.M)
+# What a header or licence says over and over, and a book hardly ever: its gaps tell where the boilerplate ends.
 _GUTENBERG_WORDS = re.compile(
     r"\bpro\w{3,6}[\s-]+gutenberg|gutenberg\W{0,3}(?:tm|org|net|literary|association|projekt|e-?text|e-?book)\b"
     r"|\be-?texts?\b|\be-?books?\b|small print|public domain|copyright laws|plain vanilla|donations?\b"
@@ -52,6 +57,7 @@ _GUTENBERG_WORDS = re.compile(
     re.I | re.M,
 )
 _NUMBER = re.compile(r"\[e-?(?:text|book)\s*#\s*\d+\]", re.I)  # the oldest headers have no fields, but this
+# A book may name Project Gutenberg in its first lines; one of these makes it a header.
 _HEADER_PROOF = re.compile(
     r"^(?:Title|Release date|Character set encoding)[ \t]*:|\[e-?(?:text|book)\s*#|small print"
     r"|copyright laws are changing|e-?(?:text|book) is for the use of anyone|plain vanilla"
@@ -63,6 +69,7 @@ _MADE = (
     r"|created|provided|contributed|donated|entered|submitted|made|corrected|updated|edited)"
 )
 _MADE_FROM_PAPER = r"(?:produced|transcribed|scanned|typed|digiti[sz]ed|proof-?read|proofed|reformatted|ocr['’]?e?d)"
+# "Produced by A. Nobody and the Online Team", "This eBook was prepared by ...". Not "Written by": that is the author.
 _CREDIT = re.compile(
     r"[\[(*_\s]*(?:"
     r"(?:(?:this|the)\s+)?(?:project\s+gutenberg\s+)?(?:e-?text|e-?book|electronic\s+(?:text|edition|version))\s+"
@@ -92,6 +99,7 @@ _NOTE = re.compile(
     r"|note\s+(?:de|sur\s+la|du)\s+transcript(?:ion|eur))[^\w\n]*",
     re.I,
 )
+# [1], {A}, (iv): a footnote about an edition of Project Gutenberg is the book's own.
 _FOOTNOTE = re.compile(r"\s*[\[{(]\w{1,4}[\]})]")
 _HEADING = re.compile(r"\s*(?:chapter|part|book|volume|canto|act|scene|preface|contents|introduction|prologue)\b", re.I)
 _PARAGRAPH = re.compile(r"[^\n]+(?:\n[^\n]+)*\n?")
@@ -105,7 +113,7 @@ def is_gutenberg(text: str) -> bool:
 
 def book_limits(text: str) -> tuple[int, int]:
     """Where the book begins and ends in a text with unified lines. Only ENDS characters at either end matter."""
-    start, before = _header_end(text[:ZONE]), 0
+    start, before = _header_end(text[:ZONE]), 0  # characters
     while start > before:  # an older edition's header may stand inside the newer one, before or behind its credits
         before = start
         start += _header_end(text[start:ZONE])

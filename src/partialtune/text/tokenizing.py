@@ -82,6 +82,7 @@ class WordTokens:
         encodings = self._backend.encode_batch(groups, is_pretokenized=True, add_special_tokens=False)
         for group, encoding in zip(groups, encodings, strict=True):
             ids = np.asarray(encoding.ids, dtype=np.int32).tobytes()
+            # word_ids: for each id the number of its word, ascending. 4 bytes an id.
             ends = 4 * np.searchsorted(encoding.word_ids, np.arange(len(group)), side="right")
             for word, (start, end) in zip(group, pairwise([0, *ends.tolist()]), strict=True):
                 yield word, ids[start:end]
@@ -93,6 +94,8 @@ def word_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
         return None
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"]
+    # With any of these a word alone may come out otherwise than in its text: merges dropped at random, a normaliser
+    # that sees the neighbours, ids cut off or filled up, an added token that takes the white space behind it.
     if model["type"] != "BPE" or model.get("dropout") or parts["normalizer"] or parts["truncation"] or parts["padding"]:
         return None
     if any(token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"]) for token in added):
@@ -170,12 +173,13 @@ def token_pieces(
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of everything that decides how a tokenizer cuts a text."""
     if getattr(tokenizer, "is_fast", False):
+        # truncation and padding are set by whoever used the tokenizer last, and cut nothing here
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        said = [json.dumps(state, sort_keys=True), getattr(tokenizer, "split_special_tokens", False)]
+        rules = [json.dumps(state, sort_keys=True), getattr(tokenizer, "split_special_tokens", False)]
     else:
-        said = [Hasher.hash(tokenizer)]
+        rules = [Hasher.hash(tokenizer)]
     versions = [tokenizers.__version__, transformers.__version__, type(tokenizer).__name__]
-    return hashlib.sha256(json.dumps([said, versions]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([rules, versions]).encode()).hexdigest()
 
 
 def _write_tokens(pieces: Iterable[np.ndarray], file: BinaryIO) -> int:
@@ -212,6 +216,7 @@ def _cut_at_seams(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> 
     text, start = "", 0  # what was not given out yet begins at `start`
     for piece in pieces:
         text, start = text[start:] + piece, 0
+        # The last SEAM_CONTEXT characters wait for the next piece: a seam is proved by what follows it.
         while end := _seam(text, start, len(text) - SEAM_CONTEXT, tokenizer):
             yield text[start:end]
             start = end
@@ -227,8 +232,11 @@ def _seam(text: str, start: int, last: int, tokenizer: PreTrainedTokenizerBase) 
     stretch = min(SEAM_STRETCH, PIECE_CHARACTERS // 8)
     for limit in range(start + PIECE_CHARACTERS, last, stretch):
         candidates = [match.start() for match in WORD_END.finditer(text, limit - stretch, limit)]
+        # the last ones first: the fewer pieces, the fewer proofs
         for seam in candidates[: -SEAM_CANDIDATES - 1 : -1]:
             left, right = text[seam - SEAM_CONTEXT : seam], text[seam : seam + SEAM_CONTEXT]
+            # Proved: no token spans the seam, and none on either side depends on what lies across it. White space alone
+            # is no proof: in Llama 3's pattern ".\n" is one token.
             cut = np.concatenate([_encode(left, tokenizer), _encode(right, tokenizer)])
             if np.array_equal(cut, _encode(left + right, tokenizer)):
                 return seam

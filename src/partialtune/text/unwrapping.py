@@ -18,7 +18,9 @@ LONGEST_BLOCK = 100_000  # lines; more without a blank line between are no parag
 DEEPEST_PARAGRAPH_INDENT = 8  # spaces; a line indented further is centred or set to the right
 
 _LETTER = re.compile(r"[^\W\d_]")
+# "12. ", "(iv) ", "* ", "[3] ": a line of its own, if the line before it ends a sentence
 _LIST_ITEM = re.compile(r"(?:\(?(?:\d{1,3}|[ivxlc]{1,5}|[a-z])[.)]|[*•]|\[\w{1,4}\]|\{\w{1,4}\})\s")
+# "-- Who is it?": another speaker. A dash before a small letter goes on with the sentence.
 _SPEECH_DASH = re.compile(r"(?:--|[—–-])\s?[^\W\da-z_]")
 _SENTENCE_END = re.compile(r"[.!?:;…][\"'”’»)\]_]*$")
 _PAUSE_END = re.compile(r"[.,:;!?][\"'”’»)\]_]*$")
@@ -132,6 +134,7 @@ def _join_block(block: list[str], width: WrapWidth) -> list[str]:
     if not all(breaks):
         if _is_verse(breaks, small):
             return block
+        # Where most breaks of a block are wrapping, it is prose, and the others are judged by less than at first.
         if 2 * sum(breaks) >= len(breaks):  # prose: what is left over are its wrapper's odd short lines
             breaks = wrapped(width.reach // 2, width.shortest_reach)
     pieces = [block[0]]

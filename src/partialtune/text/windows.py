@@ -107,6 +107,7 @@ def random_windows(token_ids: Sequence[np.ndarray], block_size: int, seed: int, 
     """
     _require_a_window(token_ids, block_size)
     fitting = [ids for ids in token_ids if len(ids) >= block_size]
+    # starts_before[s]: starts in the sources before s; a draw below starts_before[s + 1] falls into source s or before
     starts_before = np.cumsum([0] + [len(ids) - block_size + 1 for ids in fitting])
     count = sum(map(len, token_ids)) // block_size
     drawn = np.random.default_rng(seed).integers(starts_before[-1], size=count)
@@ -138,6 +139,7 @@ def cached_windows(
 
 def _slabs(ids: np.ndarray, block_size: int, stride: int) -> Iterator[np.ndarray]:
     """The windows of one source, (windows, block_size) int32 at a time."""
+    # a view of shape (starts, block_size): overlapping windows share the memory of the ids
     views = np.lib.stride_tricks.sliding_window_view(np.ascontiguousarray(ids, dtype=np.int32), block_size)[::stride]
     for at in range(0, len(views), SLAB_WINDOWS):
         yield views[at : at + SLAB_WINDOWS]
@@ -170,6 +172,7 @@ def _nearest_cut(text: str, target: int) -> int:
     if word_ends:
         return min(word_ends, key=lambda cut: abs(cut - target))
     cut = target
+    # no white space near (Chinese, say): not between a letter and its accents, nor inside a family of emoji
     while cut > 1 and (unicodedata.category(text[cut]).startswith("M") or ZERO_WIDTH_JOINER in text[cut - 1 : cut + 1]):
         cut -= 1
     return cut

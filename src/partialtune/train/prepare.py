@@ -11,7 +11,6 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from partialtune.distributed import decided_by_main, first_on_each_node, main_process_only
-from partialtune.errors import InputError
 from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
@@ -21,11 +20,10 @@ from partialtune.model.loading import load_config, load_model, load_tokenizer, m
 from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
 from partialtune.model.train_mode import check_support
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import recorded_sources
 from partialtune.scoring.prompts import check_prompts
 from partialtune.text.reading import check_texts_unchanged
-from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint
 from partialtune.training.launch import check_engine, check_precision, check_processes, one_device_a_process
 from partialtune.training.recipe_trainer import prefix_phases, tokens_per_byte
 from partialtune.training.resume_check import (
@@ -34,6 +32,7 @@ from partialtune.training.resume_check import (
     at_saved_commit,
     check_checkpoint,
     check_origin,
+    checkpoint_to_resume,
     origin_of,
     read_origin,
     standing_of,
@@ -59,7 +58,7 @@ class RunStart:
         tokenizer: Of the base.
         data: Windows, and the texts that are scored.
         model: The base in fp32 on the CPU, in eval mode. The plan is not applied yet.
-        conformance: Whose loss trains, and what the saved config says.
+        conformance: Whether the model's own loss is used, and what the saved config holds.
         plan: What trains in which phase.
         prefix: What each phase does with its frozen prefix.
         origin: What the run begins with, kept in each of its checkpoints.
@@ -92,39 +91,36 @@ def prepare(recipe: Recipe) -> RunStart | None:
     folder = Path(recipe.training["output_dir"])
     standing = decided_by_main(lambda: standing_of(folder, recipe.values, recipe.resume))
     if standing is Standing.FINISHED:
-        say_finished(recipe, folder)
+        _say_finished(recipe, folder)
         return None
     if standing is Standing.UNSTARTED:
         logger.info("%s holds this run, ended before its first optimizer step: it starts again.", folder)
     check_precision(recipe.training)
-    checkpoint, saved = decided_by_main(lambda: checkpoint_to_go_on_from(folder, recipe.resume))
-    args = checked_arguments(recipe, saved)
+    checkpoint, saved = decided_by_main(lambda: _resumed(recipe, folder))
+    args = _checked_arguments(recipe, saved)
     base = at_saved_commit(recipe.model, saved)
-    config, tokenizer = load_before_texts(recipe, base)
+    config, tokenizer = _load_before_texts(recipe, base)
     if recipe.training.get("push_to_hub"):
         check_hub(recipe)
-    data = checked_data(recipe, args, config, tokenizer)
-    model, conformance = load_base(recipe, base, config)
+    data = _checked_data(recipe, args, config, tokenizer)
+
+    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    check_finite(base.model_name_or_path, model)
+    conformance = check_conformance(model, recipe.text.block_size)
     check_support(args, model)
-    schedule = in_steps(
-        recipe.freeze.schedule, steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
-    )
-    plan = plan_of_recipe(model, recipe.freeze, schedule, args.seed)
+    plan = _plan_in_steps(recipe, args, model, len(data.train))
     prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, saved))
     origin = decided_by_main(lambda: origin_of(recipe, args=args, model=model, data=data, plan=plan, prefix=prefix))
-    if checkpoint is not None:
-        decided_by_main(lambda: check_same_run(checkpoint, plan, saved, origin))
+    if checkpoint is not None and saved is not None:
+        decided_by_main(lambda: check_checkpoint(checkpoint, plan))
+        decided_by_main(lambda: check_origin(checkpoint, saved, origin))
     return RunStart(
         recipe, folder, standing, checkpoint, args, config, tokenizer, data, model, conformance, plan, prefix, origin
     )
 
 
-def say_finished(recipe: Recipe, folder: Path) -> None:
-    """Say that there is nothing to do, once the texts are those of the run.
-
-    Raises:
-        TextError: If one of them has changed.
-    """
+def _say_finished(recipe: Recipe, folder: Path) -> None:
+    """Say that there is nothing to do, once the texts are known to be those of the run."""
     unread = decided_by_main(
         lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
     )
@@ -132,34 +128,14 @@ def say_finished(recipe: Recipe, folder: Path) -> None:
     logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared)
 
 
-def checkpoint_to_go_on_from(folder: Path, resume: str | None) -> tuple[Path | None, RunOrigin | None]:
-    """The checkpoint that the recipe asks for and what its run began with; None for a start from the base.
-
-    Raises:
-        InputError: If the one that it names is not whole.
-    """
-    checkpoint = newest_whole_checkpoint(folder) if resume == "auto" else Path(resume) if resume else None
-    if checkpoint is None:
-        return None, None
-    damage = damage_of(checkpoint) if resume != "auto" else []
-    if damage:
-        raise InputError(
-            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
-            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
-        )
-    return checkpoint, read_origin(checkpoint)
+def _resumed(recipe: Recipe, folder: Path) -> tuple[Path | None, RunOrigin | None]:
+    """The checkpoint that training goes on from and what its run began with; None for a start from the base."""
+    checkpoint = checkpoint_to_resume(folder, recipe.resume)
+    return checkpoint, None if checkpoint is None else read_origin(checkpoint)
 
 
-def checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArguments:
-    """Trainer's arguments, for processes and an engine that the run can have.
-
-    Args:
-        recipe: `bf16` may be "auto".
-        saved: What the run began with, where it goes on from a checkpoint.
-
-    Raises:
-        InputError: If the launcher contradicts the recipe, or started what cannot be trained with.
-    """
+def _checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArguments:
+    """Trainer's arguments, once launcher, processes and engine are known to fit them."""
     args = training_arguments(with_choices(recipe.training, saved))
     check_precision({"bf16": args.bf16, "fp16": args.fp16})  # again: `bf16: auto` is decided by now
     check_processes(args)
@@ -168,12 +144,8 @@ def checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArgume
     return args
 
 
-def load_before_texts(recipe: Recipe, base: ModelArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Config and tokenizer of the base, once all is well that can be known without texts and weights.
-
-    Raises:
-        InputError: If model, windows and prompts do not belong together.
-    """
+def _load_before_texts(recipe: Recipe, base: ModelArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of the base, once all is well that can be known without texts and weights."""
     name = base.model_name_or_path
     config = load_config(name, base.model_revision, base.dropout, base.trust_remote_code)
     check_weights(name, model_location(name), config)  # `load_model` asks again, but after the texts: minutes later
@@ -183,46 +155,21 @@ def load_before_texts(recipe: Recipe, base: ModelArguments) -> tuple[PretrainedC
     return config, tokenizer
 
 
-def checked_data(
+def _checked_data(
     recipe: Recipe, args: TrainingArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> RunData:
-    """The run's windows and texts; `args` get what follows from how many windows there are.
-
-    Raises:
-        InputError: If a text cannot be used, or has not what the recipe wants to choose the best model by.
-    """
+    """The run's windows and texts; `args` get what follows from how many windows there are."""
     data = first_on_each_node(lambda: data_of_recipe(recipe, args, tokenizer))
     decided_by_main(lambda: check_ids(recipe.model.model_name_or_path, config, data.largest_ids))
     suit_length(args, recipe.training, len(data.train), held_out=data.held_out is not None)
-    decided_by_main(lambda: tokens_per_byte(args, data))
+    decided_by_main(lambda: tokens_per_byte(args, data))  # the best model may be chosen by what this text has not
     return data
 
 
-def load_base(recipe: Recipe, base: ModelArguments, config: PretrainedConfig) -> tuple[PreTrainedModel, Conformance]:
-    """The base, of which the weights are finite, and how it has to be trained.
-
-    Raises:
-        ModelError: If it cannot be trained.
-    """
-    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
-    check_finite(base.model_name_or_path, model)
-    return model, check_conformance(model, recipe.text.block_size)
-
-
-def plan_in_steps(recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, windows: int) -> FreezePlan:
-    """The plan of the recipe, in which each phase begins at a step also where the recipe counts epochs.
-
-    Raises:
-        RecipeError: If a selector or the schedule does not fit the model or the length of the run.
-    """
+def _plan_in_steps(recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, windows: int) -> FreezePlan:
+    """The plan of the recipe, in which each phase begins at a step also where the recipe counts epochs."""
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
     return plan_of_recipe(model, recipe.freeze, schedule, args.seed)
-
-
-def check_same_run(checkpoint: Path, plan: FreezePlan, saved: RunOrigin, origin: RunOrigin) -> None:
-    """Stop where the checkpoint is one of another run."""
-    check_checkpoint(checkpoint, plan)
-    check_origin(checkpoint, saved, origin)
 
 
 @main_process_only
@@ -233,5 +180,5 @@ def check_hub(recipe: Recipe) -> None:
 
 def push_target(recipe: Recipe) -> Target:
     """Where the recipe wants the run to be pushed to."""
-    said = recipe.training
-    return Target(said.get("hub_model_id") or "", said.get("hub_revision"), said.get("hub_private_repo"))
+    given = recipe.training
+    return Target(given.get("hub_model_id") or "", given.get("hub_revision"), given.get("hub_private_repo"))

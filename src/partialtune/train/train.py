@@ -22,7 +22,7 @@ from partialtune.hub.push import push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by
 from partialtune.proof.deltas import DELTAS_FILE
-from partialtune.recipe.reading import Recipe, write_recipe
+from partialtune.recipe.recipe import Recipe, write_recipe
 from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
 from partialtune.train.evaluate_before_after import Evaluator
 from partialtune.train.prepare import RunStart, prepare, push_target
@@ -104,7 +104,7 @@ def take_folder(held: ExitStack, start: RunStart) -> None:
 
 @main_process_only
 def begin_folder(start: RunStart) -> None:
-    """Write the recipe, take over what another folder's run has reported so far, and say what will train."""
+    """Write the recipe, copy the deltas that another folder's run has reported so far, and print what will train."""
     folder, checkpoint, recipe = start.folder, start.checkpoint, start.recipe
     begin_writing(folder)
     if checkpoint is not None and checkpoint.resolve().parent != folder.resolve():
@@ -232,11 +232,11 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FreezeViolation as violation:
         ended = trainer.state.global_step >= trainer.state.max_steps and trainer.audit.digests_after
-        if not ended or trainer.audit.result.other_names:
+        if not ended or trainer.audit.result is None or trainer.audit.result.other_names:
             raise
         return violation
     finally:
-        with suppress(OSError):  # what ends the run has the word
+        with suppress(OSError):  # the error that ends the run is the one to report
             trainer.save_state()
     decided_by_main(trainer.save_state)
     trainer.stop.raise_if_stopped(trainer.args)

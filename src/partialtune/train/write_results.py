@@ -1,7 +1,9 @@
 """What a run leaves in its folder: plan, model, insight, performance, scores and pages."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,20 +14,23 @@ from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
 from partialtune.hub.published_files import WEIGHTS
+from partialtune.insight.effective_rank import effective_ranks
 from partialtune.insight.learning_curves import LearningCurves
-from partialtune.insight.run_insight import sampled_continuations, weight_insight
+from partialtune.insight.moved_tokens import moved_tokens
+from partialtune.metrics import IN_CLOSING_LINES, METRICS, Metric
 from partialtune.model.loading import empty_model
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
+from partialtune.pages.findings import is_withheld
 from partialtune.pages.report import write_report
 from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import write_json
-from partialtune.scoring.prompts import compare_prompts, format_prompts
+from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
 from partialtune.train.evaluate_before_after import Evaluation, Evaluator
 from partialtune.train.prepare import RunStart
-from partialtune.train.summary import closing_words
 from partialtune.training.checkpoint_files import ASIDE, clear_aside, disk_errors
 from partialtune.training.performance import performance
 from partialtune.training.settings import compute_dtype, product_rate
@@ -107,12 +112,17 @@ def write_insight(
     after: Evaluation,
 ) -> None:
     """`insight.json`: what moved and what shifted, beyond the scores. Every process calls this to gather weights."""
-    copies, counts = trainer.deltas.snapshot.copies, start.data.token_counts
-    moved = weight_insight(start.model, start.plan, copies, counts, start.tokenizer, is_main())
+    weights, counts = (start.model, start.plan, trainer.deltas.snapshot.copies), start.data.token_counts
+    moved = {
+        "effective_ranks": effective_ranks(*weights, is_main()),
+        "moved_tokens": moved_tokens(*weights, counts, start.tokenizer, is_main()),
+    }
 
     def write() -> None:
         shift = {"next_token_shift": evaluator.token_shift(before, after)}
-        samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
+        pairs = zip(before.prompts, after.prompts, strict=True)
+        drawn = [{"prompt": a.prompt, "before": a.sample, "after": b.sample} for a, b in pairs]
+        samples = {"sampled_continuations": {**SAMPLING, "prompts": drawn}}
         content = {**moved, "learning_curves": curves.to_json(), **shift, **samples}
         write_json(start.folder / "insight.json", content)
 
@@ -138,12 +148,66 @@ def write_performance(start: RunStart, trainer: PartialTrainer) -> None:
 def write_results(folder: Path, trainer: PartialTrainer, before: Evaluation, after: Evaluation) -> None:
     """Everything that is known only after training, and the pages made of it."""
     logged = reversed(trainer.state.log_history)
-    metrics = next((entry for entry in logged if "train_runtime" in entry), {})  # none if the last save found a fault
-    write_json(folder / "train_results.json", metrics)
+    metrics = next((entry for entry in logged if "train_runtime" in entry), None)  # if the last save found no fault
+    write_json(folder / "train_results.json", metrics or {})
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
     draw_figures(folder)
     write_card(folder)
     write_report(folder)
-    print(format_prompts(comparison), closing_words(folder, trainer.audit.result, scores), sep="\n\n", flush=True)
+    print(format_prompts(comparison), _closing_words(folder, trainer.audit.result, scores), sep="\n\n", flush=True)
+
+
+# ---- what the terminal shows last: how far the weights moved, the verdict, the scores, the folder --------------------
+
+
+def _closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """What the terminal shows last.
+
+    Args:
+        folder: The run's folder.
+        audit: The final audit.
+        scores: TEXT -> `before` and `after`, as in `evaluation.json`.
+    """
+    return "\n".join(
+        [
+            *_weight_lines(audit),
+            "",
+            *_score_lines(scores),
+            "",
+            f"Everything is in {folder}; the page to look at is {folder / 'report.html'}",
+        ]
+    )
+
+
+def _weight_lines(audit: Audit) -> list[str]:
+    changed = [*dict.fromkeys([*audit.changed, *audit.changed_buffers, *audit.other_names])]
+    frozen = "changed: " + ", ".join(changed) if changed else "0.0, every bit kept"
+    moved = "unknown" if audit.trainable_l2_delta is None else f"{audit.trainable_l2_delta:.6g}"
+    return [
+        "Change of the weights, L2 norm",
+        f"  frozen     {audit.frozen_parameters:>5} tensors  {frozen}",
+        f"  trainable  {audit.trainable_parameters:>5} tensors  {moved}",
+        "Verdict: freeze audit passed." if audit.passed else f"Verdict: freeze audit FAILED: {audit.violations()}.",
+    ]
+
+
+def _score_lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    columns = [(METRICS[key], 26 if at else 24) for at, key in enumerate(IN_CLOSING_LINES)]
+    lines = ["".join([f"{'text':<14}", *(f"{metric.label:>{width}}" for metric, width in columns)])]
+    for name, pair in scores.items():
+        lines.append(
+            "".join([f"{name:<14}", *(f"{_before_after(metric, pair):>{width}}" for metric, width in columns)])
+        )
+    return lines
+
+
+def _before_after(metric: Metric, pair: Mapping[str, Mapping[str, Any]]) -> str:
+    if metric.per_byte and is_withheld(pair):
+        return "withheld"
+    return " -> ".join(_number(pair[side][metric.key], metric.decimals) for side in ("before", "after"))
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:,.{digits}f}"

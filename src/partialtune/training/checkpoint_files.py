@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 ASIDE = ".unfinished"  # a name that Trainer's own search and rotation never count
 REPLACED = "replaced"  # in it: a checkpoint that one of the same step takes the place of
 MARKER = "complete.json"
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-\d+")
 
 # How PyTorch says that a file could not be written: in RuntimeErrors without a number.
 CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -52,7 +52,7 @@ def checkpoints_in(run: Path) -> list[Path]:
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The step that a checkpoint folder is named for."""
-    return int(NAME.fullmatch(checkpoint.name).group(1))
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def damage_of(checkpoint: Path, read: bool = True) -> list[str]:
@@ -154,7 +154,8 @@ def with_ties(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str
 
     FSDP gathers the tensor of each name by itself, and two equal ones would be saved as two.
     """
-    names, tied = {}, dict(state_dict)
+    names: dict[int, str] = {}
+    tied = dict(state_dict)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if name in tied and first in tied:

@@ -1,7 +1,6 @@
-"""How the process was started, and what the processes of a run do together.
+"""How the process was started: what a launcher may have set up otherwise than the run needs it.
 
 As many processes as the launcher meant, threads for all cores, one device each, no engine that hides whole parameters.
-What is decided, or fails, on one process is decided, or fails, on all.
 """
 
 import logging
@@ -21,7 +20,7 @@ from partialtune.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-# devices on which accelerate carries out FSDP; on others it runs something else without a word
+# devices on which accelerate carries out FSDP; on others it silently runs something else
 SHARDED_ON = ("cuda", "xpu", "npu", "mlu", "musa", "sdaa", "hpu", "neuron")
 
 
@@ -36,23 +35,23 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def join_processes(said: Mapping[str, Any]) -> None:
+def join_processes(given: Mapping[str, Any]) -> None:
     """Let the processes that a launcher started find each other.
 
-    Without a word about CPUs accelerate looks for GPUs alone, and processes that torchrun started on a machine without
+    Unless it is told of CPUs, accelerate looks for GPUs alone, and processes that torchrun started on a machine without
     one would each run by themselves.
 
     Args:
-        said: Fields of `TrainingArguments` that the recipe names.
+        given: Fields of `TrainingArguments` that the recipe names.
 
     Raises:
         InputError: If some of them are not there.
     """
-    on_cpu = said.get("use_cpu") or not torch.accelerator.is_available()
+    on_cpu = given.get("use_cpu") or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if on_cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-        seconds = said.get("ddp_timeout", DDP_TIMEOUT)
+        seconds = given.get("ddp_timeout", DDP_TIMEOUT)
         try:
             PartialState(timeout=timedelta(seconds=seconds))
         except dist.DistError as error:
@@ -65,7 +64,7 @@ def join_processes(said: Mapping[str, Any]) -> None:
 
 
 def check_launcher() -> None:
-    """Stop where the launcher says DeepSpeed; asked before anything else, since it need not even be installed.
+    """Stop where the launcher asks for DeepSpeed; checked before anything else, since it need not be installed.
 
     Raises:
         InputError: In that case.
@@ -81,7 +80,7 @@ def check_engine(args: TrainingArguments) -> None:
     """Stop where parameters would be flattened so that snapshot, deltas and audit cannot tell them apart.
 
     Args:
-        args: Of the run; what the launcher says is looked up in the environment.
+        args: Of the run; what the launcher asks for is looked up in the environment.
 
     Raises:
         InputError: For FSDP1, for FSDP that saves shards, and for FSDP without a GPU.
@@ -132,20 +131,20 @@ def one_device_a_process(args: TrainingArguments) -> None:
             args.n_gpu,
             args.n_gpu,
         )
-        args._n_gpu = 1
+        args._n_gpu = 1  # what `args.n_gpu` gives, by which Trainer decides; it has no setter
 
 
-def check_precision(said: Mapping[str, Any]) -> None:
-    """Stop where the launcher's mixed precision contradicts the recipe's: the launcher's would win without a word.
+def check_precision(given: Mapping[str, Any]) -> None:
+    """Stop where the launcher's mixed precision contradicts the recipe's: the launcher's would win silently.
 
     Args:
-        said: Fields of `TrainingArguments` that the recipe names.
+        given: Fields of `TrainingArguments` that the recipe names.
 
     Raises:
         InputError: If they differ.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    recipe = "bf16" if said.get("bf16") else "fp16" if said.get("fp16") else "no"
+    recipe = "bf16" if given.get("bf16") else "fp16" if given.get("fp16") else "no"
     if launcher not in ("no", recipe):
         raise InputError(
             f"The launcher says mixed precision {launcher}, the recipe {recipe}. "

@@ -45,7 +45,7 @@ class TrainingProgress(TrainerCallback):
 class StepTimer(TrainerCallback):
     """Seconds of each optimizer step, by part.
 
-    The Trainer says when a step begins (`begin`), when a part of it is done (`mark`) and when all is (`end`);
+    The Trainer calls `begin` when a step begins, `mark` when a part of it is done and `end` when all is;
     what it does in between two steps, evaluation, logging and saves, belongs to none. On CUDA the moments are events
     on the stream, so that nothing waits for them but the end of the step.
 

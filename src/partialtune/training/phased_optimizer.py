@@ -5,7 +5,7 @@ synchronises what is thawed later, and the optimizer is made with all of it, so 
 scheduler are complete. Only then is what belongs to later phases taken out again, until its phase begins.
 
 PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of other trainable layers of the same
-shapes loads without a word, and each layer goes on with the moments of another one. Under names it cannot.
+shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
 import logging
@@ -141,28 +141,27 @@ def _names_to_places(
             "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on` or "
             "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
         )
+    kept = state_dict.get("state")
+    if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
+        raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
     place_of = {name: place for place, name in enumerate(name for group in names for name in group)}
-    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | state_dict["state"]
+    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | dict(kept)
     groups = [{**old, "params": [place_of[name] for name in new]} for old, new in zip(saved, names, strict=True)]
     return {"state": {place_of[name]: state for name, state in states.items()}, "param_groups": groups}
 
 
-def saved_groups(saved: Any) -> list[dict[str, Any]]:
+def saved_groups(saved: Any) -> list[Mapping[str, Any]]:
     """The groups of parameters in an optimizer's saved state, each with its names under `params`.
 
     Raises:
         ValueError: If it is no such state.
     """
-    groups, state = (saved.get("param_groups"), saved.get("state")) if isinstance(saved, Mapping) else (None, None)
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
     if not (isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)):
         raise ValueError("its optimizer holds no groups of parameters")
-    names = [group.get("params") for group in groups]
-    if not all(
-        isinstance(of_group, list) and all(isinstance(name, str | int) for name in of_group) for of_group in names
-    ):
+    of_groups = [group.get("params") for group in groups]
+    if not all(isinstance(names, list) and all(isinstance(name, str | int) for name in names) for names in of_groups):
         raise ValueError("its optimizer holds groups without names of parameters")
-    if not (isinstance(state, Mapping) and state.keys() <= {name for of_group in names for name in of_group}):
-        raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
     return groups
 
 

@@ -10,7 +10,7 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
 from partialtune.metrics import best_model_metric
 from partialtune.model.conformance import Conformance
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.training.resume_check import RunOrigin
 from partialtune.training.settings import evaluation_steps, run_length
 from partialtune.training.trainer import PartialTrainer

@@ -34,7 +34,7 @@ from partialtune.model.digests import digests
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
 from partialtune.recipe.key_rules import training_defaults
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import (
     RECIPE_FILE,
     check_writable,
@@ -44,7 +44,7 @@ from partialtune.run_folder import (
     recorded_recipe,
 )
 from partialtune.scoring.evaluation import evenly_spaced
-from partialtune.training.checkpoint_files import damage_of, read_with_care
+from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint, read_with_care
 from partialtune.training.phased_optimizer import saved_groups
 from partialtune.training.settings import data_seed
 from partialtune.training.training_data import RunData
@@ -120,8 +120,8 @@ def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool
 def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Keys in which two recipes are not the same run, in the order of the dataclasses; empty if they are.
 
-    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not said counts
-    as its default.
+    Output folder, logging, pushing, resuming and a larger max_steps in `b` do not count. A key that was not given
+    counts as its default.
 
     Args:
         a: Values of the run that exists, as in `Recipe.values`; its key `run` is ignored.
@@ -143,7 +143,7 @@ def _is_free(key: str) -> bool:
 
 
 def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with the defaults of everything that was not said, and with what those defaults stand for."""
+    """Values with the defaults of every key that was not given, and with what those defaults stand for."""
     defaults = {key: default_of(entry) for key, entry in argument_fields().items()}
     defaults |= training_defaults()
     held_out = values.get("validation_share") != 0
@@ -159,18 +159,36 @@ def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
 # ---- the checkpoint: its files and its optimizer ---------------------------------------------------------------------
 
 
+def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint that a recipe's `resume_from_checkpoint` asks for; None for a start from the base.
+
+    Raises:
+        InputError: If the one that it names is not whole.
+    """
+    if resume == "auto":
+        return newest_whole_checkpoint(folder)
+    if not resume:
+        return None
+    _check_whole(Path(resume), read=True)
+    return Path(resume)
+
+
+def _check_whole(checkpoint: Path, read: bool) -> None:
+    damage = damage_of(checkpoint, read)
+    if damage:
+        raise InputError(
+            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
+            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
+        )
+
+
 def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     """Stop where a run cannot go on from a checkpoint as if it had never stopped. Nothing is loaded.
 
     Raises:
         InputError: If it is not whole, or its optimizer held other parameters than the plan trains at its step.
     """
-    damage = damage_of(checkpoint, read=False)  # whoever chose it has read it
-    if damage:
-        raise InputError(
-            f"{checkpoint} is no whole checkpoint of partialtune: {'; '.join(damage[:3])}. "
-            f"`--resume_from_checkpoint auto` takes the newest whole one of output_dir."
-        )
+    _check_whole(checkpoint, read=False)  # `checkpoint_to_resume` has read it
     with read_with_care(checkpoint):
         step = _checked_state(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))).global_step
     file = checkpoint / OPTIMIZER_NAME
@@ -196,7 +214,8 @@ def _checked_state(state: TrainerState) -> TrainerState:
     whole = [state.global_step, state.max_steps, state.num_train_epochs, state.save_steps, state.logging_steps]
     if not all(isinstance(number, int | float) and number >= 0 for number in whole):
         raise ValueError(f"{TRAINER_STATE_NAME} holds no numbers of steps")
-    if not all(isinstance(entry, dict) for entry in state.log_history):
+    history = state.log_history
+    if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
         raise ValueError(f"{TRAINER_STATE_NAME} holds no history")
     return state
 
@@ -317,18 +336,18 @@ def read_origin(checkpoint: Path) -> RunOrigin:
             raise ValueError(f"{ORIGIN_FILE}, {place}: {wrong['msg']}") from error
 
 
-def with_choices(said: Mapping[str, Any], saved: RunOrigin | None) -> dict[str, Any]:
+def with_choices(given: Mapping[str, Any], saved: RunOrigin | None) -> dict[str, Any]:
     """Trainer's keys of a recipe with what their `auto` became when the run began, where it goes on."""
-    if saved is None or saved.choices.bf16 is None or said.get("bf16") != "auto":
-        return dict(said)
+    if saved is None or saved.choices.bf16 is None or given.get("bf16") != "auto":
+        return dict(given)
     logger.info("bf16: auto -> %s, as when the run began.", str(saved.choices.bf16).lower())
-    return {**said, "bf16": saved.choices.bf16}
+    return {**given, "bf16": saved.choices.bf16}
 
 
 def at_saved_commit(base: ModelArguments, saved: RunOrigin | None) -> ModelArguments:
     """The base at the commit that the run began with, where it goes on: a branch may have moved on the Hub."""
-    commit = saved.base.commit if saved else None
-    if not commit or saved.base.name != base.model_name_or_path or commit == base.model_revision:
+    commit = saved.base.commit if saved is not None and saved.base.name == base.model_name_or_path else None
+    if not commit or commit == base.model_revision:
         return base
     logger.info("Base: %s at commit %s, as when the run began.", base.model_name_or_path, commit)
     return replace(base, model_revision=commit)

@@ -21,25 +21,27 @@ LOG_EVERY_STEP_UP_TO = 200  # steps of a run whose loss is logged at each of the
 LED_BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules that look at the held-out loss
 EVALUATIONS = 10  # per run, where held-out text exists
 CPU_SHAPE = (1024, 768, 3072)  # rows x width x width of an MLP: GPT-2's, a quarter of a batch
-GPU_SHAPE = (8192, 4096, 4096)  # what does not fill a GPU says nothing of its speed
+GPU_SHAPE = (8192, 4096, 4096)  # a product that does not fill a GPU does not show its speed
 WORTH_IT = 1.2  # casts and the fp32 copies cost too: less than this speed-up of the product is none
 
 
-def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
+def training_arguments(given: Mapping[str, Any]) -> TrainingArguments:
     """Trainer's arguments from what the recipe says, with what this package rules out switched off.
 
     Args:
-        said: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
+        given: Fields of `TrainingArguments` that the recipe names; `bf16` may be "auto", which is measured here.
 
     Raises:
         RecipeError: If transformers refuses them.
     """
     on_cpu = not torch.accelerator.is_available()
-    settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **said}
+    settings = {"use_cpu": on_cpu, "disable_tqdm": False, "log_level_replica": "error", **given}
     if settings.get("bf16") == "auto":
         settings["bf16"] = decided_by_main(lambda: bf16_pays())  # processes may measure differently
     if settings.get("load_best_model_at_end") and settings.get("save_strategy", "steps") == "steps":
-        settings.setdefault("eval_strategy", "steps")  # `suit_length` would say so too late for TrainingArguments
+        settings.setdefault(
+            "eval_strategy", "steps"
+        )  # `suit_length` sets it, but after TrainingArguments has checked it
         settings.setdefault("eval_steps", settings.get("save_steps", 500))
     if settings.get("lr_scheduler_type") in LED_BY_EVALUATIONS:
         settings.setdefault("eval_strategy", "steps")  # likewise
@@ -53,7 +55,7 @@ def training_arguments(said: Mapping[str, Any]) -> TrainingArguments:
         "push_to_hub": False,  # Trainer's own pushing fails silently
         "activation_checkpointing_kwargs": {  # the other kind wants gradients at every block's input
             "use_reentrant": False,
-            **(said.get("activation_checkpointing_kwargs") or {}),
+            **(given.get("activation_checkpointing_kwargs") or {}),
         },
     }
     try:
@@ -67,22 +69,22 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def suit_length(args: TrainingArguments, said: Mapping[str, Any], windows: int, held_out: bool) -> None:
-    """Set how often to log and to evaluate by the length of the run, where the recipe does not say it.
+def suit_length(args: TrainingArguments, given: Mapping[str, Any], windows: int, held_out: bool) -> None:
+    """Set how often to log and to evaluate by the length of the run, where the recipe does not set it.
 
     Args:
         args: Changed in place.
-        said: Fields that the recipe names.
+        given: Fields that the recipe names.
         windows: Training windows.
         held_out: Whether there is held-out text to evaluate on.
     """
     steps = run_length(args, windows)
-    if "logging_steps" not in said:
+    if "logging_steps" not in given:
         args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
-    if held_out and said.get("eval_strategy", "steps") == "steps":
+    if held_out and given.get("eval_strategy", "steps") == "steps":
         args.eval_strategy = IntervalStrategy.STEPS
         often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
-        args.eval_steps = said.get("eval_steps") or often
+        args.eval_steps = given.get("eval_steps") or often
 
 
 def run_length(args: TrainingArguments, windows: int) -> int:

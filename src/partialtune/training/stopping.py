@@ -138,7 +138,7 @@ class StopOnSignal(TrainerCallback):
         Raises:
             Interrupted: In that case.
         """
-        if self.asked_to_stop(args):  # it may have come to one of them after the last step
+        if self.asked_to_stop(args) and self.received is not None:  # also one that came after the last step
             name = signal.Signals(self.received).name
             where = f"a checkpoint in {args.output_dir}" if self._saved else "the last step"
             message = f"{name}: stopped after {where}. {GO_ON}"

@@ -65,8 +65,8 @@ class PartialTrainer(Trainer):
     """Trainer that carries out a plan, phase by phase, measures one step's arithmetic, stops at a non-finite loss and
     never leaves half a checkpoint.
 
-    These private methods of transformers' Trainer are overridden, here and nowhere else; each says why, and what
-    breaks without: `_determine_best_metric`, `_get_grad_norm`, `_get_output_dir`, `_load_best_model`,
+    These private methods of transformers' Trainer are overridden, here and nowhere else; each gives the reason, and
+    what breaks without: `_determine_best_metric`, `_get_grad_norm`, `_get_output_dir`, `_load_best_model`,
     `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_maybe_log_save_evaluate`,
     `_run_epoch`, `_save`, `_save_checkpoint`.
 
@@ -79,7 +79,7 @@ class PartialTrainer(Trainer):
         prefix: What each phase does with its frozen prefix.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
         origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
-        conformance: Whether the model's own loss is used, and what its saved config says where the run changed it.
+        conformance: Whether the model's own loss is used, and the values of its config that the run changed.
         Others: As for `transformers.Trainer`; none of them is changed.
 
     Attributes:
@@ -275,7 +275,7 @@ class PartialTrainer(Trainer):
 
     @contextmanager
     def config_as_loaded(self) -> Iterator[None]:
-        """Give the model's config what it said where a run changes it: Trainer switches off `use_cache`, for one."""
+        """Give the model's config the values that it was loaded with: Trainer switches off `use_cache`, for one."""
         config = self.model.config
         in_training = {key: getattr(config, key, None) for key in self._config_as_loaded}
         _set_all(config, self._config_as_loaded)
@@ -325,7 +325,7 @@ class PartialTrainer(Trainer):
         return self._saving_in or super()._get_output_dir(trial)
 
     def read_back(self, folder: Path, digests: Mapping[str, str], buffers: Mapping[str, str]) -> list[SavedDifference]:
-        """What a folder that was just saved holds otherwise than these digests say; the same on every process."""
+        """The tensors of a folder that was just saved which have other digests; the same on every process."""
         with self.reading_back, self.config_as_loaded():
             return decided_by_main(lambda: saved_differences(folder, self.model, digests, buffers, self.plan))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
-from partialtune.recipe.reading import Recipe
+from partialtune.recipe.recipe import Recipe
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
 from partialtune.text.lossless import round_trip_of
 from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, read_texts
