@@ -1,4 +1,4 @@
-"""The words of `partialtune compare` -> checked choices, policies (recipes to compare), and the jobs that run them."""
+"""The words of `partialtune compare` -> checked options, policies (recipes to compare), and the jobs that run them."""
 
 import os
 import sys
@@ -22,11 +22,11 @@ OURS = {
 }
 
 
-# --- choices: all that is wrong with them in one message
+# --- options: all that is wrong with them in one message
 
 
 @dataclass(frozen=True)
-class Choices:
+class Options:
     """What the command line says about a comparison.
 
     Attributes:
@@ -44,7 +44,7 @@ class Choices:
     words: Sequence[str] = ()
 
 
-def read_choices(known: Namespace, words: Sequence[str]) -> Choices:
+def read_options(known: Namespace, words: Sequence[str]) -> Options:
     """Check the options of the command.
 
     Raises:
@@ -65,7 +65,7 @@ def read_choices(known: Namespace, words: Sequence[str]) -> Choices:
         problems.append("started by a launcher: each run is a process of its own. Start `partialtune compare` itself.")
     if problems:
         raise InputError("\n".join(["compare:", *(f"  {problem}" for problem in problems)]))
-    return Choices(Path(known.output_dir), seeds, rates, steps[0] if steps else None, tuple(words))
+    return Options(Path(known.output_dir), seeds, rates, steps[0] if steps else None, tuple(words))
 
 
 def _numbers(
@@ -94,7 +94,7 @@ def _numbers(
     return values
 
 
-def are_runs(names: Sequence[str], choices: Choices) -> bool:
+def are_runs(names: Sequence[str], options: Options) -> bool:
     """Whether folders of finished runs were named, and not recipes.
 
     Raises:
@@ -106,8 +106,8 @@ def are_runs(names: Sequence[str], choices: Choices) -> bool:
     if len(folders) < len(names):
         files = [name for name in names if name not in folders]
         raise InputError(f"{files[0]} is no folder and {folders[0]} is one: name recipes (files) or runs (folders).")
-    options = {"--seeds": choices.seeds, "--learning_rates": choices.learning_rates, "recipe keys": choices.words}
-    useless = [name for name, said in options.items() if said]
+    for_recipes = {"--seeds": options.seeds, "--learning_rates": options.learning_rates, "recipe keys": options.words}
+    useless = [name for name, given in for_recipes.items() if given]
     if useless:
         raise InputError(f"{', '.join(useless)}: for recipes; the runs named here have ended. Take that out.")
     return True
