@@ -193,18 +193,18 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     from partialtune.compare.compare import COMPARISON_FILE, compare_recipes, compare_runs, raise_if_failed
-    from partialtune.compare.options import are_runs, read_choices
-    from partialtune.compare.table import comparison_lines
+    from partialtune.compare.policies import are_runs, read_options
+    from partialtune.compare.presentation import comparison_lines
     from partialtune.model.loading import quiet_libraries
 
     quiet_libraries()
-    choices = read_choices(known, overrides)
-    reads = are_runs(known.compared, choices)
-    rows = compare_runs(known.compared, choices.output_dir) if reads else compare_recipes(known.compared, choices)
+    options = read_options(known, overrides)
+    reads = are_runs(known.compared, options)
+    rows = compare_runs(known.compared, options.output_dir) if reads else compare_recipes(known.compared, options)
     if known.json:
-        print((choices.output_dir / COMPARISON_FILE).read_text(encoding="utf-8"), end="", flush=True)
+        print((options.output_dir / COMPARISON_FILE).read_text(encoding="utf-8"), end="", flush=True)
     else:
-        print(comparison_lines(rows), f"\nEverything is in {choices.output_dir}", sep="\n", flush=True)
+        print(comparison_lines(rows), f"\nEverything is in {options.output_dir}", sep="\n", flush=True)
     raise_if_failed(rows)
 
 
@@ -275,8 +275,8 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.model.loading import quiet_libraries
-        from partialtune.rank.figure import draw_ranking
         from partialtune.rank.ranking import rank_recipe, ranking_table, recipe_of
+        from partialtune.rank.ranking_figure import draw_ranking
         from partialtune.recipe.recipe import read_recipe, write_recipe
         from partialtune.training.launch import use_all_cores
 
