@@ -275,8 +275,8 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.model.loading import quiet_libraries
-        from partialtune.rank.figure import draw_ranking
         from partialtune.rank.ranking import rank_recipe, ranking_table, recipe_of
+        from partialtune.rank.ranking_figure import draw_ranking
         from partialtune.recipe.recipe import read_recipe, write_recipe
         from partialtune.training.launch import use_all_cores
 
