@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import partialtune
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "partialtune"
+MOST_LINES = 430  # of a module; most have fewer than 350
 
 pytestmark = pytest.mark.contract
 
@@ -21,6 +23,14 @@ def test_imports_point_down_through_the_layers_of_pyproject():
     code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_file_name_is_used_once_and_a_module_is_read_in_one_go():
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    named = Counter(path.name for path in modules)
+    assert [name for name, count in named.items() if count > 1] == []
+    long = {path.name for path in modules if len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES}
+    assert long == set()
 
 
 def test_a_type_checker_sees_every_public_name_where_it_is():
