@@ -46,3 +46,10 @@ def test_the_hooks_and_ci_run_the_same_versions_of_the_linters():
     hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     pinned = {pin for hook in hooks for pin in hook.get("additional_dependencies", [])}
     assert set(re.findall(r"(?:ruff|mypy|import-linter)==[\d.]+", ci)) <= pinned
+
+
+def test_what_contributing_names_is_there():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./-]+(?:/|\.py|\.md|\.toml|\.yaml))`", text))
+    assert len(named) > 30
+    assert {name for name in named if not any((folder / name).exists() for folder in (REPOSITORY, PACKAGE))} == set()
