@@ -8,9 +8,9 @@ import yaml
 
 from partialtune.bench import bench as command
 from partialtune.bench.bench import run_variant, run_variants
-from partialtune.bench.figure import bench_figure, seconds_by_part
+from partialtune.bench.bench_figure import bench_figure, seconds_by_part
+from partialtune.bench.bench_table import bench_json, bench_table, with_ratios
 from partialtune.bench.measure import measure
-from partialtune.bench.table import bench_json, bench_table, with_ratios
 from partialtune.bench.variants import FULL, Variant, last_phase, read_variants
 from partialtune.cli import main
 from partialtune.errors import InputError

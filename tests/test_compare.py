@@ -21,13 +21,13 @@ from chromium import Page, needs_chromium
 from conftest import REPOSITORY, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.compare import children, trying
+from partialtune.compare import run_queue, try_rates
+from partialtune.compare.comparable import check_recipes
 from partialtune.compare.frontier import draw_frontier
-from partialtune.compare.ground import check_recipes
-from partialtune.compare.page import subtitle
+from partialtune.compare.learning_rates import RateTrial, Search, at_the_end_of_the_list, best_rate
+from partialtune.compare.outcomes import Spread, grouped, read_outcome, unique_names
 from partialtune.compare.policies import changed_words, read_policies, value_words
-from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate
-from partialtune.compare.results import Spread, grouped, read_outcome, unique_names
+from partialtune.compare.presentation import subtitle
 from partialtune.errors import InputError, Interrupted, RecipeError
 from partialtune.pages.figure_style import LIGHT
 from partialtune.run_folder import locked
@@ -432,10 +432,10 @@ def in_this_process(monkeypatch):
         look()
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
-        run = {"partialtune": main, "partialtune.compare.trying": trying.main}[command[2]]
+        run = {"partialtune": main, "partialtune.compare.try_rates": try_rates.main}[command[2]]
         return run(command[3:])
 
-    monkeypatch.setattr(children, "run_child", run_here)
+    monkeypatch.setattr(run_queue, "run_child", run_here)
     return commands
 
 
@@ -469,7 +469,7 @@ def test_recipes_run_with_the_rate_that_did_best_on_the_end_of_the_training_text
     more = ["--seeds", "0", "1", "2", *words[3:6], "1e-3", *words[6:]]
     assert main(["compare", *recipes.values(), "--output_dir", str(out), *more]) == 0
     assert [command[0] for command in in_this_process] == [
-        *["partialtune.compare.trying"] * 2,  # the new rate alone
+        *["partialtune.compare.try_rates"] * 2,  # the new rate alone
         *["partialtune"] * 2,  # the new seed alone
     ]
     assert in_this_process[0][2] == "0.001"
@@ -500,7 +500,7 @@ def test_a_process_that_crashed_before_it_began_is_a_failed_run(recipes, tmp_pat
         log.write_text("Traceback ...\nMemoryError: no memory left")
         return 1
 
-    monkeypatch.setattr(children, "run_child", crash)
+    monkeypatch.setattr(run_queue, "run_child", crash)
     assert main(["compare", recipes["norms"], "--output_dir", str(tmp_path / "out")]) == 1
     assert "norms, seed 42: exit code 1. MemoryError: no memory left" in capsys.readouterr().err
     assert read_json(tmp_path / "out")["policies"][0]["bits_per_byte_after"] is None
@@ -521,13 +521,13 @@ def test_trials_that_crash_are_told_and_the_runs_go_on(recipes, tmp_path, monkey
     def crash_in_trials(command, log, look, *held):
         asked.append(command[2])
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("Killed" if command[2].endswith("trying") else "Traceback ...\nMemoryError: none left")
+        log.write_text("Killed" if command[2].endswith("try_rates") else "Traceback ...\nMemoryError: none left")
         return 137
 
-    monkeypatch.setattr(children, "run_child", crash_in_trials)
+    monkeypatch.setattr(run_queue, "run_child", crash_in_trials)
     words = ["compare", *recipes.values(), "--learning_rates", "1e-3", "1e-2", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 1
-    assert asked == ["partialtune.compare.trying"] * 2 + ["partialtune"] * 2
+    assert asked == ["partialtune.compare.try_rates"] * 2 + ["partialtune"] * 2
     rates = [policy["learning_rates_tried"] for policy in read_json(tmp_path / "out")["policies"]]
     assert {trial["failure"] for trials in rates for trial in trials} == {"exit code 137: Killed"}
 
@@ -571,12 +571,12 @@ def test_a_signal_is_passed_on_once_and_waited_for(tmp_path):
             told.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    children.SECONDS_BETWEEN_LOOKS, before = 0.05, children.SECONDS_BETWEEN_LOOKS
+    run_queue.SECONDS_BETWEEN_LOOKS, before = 0.05, run_queue.SECONDS_BETWEEN_LOOKS
     try:
         with pytest.raises(Interrupted) as stopped:
-            children.run_child([sys.executable, str(script)], log, look)
+            run_queue.run_child([sys.executable, str(script)], log, look)
     finally:
-        children.SECONDS_BETWEEN_LOOKS = before
+        run_queue.SECONDS_BETWEEN_LOOKS = before
     assert stopped.value.exit_code == 143
     assert log.read_text().split() == ["ready", "told", "saved"]
 
@@ -591,7 +591,7 @@ def test_a_run_that_another_process_is_writing_is_waited_for(tmp_path):
     )
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    children.wait_for_lock(tmp_path, "norms, seed 0")
+    run_queue.wait_for_lock(tmp_path, "norms, seed 0")
     assert holder.wait() == 0  # it had ended
 
 
@@ -607,12 +607,13 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
     """The comparison's process is killed, the one that tries rates goes on: the next comparison takes what it finds."""
     trial = tmp_path / "trial.py"
     trial.write_text(
-        "import sys, time; from pathlib import Path; from partialtune.compare.rates import Trial, keep_trial\n"
+        "import sys, time; from pathlib import Path\n"
+        "from partialtune.compare.learning_rates import RateTrial, keep_trial\n"
         "from partialtune.recipe.recipe import read_recipe\n"
         "Path(sys.argv[1] + '.begun').touch()\n"
         "time.sleep(2)\n"
         "values = read_recipe(sys.argv[3], sys.argv[4:]).values\n"
-        "for rate in sys.argv[2].split(','): keep_trial(Path(sys.argv[1]), values, Trial(float(rate), 2.0))\n"
+        "for rate in sys.argv[2].split(','): keep_trial(Path(sys.argv[1]), values, RateTrial(float(rate), 2.0))\n"
     )
     search = Search(
         read_policies([recipes["norms"]])[0],
@@ -624,11 +625,11 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
         tmp_path / "log",
     )
     begin = (
-        "import sys; from partialtune.compare import children; from partialtune.files import lock\n"
+        "import sys; from partialtune.compare import run_queue; from partialtune.files import lock\n"
         "with open(sys.argv[1], 'a') as held:\n"
         "    lock(held, sys.exit)\n"
         f"    words = [sys.executable, {str(trial)!r}, *sys.argv[3:]]\n"
-        "    children.run_child(words, children.Path(sys.argv[2]), int, held)\n"
+        "    run_queue.run_child(words, run_queue.Path(sys.argv[2]), int, held)\n"
     )
     search.file.parent.mkdir()
     words = [str(search.file.with_suffix(".lock")), str(tmp_path / "first.log"), *search.command(search.rates)[3:]]
@@ -638,7 +639,7 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
         time.sleep(0.02)
     comparison.kill()
     comparison.wait()
-    with children.RunQueue(8) as queue:
+    with run_queue.RunQueue(8) as queue:
         assert [trial.bits_per_byte for trial in queue.search(search)] == [2.0, 2.0]
     assert not search.log.exists()  # nothing was tried again
 
@@ -657,9 +658,9 @@ def test_words_of_a_run_win_over_those_of_the_comparison():
 
 
 def test_the_best_rate_has_the_fewest_bits_and_says_where_the_list_ends():
-    trials = [Trial(1e-4, 2.0), Trial(1e-3, 1.8), Trial(1e-2, None, "diverged")]
+    trials = [RateTrial(1e-4, 2.0), RateTrial(1e-3, 1.8), RateTrial(1e-2, None, "diverged")]
     assert best_rate(trials) == 1e-3
     assert at_the_end_of_the_list(1e-3, trials) == ""
     assert at_the_end_of_the_list(1e-4, trials) == "smallest"
     assert at_the_end_of_the_list(1e-2, trials) == "largest"
-    assert best_rate([Trial(1e-2, None, "diverged"), Trial(1e-3, None, "diverged")]) == 1e-3
+    assert best_rate([RateTrial(1e-2, None, "diverged"), RateTrial(1e-3, None, "diverged")]) == 1e-3

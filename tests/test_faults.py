@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from cluster import fingerprint, small_recipe
 from partialtune.cli import main
-from partialtune.compare.children import run_child
-from partialtune.compare.results import read_outcome
+from partialtune.compare.outcomes import read_outcome
+from partialtune.compare.run_queue import run_child
 from partialtune.errors import InputError, RecipeError, TextError
 from partialtune.hub import push
 from partialtune.hub.published_files import check_finished

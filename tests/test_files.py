@@ -8,7 +8,7 @@ import pytest
 
 from partialtune import files
 from partialtune.cache import cached_by_content
-from partialtune.compare.children import wait_for_lock
+from partialtune.compare.run_queue import wait_for_lock
 from partialtune.files import lock, move_all, write_whole
 from partialtune.net.download import fetch
 from partialtune.run_folder import LOCK_FILE, locked

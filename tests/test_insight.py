@@ -299,7 +299,10 @@ def test_an_unchanged_model_shifts_nothing():
 
 def test_a_plan_of_another_phase_counts_as_trained():
     plan, _ = planted(tiny_gpt2(), ["final_norm"])
-    later = [replace(p, from_step=5) if p.name == "transformer.wpe.weight" else p for p in plan.parameters]
+    later = [
+        replace(p, selector="embeddings", from_step=5) if p.name == "transformer.wpe.weight" else p
+        for p in plan.parameters
+    ]
     assert [change.name for change in trained_matrices(replace(plan, parameters=tuple(later)))] == [
         "transformer.wpe.weight"
     ]

@@ -13,9 +13,9 @@ from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.model.digests import digests
-from partialtune.rank.figure import draw_ranking
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import rank, ranking_table
+from partialtune.rank.ranking_figure import draw_ranking
 from partialtune.recipe.recipe import read_recipe
 from test_modeling import rename_to_hub
 from test_plan import marian

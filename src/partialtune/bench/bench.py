@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from partialtune.bench.figure import bench_figure
-from partialtune.bench.table import bench_json, bench_table, with_ratios
+from partialtune.bench.bench_figure import bench_figure
+from partialtune.bench.bench_table import bench_json, bench_table, with_ratios
 from partialtune.bench.variants import Variant, read_variants
 from partialtune.errors import InputError
 from partialtune.run_folder import write_json

@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialtune.compare.children import RunQueue, last_words, steps_of
+from partialtune.compare.comparable import check_recipes, check_runs, check_seeds, differing_lengths
 from partialtune.compare.frontier import render_frontier
-from partialtune.compare.ground import check_recipes, check_runs, check_seeds, differing_lengths
-from partialtune.compare.options import Choices
-from partialtune.compare.page import render_page, subtitle
-from partialtune.compare.policies import Job, Policy, read_policies
-from partialtune.compare.rates import Search, Trial, at_the_end_of_the_list, best_rate, write_training_text
-from partialtune.compare.results import Outcome, Row, failed_early, grouped, read_outcome
-from partialtune.compare.table import comparison_csv, comparison_json
+from partialtune.compare.learning_rates import RateTrial, Search, at_the_end_of_the_list, best_rate, write_training_text
+from partialtune.compare.outcomes import Outcome, Row, failed_early, grouped, read_outcome
+from partialtune.compare.policies import Job, Options, Policy, read_policies
+from partialtune.compare.presentation import comparison_csv, comparison_json, render_page, subtitle
+from partialtune.compare.run_queue import RunQueue, last_words, steps_of
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
@@ -33,30 +31,30 @@ logger = logging.getLogger(__name__)
 COMPARISON_FILE = "comparison.json"
 
 
-def compare_recipes(recipes: Sequence[str], choices: Choices) -> list[Row]:
+def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
     """Run recipes and compare them. What has been run before, in the same folder, is not run again.
 
     Args:
         recipes: YAML files.
-        choices: Seeds, learning rates, folder.
+        options: Seeds, learning rates, folder.
 
     Raises:
         InputError: If a recipe is wrong, or they do not stand on the same ground; nothing is written then.
         Interrupted: If a signal came. The same command goes on.
     """
-    folder = choices.output_dir
-    policies = read_policies(recipes, choices.words)
-    check_recipes(policies, own_seeds=not choices.seeds)
-    check_trials(policies, choices)
+    folder = options.output_dir
+    policies = read_policies(recipes, options.words)
+    check_recipes(policies, own_seeds=not options.seeds)
+    check_trials(policies, options)
     plans = plan_policies(policies)
     check_folder(folder)
-    seeds = choices.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
+    seeds = options.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
     with locked(folder):
         begin_folder(folder)
-        searches = rate_searches(policies, choices, seeds[0])
+        searches = rate_searches(policies, options, seeds[0])
         with RunQueue(total_steps(policies, seeds, searches)) as queue:
             trials = {search.policy.name: queue.search(search) for search in searches}
-            rows = run_policies(queue, policies, plans, seeds, choices, trials)
+            rows = run_policies(queue, policies, plans, seeds, options, trials)
         write_comparison(folder, rows, notes_on(rows))
     return rows
 
@@ -101,19 +99,19 @@ def plan_policies(policies: Sequence[Policy]) -> dict[str, FreezePlan]:
     return plans
 
 
-def check_trials(policies: Sequence[Policy], choices: Choices) -> None:
+def check_trials(policies: Sequence[Policy], options: Options) -> None:
     """Stop where learning rates would be tried in fewer steps than a schedule has.
 
     Raises:
         InputError: Names the recipe.
     """
-    if not choices.trial_steps:
+    if not options.trial_steps:
         return
     for policy in policies:
         for entry in policy.recipe.freeze.schedule:
-            if entry.get("from_epoch") or entry.get("from_step", 0) >= choices.trial_steps:
+            if entry.get("from_epoch") or entry.get("from_step", 0) >= options.trial_steps:
                 raise InputError(
-                    f"{policy.path}: a phase of its schedule begins after the {choices.trial_steps} steps of a trial, "
+                    f"{policy.path}: a phase of its schedule begins after the {options.trial_steps} steps of a trial, "
                     f"or in epochs. Raise --trial_steps, or leave it out: a trial is then as long as a run."
                 )
 
@@ -152,21 +150,21 @@ def begin_folder(folder: Path) -> None:
         write_json(folder / COMPARISON_FILE, {"policies": [], "notes": ["This comparison has not ended yet."]})
 
 
-def rate_searches(policies: Sequence[Policy], choices: Choices, seed: int) -> list[Search]:
+def rate_searches(policies: Sequence[Policy], options: Options, seed: int) -> list[Search]:
     """What finds the learning rate of each policy; empty where there is nothing to choose."""
-    if len(choices.learning_rates) < 2:
+    if len(options.learning_rates) < 2:
         return []
-    folder = choices.output_dir / "rates"
+    folder = options.output_dir / "rates"
     text = write_training_text(policies[0].recipe.text, folder / "text")
     return [
         Search(
             policy,
-            sorted(choices.learning_rates),
+            sorted(options.learning_rates),
             text,
             seed,
-            choices.trial_steps,
+            options.trial_steps,
             folder / f"{policy.name}.json",
-            choices.output_dir / "logs" / f"rates-{policy.name}.log",
+            options.output_dir / "logs" / f"rates-{policy.name}.log",
         )
         for policy in policies
     ]
@@ -196,16 +194,16 @@ def run_policies(
     policies: Sequence[Policy],
     plans: Mapping[str, FreezePlan],
     seeds: Sequence[int],
-    choices: Choices,
-    trials: Mapping[str, Sequence[Trial]],
+    options: Options,
+    trials: Mapping[str, Sequence[RateTrial]],
 ) -> list[Row]:
     """Run every policy with every seed, seed by seed, so that a comparison that is cut short has whole seeds."""
     outcomes: dict[str, list[Outcome]] = {policy.name: [] for policy in policies}
     for seed in seeds:
         for policy in policies:
             tried = trials.get(policy.name)
-            rate = best_rate(tried) if tried else next(iter(choices.learning_rates), None)
-            job = run_job(policy, seed, rate, choices.output_dir)
+            rate = best_rate(tried) if tried else next(iter(options.learning_rates), None)
+            job = run_job(policy, seed, rate, options.output_dir)
             outcomes[policy.name].append(outcome_of(job, queue.run(job), plans[policy.name]))
     return [Row(policy.name, outcomes[policy.name], trials.get(policy.name, ())) for policy in policies]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from partialtune.compare.results import Row, Spread
+from partialtune.compare.outcomes import Row, Spread
 from partialtune.metrics import HEADLINE
 from partialtune.pages.figure_style import DARK, LIGHT, Theme, write_title
 from partialtune.words import joined

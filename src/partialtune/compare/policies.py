@@ -1,17 +1,119 @@
-"""Recipes -> policies to compare: each with its name, its checked values, and the jobs that run it."""
+"""The words of `partialtune compare` -> checked options, policies (recipes to compare), and the jobs that run them."""
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from partialtune.builtin import builtin_recipe
-from partialtune.errors import RecipeError
-from partialtune.recipe.key_rules import LENGTHS
+from partialtune.errors import InputError, RecipeError
+from partialtune.grammar.values import MORE_THAN_ZERO, convert_value
+from partialtune.recipe.key_rules import LENGTHS, SEED
 from partialtune.recipe.parsing import group_words
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
+
+OURS = {
+    "resume_from_checkpoint": "a comparison always goes on by itself",
+    "push_to_hub": "a comparison pushes nothing; push a run of it with `partialtune push RUN`",
+}
+
+
+# --- options: all that is wrong with them in one message
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a comparison.
+
+    Attributes:
+        output_dir: Folder of the comparison.
+        seeds: Each policy runs once with each; empty for the recipes' own.
+        learning_rates: Tried for each policy; empty for the recipes' own rates.
+        trial_steps: Optimizer steps of a trial, None for as many as a run has.
+        words: `--key value` for every recipe.
+    """
+
+    output_dir: Path
+    seeds: Sequence[int] = ()
+    learning_rates: Sequence[float] = ()
+    trial_steps: int | None = None
+    words: Sequence[str] = ()
+
+
+def read_options(known: Namespace, words: Sequence[str]) -> Options:
+    """Check the options of the command.
+
+    Raises:
+        InputError: Lists everything that is wrong.
+    """
+    problems: list[str] = []
+    seeds = _numbers("--seeds", known.seeds, int, SEED.holds, SEED.words, problems)
+    rates = _numbers("--learning_rates", known.learning_rates, float, MORE_THAN_ZERO.holds, "more than 0", problems)
+    steps = [known.trial_steps] if known.trial_steps is not None else None
+    steps = _numbers("--trial_steps", steps, int, lambda value: value >= 1, "1 or more", problems)
+    said, _ = group_words(words)
+    clashes = {**OURS, **({"seed": "--seeds says it"} if seeds else {})}
+    clashes |= {"learning_rate": "--learning_rates says it"} if rates else {}
+    problems += [f"--{key}: {clashes[key]}. Take it out." for key in clashes if key in said]
+    if steps and len(rates) < 2:
+        problems.append("--trial_steps: there is nothing to try. Give two or more --learning_rates.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("started by a launcher: each run is a process of its own. Start `partialtune compare` itself.")
+    if problems:
+        raise InputError("\n".join(["compare:", *(f"  {problem}" for problem in problems)]))
+    return Options(Path(known.output_dir), seeds, rates, steps[0] if steps else None, tuple(words))
+
+
+def _numbers(
+    option: str,
+    words: Sequence[str] | None,
+    kind: type,
+    holds: Callable[[Any], bool],
+    bound: str,
+    problems: list[str],
+) -> list[Any]:
+    """The values of an option; what is wrong with them goes to `problems`."""
+    values = []
+    for word in words or []:
+        try:
+            value = convert_value(word, kind)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            problems.append(
+                f"{option}: got {word!r}; allowed: {'whole numbers' if kind is int else 'numbers'}, {bound}."
+            )
+        elif value in values:
+            problems.append(f"{option}: {word} is said twice. Keep one.")
+        else:
+            values.append(value)
+    return values
+
+
+def are_runs(names: Sequence[str], options: Options) -> bool:
+    """Whether folders of finished runs were named, and not recipes.
+
+    Raises:
+        InputError: If both were, or options for recipes came with runs.
+    """
+    folders = [name for name in names if Path(name).is_dir()]
+    if not folders:
+        return False
+    if len(folders) < len(names):
+        files = [name for name in names if name not in folders]
+        raise InputError(f"{files[0]} is no folder and {folders[0]} is one: name recipes (files) or runs (folders).")
+    for_recipes = {"--seeds": options.seeds, "--learning_rates": options.learning_rates, "recipe keys": options.words}
+    useless = [name for name, given in for_recipes.items() if given]
+    if useless:
+        raise InputError(f"{', '.join(useless)}: for recipes; the runs named here have ended. Take that out.")
+    return True
+
+
+# --- policies
 
 
 @dataclass(frozen=True)

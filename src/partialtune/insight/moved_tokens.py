@@ -14,13 +14,30 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from partialtune.freeze.plan import FreezePlan
-from partialtune.insight.tokens import TokenTexts
 from partialtune.model.parameters import CHUNK, named_weights, whole
+from partialtune.scoring.prompts import decode_after
 from partialtune.text.windows import release_pages
 
 SHOWN_TOKENS = 40
 COUNTED_AT_ONCE = 1 << 22  # token ids of a memory map
 TOKEN_MATRICES = ("embeddings.tokens", "head")
+
+
+class TokenTexts:
+    """Token id -> its text as it stands within a text: `texts[262]` is `" the"` for GPT-2.
+
+    Some decoders strip the space of a text's first token; here every token follows another one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        if token_id not in self._known:
+            self._known[token_id] = decode_after(self._anchor, [token_id], self._tokenizer)
+        return self._known[token_id]
 
 
 def token_counts(token_ids: Sequence[np.ndarray]) -> np.ndarray:

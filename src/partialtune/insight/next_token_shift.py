@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from partialtune.insight.tokens import TokenTexts
+from partialtune.insight.moved_tokens import TokenTexts
 from partialtune.scoring.prompts import decode_after
 
 WATCHED_WINDOWS = 64

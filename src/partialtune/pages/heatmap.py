@@ -13,7 +13,7 @@ from partialtune.pages.heatmap_cells import (
     STATES,
     TOP,
     Box,
-    Cell,
+    HeatCell,
     block_components,
     color_scale,
     draw_cell,
@@ -64,7 +64,7 @@ def map_axes(canvas: "Canvas", height: float, theme: Theme) -> "Axes":
 def label_rows(
     axes: "Axes",
     rows: Sequence[str],
-    cells: Sequence[Cell],
+    cells: Sequence[HeatCell],
     boxes: Sequence[Box],
     right: float,
     size: float,
@@ -76,7 +76,7 @@ def label_rows(
         axes.text(right, box.middle[1], row, ha="right", va="center", fontsize=size, color=theme.ink)
 
 
-def label_columns(axes: "Axes", boxes: Sequence[Box], cells: Sequence[Cell], tied: bool, theme: Theme) -> None:
+def label_columns(axes: "Axes", boxes: Sequence[Box], cells: Sequence[HeatCell], tied: bool, theme: Theme) -> None:
     """Names below the outer cells, numbers below the blocks, as many as fit; headings above both."""
     below = {"ha": "center", "va": "baseline", "fontsize": 8.5, "color": theme.ink}
     above = {"ha": "left", "va": "bottom", "fontsize": 8.5, "color": theme.muted}
@@ -177,11 +177,11 @@ def heatmap_alt(run: RunFiles) -> str:
     return f"Heat map of the relative weight change by block and component: {'; '.join(parts)}."
 
 
-def in_words(cell: Cell) -> str:
+def in_words(cell: HeatCell) -> str:
     return percent(cell.relative) if cell.relative else STATES[cell.state]
 
 
-def row_in_words(row: str, cells: Sequence[Cell]) -> str:
+def row_in_words(row: str, cells: Sequence[HeatCell]) -> str:
     """attention 0.41% to 0.87% in 2 blocks, frozen, exactly 0 in 10 blocks."""
     moved = [cell.relative for cell in cells if cell.relative]
     words = []

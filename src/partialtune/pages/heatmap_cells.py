@@ -33,7 +33,7 @@ WIDEST = 1.5
 
 
 @dataclass(frozen=True)
-class Cell:
+class HeatCell:
     """One group's cell.
 
     Attributes:
@@ -65,34 +65,34 @@ class Box:
         return self.left + self.width / 2, self.top + self.height / 2
 
 
-def heatmap_cells(run: RunFiles, step: int | None = None) -> list[Cell]:
+def heatmap_cells(run: RunFiles, step: int | None = None) -> list[HeatCell]:
     """A cell for each group of the plan, at a report of deltas; at the last one where no step is given."""
     last = run.deltas.steps[-1] if run.deltas.steps else None
     return [cell_of(run, group, last if step is None else step) for group in run.groups()]
 
 
-def cell_of(run: RunFiles, group: Group, step: int | None) -> Cell:
+def cell_of(run: RunFiles, group: Group, step: int | None) -> HeatCell:
     """A group's cell at a step with a report; `step` is None where the run has no report."""
     trained = group.trained_names
     if set(group.names) - set(trained) & set(run.audit["frozen"]["changed"]):
-        return Cell(group, None, "changed")
+        return HeatCell(group, None, "changed")
     if not trained:
-        return Cell(group, 0.0, "frozen")
+        return HeatCell(group, 0.0, "frozen")
     relative = None if step is None else run.deltas.relative_delta(trained, step)
     if relative is None:
-        return Cell(group, None, "unknown")
+        return HeatCell(group, None, "unknown")
     if relative == 0:
-        return Cell(group, 0.0, "still")
-    return Cell(group, relative, "partly" if len(trained) < len(group.names) else "trained")
+        return HeatCell(group, 0.0, "still")
+    return HeatCell(group, relative, "partly" if len(trained) < len(group.names) else "trained")
 
 
-def block_components(cells: Sequence[Cell]) -> list[str]:
+def block_components(cells: Sequence[HeatCell]) -> list[str]:
     """The components that blocks have: the rows of the map, from top to bottom."""
     components = {cell.group.component for cell in cells if cell.group.block is not None}
     return sorted(components, key=lambda component: forward_order((0, component)))
 
 
-def lay_out(cells: Sequence[Cell]) -> tuple[list[Box], list[str], float]:
+def lay_out(cells: Sequence[HeatCell]) -> tuple[list[Box], list[str], float]:
     """Boxes of the cells, the components that are rows, and the figure's height in inches."""
     inside = [cell.group for cell in cells if cell.group.block is not None]
     rows = block_components(cells)
@@ -120,7 +120,7 @@ def lay_out(cells: Sequence[Cell]) -> tuple[list[Box], list[str], float]:
 # --- pictures: cells, colours, marks and their key
 
 
-def draw_cell(axes: "Axes", cell: Cell, box: Box, colors, theme: Theme) -> None:
+def draw_cell(axes: "Axes", cell: HeatCell, box: Box, colors, theme: Theme) -> None:
     thin = box.width < 0.2
     edge = {"edgecolor": theme.ground, "linewidth": 0.3 if thin else 1.2}
     if cell.state in ("frozen", "changed"):
@@ -146,14 +146,14 @@ def text_color(face: Sequence[float], theme: Theme) -> str:
     return "#101418" if luminance > 0.18 else "#ffffff"
 
 
-def color_scale(cells: Sequence[Cell], theme: Theme):
+def color_scale(cells: Sequence[HeatCell], theme: Theme):
     """What gives a relative delta its colour (a `ScalarMappable`)."""
     from matplotlib.cm import ScalarMappable
 
     return ScalarMappable(norm=color_norm(cells), cmap=mixed(theme.scale))
 
 
-def color_norm(cells: Sequence[Cell]) -> "Normalize":
+def color_norm(cells: Sequence[HeatCell]) -> "Normalize":
     """Logarithmic where the largest relative delta is more than 8 times the smallest, else linear from 0."""
     from matplotlib.colors import LogNorm, Normalize
 
@@ -165,7 +165,7 @@ def color_norm(cells: Sequence[Cell]) -> "Normalize":
     return Normalize(0.0, max(moved))
 
 
-def draw_key(canvas: "Canvas", axes: "Axes", cells: Sequence[Cell], colors, height: float, theme: Theme) -> None:
+def draw_key(canvas: "Canvas", axes: "Axes", cells: Sequence[HeatCell], colors, height: float, theme: Theme) -> None:
     """What the marks mean, at the lower left, and the scale of the colours at the lower right."""
     used = [state for state in STATES if any(cell.state == state for cell in cells)]
     left, right = MARGIN, MARGIN

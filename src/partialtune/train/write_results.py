@@ -14,8 +14,9 @@ from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
 from partialtune.hub.published_files import WEIGHTS
+from partialtune.insight.effective_rank import effective_ranks
 from partialtune.insight.learning_curves import LearningCurves
-from partialtune.insight.run_insight import sampled_continuations, weight_insight
+from partialtune.insight.moved_tokens import moved_tokens
 from partialtune.metrics import IN_CLOSING_LINES, METRICS, Metric
 from partialtune.model.loading import empty_model
 from partialtune.pages.card import write_card
@@ -27,7 +28,7 @@ from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import write_json
-from partialtune.scoring.prompts import compare_prompts, format_prompts
+from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
 from partialtune.train.evaluate_before_after import Evaluation, Evaluator
 from partialtune.train.prepare import RunStart
 from partialtune.training.checkpoint_files import ASIDE, clear_aside, disk_errors
@@ -111,12 +112,17 @@ def write_insight(
     after: Evaluation,
 ) -> None:
     """`insight.json`: what moved and what shifted, beyond the scores. Every process calls this to gather weights."""
-    copies, counts = trainer.deltas.snapshot.copies, start.data.token_counts
-    moved = weight_insight(start.model, start.plan, copies, counts, start.tokenizer, is_main())
+    weights, counts = (start.model, start.plan, trainer.deltas.snapshot.copies), start.data.token_counts
+    moved = {
+        "effective_ranks": effective_ranks(*weights, is_main()),
+        "moved_tokens": moved_tokens(*weights, counts, start.tokenizer, is_main()),
+    }
 
     def write() -> None:
         shift = {"next_token_shift": evaluator.token_shift(before, after)}
-        samples = {"sampled_continuations": sampled_continuations(before.prompts, after.prompts)}
+        pairs = zip(before.prompts, after.prompts, strict=True)
+        drawn = [{"prompt": a.prompt, "before": a.sample, "after": b.sample} for a, b in pairs]
+        samples = {"sampled_continuations": {**SAMPLING, "prompts": drawn}}
         content = {**moved, "learning_curves": curves.to_json(), **shift, **samples}
         write_json(start.folder / "insight.json", content)
 

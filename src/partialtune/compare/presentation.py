@@ -1,15 +1,22 @@
-"""Rows of a comparison -> comparison.html: one self-contained page in the form of a run's report."""
+"""Rows of a comparison -> how it is shown: lines for a terminal, CSV, JSON, and comparison.html.
 
+The page is self-contained and in the form of a run's report.
+"""
+
+import csv
+import io
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from partialtune.compare.frontier import AXES, before_of, frontier_alt, frontier_of
-from partialtune.compare.results import Outcome, Row, Spread
-from partialtune.compare.table import audit_words, by_quality, further_texts, mean, with_deviation
+from partialtune.compare.outcomes import Outcome, Row, Spread
 from partialtune.metrics import HEADLINE
 from partialtune.pages.findings import Finding
-from partialtune.pages.html import Cell, data_uri, html_environment, style_and_script, yaml_words
+from partialtune.pages.html import Cell, cell, data_uri, html_environment, style_and_script, yaml_words
 from partialtune.pages.run_files import as_list
-from partialtune.words import change, count, counted, joined, percent, significant
+from partialtune.tables import draw_table
+from partialtune.words import MINUS, UNKNOWN, change, count, counted, joined, percent, significant
 
 NUMBER = "number"
 RATE_WORDS = (
@@ -18,6 +25,124 @@ RATE_WORDS = (
 )
 GROUND_KEYS = ("model_name_or_path", "text", "eval_texts", "block_size", "window_sampling", "validation_share")
 LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def with_deviation(spread: Spread | None, decimals: int, sign: bool = False) -> str:
+    """1.8498 ± 0.0012; without the second where there was one seed."""
+    if spread is None:
+        return UNKNOWN
+    text = change(spread.mean, decimals) if sign else f"{spread.mean:,.{decimals}f}"
+    return text if spread.deviation is None else f"{text} ± {spread.deviation:,.{decimals}f}"
+
+
+def mean(spread: Spread | None) -> float | None:
+    return spread.mean if spread else None
+
+
+def audit_words(row: Row) -> str:
+    """passed, or how many of its runs failed and with which exit code."""
+    if not row.failed:
+        return "passed"
+    codes = joined(sorted({f"exit {outcome.code}" for outcome in row.failed}))
+    return f"failed ({codes})" if not row.finished else f"{len(row.failed)} of {len(row.outcomes)} failed ({codes})"
+
+
+def further_texts(rows: Sequence[Row]) -> list[str]:
+    """Names of `eval_texts`."""
+    return list(dict.fromkeys(name for row in rows for run in row.finished for name in run.measures.changes))
+
+
+def comparison_lines(rows: Sequence[Row]) -> str:
+    """The table for a terminal, best policy first."""
+    texts = further_texts(rows)
+    titles = ["policy", "trainable", "of all", "rate", "s/step", "MB", "before", "held-out bits/byte"]
+    lines = [[*titles, *(f"{name}, change" for name in texts), "L2 delta", "audit"]]
+    for row in by_quality(rows):
+        lines.append(
+            [
+                row.name,
+                count(row.trainable),
+                percent(row.trainable / row.total),
+                f"{row.learning_rate:g}",
+                significant(mean(row.spread("step_seconds")), 3),
+                count(mean(row.spread("peak_memory_mb"))),
+                HEADLINE.words(mean(row.spread("before"))),
+                with_deviation(row.spread("after"), 4),
+                *(with_deviation(row.change(name), 4, sign=True) for name in texts),
+                significant(mean(row.spread("l2_delta")), 3),
+                audit_words(row),
+            ]
+        )
+    return draw_table(lines, left=(0, -1))
+
+
+def by_quality(rows: Sequence[Row]) -> list[Row]:
+    """Fewest bits per byte first; what has no score last."""
+    return sorted(rows, key=lambda row: (row.spread("after") is None, (row.spread("after") or Spread(0, None)).mean))
+
+
+def comparison_csv(rows: Sequence[Row]) -> str:
+    """One line a policy; numbers in full, nothing where a figure is unknown."""
+    texts = further_texts(rows)
+    buffer = io.StringIO()
+    records = [_record(row, rows, texts) for row in rows]
+    writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def _record(row: Row, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "policy": row.name,
+        "trainable": " ".join(row.selectors),
+        "method": row.outcomes[0].values.get("method", "partial"),
+        "learning_rate": row.learning_rate,
+        "trainable_parameters": row.trainable,
+        "total_parameters": row.total,
+        "trainable_share": row.trainable / row.total,
+        "runs": len(row.outcomes),
+        "failed": len(row.failed),
+    }
+    names = {"step_seconds": "median_step_seconds", "peak_memory_mb": "peak_memory_mb"}
+    names |= {"before": "bits_per_byte_before", "after": "bits_per_byte_after"}
+    names |= {"l2_delta": "l2_delta", "relative_delta": "relative_delta"}
+    for measure, column in names.items():
+        record |= _two_columns(column, row.spread(measure))
+    for name in texts:
+        record |= _two_columns(f"change_{name}", row.change(name))
+    return record | {f"frontier_{axis.key}": row.name in frontier_of(rows, axis) for axis in AXES}
+
+
+def _two_columns(column: str, spread: Spread | None) -> dict[str, float | None]:
+    if spread is None:
+        return {column: None, f"{column}_sd": None}
+    return {column: spread.mean, f"{column}_sd": spread.deviation}
+
+
+def comparison_json(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:
+    """Everything, run by run."""
+    return {
+        "policies": [
+            {
+                **_record(row, rows, further_texts(rows)),
+                "trainable": row.selectors,
+                "learning_rates_tried": [asdict(trial) for trial in row.trials],
+                "runs": [_run_json(outcome) for outcome in row.outcomes],
+            }
+            for row in rows
+        ],
+        "notes": list(notes),
+    }
+
+
+def _run_json(outcome: Outcome) -> dict[str, Any]:
+    measured = asdict(outcome.measures) if outcome.measures else {}
+    ended = {"seed": outcome.seed, "code": outcome.code, "reason": outcome.reason}
+    return {"folder": str(outcome.folder), **ended, **measured}
+
+
+# --- the page
 
 
 def render_page(title: str, rows: Sequence[Row], notes: Sequence[str], figure: Mapping[str, bytes]) -> str:
@@ -114,7 +239,15 @@ def trains(row: Row) -> str:
     return f"{percent(row.trainable / row.total)} of the parameters"
 
 
-# --- tables
+# --- the page's tables
+
+
+def three_digits(value: float | None) -> str:
+    return significant(value, 3)
+
+
+def four_decimals(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4f}".replace("-", MINUS)
 
 
 def policy_columns(texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -136,19 +269,19 @@ def policy_row(row: Row, rows: Sequence[Row], texts: Sequence[str]) -> list[Cell
         mean(row.spread(name)) for name in ("step_seconds", "peak_memory_mb", "l2_delta", "relative_delta")
     )
     return [
-        Cell(row.name, row.name, "trained"),
-        Cell(count(row.trainable), row.trainable),
-        Cell(percent(row.trainable / row.total), row.trainable / row.total),
-        Cell(significant(step, 3), step),
-        Cell(count(memory), memory),
+        cell(row.name, kind="trained"),
+        cell(row.trainable, count),
+        cell(row.trainable / row.total, percent),
+        cell(step, three_digits),
+        cell(memory, count),
         spread_cell(row.spread("after")),
         *(spread_cell(row.change(text), sign=True) for text in texts),
-        Cell(audit_words(row), audit_words(row), "changed" if row.failed else ""),
-        Cell(f"{row.learning_rate:g}", row.learning_rate),
-        Cell(significant(l2, 3), l2),
-        Cell(percent(relative), relative),
-        Cell(on, on),
-        Cell(trained_words(row), trained_words(row)),
+        cell(audit_words(row), kind="changed" if row.failed else ""),
+        cell(row.learning_rate, "{:g}".format),
+        cell(l2, three_digits),
+        cell(relative, percent),
+        cell(on),
+        cell(trained_words(row)),
     ]
 
 
@@ -185,7 +318,7 @@ def trial_row(row: Row, rates: Sequence[float]) -> list[Cell]:
         text = "" if trial is None else trial.failure or f"{trial.bits_per_byte:.4f}"
         kind = "trained" if rate == row.learning_rate else ""
         cells.append(Cell(text, trial.bits_per_byte if trial else None, kind))
-    return [Cell(row.name, row.name), *cells]
+    return [cell(row.name), *cells]
 
 
 def run_columns(texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -201,13 +334,13 @@ def run_row(name: str, outcome: Outcome, texts: Sequence[str]) -> list[Cell]:
     step, memory = (found.step_seconds, found.peak_memory_mb) if found else (None, None)
     ended = "well" if found else f"exit {outcome.code}"
     return [
-        Cell(name, name),
-        Cell(str(outcome.seed), outcome.seed),
-        Cell(significant(step, 3), step),
-        Cell(count(memory), memory),
-        *(Cell("–" if figure is None else f"{figure:.4f}".replace("-", "−"), figure) for figure in figures),
-        Cell(ended, ended, "" if found else "changed"),
-        Cell(outcome.folder.name, outcome.folder.name, "digest"),
+        cell(name),
+        cell(outcome.seed),
+        cell(step, three_digits),
+        cell(memory, count),
+        *(cell(figure, four_decimals) for figure in figures),
+        cell(ended, kind="" if found else "changed"),
+        cell(outcome.folder.name, kind="digest"),
     ]
 
 

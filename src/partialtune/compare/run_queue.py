@@ -15,8 +15,8 @@ from typing import IO, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from partialtune.compare.learning_rates import RateTrial, Search
 from partialtune.compare.policies import Job
-from partialtune.compare.rates import Search, Trial
 from partialtune.errors import (
     FreezeViolation,
     InputError,
@@ -77,7 +77,7 @@ class RunQueue:
             return done
         return self._child(job.title, job.command, job.log, steps, lambda: steps_done(job.folder))
 
-    def search(self, search: Search) -> list[Trial]:
+    def search(self, search: Search) -> list[RateTrial]:
         """Try the learning rates of a policy, those left out that were tried before.
 
         A process that crashed leaves rates without a trial; those say so. One that outlived a comparison which was
@@ -91,7 +91,7 @@ class RunQueue:
             lock(held, lambda: logger.info("%s: a process is still at work. Waiting for it.", search.title))
             return self._search(search, held)
 
-    def _search(self, search: Search, held: IO) -> list[Trial]:
+    def _search(self, search: Search, held: IO) -> list[RateTrial]:
         missing, steps = search.missing(), steps_of(search.values)
         self._leave_out(steps * (len(search.rates) - len(missing)))
         if missing:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from partialtune.compare.outcomes import Outcome
 from partialtune.compare.policies import Policy
-from partialtune.compare.results import Outcome
 from partialtune.errors import InputError
 from partialtune.net.addresses import sources_without_secrets
 from partialtune.training.resume_check import recipe_differences

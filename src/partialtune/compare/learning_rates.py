@@ -23,7 +23,7 @@ from partialtune.training.resume_check import recipe_differences
 
 
 @dataclass(frozen=True)
-class Trial:
+class RateTrial:
     """What a learning rate brought.
 
     Attributes:
@@ -80,9 +80,9 @@ class Search:
         """The process that tries `rates`."""
         listed = ",".join(map(repr, rates))
         recipe = [str(self.policy.path), *changed_words(self.policy.words, self.changes)]
-        return [sys.executable, "-m", "partialtune.compare.trying", str(self.file), listed, *recipe]
+        return [sys.executable, "-m", "partialtune.compare.try_rates", str(self.file), listed, *recipe]
 
-    def read(self) -> list[Trial]:
+    def read(self) -> list[RateTrial]:
         """The trials that have ended.
 
         Raises:
@@ -98,20 +98,20 @@ class Search:
                 f"{self.file} holds learning rates that were tried with another recipe; they differ in "
                 f"{', '.join(dict.fromkeys(different))}. Name another --output_dir."
             )
-        return [Trial(**trial) for trial in content["trials"]]
+        return [RateTrial(**trial) for trial in content["trials"]]
 
     def missing(self) -> list[float]:
         """Rates that are still to be tried."""
         tried = {trial.learning_rate for trial in self.read()}
         return [rate for rate in self.rates if rate not in tried]
 
-    def trials(self, failure: str = "") -> list[Trial]:
+    def trials(self, failure: str = "") -> list[RateTrial]:
         """The trials of the list's rates, ascending; those that are not there failed, and `failure` says why."""
         found = {trial.learning_rate: trial for trial in self.read()}
-        return [found.get(rate) or Trial(rate, None, failure) for rate in self.rates]
+        return [found.get(rate) or RateTrial(rate, None, failure) for rate in self.rates]
 
 
-def keep_trial(file: Path, recipe: Mapping[str, Any], trial: Trial) -> None:
+def keep_trial(file: Path, recipe: Mapping[str, Any], trial: RateTrial) -> None:
     """Add a trial to a file."""
     earlier = read_json(file)["trials"] if file.is_file() else []
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def pieces_of(text: str | StoredText) -> Iterable[str]:
     return [text] if isinstance(text, str) else text.pieces()
 
 
-def best_rate(trials: Sequence[Trial]) -> float:
+def best_rate(trials: Sequence[RateTrial]) -> float:
     """The rate with the fewest bits per byte; where none trained, the smallest, whose runs will say why."""
     scored = [trial for trial in trials if trial.bits_per_byte is not None]
     if not scored:
@@ -158,7 +158,7 @@ def best_rate(trials: Sequence[Trial]) -> float:
     return min(scored, key=lambda trial: trial.bits_per_byte).learning_rate
 
 
-def at_the_end_of_the_list(rate: float, trials: Sequence[Trial]) -> str:
+def at_the_end_of_the_list(rate: float, trials: Sequence[RateTrial]) -> str:
     """`smallest` or `largest` where the chosen rate is that of the list, so that a better one may lie beyond."""
     rates = sorted(trial.learning_rate for trial in trials)
     return "" if len(rates) < 2 or rates[0] < rate < rates[-1] else "smallest" if rate == rates[0] else "largest"

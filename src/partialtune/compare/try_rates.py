@@ -1,4 +1,4 @@
-"""The process that tries learning rates: `python -m partialtune.compare.trying FILE RATE,RATE RECIPE [--key value]`.
+"""The process that tries learning rates: `python -m partialtune.compare.try_rates FILE RATE,RATE RECIPE [--key value]`.
 
 Each rate trains the recipe once and is scored on what the recipe holds out. A trial is kept in FILE as soon as it has
 ended; no weights and no pages are written.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, set_seed
 
-from partialtune.compare.rates import Trial, keep_trial
+from partialtune.compare.learning_rates import RateTrial, keep_trial
 from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
@@ -62,7 +62,7 @@ def try_rates(file: Path, rates: Sequence[float], recipe: Recipe) -> None:
         keep_trial(file, recipe.values, try_rate(rate, recipe, config, data))
 
 
-def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunData) -> Trial:
+def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunData) -> RateTrial:
     """Train once. A rate at which training diverges is a finding, not an error."""
     base = recipe.model
     with tempfile.TemporaryDirectory() as folder:
@@ -86,12 +86,12 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         try:
             trainer.train()
         except TrainingDiverged:
-            return Trial(rate, None, "diverged", length)
+            return RateTrial(rate, None, "diverged", length)
         except FreezeViolation:
-            return Trial(rate, None, "failed its audit", length)
+            return RateTrial(rate, None, "failed its audit", length)
     score = score_text(model, data.scored["validation"], args.per_device_eval_batch_size, f"learning rate {rate:g}")
     bits = score[HEADLINE.key]
-    return Trial(rate, bits, "not finite" if bits is None else "", length)
+    return RateTrial(rate, bits, "not finite" if bits is None else "", length)
 
 
 if __name__ == "__main__":

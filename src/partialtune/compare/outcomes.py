@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from partialtune.compare.children import FAILURES
-from partialtune.compare.rates import Trial
+from partialtune.compare.learning_rates import RateTrial
+from partialtune.compare.run_queue import FAILURES
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
 from partialtune.metrics import HEADLINE
 from partialtune.net.addresses import sources_without_secrets
@@ -109,7 +109,7 @@ class Row:
 
     name: str
     outcomes: Sequence[Outcome]
-    trials: Sequence[Trial] = field(default=())
+    trials: Sequence[RateTrial] = field(default=())
 
     @property
     def finished(self) -> list[Outcome]:
