@@ -179,7 +179,7 @@ def small_recipe(folder: Path, **changes: Any) -> list[str]:
     tokenizer.save_pretrained(folder / "base")
     words = ("times", "wisdom", "belief", "light", "hope", "despair", "winter", "spring")
     text = " ".join(
-        f"It was the age of {words[n % 8]} {n}, it was the season of {words[n * 5 % 7]}." for n in range(900)
+        f"It was the age of {words[n % 8]} {n}, it was the season of {words[n * 5 % 7]}." for n in range(300)
     )
     (folder / "text.txt").write_text(text)
     values = {

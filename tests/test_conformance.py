@@ -275,6 +275,7 @@ def test_a_config_of_which_transformers_makes_no_model_ends_with_2(tmp_path, cap
         assert "cannot be loaded: Multiple valid text configs were found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rwkv_is_saved_as_it_is_proved_and_scores_as_it_was_scored(tmp_path):
     config = RwkvConfig(
         hidden_size=32,

@@ -185,6 +185,7 @@ def test_a_checkpoint_of_the_same_run_elsewhere_goes_on_with_its_history(home, p
     assert fingerprint(place / "new") == fingerprint(home / "run")
 
 
+@pytest.mark.slow
 def test_what_auto_chose_is_kept_though_the_machine_would_choose_otherwise_now(place, monkeypatch):
     for pays in (True, False):
         monkeypatch.setattr(settings, "bf16_pays", lambda pays=pays: pays)
@@ -196,6 +197,7 @@ def test_what_auto_chose_is_kept_though_the_machine_would_choose_otherwise_now(p
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth"])
 def test_a_damaged_file_makes_the_run_go_on_from_the_checkpoint_before_to_the_same_bits(name, home, place, caplog):
     file = place / "run" / "checkpoint-6" / name
@@ -228,6 +230,7 @@ def files_up_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_for", ["model.safetensors", "optimizer.pt"])
 def test_a_disk_that_is_full_while_saving_ends_the_run_and_the_last_checkpoint_is_whole(
     full_for, home, place, capfd, monkeypatch
@@ -270,6 +273,7 @@ def test_a_report_that_finds_no_room_is_written_at_the_next_save(home, place, mo
     assert fingerprint(place / "run") == fingerprint(home / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight_deltas.jsonl", "audit.json", "trainer_state.json", "evaluation.json"])
 def test_a_file_of_the_run_that_finds_no_room_ends_it_with_one_code_and_it_can_be_gone_on_with(
     name, home, place, monkeypatch, capfd

@@ -296,6 +296,7 @@ def test_an_untied_head_is_told_how_much_larger_the_model_becomes():
     assert f"larger by {2000 * 64 / parameters:.0%}" in " ".join(said(["final_norm", "head"], head="untied"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selectors", [["embeddings", "final_norm", "head"], ["blocks[-1]"], ["norms"]])
 def test_what_a_smaller_batch_would_need_is_about_what_its_own_forecast_says(selectors):
     model = gpt2_124m()

@@ -292,6 +292,7 @@ def suffered(finished_run, tmp_path_factory):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PASSING_FAULTS)
 def test_a_fault_that_passes_is_overcome_without_a_second_commit(suffered, fault):
     seen = suffered[fault].result()

@@ -141,6 +141,7 @@ def test_commands_of_one_process_forget_what_a_launcher_left(no_launcher, monkey
     assert "OMPI_COMM_WORLD_SIZE" not in os.environ
 
 
+@pytest.mark.slow
 def test_processes_of_which_some_never_come_are_waited_for_no_longer_than_ddp_timeout(no_launcher):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -203,7 +203,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def recipe(tmp_path, base):
     """A small recipe as words of the command line."""
-    (tmp_path / "text.txt").write_text(TEXT * 300, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT * 80, encoding="utf-8")
     values = {
         "model_name_or_path": str(base),
         "text": str(tmp_path / "text.txt"),
