@@ -73,7 +73,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 WARM = """\
 import gc, importlib, json, os, sys
 import torch, transformers, datasets
-import evaluate, pydantic, transformers.models.gpt2.modeling_gpt2  # which a run imports in its course: 0.8 s
+import evaluate, pydantic, torch.distributed.fsdp, transformers.models.gpt2.modeling_gpt2  # as runs do later: 0.8 s
 import partialtune.train.train, partialtune.cli
 from partialtune.pages import figures, report
 torch.set_num_threads(1)

@@ -268,7 +268,7 @@ def test_headers_that_no_server_should_send_are_taken_or_refused_in_words(server
 
     server.answers["/book.txt"] = answer
     monkeypatch.setenv("PARTIALTUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr("partialtune.net.download.Limits", lambda: Limits(2, 0.3, tries=1))
+    monkeypatch.setattr("partialtune.net.download.Limits", lambda: Limits(connect_seconds=2, read_seconds=0.3, tries=1))
     with contextlib.suppress(TextError):
         assert read_texts([server.url + "/book.txt"])[0].text.startswith("Call me Ishmael.")
 

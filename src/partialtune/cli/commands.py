@@ -12,10 +12,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from partialtune.errors import InputError, ModelError, RecipeError
 from partialtune.launcher_environment import check_launched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from partialtune.cost.forecast import Forecast
+    from partialtune.freeze.plan import FreezePlan
+    from partialtune.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
-        from partialtune.cost.forecast import forecast, forecast_table
+        from partialtune.cost.forecast import forecast_table
         from partialtune.freeze.plan_table import plan_table
         from partialtune.freeze.recipe_plan import plan_before_text
         from partialtune.model.loading import empty_model, load_config, quiet_libraries
@@ -94,9 +101,21 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     plan = plan_before_text(model, recipe.freeze)
+    cost = _forecast(recipe, model, plan)
+    if known.json:
+        content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        print("\n\n".join([plan_table(plan), *([forecast_table(cost)] if cost else [])]))
+
+
+def _forecast(recipe: "Recipe", model: "PreTrainedModel", plan: "FreezePlan") -> "Forecast | None":
+    """Arithmetic and memory of a step; None, with a warning, for a model that computes none without weights."""
+    from partialtune.cost.forecast import forecast
+
     training = recipe.training
     try:
-        cost = forecast(
+        return forecast(
             model,
             plan,
             batch_size=training.get("per_device_train_batch_size", 8),
@@ -109,12 +128,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
     except ModelError as error:  # a model whose forward pass decides by values has no step without them
         logger.warning("No forecast of arithmetic and memory: %s", error)
-        cost = None
-    if known.json:
-        content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
-        print(json.dumps(content, indent=2, allow_nan=False))
-    else:
-        print("\n\n".join([plan_table(plan), *([forecast_table(cost)] if cost else [])]))
+        return None
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

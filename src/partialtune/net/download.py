@@ -25,7 +25,7 @@ from partialtune import __version__
 from partialtune.cache import cache_root, cached_file, new_file
 from partialtune.errors import TextError
 from partialtune.net.addresses import without_secrets
-from partialtune.net.retries import retry_after, whole_number, with_retries
+from partialtune.net.retries import Tries, retry_after, whole_number, with_retries
 from partialtune.net.sniffing import refuse_non_text
 from partialtune.progress import progress_bar
 
@@ -48,7 +48,7 @@ class Download:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Tries):
     """How patient a download is. `max_bytes` None means PARTIALTUNE_MAX_DOWNLOAD_MB (of 2^20 bytes) or 4 GiB."""
 
     connect_seconds: float = 10.0
@@ -56,8 +56,8 @@ class Limits:
     slow_after_seconds: float = 60.0  # from then on the average must be at least
     slowest_bytes_per_second: float = 1024.0
     tries: int = 3
-    first_wait_seconds: float = 1.0  # doubled after each try
-    longest_wait_seconds: float = 60.0  # the longest Retry-After that is obeyed
+    first_wait_seconds: float = 1.0
+    longest_wait_seconds: float = 60.0
     max_bytes: int | None = None
 
 

@@ -23,7 +23,7 @@ from huggingface_hub.utils import (
 
 from partialtune import __version__
 from partialtune.errors import InputError
-from partialtune.net.retries import Answer, retry_after, with_retries
+from partialtune.net.retries import Answer, Tries, retry_after, with_retries
 
 LONGEST_QUOTE = 300  # characters of what a server said; some send a page
 TEMPORARY_STATUSES = frozenset({408, 409, 412, 425, 429})  # and 500 and more; 409, 412: somebody else wrote meanwhile
@@ -47,12 +47,12 @@ HUB_ERRORS = (httpx2.HTTPError, OSError, RuntimeError, ValueError, NotThereYet, 
 
 
 @dataclass(frozen=True)
-class Patience:
+class Patience(Tries):
     """How long the Hub is waited for. Inside one try the client itself repeats a failed transfer up to five times."""
 
     tries: int = 5
-    first_wait_seconds: float = 2.0  # doubled after each try
-    longest_wait_seconds: float = 300.0  # the longest Retry-After that is obeyed
+    first_wait_seconds: float = 2.0
+    longest_wait_seconds: float = 300.0
     answer_seconds: float = 60.0  # of silence, after which a request is given up
 
 

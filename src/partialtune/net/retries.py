@@ -8,33 +8,28 @@ every failed try with the secrets in it.
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
 
-class Waits(Protocol):
+@dataclass(frozen=True)
+class Tries:
     """How often a call is tried, and how long is waited between."""
 
-    @property
-    def tries(self) -> int: ...
-
-    @property
-    def first_wait_seconds(self) -> float:
-        """Doubled after each try."""
-
-    @property
-    def longest_wait_seconds(self) -> float:
-        """The longest Retry-After that is obeyed."""
+    tries: int
+    first_wait_seconds: float  # doubled after each try
+    longest_wait_seconds: float  # the longest Retry-After that is obeyed
 
 
 def with_retries(
     call: Callable[[], Answer],
-    waits: Waits,
+    limits: Tries,
     errors: tuple[type[Exception], ...],
     seconds_asked: Callable[[Any], float | None],
     in_words: Callable[[Any], str] = str,
@@ -43,7 +38,7 @@ def with_retries(
 
     Args:
         call: Tried until it returns.
-        waits: Tries, and the seconds between them.
+        limits: Tries, and the seconds between them.
         errors: What may be worth another try.
         seconds_asked: How long the server asks to wait, 0 where it says nothing, None where another try cannot help.
         in_words: The failure in one sentence, for the log.
@@ -54,11 +49,11 @@ def with_retries(
             return call()
         except errors as error:
             asked = seconds_asked(error)
-            if asked is None or attempt >= waits.tries or asked > waits.longest_wait_seconds:
+            if asked is None or attempt >= limits.tries or asked > limits.longest_wait_seconds:
                 raise
-            wait = max(asked, waits.first_wait_seconds * 2 ** (attempt - 1))
+            wait = max(asked, limits.first_wait_seconds * 2 ** (attempt - 1))
             attempt += 1
-            logger.warning("%s Trying again in %.3g s (%d of %d).", in_words(error), wait, attempt, waits.tries)
+            logger.warning("%s Trying again in %.3g s (%d of %d).", in_words(error), wait, attempt, limits.tries)
         time.sleep(wait)  # outside of `except`: what the error holds on to, a connection or a body, is free by then
 
 

@@ -6,7 +6,7 @@ with a piece and a paragraph in memory at a time.
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partialtune.text.gutenberg import ENDS, ZONE, book_limits, is_gutenberg, unify_lines
 from partialtune.text.unwrapping import unwrapped_lines
@@ -20,29 +20,26 @@ Pieces = Callable[[], Iterator[str]]  # the pieces of a text from its beginning,
 
 
 @dataclass(frozen=True)
-class CleanedPieces:
+class Cleaned:
     """A cleaned text, and how many characters were cut before and after it, counted with LF line ends.
 
     Attributes:
+        pieces: The text; an iterator unless it came from `clean_gutenberg`, which keeps it in memory.
         cleaning: What was done: `gutenberg`, or `none`, which under `auto` is LF for line ends and no byte order mark.
     """
 
-    pieces: Iterator[str]
+    pieces: Iterable[str]
     cleaning: str
     removed_head: int
     removed_foot: int
 
-
-@dataclass(frozen=True)
-class Cleaned:
-    """What `CleanedPieces` holds, of a text in memory."""
-
-    text: str
-    removed_head: int
-    removed_foot: int
+    @property
+    def text(self) -> str:
+        """All pieces in one."""
+        return "".join(self.pieces)
 
 
-def cleaned_pieces(pieces: Pieces, cleaning: str) -> CleanedPieces:
+def cleaned_pieces(pieces: Pieces, cleaning: str) -> Cleaned:
     """A text cleaned as a recipe's `text_cleaning` says.
 
     Args:
@@ -52,7 +49,7 @@ def cleaned_pieces(pieces: Pieces, cleaning: str) -> CleanedPieces:
     if cleaning == "gutenberg" or (cleaning == "auto" and looks_like_gutenberg(pieces)):
         return clean_gutenberg_pieces(pieces)
     kept = pieces() if cleaning == "none" else with_line_feeds(_without_byte_order_mark(pieces()))
-    return CleanedPieces(kept, "none", removed_head=0, removed_foot=0)
+    return Cleaned(kept, "none", removed_head=0, removed_foot=0)
 
 
 def clean_gutenberg(text: str) -> Cleaned:
@@ -66,10 +63,10 @@ def clean_gutenberg(text: str) -> Cleaned:
         A text without header and footer loses nothing, but its lines are joined all the same.
     """
     cleaned = clean_gutenberg_pieces(lambda: iter((text,)))
-    return Cleaned("".join(cleaned.pieces), cleaned.removed_head, cleaned.removed_foot)
+    return replace(cleaned, pieces=(cleaned.text,))
 
 
-def clean_gutenberg_pieces(pieces: Pieces) -> CleanedPieces:
+def clean_gutenberg_pieces(pieces: Pieces) -> Cleaned:
     """What `clean_gutenberg` returns, piece by piece.
 
     The text passes three times: for its ends, to learn how its lines were wrapped, and to join them.
@@ -81,7 +78,7 @@ def clean_gutenberg_pieces(pieces: Pieces) -> CleanedPieces:
     def lines() -> Iterator[str]:
         return _book_lines(unified_pieces(pieces()), start, ends.length - removed_foot)
 
-    return CleanedPieces(_with_line_ends(unwrapped_lines(lines)), "gutenberg", start, removed_foot)
+    return Cleaned(_with_line_ends(unwrapped_lines(lines)), "gutenberg", start, removed_foot)
 
 
 def looks_like_gutenberg(pieces: Pieces) -> bool:

@@ -8,7 +8,7 @@ cache.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +204,7 @@ def _prepare(raw: RawText, cleaning: str) -> tuple[Iterator[str], dict[str, Any]
     }
 
 
-def _not_blank(pieces: Iterator[str], name: str) -> Iterator[str]:
+def _not_blank(pieces: Iterable[str], name: str) -> Iterator[str]:
     """The pieces; an error at their end if they were all white space."""
     blank = True
     for piece in pieces:

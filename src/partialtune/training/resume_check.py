@@ -41,6 +41,7 @@ from partialtune.run_folder import (
     has_taken_a_step,
     is_finished,
     is_left_by_a_start,
+    read_json,
     recorded_recipe,
 )
 from partialtune.scoring.evaluation import evenly_spaced
@@ -329,7 +330,8 @@ def read_origin(checkpoint: Path) -> RunOrigin:
     """
     with read_with_care(checkpoint):
         try:
-            return TypeAdapter(RunOrigin).validate_json((checkpoint / ORIGIN_FILE).read_bytes())
+            # not validate_json: names of files that are no UTF-8 hold surrogates, which its parser refuses
+            return TypeAdapter(RunOrigin).validate_python(read_json(checkpoint / ORIGIN_FILE))
         except ValidationError as error:
             wrong = error.errors()[0]
             place = ".".join(map(str, wrong["loc"]))
