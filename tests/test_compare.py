@@ -571,12 +571,12 @@ def test_a_signal_is_passed_on_once_and_waited_for(tmp_path):
             told.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run_queue.SECONDS_BETWEEN_LOOKS, before = 0.05, run_queue.SECONDS_BETWEEN_LOOKS
+    run_queue.SECONDS_A_TICK, before = 0.05, run_queue.SECONDS_A_TICK
     try:
         with pytest.raises(Interrupted) as stopped:
             run_queue.run_child([sys.executable, str(script)], log, look)
     finally:
-        run_queue.SECONDS_BETWEEN_LOOKS = before
+        run_queue.SECONDS_A_TICK = before
     assert stopped.value.exit_code == 143
     assert log.read_text().split() == ["ready", "told", "saved"]
 

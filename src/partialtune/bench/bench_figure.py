@@ -23,18 +23,18 @@ def bench_figure(rows: Sequence[dict[str, Any]]) -> bytes:
 
     measured = [row for row in rows if "error" not in row]
     height = 1.75 + BAR * len(measured)
-    canvas = Figure(figsize=(WIDTH, height), dpi=PIXELS_PER_INCH, facecolor=LIGHT.ground)
+    canvas = Figure(figsize=(WIDTH, height), dpi=PIXELS_PER_INCH, facecolor=LIGHT.background)
     FigureCanvasAgg(canvas)
     first = measured[0]
     subtitle = f"{first['device']}, {first['precision']}, {first['tokens_per_step']:,} tokens a step"
     write_title(canvas, LIGHT, "What a step costs", subtitle)
     bottom, top = 0.62 / height, 1 - 1.0 / height
-    seconds = canvas.add_axes((0.27, bottom, 0.42, top - bottom), facecolor=LIGHT.ground)
-    memory = canvas.add_axes((0.735, bottom, 0.225, top - bottom), facecolor=LIGHT.ground)
+    seconds = canvas.add_axes((0.27, bottom, 0.42, top - bottom), facecolor=LIGHT.background)
+    memory = canvas.add_axes((0.735, bottom, 0.225, top - bottom), facecolor=LIGHT.background)
     _draw_seconds(seconds, measured)
     _draw_memory(memory, measured)
     with io.BytesIO() as file:
-        canvas.savefig(file, format="png", facecolor=LIGHT.ground)
+        canvas.savefig(file, format="png", facecolor=LIGHT.background)
         return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The common ground of a comparison: base, text, windows and seeds are the same, or the comparison stops and says why.
+"""Whether recipes or runs can be compared: base, text, windows and seeds are the same, or the comparison stops.
 
 Recipes are compared by what they say, finished runs by what they recorded: digests of texts and of the base's weights.
 """
@@ -14,18 +14,18 @@ from partialtune.net.addresses import sources_without_secrets
 from partialtune.training.resume_check import recipe_differences
 
 # What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
-NAMED = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
-GROUND = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share", "eval_texts")
-SEEDS = ("seed", "data_seed")
+BASE_AND_TEXT = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
+TEXT_SETTINGS = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share", "eval_texts")
+SEED_KEYS = ("seed", "data_seed")
 # What may differ, since that may be what is compared, but is said beside the table.
-LENGTH = (
+LENGTH_KEYS = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("bf16", "fp16"),
 )
 
 
 def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
-    """Stop unless all recipes stand on the same ground, and hold text out.
+    """Stop unless all recipes have the same base, text, windows and seeds, and hold text out.
 
     Args:
         policies: The recipes.
@@ -38,11 +38,11 @@ def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
     for policy in policies:
         if policy.recipe.text.validation_share == 0:
             raise InputError(f"{policy.path}: validation_share is 0. A comparison is by held-out text; hold some out.")
-    different, common = [], (*NAMED, *GROUND, *(SEEDS if own_seeds else ()))
+    different, common = [], (*BASE_AND_TEXT, *TEXT_SETTINGS, *(SEED_KEYS if own_seeds else ()))
     for other in policies[1:]:
-        said = {**first.recipe.values, **other.recipe.values}  # what neither says differs only with what one says
+        named = {**first.recipe.values, **other.recipe.values}  # a default that neither names follows from another key
         for key in differing(first.recipe.values, other.recipe.values):
-            if key not in common or key not in said:
+            if key not in common or key not in named:
                 continue
             shown = (sources_without_secrets(policy.recipe.values) for policy in (first, other))
             mine, theirs = (values.get(key, "the default") for values in shown)
@@ -68,7 +68,8 @@ def check_runs(outcomes: Sequence[Outcome]) -> None:
     first = outcomes[0]
     different = []
     for other in outcomes[1:]:
-        keys = [key for key in differing(first.values, other.values) if key in GROUND and key != "eval_texts"]
+        # `eval_texts` may be named otherwise and yet be the same: what was scored is compared below, by its sizes
+        keys = [key for key in differing(first.values, other.values) if key in TEXT_SETTINGS and key != "eval_texts"]
         what = [*keys, *unequal_facts(first, other)]
         if what:
             different.append(f"  {first.folder} and {other.folder} differ in {', '.join(what)}")
@@ -89,8 +90,8 @@ def check_seeds(seeds: Mapping[str, Sequence[int]]) -> None:
         InputError: Names the seeds of each policy.
     """
     if len({tuple(sorted(own)) for own in seeds.values()}) > 1:
-        said = [f"  {name}: {', '.join(map(str, sorted(own)))}" for name, own in seeds.items()]
-        raise InputError("\n".join(["These runs cannot be compared: they differ in their seeds.", *said]))
+        lines = [f"  {name}: {', '.join(map(str, sorted(own)))}" for name, own in seeds.items()]
+        raise InputError("\n".join(["These runs cannot be compared: they differ in their seeds.", *lines]))
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -110,6 +111,7 @@ def unequal_facts(a: Outcome, b: Outcome) -> list[str]:
 
 def unequal_base(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
     """Whether a parameter that both models have, or no parameter at all, began with the same bits."""
+    # policies may differ in their parameters (an untied head, adapters): those that both have tell the base
     both = [name for name in a.keys() & b.keys() if a[name] and b[name]]
     return not both or any(a[name] != b[name] for name in both)
 
@@ -122,4 +124,4 @@ def unequal_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def differing_lengths(values: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys of length and precision in which the runs differ."""
     found = {key for a, b in pairwise(values) for key in differing(a, b)}
-    return [key for key in LENGTH if key in found]
+    return [key for key in LENGTH_KEYS if key in found]

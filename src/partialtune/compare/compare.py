@@ -39,7 +39,7 @@ def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
         options: Seeds, learning rates, folder.
 
     Raises:
-        InputError: If a recipe is wrong, or they do not stand on the same ground; nothing is written then.
+        InputError: If a recipe is wrong, or they differ in base, text, windows or seeds; nothing is written then.
         Interrupted: If a signal came. The same command goes on.
     """
     folder = options.output_dir
@@ -49,6 +49,7 @@ def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
     plans = plan_policies(policies)
     check_folder(folder)
     seeds = options.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
+    # all checks stand above: what is refused leaves nothing on disk
     with locked(folder):
         begin_folder(folder)
         searches = rate_searches(policies, options, seeds[0])
@@ -67,7 +68,7 @@ def compare_runs(folders: Sequence[str], output_dir: Path) -> list[Row]:
         output_dir: Folder of the comparison.
 
     Raises:
-        InputError: If one has not ended, or they do not stand on the same ground; nothing is written then.
+        InputError: If one has not ended, or they differ in base, text, windows or seeds; nothing is written then.
     """
     check_each_once(folders)
     outcomes = [read_outcome(name) for name in folders]
@@ -275,6 +276,6 @@ def raise_if_failed(rows: Sequence[Row]) -> None:
     kinds = {kind.exit_code: kind for kind in (FreezeViolation, TrainingDiverged)}
     codes = [run.code for _, run in failed]
     kind = next((kinds[code] for code in kinds if code in codes), PartialtuneError)
-    said = [f"  {row.name}, seed {run.seed}: exit code {run.code}. {run.reason}" for row, run in failed]
+    lines = [f"  {row.name}, seed {run.seed}: exit code {run.code}. {run.reason}" for row, run in failed]
     runs = sum(len(row.outcomes) for row in rows)
-    raise kind("\n".join([f"{len(failed)} of {runs} runs failed; the others are compared.", *said]))
+    raise kind("\n".join([f"{len(failed)} of {runs} runs failed; the others are compared.", *lines]))

@@ -58,6 +58,7 @@ class Point:
 def points_of(rows: Sequence[Row], axis: Axis) -> list[Point]:
     """Policies that have both a cost and a score, cheapest first."""
     known = [(row.name, axis.value(row), row.spread("after")) for row in rows]
+    # cheapest first, and of equal cost the best first, so that one pass finds the frontier
     known = sorted(((n, c, q) for n, c, q in known if c and q), key=lambda entry: (entry[1].mean, entry[2].mean))
     points, best = [], float("inf")
     for name, cost, quality in known:
@@ -92,7 +93,7 @@ def before_of(rows: Sequence[Row]) -> float | None:
 
 
 def render_frontier(rows: Sequence[Row], subtitle: str, dark: bool = False) -> bytes:
-    """The figure as PNG, on a light or a dark ground."""
+    """The figure as PNG, on a light or a dark background."""
     buffer = io.BytesIO()
     described = {"Description": frontier_alt(rows), "Software": "partialtune"}
     draw_frontier(rows, subtitle, DARK if dark else LIGHT).savefig(buffer, format="png", metadata=described)
@@ -104,14 +105,14 @@ def draw_frontier(rows: Sequence[Row], subtitle: str, theme: Theme) -> "Canvas":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=PIXELS_PER_INCH, facecolor=theme.ground)
+    canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=PIXELS_PER_INCH, facecolor=theme.background)
     FigureCanvasAgg(canvas)
     write_title(canvas, theme, "Quality against cost", subtitle)
     width = (RIGHT - LEFT - (len(AXES) - 1) * GAP) / len(AXES)
     panels: list[tuple[Axes, list[Point]]] = []
     for number, axis in enumerate(AXES):
         place = (LEFT + number * (width + GAP), BOTTOM, width, TOP - BOTTOM)
-        axes = canvas.add_axes(place, facecolor=theme.ground, sharey=panels[0][0] if panels else None)
+        axes = canvas.add_axes(place, facecolor=theme.background, sharey=panels[0][0] if panels else None)
         panels.append((axes, points_of(rows, axis)))
         draw_panel(axes, panels[-1][1], axis, theme, leftmost=number == 0)
     label_all(canvas, panels, theme)
@@ -151,7 +152,7 @@ def draw_panel(axes: "Axes", points: Sequence[Point], axis: Axis, theme: Theme, 
             marker="o",
             markersize=5.5,
             color=colour,
-            markeredgecolor=theme.ground,
+            markeredgecolor=theme.background,
             markeredgewidth=0.8,
             elinewidth=1.2,
         )
@@ -176,6 +177,7 @@ def label_all(canvas: "Canvas", panels: Sequence[tuple["Axes", Sequence[Point]]]
     for axes, points in panels:
         centres = {point.name: axes.transData.transform((point.cost, point.quality)) for point in points}
         edge = [centres[point.name] for point in points if point.on_frontier]
+        # pixels: a marker of 5.5 points at 150 pixels an inch is 11.5 wide, and a little air
         taken = [_box(x - 7, y - 7, x + 7, y + 7) for x, y in centres.values()]
         for (x0, y0), (x1, y1) in pairwise(edge):  # to the right, then down
             taken += [_box(x0, y0 - 1, x1, y0 + 1), _box(x1 - 1, y1, x1 + 1, y0)]
@@ -194,6 +196,7 @@ def label_one(axes: "Axes", point: Point, taken: Sequence["Bbox"], theme: Theme)
         box = Text.get_window_extent(label)
         label.remove()
         inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 + 6 and axes.bbox.y0 <= box.y0 <= axes.bbox.y1
+        # outside weighs more than any few overlaps: a label that the figure's edge cuts cannot be read at all
         tried.append((sum(map(box.overlaps, taken)) + 10 * (not inside), number, offset, alignment, box))
         if tried[-1][0] == 0:
             break

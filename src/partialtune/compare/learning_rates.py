@@ -68,6 +68,7 @@ class Search:
     @property
     def changes(self) -> dict[str, Any]:
         """Recipe values that a trial changes."""
+        # without eval_texts: they take time, and their scores play no part in the choice
         text = {"text": [str(file) for file in self.text], "text_cleaning": "none", "eval_texts": {}}  # it is clean
         length = {"max_steps": self.steps} if self.steps else {}
         return {**text, "seed": self.seed, "output_dir": str(self.file.with_suffix("")), **length}
@@ -78,7 +79,7 @@ class Search:
 
     def command(self, rates: Sequence[float]) -> list[str]:
         """The process that tries `rates`."""
-        listed = ",".join(map(repr, rates))
+        listed = ",".join(map(repr, rates))  # repr: every digit, so that a kept trial is found by its rate
         recipe = [str(self.policy.path), *changed_words(self.policy.words, self.changes)]
         return [sys.executable, "-m", "partialtune.compare.try_rates", str(self.file), listed, *recipe]
 
@@ -134,6 +135,7 @@ def write_training_text(text: TextArguments, folder: Path) -> list[Path]:
         with aside.open("wb") as out:
             for piece in pieces_of(train):
                 out.write(piece.encode("utf-8", errors="surrogatepass"))
+        # trials that ended are used again, which would mix rates found on two texts
         if file.is_file() and file.read_bytes() != aside.read_bytes():
             aside.unlink()
             raise RecipeError(

@@ -171,6 +171,7 @@ def read_outcome(folder: str | os.PathLike, code: int | None = None, reason: str
     if run and not run.audit["passed"]:  # a recipe with allow_failed_audit ends with 0 all the same
         run, code, reason = None, FreezeViolation.exit_code, "the freeze audit failed"
     texts = run.texts if run else {}
+    # adapters are no part of the base: their start is drawn from the seed
     of_the_base = [entry for entry in plan["parameters"] if values.get("method") != "lora" or not entry["trainable"]]
     return Outcome(
         folder=folder,

@@ -55,10 +55,10 @@ def read_options(known: Namespace, words: Sequence[str]) -> Options:
     rates = _numbers("--learning_rates", known.learning_rates, float, MORE_THAN_ZERO.holds, "more than 0", problems)
     steps = [known.trial_steps] if known.trial_steps is not None else None
     steps = _numbers("--trial_steps", steps, int, lambda value: value >= 1, "1 or more", problems)
-    said, _ = group_words(words)
+    given, _ = group_words(words)
     clashes = {**OURS, **({"seed": "--seeds says it"} if seeds else {})}
     clashes |= {"learning_rate": "--learning_rates says it"} if rates else {}
-    problems += [f"--{key}: {clashes[key]}. Take it out." for key in clashes if key in said]
+    problems += [f"--{key}: {clashes[key]}. Take it out." for key in clashes if key in given]
     if steps and len(rates) < 2:
         problems.append("--trial_steps: there is nothing to try. Give two or more --learning_rates.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -197,18 +197,18 @@ def changed_words(words: Sequence[str], changes: Mapping[str, Any]) -> list[str]
 
     changed_words(["--seed", "1"], {"seed": 2, "text": ["a", "b"]}) -> ["--seed=2", "--text", "a", "b"]
     """
-    said, _ = group_words(words)
-    kept = {key: list(own) for key, own in without_other_length(said, changes).items()}
+    given, _ = group_words(words)
+    kept = {key: list(own) for key, own in without_other_length(given, changes).items()}
     line: list[str] = []
     for key, own in {**kept, **{key: value_words(value) for key, value in changes.items()}}.items():
         line += [f"--{key}={own[0]}"] if len(own) == 1 else [f"--{key}", *own]
     return line
 
 
-def without_other_length(said: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`said` less its epochs where `changes` counts steps: a recipe has one length."""
+def without_other_length(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` less its epochs where `changes` counts steps: a recipe has one length."""
     steps, epochs = LENGTHS
-    return {key: value for key, value in said.items() if not (key == epochs and steps in changes)}
+    return {key: value for key, value in given.items() if not (key == epochs and steps in changes)}
 
 
 def value_words(value: Any) -> list[str]:

@@ -23,8 +23,10 @@ RATE_WORDS = (
     "Each policy ran with the rate in bold. It was chosen without the held-out text: a trial{length}, with the first "
     "seed, trained on the first part of the training text and was scored, in bits per byte, on the rest of it."
 )
-GROUND_KEYS = ("model_name_or_path", "text", "eval_texts", "block_size", "window_sampling", "validation_share")
-LENGTH_KEYS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+SHOWN_KEYS = (  # of the recipes, where all runs agree
+    *("model_name_or_path", "text", "eval_texts", "block_size", "window_sampling", "validation_share"),
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+)
 
 
 def with_deviation(spread: Spread | None, decimals: int, sign: bool = False) -> str:
@@ -172,7 +174,7 @@ def render_page(title: str, rows: Sequence[Row], notes: Sequence[str], figure: M
         trials=[trial_row(row, rates_of(rows)) for row in rows if row.trials],
         run_columns=run_columns(texts),
         runs=[run_row(row.name, outcome, texts) for row in rows for outcome in row.outcomes],
-        ground=ground_rows(rows),
+        ground=common_rows(rows),
         notes=notes,
         **style_and_script(environment),
     )
@@ -344,13 +346,13 @@ def run_row(name: str, outcome: Outcome, texts: Sequence[str]) -> list[Cell]:
     ]
 
 
-def ground_rows(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def common_rows(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What all runs had in common."""
     outcomes = [outcome for row in rows for outcome in row.outcomes]
     first = outcomes[0].values
     shared = [
         (key.replace("_", " ").capitalize(), yaml_words(first[key]))
-        for key in (*GROUND_KEYS, *LENGTH_KEYS)
+        for key in SHOWN_KEYS
         if key in first and all(outcome.values.get(key) == first[key] for outcome in outcomes)
     ]
     facts = next((outcome.facts for outcome in outcomes if outcome.facts["windows"]), outcomes[0].facts)

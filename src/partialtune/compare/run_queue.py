@@ -1,6 +1,6 @@
 """Jobs -> runs, each in a process of its own, one after the other: its peak memory is its own, its time undisturbed.
 
-A run that is finished is not repeated, one that was begun goes on, one that failed stays failed.
+A run that is finished is not repeated, one that was interrupted goes on, one that failed stays failed.
 """
 
 import json
@@ -35,7 +35,7 @@ from partialtune.training.stopping import hears_signals
 logger = logging.getLogger(__name__)
 
 FAILURES = (FreezeViolation.exit_code, TrainingDiverged.exit_code)  # the same recipe would fail in the same way again
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_A_TICK = 1.0
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -49,6 +49,7 @@ class RunQueue:
     """
 
     def __init__(self, total: int) -> None:
+        # smoothing 0: the mean over all runs, since one policy's step takes several times as long as another's
         self._bar: tqdm = progress_bar(total, "comparing", "steps", bar_format=BAR, smoothing=0)
         self._held = ExitStack()
 
@@ -87,6 +88,7 @@ class RunQueue:
             As `run`.
         """
         search.file.parent.mkdir(parents=True, exist_ok=True)
+        # the child inherits this open file and with it the lock: it holds as long as one of the two lives
         with search.file.with_suffix(".lock").open("a") as held:
             lock(held, lambda: logger.info("%s: a process is still at work. Waiting for it.", search.title))
             return self._search(search, held)
@@ -173,13 +175,13 @@ def wait_for_lock(folder: Path, title: str) -> None:
         lock(file, lambda: logger.info("%s: a process is still at work in %s. Waiting for it.", title, folder))
 
 
-def run_child(command: Sequence[str], log: Path, look: Callable[[], None], *held: IO) -> int:
+def run_child(command: Sequence[str], log: Path, on_tick: Callable[[], None], *held: IO) -> int:
     """Run a command in a process of its own and return its exit code, 128 + N where signal N killed it.
 
     Args:
         command: The program and its arguments.
         log: File to which everything goes that the process prints, written anew.
-        look: Called about every second while it runs.
+        on_tick: Called about every second while it runs.
         held: Locked files that it keeps open: the lock ends with the last process that does.
 
     Raises:
@@ -200,9 +202,9 @@ def run_child(command: Sequence[str], log: Path, look: Callable[[], None], *held
             code = None
             while code is None:
                 try:
-                    code = child.wait(SECONDS_BETWEEN_LOOKS)
+                    code = child.wait(SECONDS_A_TICK)
                 except subprocess.TimeoutExpired:
-                    look()
+                    on_tick()
     if received:
         raise Interrupted(
             f"{signal.Signals(received[0]).name}: the comparison has stopped. The same command goes on with it.",
@@ -233,7 +235,7 @@ def steps_done(folder: Path) -> int:
     """The step of a run's newest delta report: how far it is."""
     try:
         with (folder / "weight_deltas.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4096))
+            file.seek(max(0, file.seek(0, 2) - 4096))  # the end alone: the file grows with every report
             lines = file.read().splitlines()[1:-1]  # the first and the last may be torn
         return int(json.loads(lines[-1])["step"]) if lines else 0
     except (OSError, ValueError, KeyError):

@@ -72,7 +72,7 @@ def singular_values_of_change(before: torch.Tensor, now: torch.Tensor) -> torch.
     for old, new in zip(before.split(rows), now.split(rows), strict=True):
         change = new.double() - old.to(now.device).double()  # (rows, short)
         gram.addmm_(change.T, change)
-    if not gram.isfinite().all():
+    if not gram.isfinite().all():  # eigvalsh raises on them, and the run's end is to be written all the same
         return torch.full((short,), math.nan, dtype=torch.float64)
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().cpu()
 

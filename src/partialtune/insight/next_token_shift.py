@@ -40,6 +40,7 @@ def next_token_shift(
     finite = np.isfinite(before) & np.isfinite(after)
     if not finite.any():
         return {"windows": len(windows), "positions": 0}
+    # nats to bits; fp64, since the sums over a token's places add thousands of them
     bits = np.where(finite, (before.astype(float) - after) / np.log(2), 0.0)
     p_before, p_after = np.exp(-before.astype(float)), np.exp(-after.astype(float))
     difference = np.where(finite, p_after - p_before, 0.0)

@@ -1,1 +1,1 @@
-"""What a person looks at: figures, report, model card."""
+"""What a person reads of a run: figures, report, model card."""

@@ -16,17 +16,17 @@ MOST_LINES = 8  # of one figure: colours and labels can tell no more apart
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure. Most `lines` are Okabe and Ito's, in lighter forms on dark ground.
+    """Colours of a figure. Most `lines` are Okabe and Ito's, in lighter forms on a dark background.
 
     Attributes:
-        ground, ink, muted, rule: Background, text, secondary text, grid lines.
+        background, ink, muted, rule: Background, text, secondary text, grid lines.
         lines: Colours of lines, in the order of use.
         alarm: What must not be: non-finite losses, frozen parameters that changed.
         frozen, hatch: Face and hatching of frozen cells.
         scale: Colours of the heat map, from little to much movement.
     """
 
-    ground: str
+    background: str
     ink: str
     muted: str
     rule: str
@@ -42,7 +42,7 @@ class Theme:
 
 
 LIGHT = Theme(
-    ground="#ffffff",
+    background="#ffffff",
     ink="#1f2328",
     muted="#656d76",
     rule="#e4e8ec",
@@ -53,7 +53,7 @@ LIGHT = Theme(
     scale=("#d6e6f4", "#abd0e6", "#6aaed6", "#3787c0", "#105ba4", "#08306b"),
 )
 DARK = Theme(
-    ground="#161b22",
+    background="#161b22",
     ink="#e6edf3",
     muted="#9aa4ae",
     rule="#2d343c",
@@ -75,7 +75,7 @@ def titled_axes(
     from matplotlib.ticker import MaxNLocator
 
     left, bottom = 0.095, 0.115
-    axes = canvas.add_axes((left, bottom, right - left, top - bottom), facecolor=theme.ground)
+    axes = canvas.add_axes((left, bottom, right - left, top - bottom), facecolor=theme.background)
     write_title(canvas, theme, title, subtitle)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.rule)

@@ -145,12 +145,13 @@ def describe_figures(run: RunFiles) -> list[Figure]:
 
 
 def render_figure(run: RunFiles, figure: Figure, dark: bool = False) -> bytes:
-    """One figure as PNG, on a light or a dark ground."""
+    """One figure as PNG, on a light or a dark background."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     theme = DARK if dark else LIGHT
-    canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=PIXELS_PER_INCH, facecolor=theme.ground)
+    # no pyplot: it keeps every figure in a global list and may ask for a display
+    canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=PIXELS_PER_INCH, facecolor=theme.background)
     FigureCanvasAgg(canvas)
     KINDS[figure.path.name].draw(canvas, run, theme)
     buffer = io.BytesIO()

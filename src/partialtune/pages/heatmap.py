@@ -56,7 +56,7 @@ def draw_heatmap(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
 def map_axes(canvas: "Canvas", height: float, theme: Theme) -> "Axes":
     """Axes in inches over the whole figure, which becomes `height` inches tall."""
     canvas.set_size_inches(WIDTH, height)
-    axes = canvas.add_axes((0, 0, 1, 1), facecolor=theme.ground, xlim=(0, WIDTH), ylim=(height, 0))
+    axes = canvas.add_axes((0, 0, 1, 1), facecolor=theme.background, xlim=(0, WIDTH), ylim=(height, 0))
     axes.set_axis_off()
     return axes
 

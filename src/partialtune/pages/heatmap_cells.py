@@ -122,11 +122,11 @@ def lay_out(cells: Sequence[HeatCell]) -> tuple[list[Box], list[str], float]:
 
 def draw_cell(axes: "Axes", cell: HeatCell, box: Box, colors, theme: Theme) -> None:
     thin = box.width < 0.2
-    edge = {"edgecolor": theme.ground, "linewidth": 0.3 if thin else 1.2}
+    edge = {"edgecolor": theme.background, "linewidth": 0.3 if thin else 1.2}
     if cell.state in ("frozen", "changed"):
         draw_hatched(axes, box, cell.state, theme, edge)
         return
-    face: Any = colors.to_rgba(cell.relative) if cell.relative else theme.ground
+    face: Any = colors.to_rgba(cell.relative) if cell.relative else theme.background
     axes.add_patch(rectangle(box, facecolor=face, **edge))
     if cell.state in ("still", "unknown"):
         axes.add_patch(inner_frame(box, theme.muted))
@@ -241,7 +241,7 @@ def corner_mark(box: Box, side: float, theme: Theme):
 
     right, top = box.left + box.width - 0.006, box.top + 0.006  # within the cell's edge
     corners = [(right - side, top), (right, top), (right, top + side)]
-    return Polygon(corners, facecolor=theme.frozen, edgecolor=theme.ground, linewidth=0.4)
+    return Polygon(corners, facecolor=theme.frozen, edgecolor=theme.background, linewidth=0.4)
 
 
 def centred(size: float) -> dict:

@@ -36,6 +36,7 @@ def html_environment() -> Environment:
 
 def style_and_script(environment: Environment) -> dict[str, Any]:
     """The package's own style and script, and the script's digest for the page's content security policy."""
+    # a browser runs the one script of this digest and none that a text or a token smuggled in
     script = environment.get_template("report.js").render()
     return {
         "style": Markup(environment.get_template("report.css").render()),

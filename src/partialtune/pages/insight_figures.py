@@ -35,6 +35,7 @@ def ranks_by_kind(run: RunFiles) -> dict[str, dict[int, float]]:
     for entry in matrices(run):
         share = share_of_possible(entry)
         if entry["block"] is not None and share is not None:
+            # the name inside its block is what kinds share: h.3.attn.c_attn.weight and h.4.attn.c_attn.weight
             inside = re.split(rf"\.{entry['block']}\.", entry["name"], maxsplit=1)[-1]
             kinds.setdefault(inside.removesuffix(".weight"), {})[entry["block"]] = share
     return {kind: blocks for kind, blocks in kinds.items() if len(blocks) > 1}
@@ -53,7 +54,9 @@ def draw_ranks(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     for at, (kind, blocks) in enumerate(kinds.items()):
         color = theme.lines[at % len(theme.lines)]
         places, values = list(blocks), [100 * value for value in blocks.values()]
-        axes.plot(places, values, color=color, linewidth=1.6, marker="o", markersize=5, markeredgecolor=theme.ground)
+        axes.plot(
+            places, values, color=color, linewidth=1.6, marker="o", markersize=5, markeredgecolor=theme.background
+        )
         labels.append((values[-1], kind if len(kind) <= 24 else f"…{kind[-23:]}", color))
     axes.set_ylim(0, min(105, max(value for blocks in kinds.values() for value in blocks.values()) * 125))
     first, last = (pick(block for blocks in kinds.values() for block in blocks) for pick in (min, max))

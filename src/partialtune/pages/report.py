@@ -75,7 +75,7 @@ def render_report(run: RunFiles) -> str:
 
 
 def figures_by_section(run: RunFiles) -> dict[str, list[tuple[Figure, str, str]]]:
-    """Section of the page -> its figures, each with its image for light and for dark ground."""
+    """Section of the page -> its figures, each with its image for a light and for a dark background."""
     sections: dict[str, list[tuple[Figure, str, str]]] = {kind.section: [] for kind in KINDS.values()}
     for figure in describe_figures(run):
         images = (image(run, figure), image(run, figure, dark=True))

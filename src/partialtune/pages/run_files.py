@@ -220,6 +220,7 @@ def read_deltas(text: str) -> DeltaHistory:
         line = json.loads(row)
         name = line["name"]
         l2_by_step.setdefault(line["step"], {})[name] = line["l2_delta"]
+        # the norm is in no file of its own; it is the same at every report, so any one with a change gives it
         if line["relative_delta"] and line["l2_delta"]:
             norm_before[name] = line["l2_delta"] / line["relative_delta"]
         if name not in last or line["step"] >= last[name]["step"]:

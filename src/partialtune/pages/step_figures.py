@@ -65,7 +65,7 @@ def draw_loss(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     if held_out:
         (_, first), (_, last) = held_out[0], held_out[-1]
         label = f"held-out text, {nats(first)} → {nats(last)}"
-        points = {"marker": "o", "markersize": 4.5, "markeredgecolor": theme.ground, "markeredgewidth": 0.8}
+        points = {"marker": "o", "markersize": 4.5, "markeredgecolor": theme.background, "markeredgewidth": 0.8}
         axes.plot(*zip(*held_out, strict=True), color=theme.lines[1], linewidth=1.8, label=label, **points)
     if spoilt:
         top = axes.get_xaxis_transform()  # x in steps, y in shares of the axes
@@ -166,7 +166,7 @@ def draw_curves(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
         line, column = divmod(number, columns)
         top = TOP + 0.36 + line * (PANEL + PANEL_GAP)
         place = ((left + column * (wide + gap)) / WIDTH, 1 - (top + PANEL) / height, wide / WIDTH, PANEL / height)
-        draw_curve(canvas.add_axes(place, facecolor=theme.ground), curve, theme)
+        draw_curve(canvas.add_axes(place, facecolor=theme.background), curve, theme)
 
 
 def draw_curve(axes: "Axes", curve: Curve, theme: Theme) -> None:
@@ -277,6 +277,7 @@ def set_delta_scale(axes: "Axes", ends: Sequence[float]) -> None:
     """Linear from 0 where the lines' ends lie near each other, else logarithmic with 0 at the bottom."""
     from matplotlib.ticker import FuncFormatter
 
+    # beyond a factor of 30 the smallest line would lie on the axis; symlog since the frozen part is at exactly 0
     if ends and max(ends) / min(ends) > 30:
         smallest = 10.0 ** math.floor(math.log10(min(ends)))
         axes.set_yscale("symlog", linthresh=smallest, linscale=0.6)

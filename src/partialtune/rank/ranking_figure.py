@@ -20,7 +20,7 @@ def draw_ranking(ranking: Ranking, file: Path) -> None:
 
     theme = LIGHT
     height = max(HEIGHT, 1.6 + INCHES_A_BLOCK * len(ranking.blocks))
-    canvas = Canvas(figsize=(WIDTH, height), dpi=PIXELS_PER_INCH, facecolor=theme.ground)
+    canvas = Canvas(figsize=(WIDTH, height), dpi=PIXELS_PER_INCH, facecolor=theme.background)
     FigureCanvasAgg(canvas)
     chosen = ", ".join(map(str, ranking.chosen))
     write_title(
@@ -31,7 +31,7 @@ def draw_ranking(ranking: Ranking, file: Path) -> None:
     )
     bottom = 0.55 / height
     tall = 1 - bottom - 0.85 / height
-    bars = canvas.add_axes((LEFT, bottom, BARS, tall), facecolor=theme.ground)
+    bars = canvas.add_axes((LEFT, bottom, BARS, tall), facecolor=theme.background)
     cells = canvas.add_axes((LEFT + BARS + GAP, bottom, CELLS, tall), facecolor=theme.frozen)
     scale = canvas.add_axes((LEFT + BARS + GAP + CELLS + 0.02, bottom, 0.018, tall))
     for axes in (bars, cells, scale):
