@@ -23,6 +23,7 @@ from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
 from partialtune.model.parameters import Named, is_sharded, named_weights, persistent_buffers, whole_on_main
 from partialtune.proof.audit_result import INTERRUPTED, NOT_REACHED, Audit, SavedDifference
+from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
 
@@ -261,8 +262,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     def _trainable_distance(self, model: nn.Module) -> float | None:
         """L2 distance of all that trains from the start; None where that of one parameter is unknown."""
         moves = {delta.name: delta.l2_delta for delta in measure_deltas(model, self.snapshot)}
-        distances = [moves.get(name) for name in self.plan.trainable]
-        return None if None in distances else sum(distance**2 for distance in distances) ** 0.5
+        return together([moves.get(name) for name in self.plan.trainable])
 
     def _unmoved(self, state) -> tuple[list[str], dict[str, str]]:
         """Trainable parameters that kept every bit: those that were due to move, and the others with the reason."""

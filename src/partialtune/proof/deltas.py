@@ -12,7 +12,7 @@ from transformers import Trainer
 from partialtune.distributed import raise_disk_error
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
-from partialtune.proof.distances import ParameterDelta, unknown
+from partialtune.proof.distances import ParameterDelta, together, unknown
 from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class WeightDeltaCallback(SnapshotCallback):
         groups |= {"frozen_l2": self.plan.frozen, "trainable_l2": self.plan.trainable}
         values = {}
         for group, names in groups.items():
-            distances = [deltas[name].l2_delta for name in names]
-            if None not in distances:
-                values[f"delta/{group}"] = sum(distance**2 for distance in distances) ** 0.5
+            distance = together([deltas[name].l2_delta for name in names])
+            if distance is not None:
+                values[f"delta/{group}"] = distance
         return values

@@ -4,6 +4,7 @@ In fp32 the sum over the 38.6 million values of GPT-2's embeddings would lose wh
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,3 +90,9 @@ def delta_between(name: str, now: torch.Tensor, before: torch.Tensor, norm_befor
     """
     square_sum, largest = change_sums(now, before).tolist()
     return delta_from_sums(name, square_sum, largest, norm_before)
+
+
+def together(distances: Sequence[float | None]) -> float | None:
+    """L2 distance of several parameters taken as one: the root of the summed squares; None where one is unknown."""
+    known = [distance for distance in distances if distance is not None]
+    return sum(distance**2 for distance in known) ** 0.5 if len(known) == len(distances) else None
