@@ -8,7 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from conftest import REPOSITORY
 from partialtune.errors import RecipeError
+from partialtune.grammar.named_selectors import BLOCK_PARTS, WORDS
 from partialtune.grammar.selector_syntax import check_selector_syntax
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import read_structure
@@ -361,3 +363,11 @@ def test_nothing_trainable_is_an_error(gpt2):
 
 def test_one_string_is_a_list_of_one(gpt2):
     assert resolve_selectors(gpt2, "final_norm") == resolve_selectors(gpt2, ["final_norm"])
+
+
+def test_the_readmes_table_has_every_named_selector():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| selector | parameters |")[2].partition("\n\n")[0]
+    written = set(re.findall(r"`([a-z_.]+)`", table))
+    assert set(WORDS) <= written
+    assert {f".{part}" for part in BLOCK_PARTS} <= written | {f".{row}" for row in re.findall(r"\]\.(\w+)`", table)}

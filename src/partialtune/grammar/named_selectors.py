@@ -38,15 +38,16 @@ class NamedSelector:
         word: As a recipe has it.
         chooses: Whether it chooses a parameter by this one of its names. A tied parameter has several names, and is
             chosen where one of them is.
-        of_blocks: Whether it may also stand behind blocks: `blocks[-1].attention`. It then chooses inside these blocks
-            what `chooses` says.
+        may_follow_blocks: Whether it may also stand behind blocks: `blocks[-1].attention`. It then chooses inside these
+            blocks what `chooses` says.
         in_words: What an error says that a model does not have; the word itself where it is empty.
-        also_written: What people write who think of one architecture. An error offers the word in its place.
+        also_written: Names that one architecture or another has for it (`wte`, `ffn`). An error offers the word in
+            their place.
     """
 
     word: str
     chooses: Callable[[Candidate], bool]
-    of_blocks: bool = False
+    may_follow_blocks: bool = False
     in_words: str = ""
     also_written: tuple[str, ...] = ()
 
@@ -56,7 +57,7 @@ def _components(*names: str) -> Callable[[Candidate], bool]:
 
 
 def _bias(place: Candidate) -> bool:
-    """Of blocks and the final norm, as `norms` is: not GPT-J's head, nor a projection beside the embeddings."""
+    """Biases inside blocks and that of the final norm; not that of a head (GPT-J), nor of what is beside embeddings."""
     return place.is_bias and (place.block is not None or place.component == "final_norm")
 
 
@@ -75,27 +76,27 @@ NAMED_SELECTORS = (
         in_words="position embeddings",
         also_written=("wpe", "embed_positions", "positions"),
     ),
-    NamedSelector("attention", _components("attention"), of_blocks=True, also_written=("attn", "self_attn")),
+    NamedSelector("attention", _components("attention"), may_follow_blocks=True, also_written=("attn", "self_attn")),
     NamedSelector(  # with routers and experts
         "mlp",
         _components("mlp"),
-        of_blocks=True,
+        may_follow_blocks=True,
         also_written=("ffn", "feed_forward", "moe", "experts", "router"),
     ),
     NamedSelector(
         "mixer",
         _components("mixer"),
-        of_blocks=True,
+        may_follow_blocks=True,
         in_words="mixer (state-space block)",
         also_written=("mamba", "ssm"),
     ),
     NamedSelector(  # inside attention too
         "norms",
         _components("norms", "final_norm"),
-        of_blocks=True,
+        may_follow_blocks=True,
         also_written=("ln", "layernorm", "layernorms"),
     ),
-    NamedSelector("biases", _bias, of_blocks=True),
+    NamedSelector("biases", _bias, may_follow_blocks=True),
     NamedSelector(
         "final_norm",
         _components("final_norm"),
@@ -108,5 +109,5 @@ NAMED_SELECTORS = (
 
 NAMED = {row.word: row for row in NAMED_SELECTORS}
 WORDS = tuple(NAMED)
-BLOCK_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.of_blocks)
-MEANT = {written: row.word for row in NAMED_SELECTORS for written in row.also_written}
+BLOCK_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.may_follow_blocks)
+WORD_FOR = {written: row.word for row in NAMED_SELECTORS for written in row.also_written}

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.named_selectors import BLOCK_PARTS, MEANT, WORDS
+from partialtune.grammar.named_selectors import BLOCK_PARTS, WORD_FOR, WORDS
 
 PATIENCE_SECONDS = 2.0  # for one name; an ordinary pattern takes microseconds
 HOW_BLOCKS_ARE_WRITTEN = (
@@ -157,6 +157,6 @@ def _nearest_selector(body: str, removes: bool) -> str:
 
 
 def _nearest(word: str, allowed: tuple[str, ...]) -> str | None:
-    meant = MEANT.get(word.lower())
+    meant = WORD_FOR.get(word.lower())
     close = [meant] if meant in allowed else difflib.get_close_matches(word.lower(), allowed, 1)
     return close[0] if close else None

@@ -58,7 +58,7 @@ class Place:
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is added and not multiplied: `c_fc.bias`, GPT-OSS's `gate_up_proj_bias`."""
+        """Whether it is added and not multiplied, by its name: `c_fc.bias`, GPT-OSS's `gate_up_proj_bias`."""
         return self.name.endswith((".bias", "_bias"))
 
 
