@@ -51,6 +51,7 @@ def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
     seeds = options.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
     # all checks stand above: what is refused leaves nothing on disk
     with locked(folder):
+        # the marker comes before the first run, or `check_folder` would refuse to go on after an interruption
         begin_folder(folder)
         searches = rate_searches(policies, options, seeds[0])
         with RunQueue(total_steps(policies, seeds, searches)) as queue:
@@ -203,6 +204,7 @@ def run_policies(
     for seed in seeds:
         for policy in policies:
             tried = trials.get(policy.name)
+            # one rate alone needs no trial: every policy runs with it
             rate = best_rate(tried) if tried else next(iter(options.learning_rates), None)
             job = run_job(policy, seed, rate, options.output_dir)
             outcomes[policy.name].append(outcome_of(job, queue.run(job), plans[policy.name]))
@@ -259,6 +261,7 @@ def write_comparison(folder: Path, rows: Sequence[Row], notes: Sequence[str]) ->
         "comparison.csv": comparison_csv(rows).encode("utf-8", errors="replace"),
     }.items():
         write_whole(folder / name, content)
+    # last: in a first comparison this file says till here that it has not ended
     write_json(folder / COMPARISON_FILE, comparison_json(rows, notes))
 
 

@@ -131,6 +131,7 @@ def write_training_text(text: TextArguments, folder: Path) -> list[Path]:
     for number, source in enumerate(read_texts(text.text, text.text_cleaning, text.text_column)):
         train, _ = split_text(source.content, text.validation_share)
         file = folder / f"{number}.txt"
+        # written aside, since it is compared with the file of an earlier start before it takes that one's place
         aside = file.with_name(f".{file.name}.part")
         with aside.open("wb") as out:
             for piece in pieces_of(train):

@@ -248,6 +248,7 @@ def grouped(outcomes: Sequence[Outcome]) -> list[Row]:
     """Runs -> rows, in the order given: runs whose recipes differ in nothing but the seed are one policy."""
     groups: list[list[Outcome]] = []
     for outcome in outcomes:
+        # every run of the group, not the first alone: a seed may occur in it once
         group = next((group for group in groups if all(same_policy(run, outcome) for run in group)), None)
         if group is None:
             groups.append([outcome])
@@ -269,6 +270,7 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
     for length in range(1, max(map(len, names), default=1) + 1):
         shown = ["/".join(parts[-length:]) for parts in names]
         for ending in (RATE_AND_SEED, SEED):
+            # the shortest names that differ: without rate and seed, then with the rate, then with one more folder
             plain = [ending.sub("", name) for name in shown]
             if len(set(plain)) == len(plain):
                 return plain

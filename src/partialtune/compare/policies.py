@@ -201,6 +201,7 @@ def changed_words(words: Sequence[str], changes: Mapping[str, Any]) -> list[str]
     kept = {key: list(own) for key, own in without_other_length(given, changes).items()}
     line: list[str] = []
     for key, own in {**kept, **{key: value_words(value) for key, value in changes.items()}}.items():
+        # with `=`, so that a value that begins with dashes is not taken for a key
         line += [f"--{key}={own[0]}"] if len(own) == 1 else [f"--{key}", *own]
     return line
 

@@ -122,6 +122,7 @@ class RunQueue:
         at_start = self._bar.n
         self._bar.set_postfix_str(title, refresh=False)
         code = run_child(command, log, lambda: self._show(at_start + min(steps, done())), *held)
+        # a run that failed early, or counts epochs, still takes its planned share of the bar: the next one starts there
         self._show(at_start + steps)
         if code == InputError.exit_code:
             raise InputError(f"{title}: {last_words(log)}")
@@ -210,6 +211,7 @@ def run_child(command: Sequence[str], log: Path, on_tick: Callable[[], None], *h
             f"{signal.Signals(received[0]).name}: the comparison has stopped. The same command goes on with it.",
             128 + received[0],
         )
+    # Popen says -N where signal N killed the child; 128 + N is what a shell would say
     return code if code >= 0 else 128 - code
 
 

@@ -78,6 +78,7 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         prefix = prefix_phases(recipe, plan, model, args, data)
         apply_plan(model, plan)
         model.to(args.device)
+        # seeded anew for each rate and where `train` seeds, right before the Trainer: the rates differ in nothing else
         set_seed(args.seed)
         trainer = make_trainer(
             recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance
