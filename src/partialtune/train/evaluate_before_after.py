@@ -90,5 +90,6 @@ class Evaluator:
         if before.nats is None or after.nats is None:
             return None
         windows = self.texts["validation"].windows.with_format("numpy")
+        # the same windows that `score_tokens` kept nats of: (windows, block_size) beside (windows, block_size - 1)
         watched = windows[spaced_indices(len(windows), WATCHED_WINDOWS)]["input_ids"]
         return next_token_shift(watched, before.nats, after.nats, self.tokenizer)

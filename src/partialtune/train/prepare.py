@@ -51,7 +51,7 @@ class RunStart:
     Attributes:
         recipe: As it was read.
         folder: Its `output_dir`.
-        standing: What the folder held when it was looked at.
+        standing: What the folder held before anything was written to it.
         checkpoint: Where training goes on from, None for a start from the base.
         args: Trainer's arguments, with what follows from the recipe, the checkpoint and the length of the run.
         config: Of the base.
@@ -61,7 +61,7 @@ class RunStart:
         conformance: Whether the model's own loss is used, and what the saved config holds.
         plan: What trains in which phase.
         prefix: What each phase does with its frozen prefix.
-        origin: What the run begins with, kept in each of its checkpoints.
+        origin: Digests, settings and choices of the run's start, kept in each of its checkpoints.
     """
 
     recipe: Recipe
@@ -104,6 +104,7 @@ def prepare(recipe: Recipe) -> RunStart | None:
         check_hub(recipe)
     data = _checked_data(recipe, args, config, tokenizer)
 
+    # the weights last: what is wrong with text or config is known without waiting for them
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
     check_finite(base.model_name_or_path, model)
     conformance = check_conformance(model, recipe.text.block_size)
@@ -129,7 +130,7 @@ def _say_finished(recipe: Recipe, folder: Path) -> None:
 
 
 def _resumed(recipe: Recipe, folder: Path) -> tuple[Path | None, RunOrigin | None]:
-    """The checkpoint that training goes on from and what its run began with; None for a start from the base."""
+    """The checkpoint that training goes on from and the origin saved in it; None for a start from the base."""
     checkpoint = checkpoint_to_resume(folder, recipe.resume)
     return checkpoint, None if checkpoint is None else read_origin(checkpoint)
 

@@ -61,15 +61,18 @@ def train(recipe: Recipe) -> Path:
         begin_folder(start)
         check_shared(folder, RECIPE_FILE)
 
+        # before the Trainer exists: an optimizer takes the parameters that require a gradient when it is created
         apply_plan(model, plan)
         evaluator = evaluator_of(start)
         before = evaluator.before(model.to(start.args.device), folder, start.origin.base.sha256)
 
         trainer = trainer_at_start(start)
         curves = LearningCurves(start.data.scored, start.args.per_device_eval_batch_size).attach(trainer)
+        # now already, so that a run that fails has its plan (`compare` reads it); below with the digests after training
         write_plan(folder, plan, trainer.audit)
         violation = train_to_the_end(trainer, start.checkpoint)
         save_model(folder, trainer, start.tokenizer, recipe)
+        # in memory all may be well: only what is read back proves what others will load
         violation = check_saved(folder, trainer) or violation
         write_plan(folder, plan, trainer.audit)
 
@@ -77,8 +80,10 @@ def train(recipe: Recipe) -> Path:
         write_insight(start, trainer, curves, evaluator, before, after)
         write_performance(start, trainer)
         write_results(folder, trainer, before, after)
+        # after the results: a failed audit is a finding, and the pages show it
         if violation is not None:
             raise violation
+        # last: a lost connection then costs nothing that is not on disk
         if recipe.training.get("push_to_hub"):
             push(start)
     return folder
@@ -177,7 +182,10 @@ def trainer_at_start(start: RunStart) -> PartialTrainer:
     Raises:
         FreezeViolation: If the snapshot is not of the base as it was loaded.
     """
+    # from here the random numbers are the same whether the base was scored now or its kept scores were used
     set_seed(start.args.seed)
+    # The snapshot is taken as the Trainer is made: at on_train_begin a checkpoint would be loaded already,
+    # and the distances would be those from the checkpoint.
     trainer = make_trainer(
         start.recipe,
         plan=start.plan,
