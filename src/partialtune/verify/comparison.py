@@ -155,6 +155,7 @@ def relative_change(parameters: Sequence[ComparedParameter]) -> float | None:
     """
     if any(parameter.l2_delta is None or parameter.norm_before is None for parameter in parameters):
         return None
+    # hypot: the parameters are parts of one long vector, so squares add up and not lengths
     norm = math.hypot(*(parameter.norm_before for parameter in parameters))
     return math.hypot(*(parameter.l2_delta for parameter in parameters)) / norm if norm else None
 

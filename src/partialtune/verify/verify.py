@@ -107,14 +107,17 @@ def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
     equal = (
         same_bits(new.to(dtype), old.to(dtype)) for new, old in zip(chunks_of(now), chunks_of(before), strict=True)
     )
+    # of complex values (..., 2), real and imaginary part: both have to be equal
     return sum(int(torch.count_nonzero(~(both.all(-1) if dtype.is_complex else both))) for both in equal)
 
 
 def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    # bf16 and fp16 do not hold each other's values; fp32 holds those of both
     if one.is_floating_point and other.is_floating_point:
         return torch.promote_types(torch.promote_types(one, other), torch.float32)
     if one.is_complex or other.is_complex:
         return torch.promote_types(torch.promote_types(one, other), torch.complex64)
+    # an integer beside a float: fp64 holds whole numbers up to 2^53
     return torch.float64 if one.is_floating_point or other.is_floating_point else torch.promote_types(one, other)
 
 
@@ -132,6 +135,7 @@ def _common_structure(before: Weights, after: Weights) -> ModelStructure:
     problem = _why_not_comparable(before, after)
     if problem:
         raise ModelError(f"{problem}. Compare a model with the one that it was adapted from.")
+    # an untied head is one parameter more: the longer list has it
     structure = max(before.structure, after.structure, key=lambda one: len(one.parameters))
     return replace(structure, model_name=before.name)
 
