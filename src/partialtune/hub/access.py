@@ -97,6 +97,7 @@ def check_access(target: Target, patience: Patience | None = None) -> None:
     _check_token()
     api, repo_id = hub_api(), target.repo_id
     with time_limits(patience.answer_seconds):
+        # first, so that a refusal below can say whose token it is and where it may write
         user = _user_of_token(api, patience)
         try:
             ask(lambda: api.create_repo(repo_id, private=target.private, exist_ok=True), patience)

@@ -27,6 +27,7 @@ CONFIGURATIONS = ("config.json", "generation_config.json")
 OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 # Everything that is sent. Not in it, and so never sent: checkpoints, optimizer and scheduler state, caches,
 # training_args.bin, Trainer's log.
+# A list of what may go, not of what may not: training_args.bin is a pickle that can hold a token in clear.
 SENT = (
     *WEIGHTS,
     *CONFIGURATIONS,

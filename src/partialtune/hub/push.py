@@ -96,11 +96,14 @@ def _push(run: Path, target: Target, allow_failed_audit: bool, patience: Patienc
     try:
         check_access(target, patience)
     except HubUnreachable as error:
+        # no bad input: the same command may succeed later (exit code 5, not 2)
         raise UploadIncomplete(_what_is_safe(run, target, str(error), again)) from error
     upload = _Upload(hub_api(), run, target)
     try:
         with time_limits(patience.answer_seconds), progress_bars(), storage_protocol(patience.answer_seconds):
+            # before anything is digested: it may write README.md
             name_repository(run, target.repo_id)
+            # Each try lists the Hub anew: where a commit landed and its answer was lost, nothing is missing any more.
             commit = ask(upload.bring_across, patience)
             ask(lambda: upload.verify(commit), patience)
     except HUB_ERRORS as error:
