@@ -100,6 +100,7 @@ class TextArguments:
 
     def __post_init__(self) -> None:
         if self.window_stride is None:
+            # the dataclass is frozen: a plain assignment would raise
             object.__setattr__(self, "window_stride", self.block_size)
 
 

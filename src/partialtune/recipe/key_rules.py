@@ -53,6 +53,7 @@ TRAINING_BOUNDS = {
 OPTIMIZERS = Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"]
 
 # Where a recipe allows more, or less, than the type hint of TrainingArguments.
+# TrainingArguments itself checks no types: to it bf16="no" is true.
 TRAINING_TYPES: dict[str, Any] = {
     "output_dir": str,
     "resume_from_checkpoint": Literal["auto"] | str | None,

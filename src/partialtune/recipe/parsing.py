@@ -131,6 +131,7 @@ def _key_lines(node: yaml.Node | None) -> dict[str, int]:
 
 def _read_text(path: Path) -> str:
     try:
+        # -sig: a byte order mark that an editor put in would become part of the first key
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise RecipeError(f"There is no recipe {path}. {_nearby_recipes(path)}") from error

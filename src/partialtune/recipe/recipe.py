@@ -70,6 +70,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     words, stray = group_words(overrides)
     problems = [*file.problems, *stray]
     in_file = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
+    # file and words each by itself: a former name in one and the present name in the other is an override, no clash
     from_file = with_present_names(in_file, problems)
     from_words = with_present_names({key: Entry(value, COMMAND_LINE) for key, value in words.items()}, problems)
     merged = {**_without_other_length(from_file, from_words), **from_words}
