@@ -38,6 +38,7 @@ def write_card(run: str | os.PathLike) -> Path:
     """
     files = read_run(run)
     card = files.folder / "README.md"
+    # a token in a continuation may hold half a surrogate pair, which UTF-8 cannot hold
     write_whole(card, str(ModelCard(render_card(files))).encode(errors="replace"))
     return card
 

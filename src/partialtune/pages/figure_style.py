@@ -130,6 +130,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     below = -gap
     for at in sorted(range(len(places)), key=lambda index: places[index]):
         below = moved[at] = max(places[at], below + gap)
+    # moving up may have pushed the uppermost beyond 1: then once more, from the top down
     over = max([0.0, *(place - 1.0 for place in moved)])
     above = math.inf
     for at in sorted(range(len(places)), key=lambda index: -moved[index]) if over else ():

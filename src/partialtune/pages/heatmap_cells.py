@@ -132,6 +132,7 @@ def draw_cell(axes: "Axes", cell: HeatCell, box: Box, colors, theme: Theme) -> N
         axes.add_patch(inner_frame(box, theme.muted))
     if cell.state == "partly":
         axes.add_patch(corner_mark(box, min(box.width, 0.36) * 0.4, theme))
+    # without the percent sign, which the title of the scale says for all cells
     text = "moved" if cell.relative is None else percent(cell.relative)[:-1]
     size = min(8.0, 0.9 * box.width * 72 / (0.6 * len(text)))  # points; a digit is about 0.6 of the size wide
     if size > 6:  # smaller figures cannot be read; the colour and the alt text tell the value
@@ -143,6 +144,7 @@ def text_color(face: Sequence[float], theme: Theme) -> str:
     """Black or white, whichever stands out more against `face` (relative luminance of WCAG 2)."""
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in face[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    # black and white stand out alike where (L + 0.05)^2 = 1.05 x 0.05, at L = 0.179
     return "#101418" if luminance > 0.18 else "#ffffff"
 
 

@@ -46,6 +46,7 @@ class DeltaHistory:
         """
         names = list(names)
         distance = self.l2_delta(names, step)
+        # hypot: the parameters are parts of one long vector, so squares add up and not lengths
         norm = math.hypot(*(self.norm_before.get(name, 0.0) for name in names))
         if not distance:
             return distance
