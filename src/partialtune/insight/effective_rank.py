@@ -120,6 +120,7 @@ class Change:
         long, short = max(self.shape), min(self.shape)
         if len(self.planned) > 1:
             return 8.0 * long * self.largest_possible**2
+        # the Gram matrix (short, short) over `long` rows, then its eigenvalues
         return self.stacked * (2.0 * long * short**2 + 10.0 * short**3)
 
 
@@ -173,6 +174,8 @@ def effective_ranks(
     changes = trained_matrices(plan)
     with progress_bar(len(changes), "effective ranks", "matrices", delay=2) as bar:
         for change in changes:
+            # Plan and kind of device decide, never the clock: all processes have to gather the same parameters, and one
+            # that skipped a gathering would leave the others waiting.
             budget -= change.arithmetic
             if budget < 0:
                 left_out.append(change.name)

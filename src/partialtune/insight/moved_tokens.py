@@ -102,6 +102,7 @@ def moved_tokens(
             continue
         if entry.shape[0] < vocabulary:  # a projection beside the embedding, an adapter's factor
             continue
+        # all processes gather, since a sharded parameter takes them all; one of them computes
         now = whole(parameters[entry.name])
         if computes:
             changes, norms = row_changes(before[entry.name], now)
@@ -178,4 +179,5 @@ def rank_correlation(left: np.ndarray, right: np.ndarray) -> float | None:
 def _mean_ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(sizes)
+    # equal values have the ranks ends - sizes + 1 to ends, whose mean lies in the middle
     return (ends - (sizes - 1) / 2)[inverse]

@@ -42,6 +42,7 @@ def next_token_shift(
         return {"windows": len(windows), "positions": 0}
     # nats to bits; fp64, since the sums over a token's places add thousands of them
     bits = np.where(finite, (before.astype(float) - after) / np.log(2), 0.0)
+    # nats are -ln p, so p = exp(-nats): (windows, block_size - 1)
     p_before, p_after = np.exp(-before.astype(float)), np.exp(-after.astype(float))
     difference = np.where(finite, p_after - p_before, 0.0)
     texts = TokenTexts(tokenizer)
@@ -89,6 +90,7 @@ def by_token(
     targets: np.ndarray, bits: np.ndarray, before: np.ndarray, after: np.ndarray, text: Callable[[int], str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Tokens that gained and lost most in all their places together. All arrays: (positions,)."""
+    # ids: (distinct,) ascending; places: (positions,) index into ids, by which bincount sums to (distinct,)
     ids, places, occurrences = np.unique(targets, return_inverse=True, return_counts=True)
     sums = [np.bincount(places, weights=values) for values in (bits, before, after)]
 
