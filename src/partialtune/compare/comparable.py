@@ -96,6 +96,7 @@ def check_seeds(seeds: Mapping[str, Sequence[int]]) -> None:
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Keys in which two recipes are not the same run, a larger max_steps among them."""
+    # both ways: `recipe_differences` lets the second recipe have the larger max_steps, as a run that goes on may
     return list(dict.fromkeys([*recipe_differences(a, b), *recipe_differences(b, a)]))
 
 
@@ -110,7 +111,7 @@ def unequal_facts(a: Outcome, b: Outcome) -> list[str]:
 
 
 def unequal_base(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    """Whether a parameter that both models have, or no parameter at all, began with the same bits."""
+    """Whether the bases differ: a parameter of both models began with other bits, or they have none in common."""
     # policies may differ in their parameters (an untied head, adapters): those that both have tell the base
     both = [name for name in a.keys() & b.keys() if a[name] and b[name]]
     return not both or any(a[name] != b[name] for name in both)

@@ -24,7 +24,7 @@ from partialtune.training.resume_check import recipe_differences
 
 @dataclass(frozen=True)
 class RateTrial:
-    """What a learning rate brought.
+    """The result of training with one learning rate.
 
     Attributes:
         learning_rate: The rate.
@@ -154,7 +154,7 @@ def pieces_of(text: str | StoredText) -> Iterable[str]:
 
 
 def best_rate(trials: Sequence[RateTrial]) -> float:
-    """The rate with the fewest bits per byte; where none trained, the smallest, whose runs will say why."""
+    """The rate with the fewest bits per byte; where no trial has a score, the smallest: its runs will report why."""
     scored = [trial for trial in trials if trial.bits_per_byte is not None]
     if not scored:
         return min(trial.learning_rate for trial in trials)

@@ -112,7 +112,7 @@ class RunQueue:
         return search.trials()
 
     def _leave_out(self, steps: int) -> None:
-        """What was there before says nothing about the time that the rest takes."""
+        """Take steps that are not run now out of the total: as done ones they would spoil the estimate of the rest."""
         self._bar.total -= steps
         self._bar.refresh()
 
