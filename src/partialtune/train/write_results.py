@@ -153,6 +153,7 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Evaluation, aft
     comparison = compare_prompts(before.prompts, after.prompts)
     scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
+    # the pages come last and read the files above, so that `partialtune report` makes the same ones again
     draw_figures(folder)
     write_card(folder)
     write_report(folder)
