@@ -66,6 +66,7 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
             f"{adapted}: its {file.name} is of another model; {strangers[0]} is no parameter of this one. "
             f"Say with --trainable what may move."
         )
+    # a plan may list a tied parameter under another of its names
     named = {structure.by_name[name].name: entry for name, entry in entries.items()}
     before = {name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]}
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
