@@ -58,7 +58,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Gap:
-    """What makes a revision on the Hub another than the run: names of files to send, and of those to take away."""
+    """How a revision on the Hub differs from the run: names of files to send, and of those to take away."""
 
     missing: tuple[str, ...]
     stale: tuple[str, ...]

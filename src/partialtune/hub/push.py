@@ -87,7 +87,7 @@ def push_run(
 
 
 def _held(run: Path) -> AbstractContextManager:
-    """The run's lock; none where nobody may write, or nothing is."""
+    """The run's lock; no lock where the folder is missing or read-only."""
     return locked(run, "RUN") if run.is_dir() and os.access(run, os.W_OK) else nullcontext()
 
 
