@@ -46,7 +46,7 @@ def style_and_script(environment: Environment) -> dict[str, Any]:
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG as an address that asks for nothing."""
+    """A PNG as a data URI: the page holds the image and requests nothing."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
