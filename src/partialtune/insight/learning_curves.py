@@ -95,7 +95,7 @@ class LearningCurves(TrainerCallback):
         self.seconds += time.perf_counter() - started
         wanted = control.should_log
         self._log({name: value for name, value in values.items() if math.isfinite(value)})
-        control.should_log = wanted  # on_log takes the wish back, and the loss of this step would not be logged
+        control.should_log = wanted  # `trainer.log` resets it, and Trainer would not log this step's loss
 
 
 def bits_per_byte(loss: float, text: ScoredText) -> float | None:

@@ -57,6 +57,7 @@ def token_counts(token_ids: Sequence[np.ndarray]) -> np.ndarray:
             more = np.bincount(ids[at : at + COUNTED_AT_ONCE], minlength=len(counts))
             more[: len(counts)] += counts
             counts = more
+            # the map's pages that were read count as memory of this process until they are given back
             release_pages(ids)
     return counts
 
@@ -106,6 +107,7 @@ def moved_tokens(
         now = whole(parameters[entry.name])
         if computes:
             changes, norms = row_changes(before[entry.name], now)
+            # rows beyond the vocabulary are padding and no token's
             rows = describe_rows(changes[:vocabulary], norms[:vocabulary], counts, tokenizer)
             found.append({"name": entry.name, "component": entry.component, **rows})
     return {"matrices": found, "seconds": round(time.perf_counter() - started, 3)}
