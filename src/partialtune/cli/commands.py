@@ -122,6 +122,7 @@ def _forecast(recipe: "Recipe", model: "PreTrainedModel", plan: "FreezePlan") ->
             batch_size=training.get("per_device_train_batch_size", 8),
             block_size=recipe.text.block_size,
             accumulation=training.get("gradient_accumulation_steps", 1),
+            # `auto` is measured by the run, and nothing is measured here
             bf16=training.get("bf16") is True,
             optimizer=training.get("optim", "adamw_torch_fused"),
             checkpointing=bool(training.get("activation_checkpointing")),
