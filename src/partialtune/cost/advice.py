@@ -138,13 +138,13 @@ def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
     memory = cost.memory
     if memory.logits < memory.peak / 3:  # (B, T, V) x 4 bytes x 3: of GPT-2 and 16 x 256 tokens 2.5 GB
         return None
-    said = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
+    text = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
     if batch_size % 2:
-        return f"{said}."
+        return f"{text}."
     # What goes with the batch is halved; weights, gradients and the optimizer's state are as large for any batch.
     halved = memory.weights + memory.gradients + memory.optimizer + (memory.activations + memory.logits) // 2
     return (
-        f"{said}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "
+        f"{text}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "
         f"{2 * accumulation}` is the same step with about {_mb(halved)}."
     )
 

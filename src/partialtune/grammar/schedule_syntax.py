@@ -32,16 +32,16 @@ def read_schedule(
         The entries with converted values, and what is wrong, in words; the entries are of use only if nothing is.
     """
     entries, problems = [], []
-    for number, said in enumerate(schedule, start=1):
-        entry, wrong = _read_entry(said)
+    for number, given in enumerate(schedule, start=1):
+        entry, wrong = _read_entry(given)
         entries.append(entry)
         problems += [f"entry {number}: {message}" for message in wrong]
     return entries, problems or list(_wrong_starts(entries, trains_from_start))
 
 
-def _read_entry(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _read_entry(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     entry, problems = {}, []
-    for key, value in said.items():
+    for key, value in given.items():
         if key not in KEYS:
             near = nearest(key, KEYS)
             advice = f" Did you mean {near}?" if near else ""
@@ -51,12 +51,12 @@ def _read_entry(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 entry[key] = _converted(value, *KEYS[key])
             except ValueError as error:
                 problems.append(f"{key}: {error}")
-    starts = [key for key in STARTS if said.get(key) is not None]
+    starts = [key for key in STARTS if given.get(key) is not None]
     if len(starts) == 2:
         problems.append("both from_step and from_epoch say when it begins. Keep one of them.")
     if not starts:
         problems.append("neither from_step nor from_epoch says when it begins. Give one of them.")
-    if not said.get("trainable"):
+    if not given.get("trainable"):
         problems.append("trainable is missing: it adds nothing. Give selectors, such as ['blocks[-2]'].")
     for selector in entry.get("trainable", []):
         problem = check_selector_syntax(selector)

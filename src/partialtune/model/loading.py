@@ -198,10 +198,10 @@ def _loading(name: str, revision: str, what: str = "model") -> Iterator[None]:
         if what == "model" and "safetensors" in str(error) and "file named" in str(error):  # of a Hub id
             raise without_safetensors(name, name, has_pickle=True) from error
         where = f" at revision {revision}" if revision != "main" else ""
-        said = in_one_line(error, longest=300)
+        words = in_one_line(error, longest=300)
         if not isinstance(error, OSError | ValueError | RuntimeError):  # KeyError('x') alone says nothing
-            said = f"{said} ({type(error).__name__})"
-        raise ModelError(f"The {what} {name}{where} cannot be loaded: {said}") from error
+            words = f"{words} ({type(error).__name__})"
+        raise ModelError(f"The {what} {name}{where} cannot be loaded: {words}") from error
 
 
 # Warnings of transformers that mean nothing in the way it is used here.

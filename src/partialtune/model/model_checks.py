@@ -90,8 +90,8 @@ def check_weights(name: str, location: str, config: PretrainedConfig) -> None:
     """
     quantised = getattr(config, "quantization_config", None)
     if quantised:
-        said = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        kind = said.get("quant_method") or "quantised"
+        settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        kind = settings.get("quant_method") or "quantised"
         raise ModelError(
             f"{name} is quantised ({getattr(kind, 'value', kind)}): its values stand for others, and cannot be "
             f"trained. Name the repository in full precision that it was made from (its model card says which)."
@@ -179,7 +179,7 @@ def check_finite(name: str, model: nn.Module) -> None:
 
 
 def refuse_wider_than(dtype: torch.dtype, name: str, folder: Path) -> None:
-    """Stop where loading in `dtype` has rounded: then nothing that is said of the base's bits would be true.
+    """Stop where loading in `dtype` has rounded: then no statement about the base's bits would be true.
 
     Raises:
         ModelError: If a tensor in the model's files is complex, or in fp64 and `dtype` is not.

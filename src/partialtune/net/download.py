@@ -93,8 +93,8 @@ def fetch(url: str, folder: Path | None = None, limits: Limits | None = None) ->
     path = (folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()}.txt"
 
     def build(part: Path) -> dict[str, Any]:
-        said = _receive_with_retries(url, part, limits or Limits())
-        return {"url": shown, **said, "fetched": datetime.now(UTC).isoformat(timespec="seconds")}
+        received = _receive_with_retries(url, part, limits or Limits())
+        return {"url": shown, **received, "fetched": datetime.now(UTC).isoformat(timespec="seconds")}
 
     entry = cached_file(
         path,

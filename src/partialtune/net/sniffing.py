@@ -58,7 +58,7 @@ def refuse_non_text(data: bytes, name: str, http_charset: str | None = None) -> 
 
 
 def may_hold_nulls(head: bytes, http_charset: str | None) -> bool:
-    """Whether a text is said to be in two or four bytes a character, of which many are NUL."""
+    """Whether a text claims to be in two or four bytes a character, of which many are NUL."""
     wide = http_charset and re.match("(utf|ucs)[-_]?(16|32|2|4)", http_charset, re.I)
     return bool(wide) or head.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS[1:]))
 

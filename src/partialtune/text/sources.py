@@ -1,6 +1,6 @@
 """A text source as a recipe names it -> the texts it stands for -> the bytes of each, chunk by chunk.
 
-Each kind of source is one class here and one entry in SOURCES. To add one, such as `zip:FOLDER/books.zip`, write a
+Each kind of source is one class here and one entry in SOURCES. To add one, such as `gutenberg:829`, write a
 class with `form`, `help`, `prefix` and a `read` that returns a RawText, put it into SOURCES before File, and test it in
 tests/test_text.py. Decoding, cleaning, tokens, the cache, what a run records of its texts, messages and the help text
 take it from there.
@@ -70,7 +70,14 @@ class Source:
         return name.startswith(self.prefix)
 
     def expand(self, name: str) -> list[str]:
-        """The texts that a name stands for, each by a name of its own; a TextError in words where there is none."""
+        """The texts that a name stands for, each by a name of its own.
+
+        All names of a recipe are expanded before any text is read. So a path is looked up here: `~` is replaced, and
+        what is missing is named together with everything else that is missing.
+
+        Raises:
+            TextError: If there is none.
+        """
         return [name]
 
     def read(self, name: str, text_column: str) -> RawText:
@@ -81,7 +88,7 @@ class Source:
             text_column: The column that holds the text, where the source has columns.
 
         Raises:
-            TextError: If the text cannot be found, fetched or read.
+            TextError: If the text cannot be found, fetched or read; from `chunks` too, where that is found out later.
         """
         raise NotImplementedError
 
