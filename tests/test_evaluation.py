@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from partialtune.errors import TextError
+from partialtune.metrics import METRICS
 from partialtune.scoring.evaluation import (
     METRIC_FILE,
     ScoredText,
@@ -213,8 +214,8 @@ def test_bf16_models_and_autocast_give_plain_floats_close_to_fp32(how):
         scores = score_text(model, scored, batch_size=4, description="test", autocast_dtype=torch.bfloat16)
     assert scores["loss"] == pytest.approx(exact["loss"], rel=0.02)
     assert scores["loss"] != exact["loss"]
-    assert {type(scores[key]) for key in KEYS[:5]} == {float}
-    assert {type(scores[key]) for key in KEYS[5:]} == {int}
+    assert {type(scores[key]) for key in METRICS} == {float}
+    assert {type(scores[key]) for key in KEYS if key not in METRICS} == {int}
 
 
 def test_scored_text_counts_all_tokens_and_bytes_and_spaces_a_limit_evenly():

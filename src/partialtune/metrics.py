@@ -1,7 +1,8 @@
 """The table of metrics: how each score of a text is computed, what it is called and which way is better.
 
-All that computes or shows a score reads this table: the evaluation before and after a run (`evaluation.json`), the last
-lines of a run, the report, the model card, comparisons, and the check of `metric_for_best_model`.
+All that computes or shows a score reads this table. The evaluation before and after a run (`evaluation.json`), the
+report and the model card show every row; the last lines of a run, the card's YAML and comparisons those that the lists
+below the table name; `metric_for_best_model` may be a row that is made of the loss.
 
 A new metric is one row of `METRICS`. Where it is made of something that is not summed yet, `WINDOW_SUMS` gets a row
 too: what a window contributes, of the scores of its tokens.
@@ -27,8 +28,8 @@ class WindowSum(NamedTuple):
     """What each window contributes: numbers of an Arrow type, shape (B,), of the scores of its tokens.
 
     nats: -ln p of each scored token, shape (B, T - 1).
-    hits: Whether each of the model's five first guesses, the most probable one first, is the token; bool, shape
-        (B, T - 1, 5), or fewer where the vocabulary is smaller.
+    hits: `hits[..., k]` says whether the (k + 1)-th most probable token is the right one; bool, shape (B, T - 1, 5), or
+        fewer than 5 where the vocabulary is smaller.
     """
 
     type: str
@@ -38,6 +39,7 @@ class WindowSum(NamedTuple):
 # Sums and counts, not means: the mean of the windows' means would be wrong where windows differ in length.
 WINDOW_SUMS = {
     "nats": WindowSum("float64", lambda nats, hits: nats.double().sum(1)),  # fp64: on the CPU, since MPS has none
+    # ones in the shape of the scored tokens: a sum of bool is int64, on every device
     "tokens": WindowSum("int64", lambda nats, hits: hits.new_ones(hits.shape[:2]).sum(1)),
     "correct": WindowSum("int64", lambda nats, hits: hits[..., 0].sum(1)),
     "top5_correct": WindowSum("int64", lambda nats, hits: hits.any(-1).sum(1)),
@@ -142,7 +144,7 @@ METRICS = {
         ),
     )
 }
-# What is shown where there is no room for all.
+# Where there is no room for all: the last lines that a run prints, and the YAML at the head of its model card.
 IN_CLOSING_LINES = ("bits_per_byte", "perplexity")
 IN_CARD_METADATA = ("perplexity", "bits_per_byte")
 # What the held-out text, learning curves and comparisons are judged by.
