@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import tiny_gpt2
 from partialtune.model import digests as weights
-from partialtune.model.digests import bit_sum, digest
+from partialtune.model.digests import bit_sum, bit_sums, digest, digests
 from partialtune.model.parameters import CHUNK, chunks_of, named_weights, plain_name
 
 
@@ -21,6 +21,16 @@ def test_digest_of_a_16_bit_weight_equals_that_of_its_widened_copy():
     for dtype in (torch.bfloat16, torch.float16):
         narrow = torch.randn(7, 5).to(dtype)
         assert digest(narrow) == digest(narrow.float())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_digests_and_sums_are_those_of_each_parameter_by_itself_on_any_number_of_threads(threads):
+    torch.set_num_threads(threads)  # the suite runs on one; `one_thread` of conftest.py sets it back
+    model = tiny_gpt2()
+    named = dict(named_weights(model))
+    assert digests(model) == {name: digest(values) for name, values in named.items()}
+    assert bit_sums(named.items()) == {name: bit_sum(values) for name, values in named.items()}
+    assert list(digests(model)) == list(named)
 
 
 def test_digest_of_a_weight_larger_than_a_chunk_is_over_all_of_it():
