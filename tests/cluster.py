@@ -74,7 +74,7 @@ WARM = """\
 import gc, importlib, json, os, sys
 import torch, transformers, datasets
 import evaluate, pydantic, torch.distributed.fsdp, transformers.models.gpt2.modeling_gpt2  # as runs do later: 0.8 s
-import partialtune.train.train, partialtune.cli
+import partialtune.recipe_run.train, partialtune.cli
 from partialtune.pages import figures, report
 torch.set_num_threads(1)
 gc.collect()

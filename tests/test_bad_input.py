@@ -303,12 +303,12 @@ def test_finite_weights_with_scores_that_are_not_are_said_so_before_training_div
 
 
 def test_ctrl_c_before_training_ends_with_130_and_writes_nothing(tmp_path, capfd, monkeypatch):
-    import partialtune.train.prepare
+    import partialtune.recipe_run.prepare
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(partialtune.train.prepare, "load_tokenizer", interrupted)
+    monkeypatch.setattr(partialtune.recipe_run.prepare, "load_tokenizer", interrupted)
     recipe = write_recipe(tmp_path)
     before = snapshot(tmp_path)
     assert main(["train", recipe]) == 130
@@ -319,18 +319,18 @@ def test_ctrl_c_before_training_ends_with_130_and_writes_nothing(tmp_path, capfd
 def test_ctrl_c_in_any_phase_before_the_first_step_leaves_a_folder_that_the_same_command_takes(
     tmp_path, caplog, monkeypatch
 ):
-    import partialtune.train.train
+    import partialtune.recipe_run.train
     from partialtune.proof.audit import FreezeAuditCallback
-    from partialtune.train import evaluate_before_after as look
+    from partialtune.recipe_run import evaluate_before_after as look
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
     words = ["train", write_recipe(tmp_path, {"prompts": ["It was"], "report_to": "none", "block_size": 64})]
     phases = {
-        "text": (partialtune.train.prepare, "data_of_recipe"),
-        "loading": (partialtune.train.prepare, "load_model"),
-        "the folder": (partialtune.train.train, "begin_folder"),
+        "text": (partialtune.recipe_run.prepare, "data_of_recipe"),
+        "loading": (partialtune.recipe_run.prepare, "load_model"),
+        "the folder": (partialtune.recipe_run.train, "begin_folder"),
         "scoring": (look, "probe_prompts"),
         "training's set-up": (FreezeAuditCallback, "on_train_begin"),
     }

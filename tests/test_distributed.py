@@ -388,7 +388,7 @@ def test_engines_that_hide_whole_parameters_are_refused(name, monkeypatch):
 def test_a_run_under_them_is_refused_before_anything_is_loaded(environment, words, tmp_path, monkeypatch, capfd):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("partialtune.train.prepare.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr("partialtune.recipe_run.prepare.load_tokenizer", lambda *args: pytest.fail("it was loaded"))
     file, run = recipe(tmp_path, "run", 4, "builtin:python-docs")
     assert main(["train", str(file), *words]) == 2
     assert not run.exists()

@@ -5,7 +5,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from conftest import tiny_gpt2
-from partialtune.fast.fast_modules import CHAINS, CastOnce, fused_gelu
+from partialtune.engine.fast_modules import CHAINS, CastOnce, fused_gelu
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.digests import digests

@@ -32,11 +32,11 @@ from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.recipe.recipe import read_recipe
+from partialtune.recipe_run import train
+from partialtune.recipe_run import write_results as results
 from partialtune.run_folder import locked, write_exit
 from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
-from partialtune.train import train
-from partialtune.train import write_results as results
 from partialtune.training import recipe_trainer, settings
 from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.training.resume_check import Standing

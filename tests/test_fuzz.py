@@ -35,10 +35,10 @@ from partialtune.net.addresses import without_secrets
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.key_rules import FORMER_NAMES, REFUSED, recipe_types
+from partialtune.recipe_run import train
+from partialtune.recipe_run import write_results as results
 from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
 from partialtune.text.reading import check_texts_unchanged, read_texts
-from partialtune.train import train
-from partialtune.train import write_results as results
 from partialtune.training.checkpoint_files import MARKER, finish_checkpoint
 from partialtune.training.training_data import prepare_data
 from partialtune.verify.verify import verify

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from partialtune.fast import head_loss
-from partialtune.fast.head_loss import head_cross_entropy, rows_at_once
+from partialtune.engine import head_loss
+from partialtune.engine.head_loss import head_cross_entropy, rows_at_once
 
 ROWS, WIDTH, VOCABULARY = 70, 24, 301
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from conftest import tiny_gpt2
-from partialtune.fast.no_logits import LossWithoutLogits
+from partialtune.engine.no_logits import LossWithoutLogits
 
 SMALL = {
     "vocab_size": 128,
@@ -93,7 +93,7 @@ def test_a_loss_or_a_head_of_another_kind_is_left_to_the_model():
 
 
 def test_a_wrong_loss_is_found_out_on_the_first_window(monkeypatch):
-    from partialtune.fast import no_logits
+    from partialtune.engine import no_logits
 
     monkeypatch.setattr(no_logits, "head_cross_entropy", lambda *_: torch.tensor(1.0))
     assert "on the first window its own loss is" in LossWithoutLogits(build("gpt2")).refusal(IDS)

@@ -18,9 +18,8 @@ from transformers import (
 from cluster import small_recipe
 from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
-from partialtune.errors import RecipeError
-from partialtune.fast.prefix import PrefixCache, modules_before_blocks
-from partialtune.fast.prefix_choice import (
+from partialtune.engine.prefix import PrefixCache, modules_before_blocks
+from partialtune.engine.prefix_choice import (
     PrefixPhase,
     TriedPrefix,
     Windows,
@@ -30,6 +29,7 @@ from partialtune.fast.prefix_choice import (
     try_prefix,
     try_prefixes,
 )
+from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.model.train_mode import set_dropout

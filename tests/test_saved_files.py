@@ -73,7 +73,7 @@ WAYS = {
 LAUNCHES = {"cpu_two_processes.yaml": "DDP", "ddp.yaml": "DDP", "multi_node.yaml": "DDP", "fsdp2.yaml": "FSDP2"}
 # Whatever in the package writes weights: where -> which ways of saving pass it.
 WRITERS = {
-    "train/write_results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
+    "recipe_run/write_results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
     "delta_checkpoint.py": "save_file",  # deltas
     "rebuild.py": "model.save_pretrained",  # apply
     "freeze/lora.py": "save_file",  # adapters
@@ -94,7 +94,7 @@ def save_in_shards() -> None:
 
 def draw_no_figures() -> None:
     """Most of such a run's seconds."""
-    from partialtune.train import write_results as results
+    from partialtune.recipe_run import write_results as results
 
     results.draw_figures = results.write_report = lambda folder: None
 
@@ -302,7 +302,7 @@ def train_halving(tmp_path, text, monkeypatch, kind=Halving, **changes):
         model.config.name_or_path = BASE
         return model
 
-    monkeypatch.setattr("partialtune.train.prepare.load_model", loaded)
+    monkeypatch.setattr("partialtune.recipe_run.prepare.load_model", loaded)
     values = {"model_name_or_path": BASE, "text": str(text), "output_dir": str(tmp_path / "run"), **RECIPE, **changes}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return main(["train", str(tmp_path / "recipe.yaml")]), tmp_path / "run"

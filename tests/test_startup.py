@@ -33,7 +33,7 @@ def test_plan_imports_nothing_for_texts_or_figures_and_train_draws_only_at_its_e
     recipe = str(REPOSITORY / "recipes" / "quickstart.yaml")
     plan, train = imported_by(
         f"from partialtune.cli import main\nassert main(['plan', {recipe!r}]) == 0\nnote()\n"
-        "import partialtune.train.train\nnote()"
+        "import partialtune.recipe_run.train\nnote()"
     )
     assert "torch" in plan
     assert not {"datasets", "pyarrow", "pandas", "matplotlib", "evaluate", "tensorboard"} & set(plan)

@@ -20,7 +20,7 @@ from pathlib import Path
 from partialtune.model.loading import quiet_libraries
 from partialtune.rank.ranking import rank_recipe
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
-from partialtune.train.train import train
+from partialtune.recipe_run.train import train
 
 
 def score_of(recipe: Recipe, blocks: Sequence[int], folder: Path) -> tuple[float, float]:

@@ -73,7 +73,9 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with ended_by_signals():
         recipe = read_recipe(_recipe_path(known.recipe), overrides)
         with _importing():
-            from partialtune.train.train import train  # four seconds, which a mistake in the recipe need not wait for
+            from partialtune.recipe_run.train import (
+                train,  # four seconds, which a mistake in the recipe need not wait for
+            )
 
         with peers_watched(recipe.training.get("ddp_timeout", DDP_TIMEOUT)):
             join_processes(recipe.training)

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialtune.cost.flops import ProductCounter, Products, tensors_in
 from partialtune.cost.memory import Memory, MemoryLedger
+from partialtune.engine.fast_modules import fused_gelu
+from partialtune.engine.head_loss import rows_at_once
+from partialtune.engine.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.errors import ModelError
-from partialtune.fast.fast_modules import fused_gelu
-from partialtune.fast.head_loss import rows_at_once
-from partialtune.fast.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.structure import decoder_blocks

@@ -13,7 +13,7 @@ from partialtune.machine import peak_memory_mb
 from partialtune.progress import progress_bar
 
 if TYPE_CHECKING:
-    from partialtune.fast.fast_paths import FastPaths
+    from partialtune.engine.fast_paths import FastPaths
 
 PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from partialtune.engine.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.errors import RecipeError
-from partialtune.fast.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
 from partialtune.metrics import best_model_metric

@@ -26,8 +26,9 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
+from partialtune.engine.phases import saved_groups
+from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import InputError, RecipeError
-from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
@@ -46,7 +47,6 @@ from partialtune.run_folder import (
 )
 from partialtune.scoring.evaluation import evenly_spaced
 from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint, read_with_care
-from partialtune.training.phased_optimizer import saved_groups
 from partialtune.training.settings import data_seed
 from partialtune.training.training_data import RunData
 

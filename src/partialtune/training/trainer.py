@@ -28,9 +28,10 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
+from partialtune.engine.fast_paths import FastPaths
+from partialtune.engine.phases import PhaseCallback, key_by_name, split_by_phase
+from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import RecipeError, TrainingDiverged
-from partialtune.fast.fast_paths import FastPaths
-from partialtune.fast.prefix_choice import PrefixPhase
 from partialtune.freeze.lora import load_adapters, save_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.metrics import best_model_metric, value_of_loss
@@ -52,7 +53,6 @@ from partialtune.training.checkpoint_files import (
     write_state,
 )
 from partialtune.training.performance import StepTimer, TrainingProgress
-from partialtune.training.phased_optimizer import PhaseCallback, key_by_name, split_by_phase
 from partialtune.training.resume_check import RunOrigin, write_origin
 from partialtune.training.settings import compute_dtype
 from partialtune.training.stopping import BatchWatch, StopOnSignal

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from partialtune.distributed import shards_parameters
+from partialtune.engine.prefix import PrefixCache, modules_before_blocks, reach
 from partialtune.errors import ModelError, RecipeError
-from partialtune.fast.prefix import PrefixCache, modules_before_blocks, reach
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.train_mode import evaluating, no_layer_drop
 

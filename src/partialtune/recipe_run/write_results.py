@@ -27,10 +27,10 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.recipe import Recipe
+from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
+from partialtune.recipe_run.prepare import RunStart
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
-from partialtune.train.evaluate_before_after import Evaluation, Evaluator
-from partialtune.train.prepare import RunStart
 from partialtune.training.checkpoint_files import ASIDE, clear_aside, disk_errors
 from partialtune.training.performance import performance
 from partialtune.training.settings import compute_dtype, product_rate

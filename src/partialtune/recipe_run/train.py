@@ -14,8 +14,8 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only, peers_watched
+from partialtune.engine.prefix_choice import prefix_words
 from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError, code_of, disk_words, is_disk_fault
-from partialtune.fast.prefix_choice import prefix_words
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.push import push_after_training
@@ -23,10 +23,9 @@ from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.recipe import Recipe, write_recipe
-from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
-from partialtune.train.evaluate_before_after import Evaluator
-from partialtune.train.prepare import RunStart, prepare, push_target
-from partialtune.train.write_results import (
+from partialtune.recipe_run.evaluate_before_after import Evaluator
+from partialtune.recipe_run.prepare import RunStart, prepare, push_target
+from partialtune.recipe_run.write_results import (
     check_saved,
     save_model,
     write_insight,
@@ -34,6 +33,7 @@ from partialtune.train.write_results import (
     write_plan,
     write_results,
 )
+from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
 from partialtune.training.recipe_trainer import make_trainer
 from partialtune.training.resume_check import standing_of
 from partialtune.training.trainer import PartialTrainer

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from partialtune.engine.head_loss import head_cross_entropy
 from partialtune.errors import is_ours
-from partialtune.fast.head_loss import head_cross_entropy
 from partialtune.model.train_mode import evaluating
 
 logger = logging.getLogger(__name__)

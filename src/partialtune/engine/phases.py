@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from partialtune.engine.fast_paths import FastPaths
 from partialtune.errors import InputError
-from partialtune.fast.fast_paths import FastPaths
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.parameters import named_weights
@@ -92,7 +92,7 @@ class PhaseCallback(TrainerCallback):
         let_learn(model, phase.trainable, also_in_eval=self.fast.before_blocks if phase.first_block else ())
         if args.activation_checkpointing:
             recompute_from(model, phase.first_block)
-        self.fast.begin(phase.from_step)
+        self.fast.begin(phase.first_step)
         if len(self.plan.phases) > 1:
             logger.info("From step %d: %s", phase.from_step, phase_words(self.plan, phase))
 

@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from partialtune.engine.fast_modules import CastOnce, fused_gelu
+from partialtune.engine.no_logits import LossWithoutLogits
+from partialtune.engine.prefix import PrefixCache, modules_before_blocks
+from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import ModelError
-from partialtune.fast.fast_modules import CastOnce, fused_gelu
-from partialtune.fast.no_logits import LossWithoutLogits
-from partialtune.fast.prefix import PrefixCache, modules_before_blocks
-from partialtune.fast.prefix_choice import PrefixPhase
 
 logger = logging.getLogger(__name__)
 

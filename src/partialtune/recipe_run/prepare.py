@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from partialtune.distributed import decided_by_main, first_on_each_node, main_process_only
-from partialtune.fast.prefix_choice import PrefixPhase
+from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
 from partialtune.hub.push import Target, check_access
