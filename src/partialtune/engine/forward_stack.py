@@ -1,0 +1,99 @@
+"""Patches on the `forward` of single modules, with one owner: put on in order, taken off in any order.
+
+    worn = put_on(block, lambda forward, *args, **kwargs: forward(*args, **kwargs))    # the outermost of this module
+    worn.take_off()                                                                    # whatever was put on since
+
+Casts, the prefix cache and activation checkpointing all stand in for a block's `forward`. Were each to keep what it
+found there and put that back, the first to leave would put back a patch that is gone, and the last erase one that is
+not. Here all patches of a module are one list, and `module.forward` is one object that calls them.
+
+A `forward` of the module's own that was there before (another library's patch) stays beneath, and is there again when
+the last of ours has left. One that another library puts over ours is left where it is.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+Patch = Callable[..., Any]  # (forward of what lies beneath, *args, **kwargs) -> what the module gives
+
+
+class Patched:
+    """What `module.forward` is while patches are on: calls them, the one that was put on last first.
+
+    A copy of the model, or one that is pickled while it trains, has none of them: patches belong to the training that
+    goes on, and hold states and copies of weights.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.found: Callable[..., Any] | None = vars(module).get("forward")  # another library's patch
+        self.patches: list[Patch] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.found or _own_forward(self.module)
+        for patch in self.patches:
+            forward = partial(patch, forward)
+        return forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.found is not None:
+            return copy.deepcopy(self.found, memo)
+        return _own_forward(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.found is not None:
+            return _itself, (self.found,)
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    return MethodType(type(module).forward, module)
+
+
+def _itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
+
+
+class Worn:
+    """A patch that is on a module.
+
+    Args:
+        patched: What calls it.
+        patch: Itself.
+    """
+
+    def __init__(self, patched: Patched, patch: Patch) -> None:
+        self._patched, self._patch = patched, patch
+
+    def take_off(self) -> None:
+        """Take it off, and leave the others on. Once it is off, nothing happens."""
+        patched, module = self._patched, self._patched.module
+        patched.patches = [patch for patch in patched.patches if patch is not self._patch]
+        if patched.patches or vars(module).get("forward") is not patched:  # somebody else's is over ours: it calls on
+            return
+        if patched.found is None:
+            del module.forward  # the class' own method is found again
+        else:
+            module.forward = patched.found
+
+
+def put_on(module: nn.Module, patch: Patch) -> Worn:
+    """Let `patch(forward, *args, **kwargs)` stand in for the module's `forward`, over all that is on already.
+
+    Args:
+        module: Any module.
+        patch: Gets what lies beneath as its first argument, and calls it or not.
+    """
+    patched = vars(module).get("forward")
+    if not isinstance(patched, Patched):
+        patched = module.forward = Patched(module)
+    patched.patches.append(patch)
+    return Worn(patched, patch)
