@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only
+from partialtune.engine.checkpoint_files import ASIDE, clear_aside, disk_errors
 from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
 from partialtune.freeze.plan import FreezePlan
@@ -31,7 +32,6 @@ from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
 from partialtune.recipe_run.prepare import RunStart
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
-from partialtune.training.checkpoint_files import ASIDE, clear_aside, disk_errors
 from partialtune.training.performance import performance
 from partialtune.training.settings import compute_dtype, product_rate
 from partialtune.training.trainer import PartialTrainer

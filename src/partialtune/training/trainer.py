@@ -28,6 +28,17 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
+from partialtune.engine.checkpoint_files import (
+    ASIDE,
+    FirstStepRecord,
+    clear_aside,
+    disk_errors,
+    finish_checkpoint,
+    read_with_care,
+    rotate_checkpoints,
+    with_ties,
+    write_state,
+)
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import PhaseCallback, key_by_name, split_by_phase
 from partialtune.engine.prefix_choice import PrefixPhase
@@ -41,17 +52,6 @@ from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.saved_files import saved_differences
 from partialtune.proof.snapshot import Stopwatch
-from partialtune.training.checkpoint_files import (
-    ASIDE,
-    FirstStepRecord,
-    clear_aside,
-    disk_errors,
-    finish_checkpoint,
-    read_with_care,
-    rotate_checkpoints,
-    with_ties,
-    write_state,
-)
 from partialtune.training.performance import StepTimer, TrainingProgress
 from partialtune.training.resume_check import RunOrigin, write_origin
 from partialtune.training.settings import compute_dtype
