@@ -6,6 +6,7 @@ trainer.train()
 tuning.audit.passed, tuning.deltas
 """
 
+import copy
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -49,8 +50,8 @@ def attach(
     behind frozen blocks are computed once for each row, whatever the data set and the collator are.
 
     Args:
-        trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Its `args` get
-            `ddp_find_unused_parameters` where the plan has several phases.
+        trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Where the plan has
+            several phases, its `args` become a copy with `ddp_find_unused_parameters`.
         plan: Made for this model as it is now, after peft has wrapped it. It is applied here.
         delta_steps: Steps between two reports of the weight deltas.
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; the Trainer's where absent.
@@ -79,6 +80,7 @@ def attach(
     if len(plan.phases) > 1:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
+        trainer.args = copy.copy(trainer.args)
         trainer.args.ddp_find_unused_parameters = True
 
     fast = _fast_paths(trainer, fast_paths, prefix_cache)
