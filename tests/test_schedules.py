@@ -447,9 +447,8 @@ def test_state_that_an_optimizer_is_made_with_enters_with_its_parameters(tmp_pat
         found = {}
         trainer = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES, States(), **changes)
         trainer.train(resume_from_checkpoint=resume)
-        assert found == {
-            step: set(trainer.tuning.plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)
-        }
+        plan = trainer.tuning.plan
+        assert found == {step: set(plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)}
 
 
 def test_a_trainer_leaves_its_callers_arguments_as_they_were(tmp_path):
