@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cluster import fingerprint, small_recipe
 from partialtune.cli import main
@@ -425,21 +425,23 @@ def _no_room():
 # ---- what is not finite ---------------------------------------------------------------------------------------------
 
 
-def spoilt(how):
-    """`compute_loss` of which the sixth step's loss, or its gradient, is not finite."""
-    compute_loss = PartialTrainer.compute_loss
+class Spoilt(TrainerCallback):
+    """In the sixth step the loss that the model gives, or the gradient that comes back to it, is not finite."""
 
-    def spoil(self, model, inputs, *args, **kwargs):
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 5 and isinstance(loss, torch.Tensor):
-            if how == "gradients":
-                loss = loss * 1.0
-                loss.register_hook(lambda gradient: gradient * float("inf"))
-            else:
-                loss = loss * float("nan")
-        return loss
+    def __init__(self, how):
+        self.how = how
 
-    return spoil
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 5:
+            model.register_forward_hook(self.spoil, prepend=True)
+
+    def spoil(self, model, args, output):
+        if self.how == "gradients":
+            output.loss = output.loss * 1.0
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        else:
+            output.loss = output.loss * float("nan")
+        return output
 
 
 @pytest.mark.parametrize("how", ["loss", "gradients"])
@@ -450,7 +452,8 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
     batches = []
     collate = collate_windows
     monkeypatch.setattr(recipe_trainer, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
-    monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
+    made = PartialTrainer._make_callbacks
+    monkeypatch.setattr(PartialTrainer, "_make_callbacks", lambda *args, **kwargs: [*made(*args, **kwargs), Spoilt(how)])
     run = place / "new"
     words = ["--output_dir", str(run), "--max_grad_norm", clipping, "--eval_strategy", "no", "--logging_steps", "50"]
     assert again(place, *words) == 4

@@ -503,13 +503,11 @@ def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp
 
 OVERRIDDEN = {
     "_determine_best_metric": {"metrics", "trial"},
-    "_get_grad_norm": {"model", "grad_norm"},
     "_get_output_dir": {"trial"},
     "_load_best_model": set(),
     "_load_from_checkpoint": {"resume_from_checkpoint", "model"},
     "_load_optimizer_and_scheduler": {"checkpoint"},
     "_load_rng_state": {"checkpoint"},
-    "_maybe_log_save_evaluate": {"tr_loss", "grad_norm", "model", "trial", "epoch", "start_time"},
     "_run_epoch": {"model", "epoch", "train_dataloader"},
     "_save": {"output_dir", "state_dict"},
     "_save_checkpoint": {"model", "trial"},

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     IntervalStrategy,
     PretrainedConfig,
@@ -26,7 +25,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
 from partialtune.engine.checkpoint_files import (
     ASIDE,
@@ -52,7 +50,7 @@ from partialtune.proof.audit_result import SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.saved_files import saved_differences
 from partialtune.proof.snapshot import Stopwatch
-from partialtune.training.performance import StepTimer, TrainingProgress
+from partialtune.training.performance import EndOfCallbacks, ProductCount, StepTimer, TrainingProgress
 from partialtune.training.resume_check import RunOrigin, write_origin
 from partialtune.training.settings import compute_dtype
 from partialtune.training.stopping import BatchWatch, StopOnSignal
@@ -66,9 +64,8 @@ class PartialTrainer(Trainer):
     never leaves half a checkpoint.
 
     These private methods of transformers' Trainer are overridden, here and nowhere else; each gives the reason, and
-    what breaks without: `_determine_best_metric`, `_get_grad_norm`, `_get_output_dir`, `_load_best_model`,
-    `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_maybe_log_save_evaluate`,
-    `_run_epoch`, `_save`, `_save_checkpoint`.
+    what breaks without: `_determine_best_metric`, `_get_output_dir`, `_load_best_model`, `_load_from_checkpoint`,
+    `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`, `_save_checkpoint`.
 
     Args:
         plan: The plan that was applied to the model.
@@ -83,11 +80,9 @@ class PartialTrainer(Trainer):
         Others: As for `transformers.Trainer`; none of them is changed.
 
     Attributes:
-        audit, deltas, timer, stop: Its callbacks.
+        audit, deltas, timer, products, stop: Its callbacks.
         fast: Its fast paths.
         reading_back: Time in which saved files were read back and compared with the audit's digests.
-        flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
-            attention's own included, counted in the first; None before it and under torch.compile.
     """
 
     def __init__(
@@ -110,8 +105,7 @@ class PartialTrainer(Trainer):
     ) -> None:
         self.plan, self.origin = plan, origin
         self.decay_everything, self.tokens_per_byte = decay_everything, tokens_per_byte
-        self.batch, self.reading_back = BatchWatch(train_dataset), Stopwatch()
-        self.flops_per_step: int | None = None
+        self.reading_back = Stopwatch()
         self._saving_in: str | None = None
         conformance = conformance or Conformance()
         use_cache = getattr(model.config, "use_cache", None)
@@ -121,6 +115,7 @@ class PartialTrainer(Trainer):
             fast_paths = set(fast_paths) - {"loss"}  # which stands in for a loss that the model takes itself
         evaluated = eval_dataset if args.eval_strategy != IntervalStrategy.NO else None
         self.fast = _fast_paths(model, args, fast_paths, prefix, train_dataset, evaluated)
+        windows = train_dataset  # BatchWatch looks for those of a batch here
         if self.fast.keeps_prefix:
             train_dataset, first = numbered(train_dataset, 0), len(train_dataset)
             eval_dataset = eval_dataset if evaluated is None else numbered(evaluated, first)
@@ -129,7 +124,7 @@ class PartialTrainer(Trainer):
             args=_for_phases(args, plan),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=self._make_callbacks(delta_steps, stop_on_violation),
+            callbacks=self._make_callbacks(BatchWatch(windows), delta_steps, stop_on_violation),
             **kwargs,
         )
         if conformance.loss_fault:
@@ -139,13 +134,20 @@ class PartialTrainer(Trainer):
         self._replace_printers()
         self.deltas.attach(self)
 
-    def _make_callbacks(self, delta_steps: int, stop_on_violation: bool) -> list[TrainerCallback]:
+    def _make_callbacks(self, batch: BatchWatch, delta_steps: int, stop_on_violation: bool) -> list[TrainerCallback]:
         self.audit = FreezeAuditCallback(self.plan, stop_on_violation=stop_on_violation)
         self.audit.interrupted = lambda: self.stop.asked_to_stop(self.args)
         self.deltas = WeightDeltaCallback(self.plan, delta_steps=delta_steps)
-        self.timer, self.stop = StepTimer(), StopOnSignal()
-        # a phase begins first: the others measure what learns in the step
-        return [PhaseCallback(self.plan, self.fast), self.timer, self.deltas, self.audit, self.stop, FirstStepRecord()]
+        self.timer, self.products, self.stop = StepTimer(), ProductCount(), StopOnSignal()
+        # The clock comes first, and `train` puts its end last. The count has to end before a step may be refused.
+        # A phase begins before the rest: they measure what learns in the step.
+        first = [self.timer, self.products, batch, PhaseCallback(self.plan, self.fast)]
+        return [*first, self.deltas, self.audit, self.stop, FirstStepRecord()]
+
+    @property
+    def flops_per_step(self) -> int | None:
+        """As counted in the first step, see `ProductCount`."""
+        return self.products.flops_per_step
 
     def _replace_printers(self) -> None:
         for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
@@ -154,15 +156,15 @@ class PartialTrainer(Trainer):
             self.add_callback(TrainingProgress())
 
     def train(self, *args, **kwargs):
-        with self.fast:
+        self.remove_callback(EndOfCallbacks)  # of an earlier call: others may have been added since
+        self.add_callback(self.timer.last)
+        with self.fast, self.products:
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         with self.fast.step(inputs.pop("window", None)):
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.timer.mark("forward")
-        return loss
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.decay_everything:
@@ -176,45 +178,6 @@ class PartialTrainer(Trainer):
             split_by_phase(optimizer, self.model, self.plan)
             key_by_name(optimizer, self.model)
         return optimizer
-
-    def get_batch_samples(self, *args, **kwargs) -> Any:
-        self.timer.begin()
-        batches = super().get_batch_samples(*args, **kwargs)
-        self.timer.mark("data")
-        return batches
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self.timer.mark("callbacks")
-        with self._products_counted():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self.batch.add(inputs["input_ids"], loss)
-        self.timer.mark("backward")
-        return loss
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        # Called when the callbacks of a step are over and before anything is logged, evaluated or saved. Without, the
-        # seconds of evaluation and saves would be counted to the step.
-        self.timer.end()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    @contextmanager
-    def _products_counted(self) -> Iterator[None]:
-        """Matrix products of the first batch, counted once."""
-        if self.flops_per_step is not None or self.args.torch_compile:
-            yield
-            return
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            yield
-        self.flops_per_step = counter.get_total_flops() * self.args.gradient_accumulation_steps
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The norm of the gradients, all processes' by now; one that is not finite ends the run before it does harm."""
-        # The one place between backward and the optimizer's step that knows the norm. Without, the step is taken, and
-        # the weights are spoilt before `log` sees that the loss is not finite.
-        norm = super()._get_grad_norm(model, grad_norm)
-        scaled = self.accelerator.scaler is not None  # fp16: the scaler skips such a step, and goes on
-        self.batch.end_step(self.state.global_step, norm, self._get_learning_rate(), stop=not scaled)
-        return norm
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """With the metric that chooses the best model, where it is one of ours, which are made of the loss."""
