@@ -432,7 +432,7 @@ def test_every_optimizer_takes_in_later_phases_and_goes_on_from_a_checkpoint(tmp
     whole.train()
     again = trainer_of(tmp_path / "again", tiny_gpt2(), ["final_norm"], schedule, **changes)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert whole.audit.result.passed
+    assert whole.tuning.audit.passed
     assert equal(whole.model, again.model)
 
 
@@ -508,7 +508,7 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune.training import phased_optimizer as phases
+    from partialtune.engine import phases as phased_optimizer as phases
 
     def forget(group, optimizer):
         parameters, group["params"] = group["params"], []
