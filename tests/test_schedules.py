@@ -508,7 +508,7 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune.engine import phases as phased_optimizer as phases
+    from partialtune.engine import phases
 
     def forget(group, optimizer):
         parameters, group["params"] = group["params"], []
