@@ -20,15 +20,15 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent. LayerDrop is
-    switched off: no block is left out of a step.
+    switched off: no block is left out of a step. Applying the same plan again changes nothing.
 
     Raises:
         RecipeError: If the plan was made for another model.
     """
     if plan.head == "untied":
         untie_head(model)
-    if plan.adapter is not None:
-        add_adapters(model, plan.adapter)
+    if plan.adapter is not None and {name for name, _ in named_weights(model)} != {p.name for p in plan.parameters}:
+        add_adapters(model, plan.adapter)  # not a second time
     parameters = dict(named_weights(model))
     if set(parameters) != {planned.name for planned in plan.parameters}:
         strangers = sorted(set(parameters) ^ {planned.name for planned in plan.parameters})

@@ -29,7 +29,8 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.cost.flops import FORMULAS
 from partialtune.distributed import decided_by_main, done_together, shards_parameters
 from partialtune.engine.fast_paths import FastPaths
-from partialtune.engine.phases import PhaseCallback, key_by_name, split_by_phase
+from partialtune.engine.phases import PhaseCallback
+from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import RecipeError, TrainingDiverged
 from partialtune.freeze.lora import load_adapters, save_adapters
@@ -173,7 +174,7 @@ class PartialTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and not self.is_fsdp_enabled:  # sharded state is keyed by name already
-            split_by_phase(optimizer, self.model, self.plan)
+            suit_optimizer(optimizer, self.model, self.plan)
             key_by_name(optimizer, self.model)
         return optimizer
 
