@@ -26,6 +26,7 @@ from cluster import fingerprint, small_recipe
 from partialtune.cli import main
 from partialtune.compare.outcomes import read_outcome
 from partialtune.compare.run_queue import run_child
+from partialtune.engine.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.errors import InputError, RecipeError, TextError
 from partialtune.hub import push
 from partialtune.hub.published_files import check_finished
@@ -38,7 +39,6 @@ from partialtune.run_folder import locked, write_exit
 from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
 from partialtune.training import recipe_trainer, settings
-from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.training.resume_check import Standing
 from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import collate_windows, data_of_recipe

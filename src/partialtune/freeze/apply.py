@@ -27,11 +27,12 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     """
     if plan.head == "untied":
         untie_head(model)
-    if plan.adapter is not None and {name for name, _ in named_weights(model)} != {p.name for p in plan.parameters}:
-        add_adapters(model, plan.adapter)  # not a second time
-    parameters = dict(named_weights(model))
-    if set(parameters) != {planned.name for planned in plan.parameters}:
-        strangers = sorted(set(parameters) ^ {planned.name for planned in plan.parameters})
+    planned = {parameter.name for parameter in plan.parameters}
+    if plan.adapter is not None and {name for name, _ in named_weights(model)} != planned:  # else it has them already
+        add_adapters(model, plan.adapter)
+    present = {name for name, _ in named_weights(model)}
+    if present != planned:
+        strangers = sorted(present ^ planned)
         raise RecipeError(
             f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
             f"{strangers[0]} first. Make a plan for this model with plan_freeze, after all that changes its parameters "
