@@ -22,6 +22,8 @@ from transformers import (
 
 from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
+from partialtune.engine import phases
+from partialtune.engine.phases import hold_back
 from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
@@ -478,7 +480,7 @@ def test_a_checkpoint_keyed_by_place_or_with_a_file_missing_is_refused(tmp_path)
     checkpoint = tmp_path / "checkpoint-1"
     file, marker = checkpoint / "optimizer.pt", checkpoint / "complete.json"
     saved = torch.load(file, weights_only=True)
-    saved["param_groups"][0]["params"] = [0, 1]  # as PyTorch does it
+    saved["param_groups"][1]["params"] = [0, 1]  # as PyTorch does it
     torch.save(saved, file)
     files = json.loads(marker.read_text())["files"]
     files[file.name] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -508,13 +510,10 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune.engine import phases
+    def forget(*args):
+        return [held for held in hold_back(*args) if held.member.parameter.ndim > 1]
 
-    def forget(group, optimizer):
-        parameters, group["params"] = group["params"], []
-        return phases.Held(group, [parameter for parameter in parameters if parameter.ndim > 1], {})
-
-    monkeypatch.setattr(phases, "_take_out", forget)
+    monkeypatch.setattr(phases, "hold_back", forget)
     trainer = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES)
     with pytest.raises(FreezeViolation, match=r"step 3: 8 trainable .* missing from the optimizer: transformer\.h\.2"):
         trainer.train()

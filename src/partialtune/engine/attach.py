@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from partialtune.distributed import shards_parameters
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import PhaseCallback
+from partialtune.engine.plan_optimizer import apply_beside_optimizer, key_by_name
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.tuning import Tuning, check_untuned
@@ -76,7 +77,11 @@ def attach(
     _check(trainer, plan)
     model = trainer.model
     check_untuned(model)
-    apply_plan(model, plan)
+    if trainer.optimizer is None:
+        apply_plan(model, plan)
+    else:  # a user's own: the Trainer was made with it
+        apply_beside_optimizer(model, plan, trainer.optimizer)
+        key_by_name(trainer.optimizer, model)
     if len(plan.phases) > 1:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.

@@ -31,7 +31,7 @@ from partialtune.engine.checkpoint_files import (
     with_ties,
     write_state,
 )
-from partialtune.engine.phases import key_by_name, split_by_phase
+from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
 from partialtune.engine.tuning import Tuning
 from partialtune.freeze.lora import load_adapters, save_adapters
 
@@ -88,7 +88,7 @@ class TunedTrainer(Base):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and not self.is_fsdp_enabled:  # sharded state is keyed by name already
-            split_by_phase(optimizer, self.model, self.tuning.plan)
+            suit_optimizer(optimizer, self.model, self.tuning.plan)
             key_by_name(optimizer, self.model)
         return optimizer
 

@@ -20,7 +20,7 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent. LayerDrop is
-    switched off: no block is left out of a step.
+    switched off: no block is left out of a step. Applying the same plan again changes nothing.
 
     Raises:
         RecipeError: If the plan was made for another model.

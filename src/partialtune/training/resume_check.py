@@ -27,7 +27,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from partialtune.engine.checkpoint_files import damage_of, newest_whole_checkpoint, read_with_care
-from partialtune.engine.phases import saved_groups
+from partialtune.engine.plan_optimizer import saved_groups
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
