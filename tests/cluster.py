@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialtune.training.checkpoint_files import newest_whole_checkpoint
+from partialtune.engine.checkpoint_files import newest_whole_checkpoint
 
 # Starts the command once a node on this machine and hands signals on to every process of it, as slurmstepd does.
 SRUN = """\

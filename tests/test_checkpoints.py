@@ -8,9 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerState
 
-from partialtune.errors import DiskError, InputError
-from partialtune.files import write_whole
-from partialtune.training.checkpoint_files import (
+from partialtune.engine.checkpoint_files import (
     ASIDE,
     MARKER,
     checkpoints_in,
@@ -23,6 +21,8 @@ from partialtune.training.checkpoint_files import (
     rotate_checkpoints,
     write_state,
 )
+from partialtune.errors import DiskError, InputError
+from partialtune.files import write_whole
 
 pytestmark = pytest.mark.contract
 

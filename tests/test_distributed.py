@@ -23,9 +23,9 @@ from cluster import WarmProcess, small_recipe, wait_for
 from conftest import REPOSITORY
 from partialtune.cli import main
 from partialtune.distributed import decided_by_main, done_together, first_on_each_node, peers_watched
+from partialtune.engine.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.errors import EndedElsewhere, InputError, Interrupted, code_of, disk_words, is_disk_fault
 from partialtune.text.reading import read_texts
-from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
 from partialtune.training.launch import check_engine
 from test_download import Server
 from two_processes import on_two_processes

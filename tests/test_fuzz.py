@@ -24,6 +24,7 @@ from cluster import small_recipe
 from conftest import tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
+from partialtune.engine.checkpoint_files import MARKER, finish_checkpoint
 from partialtune.errors import ModelError, PartialtuneError, RecipeError
 from partialtune.freeze.plan import plan_freeze
 from partialtune.launcher_environment import ADDRESS, PLACE, SIZES, left_over
@@ -39,7 +40,6 @@ from partialtune.recipe_run import train
 from partialtune.recipe_run import write_results as results
 from partialtune.run_folder import exit_code_of, is_finished, recorded_sources
 from partialtune.text.reading import check_texts_unchanged, read_texts
-from partialtune.training.checkpoint_files import MARKER, finish_checkpoint
 from partialtune.training.training_data import prepare_data
 from partialtune.verify.verify import verify
 from tiny_models import tiny_config

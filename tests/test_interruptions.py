@@ -12,7 +12,7 @@ import yaml
 
 from cluster import WarmProcess, fingerprint, kill, small_recipe
 from hub_server import Account, Blob, HubServer
-from partialtune.training.checkpoint_files import ASIDE, checkpoints_in, damage_of
+from partialtune.engine.checkpoint_files import ASIDE, checkpoints_in, damage_of
 
 pytestmark = pytest.mark.slow
 

@@ -77,7 +77,7 @@ WRITERS = {
     "delta_checkpoint.py": "save_file",  # deltas
     "rebuild.py": "model.save_pretrained",  # apply
     "freeze/lora.py": "save_file",  # adapters
-    "training/trainer.py": "super(PartialTrainer, self).save_model",  # Trainer's own way, of checkpoints too
+    "engine/trainer_overrides.py": "super(TunedTrainer, self).save_model",  # Trainer's own way, of checkpoints too
 }
 
 

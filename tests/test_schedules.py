@@ -22,6 +22,8 @@ from transformers import (
 
 from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
+from partialtune.engine import phases
+from partialtune.engine.phases import hold_back
 from partialtune.errors import FreezeViolation, InputError, ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
@@ -32,10 +34,10 @@ from partialtune.model.train_mode import check_support
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, NEVER_A_GRADIENT
 from partialtune.recipe.arguments import FreezeArguments
 from partialtune.recipe.recipe import read_recipe, recipe_from_values, write_recipe
+from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import steps_an_epoch, training_arguments
-from partialtune.training.trainer import PartialTrainer
-from partialtune.training.training_data import collate_windows
+from partialtune.training.stopping import StopOnSignal
 from two_processes import on_two_processes
 
 # Where backward stops at a block, PyTorch says so to the hooks that count.
@@ -273,18 +275,21 @@ def trainer_of(folder, model, trainable, schedule, *callbacks, **changes):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    trainer = PartialTrainer(
+    trainer = attached_trainer(
         plan=plan,
         delta_steps=100,
         model=model,
         args=training_arguments({**settings, **changes}),
         train_dataset=some_windows(),
         eval_dataset=some_windows(4),
-        data_collator=collate_windows,
-    )
+    ).trainer
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
+
+
+def callback_of(trainer, kind):
+    return next(one for one in trainer.callback_handler.callbacks if isinstance(one, kind))
 
 
 class Watch(TrainerCallback):
@@ -317,14 +322,14 @@ def scheduled(tmp_path_factory):
 def test_what_learns_and_is_in_the_optimizer_is_in_every_step_what_the_plan_says(scheduled):
     trainer, watch = scheduled
     for step in range(9):
-        assert watch.learning[step] == list(trainer.plan.phase_at(step).trainable)
+        assert watch.learning[step] == list(trainer.tuning.plan.phase_at(step).trainable)
         assert watch.in_optimizer[step].keys() == set(watch.learning[step])
 
 
 def test_a_parameter_moves_in_every_step_from_its_phase_on_and_in_none_before(scheduled):
     trainer, watch = scheduled
     after = dict(trainer.model.named_parameters())
-    for planned in trainer.plan.parameters:
+    for planned in trainer.tuning.plan.parameters:
         values = [weights[planned.name] for weights in watch.weights] + [after[planned.name]]
         moved = [step for step in range(9) if not torch.equal(values[step], values[step + 1])]
         assert moved == (list(range(planned.from_step, 9)) if planned.trainable else []), planned.name
@@ -359,8 +364,8 @@ def test_phases_begin_at_their_optimizer_step_under_accumulation_and_other_sched
         changes |= {"eval_strategy": "steps", "eval_steps": 1}
     trainer = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES, watch, max_steps=7, **changes)
     trainer.train()
-    assert watch.learning == [list(trainer.plan.phase_at(step).trainable) for step in range(7)]
-    assert trainer.audit.result.passed
+    assert watch.learning == [list(trainer.tuning.plan.phase_at(step).trainable) for step in range(7)]
+    assert trainer.tuning.audit.passed
 
 
 # ---- checkpoints and resuming ---------------------------------------------------------------------------------------
@@ -384,18 +389,18 @@ def test_a_checkpoint_keeps_optimizer_state_by_parameter_name(scheduled):
 def test_a_run_that_goes_on_in_any_phase_ends_with_the_same_bits(scheduled, tmp_path, step):
     trainer, _ = scheduled
     checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
-    check_checkpoint(checkpoint, trainer.plan)
+    check_checkpoint(checkpoint, trainer.tuning.plan)
     resumed = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES, weight_decay=0.1)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == 9
-    assert resumed.audit.result.passed
+    assert resumed.tuning.audit.passed
     assert equal(resumed.model, trainer.model)
 
 
 def test_a_signal_is_saved_also_where_only_the_best_model_would_be(tmp_path):
     trainer = trainer_of(
         *(tmp_path, tiny_gpt2(), ["final_norm"], ()),
-        Fault(3, lambda *_: setattr(trainer.stop, "received", signal.SIGTERM)),
+        Fault(3, lambda *_: setattr(callback_of(trainer, StopOnSignal), "received", signal.SIGTERM)),
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="best",
@@ -429,7 +434,7 @@ def test_every_optimizer_takes_in_later_phases_and_goes_on_from_a_checkpoint(tmp
     whole.train()
     again = trainer_of(tmp_path / "again", tiny_gpt2(), ["final_norm"], schedule, **changes)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert whole.audit.result.passed
+    assert whole.tuning.audit.passed
     assert equal(whole.model, again.model)
 
 
@@ -444,7 +449,8 @@ def test_state_that_an_optimizer_is_made_with_enters_with_its_parameters(tmp_pat
         found = {}
         trainer = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES, States(), **changes)
         trainer.train(resume_from_checkpoint=resume)
-        assert found == {step: set(trainer.plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)}
+        plan = trainer.tuning.plan
+        assert found == {step: set(plan.phase_at(step).trainable) for step in range(2 if resume else 0, 8)}
 
 
 def test_a_trainer_leaves_its_callers_arguments_as_they_were(tmp_path):
@@ -452,8 +458,7 @@ def test_a_trainer_leaves_its_callers_arguments_as_they_were(tmp_path):
     before, model = dict(vars(args)), tiny_gpt2()
     plan = plan_freeze(model, ["final_norm"], schedule=PHASES)
     apply_plan(model, plan)
-    data = {"train_dataset": some_windows(), "data_collator": collate_windows}
-    trainer = PartialTrainer(plan=plan, delta_steps=1, model=model, args=args, **data)
+    trainer = attached_trainer(plan=plan, model=model, args=args, train_dataset=some_windows()).trainer
     assert trainer.args.ddp_find_unused_parameters is True
     assert vars(args) == before
 
@@ -464,7 +469,7 @@ def test_a_checkpoint_of_another_layer_of_the_same_shape_is_refused(tmp_path):
     checkpoint = tmp_path / "first" / "checkpoint-1"
     other = trainer_of(tmp_path / "other", tiny_gpt2(), ["blocks[1]"], (), **changes)
     with pytest.raises(InputError, match=r"12 not in the plan, as transformer\.h\.0\..*12 not in the checkpoint"):
-        check_checkpoint(checkpoint, other.plan)
+        check_checkpoint(checkpoint, other.tuning.plan)
     with pytest.raises(InputError, match="other groups of parameters"):  # nor does the optimizer take it
         other.train(resume_from_checkpoint=str(checkpoint))
 
@@ -475,7 +480,7 @@ def test_a_checkpoint_keyed_by_place_or_with_a_file_missing_is_refused(tmp_path)
     checkpoint = tmp_path / "checkpoint-1"
     file, marker = checkpoint / "optimizer.pt", checkpoint / "complete.json"
     saved = torch.load(file, weights_only=True)
-    saved["param_groups"][0]["params"] = [0, 1]  # as PyTorch does it
+    saved["param_groups"][1]["params"] = [0, 1]  # as PyTorch does it
     torch.save(saved, file)
     files = json.loads(marker.read_text())["files"]
     files[file.name] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -483,10 +488,10 @@ def test_a_checkpoint_keyed_by_place_or_with_a_file_missing_is_refused(tmp_path)
     with pytest.raises(
         InputError, match=r"2 not in the plan, as 0; 2 not in the checkpoint, as transformer\.ln_f\.bias"
     ):
-        check_checkpoint(checkpoint, trainer.plan)
+        check_checkpoint(checkpoint, trainer.tuning.plan)
     file.unlink()
     with pytest.raises(InputError, match=r"no whole checkpoint of partialtune: optimizer\.pt is missing"):
-        check_checkpoint(checkpoint, trainer.plan)
+        check_checkpoint(checkpoint, trainer.tuning.plan)
 
 
 # ---- the audit ------------------------------------------------------------------------------------------------------
@@ -505,13 +510,10 @@ class Fault(TrainerCallback):
 
 
 def test_a_thawed_layer_that_is_missing_from_the_optimizer_stops_the_run_when_its_phase_begins(tmp_path, monkeypatch):
-    from partialtune.training import phased_optimizer as phases
+    def forget(*args):
+        return [held for held in hold_back(*args) if held.member.parameter.ndim > 1]
 
-    def forget(group, optimizer):
-        parameters, group["params"] = group["params"], []
-        return phases.Held(group, [parameter for parameter in parameters if parameter.ndim > 1], {})
-
-    monkeypatch.setattr(phases, "_take_out", forget)
+    monkeypatch.setattr(phases, "hold_back", forget)
     trainer = trainer_of(tmp_path, tiny_gpt2(), ["final_norm"], PHASES)
     with pytest.raises(FreezeViolation, match=r"step 3: 8 trainable .* missing from the optimizer: transformer\.h\.2"):
         trainer.train()
@@ -695,7 +697,7 @@ def train_as_one_of_two(folder, how):
         "finds_unused": wrapped.find_unused_parameters,
         "equal": [same for same, _ in compare.rows],
         "digests": [found for _, found in compare.rows],
-        "passed": trainer.audit.result.passed,
+        "passed": trainer.tuning.audit.passed,
     }
 
 

@@ -15,13 +15,13 @@ import yaml
 from cluster import small_recipe
 from conftest import REPOSITORY
 from partialtune.cli import main
+from partialtune.engine.checkpoint_files import finish_checkpoint, newest_whole_checkpoint
 from partialtune.errors import InputError, TextError
 from partialtune.net.addresses import lacks_secrets, without_secrets
 from partialtune.net.download import Limits
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.recipe import read_recipe
 from partialtune.text.reading import read_texts
-from partialtune.training.checkpoint_files import finish_checkpoint, newest_whole_checkpoint
 from partialtune.training.resume_check import check_checkpoint, recipe_differences
 
 SECRET = "hf_ThisIsASecretThatNobodyMayEverSeeAnywhere"

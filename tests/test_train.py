@@ -1,6 +1,5 @@
 """The whole run: what it must show, on the bundled model, on GPT-2's shape, and against a plain PyTorch loop."""
 
-import inspect
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from conftest import EXCERPTS, REPOSITORY, SOURCES, gpt2_tokenizer, tiny_gpt2
 from partialtune.cli import main
+from partialtune.engine.trainer_overrides import TunedTrainer
 from partialtune.scoring.evaluation import score_text, scored_text
 from partialtune.text.reading import read_texts
 from partialtune.text.tokenizing import tokenize_text
@@ -350,9 +350,7 @@ def test_a_launchers_precision_does_not_slip_past_what_was_measured(recipe, tmp_
 def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in_place(
     recipe, tmp_path, monkeypatch, capsys
 ):
-    from partialtune.training.trainer import PartialTrainer
-
-    step = PartialTrainer.training_step
+    step = Trainer.training_step
 
     def with_fault(self, model, *rest):
         if self.state.global_step == 3:
@@ -360,7 +358,7 @@ def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in
                 self.model.transformer.h[0].mlp.c_fc.weight.view(torch.int32)[0, 0] ^= 1
         return step(self, model, *rest)
 
-    monkeypatch.setattr(PartialTrainer, "training_step", with_fault)
+    monkeypatch.setattr(Trainer, "training_step", with_fault)
     assert main(["train", recipe]) == 3
     assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
     assert read(tmp_path / "run", "exit.json")["code"] == 3
@@ -380,9 +378,7 @@ def test_a_changed_frozen_weight_ends_the_run_with_3_and_no_checkpoint_is_put_in
 def test_a_signal_during_warm_up_when_nothing_has_moved_ends_with_its_code_after_a_checkpoint(
     recipe, tmp_path, monkeypatch, number, code, frozen_changed
 ):
-    from partialtune.training.trainer import PartialTrainer
-
-    step = PartialTrainer.training_step
+    step = Trainer.training_step
 
     def with_signal(self, model, *rest):
         if self.state.global_step == 1:
@@ -392,7 +388,7 @@ def test_a_signal_during_warm_up_when_nothing_has_moved_ends_with_its_code_after
                     self.model.transformer.wpe.weight.view(torch.int32)[0, 0] ^= 1
         return step(self, model, *rest)
 
-    monkeypatch.setattr(PartialTrainer, "training_step", with_signal)
+    monkeypatch.setattr(Trainer, "training_step", with_signal)
     warm_up = ["--trainable", "/.*ln_.*weight/", "--learning_rate", "2e-5", "--warmup_steps", "2000"]
     assert main(["train", recipe, *warm_up]) == code
     run = tmp_path / "run"
@@ -401,16 +397,14 @@ def test_a_signal_during_warm_up_when_nothing_has_moved_ends_with_its_code_after
     assert read(run, "audit.json")["trainable"]["unmoved"], "otherwise nothing is tested here"
     assert (run / "checkpoint-2").is_dir() is not frozen_changed
     if number == signal.SIGTERM and not frozen_changed:
-        monkeypatch.setattr(PartialTrainer, "training_step", step)
+        monkeypatch.setattr(Trainer, "training_step", step)
         assert main(["train", recipe, *warm_up, "--resume_from_checkpoint", "auto"]) == 0
 
 
 def test_a_frozen_weight_that_changed_in_the_last_step_ends_the_run_with_3_and_everything_else_is_written(
     recipe, tmp_path, monkeypatch, capsys
 ):
-    from partialtune.training.trainer import PartialTrainer
-
-    save = PartialTrainer._save_checkpoint
+    save = TunedTrainer._save_checkpoint
 
     def with_fault(self, *rest):
         if self.state.global_step == self.state.max_steps:
@@ -418,7 +412,7 @@ def test_a_frozen_weight_that_changed_in_the_last_step_ends_the_run_with_3_and_e
                 self.model.transformer.h[0].mlp.c_fc.weight.view(torch.int32)[0, 0] ^= 1
         save(self, *rest)
 
-    monkeypatch.setattr(PartialTrainer, "_save_checkpoint", with_fault)
+    monkeypatch.setattr(TunedTrainer, "_save_checkpoint", with_fault)
     assert main(["train", recipe]) == 3
     assert "transformer.h.0.mlp.c_fc.weight" in capsys.readouterr().err
     run = tmp_path / "run"
@@ -476,16 +470,14 @@ def test_bits_per_byte_of_no_held_out_text_choose_no_best_model(recipe, tmp_path
 
 
 def test_an_allowed_violation_is_written_and_the_run_ends_with_0(recipe, tmp_path, monkeypatch):
-    from partialtune.training.trainer import PartialTrainer
-
-    step = PartialTrainer.training_step
+    step = Trainer.training_step
 
     def with_fault(self, model, *rest):
         with torch.no_grad():
             self.model.transformer.wpe.weight.add_(1e-3)
         return step(self, model, *rest)
 
-    monkeypatch.setattr(PartialTrainer, "training_step", with_fault)
+    monkeypatch.setattr(Trainer, "training_step", with_fault)
     assert main(["train", recipe, "--allow_failed_audit", "true"]) == 0
     assert read(tmp_path / "run", "audit.json")["frozen"]["changed"] == ["transformer.wpe.weight"]
 
@@ -497,36 +489,6 @@ def test_more_steps_go_on_from_the_last_checkpoint_of_a_finished_run(recipe, tmp
     assert main(["train", recipe, *more]) == 0
     assert read(tmp_path / "run", "trainer_state.json")["global_step"] == 12
     assert sorted({line["step"] for line in lines_of(tmp_path / "run")}) == [8, 10, 12]
-
-
-# ---- what the Trainer relies on in transformers ----------------------------------------------------------------------
-
-OVERRIDDEN = {
-    "_determine_best_metric": {"metrics", "trial"},
-    "_get_grad_norm": {"model", "grad_norm"},
-    "_get_output_dir": {"trial"},
-    "_load_best_model": set(),
-    "_load_from_checkpoint": {"resume_from_checkpoint", "model"},
-    "_load_optimizer_and_scheduler": {"checkpoint"},
-    "_load_rng_state": {"checkpoint"},
-    "_maybe_log_save_evaluate": {"tr_loss", "grad_norm", "model", "trial", "epoch", "start_time"},
-    "_run_epoch": {"model", "epoch", "train_dataloader"},
-    "_save": {"output_dir", "state_dict"},
-    "_save_checkpoint": {"model", "trial"},
-}
-
-
-def test_every_private_method_of_trainer_that_is_overridden_is_still_there_and_named_in_the_docstring():
-    from partialtune.training.trainer import PartialTrainer
-
-    private = {name for name in vars(PartialTrainer) if name.startswith("_") and not name.startswith("__")}
-    assert {name for name in private if hasattr(Trainer, name)} == set(OVERRIDDEN)
-    for name, parameters in OVERRIDDEN.items():
-        assert parameters <= inspect.signature(getattr(Trainer, name)).parameters.keys(), name
-        assert f"`{name}`" in PartialTrainer.__doc__
-        source = inspect.getsource(Trainer)
-        assert f"self.{name}(" in source, f"nothing calls {name} any more"
-    assert callable(Trainer._get_learning_rate)
 
 
 # ---- GPT-2's shape and the notebook's arithmetic --------------------------------------------------------------------

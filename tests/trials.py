@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
@@ -32,7 +32,6 @@ from partialtune.scoring.evaluation import ScoredText, score_text
 from partialtune.scoring.prompts import probe_prompts
 from partialtune.training.recipe_trainer import make_trainer, prefix_phases
 from partialtune.training.settings import training_arguments
-from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import RunData
 from partialtune.verify.verify import verify
 from tiny_models import tiny_config
@@ -233,12 +232,11 @@ class Trial:
                 sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1), largest_ids={}
             )
             prefix = prefix_phases(recipe, self.plan, model, args, data)
-            apply_plan(model, self.plan)
             made_of = {"plan": self.plan, "model": model, "args": args, "data": data}
-            trainer = make_trainer(recipe, **made_of, prefix=prefix, conformance=conformance)
+            trainer = make_trainer(recipe, **made_of, prefix=prefix, conformance=conformance).trainer
             trainer.train()
-            if trainer.audit.result.changed:
-                raise Wrong(f"the audit found changes in {', '.join(trainer.audit.result.changed)}")
+            if trainer.tuning.audit.changed:
+                raise Wrong(f"the audit found changes in {', '.join(trainer.tuning.audit.changed)}")
             self._check_saved(trainer, f"{folder}/saved")
             first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
             return _weights(model), first
@@ -268,10 +266,11 @@ class Trial:
             "disable_tqdm": True,
         }
 
-    def _check_saved(self, trainer: PartialTrainer, saved: str) -> None:
+    def _check_saved(self, trainer: Trainer, saved: str) -> None:
         """Read the saved folder back: the claim holds, and it is the model that was trained."""
         trainer.save_model(saved)
-        different = trainer.read_back(Path(saved), trainer.audit.digests_after, trainer.audit.buffers_after)
+        audit = trainer.tuning.audit_callback
+        different = trainer.tuning.read_back(Path(saved), audit.digests_after, audit.buffers_after)
         if different:
             raise Wrong(f"the run would not know its own files: {different[0]}")
         verify(self.base, saved, self.trainable).raise_if_violated()

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editors and type checkers
+    from partialtune.engine.attach import attach as attach
+    from partialtune.engine.tuning import Tuning as Tuning
     from partialtune.errors import FreezeViolation as FreezeViolation
     from partialtune.freeze.apply import apply_plan as apply_plan
     from partialtune.freeze.plan import FreezePlan as FreezePlan
@@ -30,9 +32,11 @@ _HOME = {
     "FreezeAuditCallback": "proof.audit",
     "FreezePlan": "freeze.plan",
     "FreezeViolation": "errors",
+    "Tuning": "engine.tuning",
     "WeightDeltaCallback": "proof.deltas",
     "apply_delta": "rebuild",
     "apply_plan": "freeze.apply",
+    "attach": "engine.attach",
     "load": "rebuild",
     "load_text": "text.reading",
     "open_run": "recipe_run.finished_run",

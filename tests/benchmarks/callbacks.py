@@ -41,34 +41,30 @@ def measure(policy: tuple[list[str], str], blocks: int, batch_size: int, block_s
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from partialtune.freeze.apply import apply_plan
     from partialtune.freeze.plan import plan_freeze
     from partialtune.model.loading import quiet_libraries
     from partialtune.training.performance import performance
+    from partialtune.training.recipe_trainer import attached_trainer
     from partialtune.training.settings import training_arguments
-    from partialtune.training.trainer import PartialTrainer
-    from partialtune.training.training_data import collate_windows
 
     quiet_libraries()
     model = GPT2LMHeadModel(GPT2Config(n_layer=blocks))
     plan = plan_freeze(model, policy[0], head=policy[1])
-    apply_plan(model, plan)
     ids = np.random.default_rng(0).integers(50257, size=(steps * batch_size, block_size))
     with tempfile.TemporaryDirectory() as folder:
         said = {"max_steps": steps, "per_device_train_batch_size": batch_size, "save_strategy": "no", "bf16": bf16}
         args = training_arguments({**said, "output_dir": folder, "disable_tqdm": True})
         windows = Dataset.from_dict({"input_ids": ids.tolist()})
-        settings = {"model": model, "args": args, "train_dataset": windows, "data_collator": collate_windows}
-        trainer = PartialTrainer(plan=plan, delta_steps=DELTA_STEPS, **settings)
-        snapshot = trainer.deltas.seconds + trainer.audit.seconds
-        audited = trainer.audit.seconds
-        reported = trainer.deltas.seconds
-        trainer.train()
-        seconds = trainer.deltas.seconds + trainer.audit.seconds
-        share = performance(args, trainer.timer, None, None, block_size, trainer.fast, seconds)["callback_share"]
+        run = attached_trainer(plan=plan, delta_steps=DELTA_STEPS, model=model, args=args, train_dataset=windows)
+        tuning = run.tuning
+        snapshot = tuning.seconds
+        audited, reported = tuning.audit_callback.seconds, tuning.delta_callback.seconds
+        run.train()
+        share = performance(args, run.timer, None, None, block_size, tuning.fast, tuning.seconds)["callback_share"]
     reports = -(-steps // DELTA_STEPS)
-    report, audit = (trainer.deltas.seconds - reported) / reports, trainer.audit.seconds - audited
-    return Cost(policy[0], trainer.timer.median(), snapshot, report, audit, share)
+    report = (tuning.delta_callback.seconds - reported) / reports
+    audit = tuning.audit_callback.seconds - audited
+    return Cost(policy[0], run.timer.median(), snapshot, report, audit, share)
 
 
 def main() -> None:

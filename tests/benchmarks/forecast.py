@@ -77,11 +77,9 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
 
     from partialtune.cost.dry_step import dry_step
     from partialtune.cost.forecast import FP32_BYTES, growth_of_process
-    from partialtune.freeze.apply import apply_plan
     from partialtune.freeze.plan import plan_freeze
+    from partialtune.training.recipe_trainer import attached_trainer
     from partialtune.training.settings import training_arguments
-    from partialtune.training.trainer import PartialTrainer
-    from partialtune.training.training_data import collate_windows
 
     sizes = {
         "n_layer": shape.blocks,
@@ -108,17 +106,9 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
         )
         before = resident_mb()
         model = GPT2LMHeadModel(config)
-        apply_plan(model, plan)
-        trainer = PartialTrainer(
-            plan=plan,
-            delta_steps=STEPS,
-            fast_paths=FAST_PATHS,
-            model=model,
-            args=args,
-            train_dataset=windows,
-            data_collator=collate_windows,
-        )
-        trainer.train()
+        settings = {"model": model, "args": args, "train_dataset": windows}
+        run = attached_trainer(plan=plan, delta_steps=STEPS, fast_paths=FAST_PATHS, **settings)
+        run.train()
         measured = largest_mb() - before
     cost = dry_step(empty, plan, shape.batch_size, shape.block_size, optimizer=args.optim, fast_paths=FAST_PATHS)
     copies = FP32_BYTES * plan.trainable_parameters
@@ -128,7 +118,7 @@ def measure(shape: Shape, selectors: list[str], head: str) -> Growth:
         tensors=(cost.memory.peak + copies) / 2**20,
         forecast=growth_of_process(cost, copies) / 2**20,
         measured=measured,
-        products=(cost.products.total + cost.products.attention) / trainer.flops_per_step,
+        products=(cost.products.total + cost.products.attention) / run.products.flops_per_step,
     )
 
 

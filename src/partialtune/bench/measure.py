@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from partialtune.bench.variants import plan_of, runnable
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.errors import PartialtuneError
-from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import quiet_libraries
@@ -25,9 +24,8 @@ from partialtune.recipe.recipe import Recipe
 from partialtune.text.windows import chunked_windows
 from partialtune.training.launch import one_device_a_process, use_all_cores
 from partialtune.training.performance import performance
-from partialtune.training.recipe_trainer import make_trainer, prefix_phases
+from partialtune.training.recipe_trainer import RecipeTrainer, make_trainer, prefix_phases
 from partialtune.training.settings import compute_dtype, product_rate, training_arguments
-from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import RunData
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -50,8 +48,8 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
         args = training_arguments(recipe.training)
         one_device_a_process(args)
         empty, plan = plan_of(recipe)  # on the meta device: counts arithmetic without holding weights
-        trainer = trained(recipe, plan, random_model(empty, recipe).to(args.device), args)
-        return result_of(trainer, empty, recipe.text.block_size)
+        run = trained(recipe, plan, random_model(empty, recipe).to(args.device), args)
+        return result_of(run, empty, recipe.text.block_size)
 
 
 def random_model(empty: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
@@ -72,27 +70,26 @@ def random_data(recipe: Recipe, args: TrainingArguments, vocabulary: int) -> Run
     return RunData(sources=[], train=windows, held_out=None, scored={}, token_counts=np.bincount(ids), largest_ids={})
 
 
-def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments) -> PartialTrainer:
+def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments) -> RecipeTrainer:
     """The Trainer of the recipe, after its steps."""
     data = random_data(recipe, args, model.config.get_text_config().vocab_size)
     conformance = check_conformance(model, recipe.text.block_size)
     prefix = prefix_phases(recipe, plan, model, args, data)
-    apply_plan(model, plan)
-    trainer = make_trainer(recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance)
-    trainer.train()
-    return trainer
+    run = make_trainer(recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance)
+    run.train()
+    return run
 
 
-def result_of(trainer: PartialTrainer, empty: PreTrainedModel, block_size: int) -> dict[str, Any]:
+def result_of(run: RecipeTrainer, empty: PreTrainedModel, block_size: int) -> dict[str, Any]:
     """What was measured."""
-    args, plan, dtype = trainer.args, trainer.plan, compute_dtype(trainer.args)
+    args, tuning, dtype = run.trainer.args, run.tuning, compute_dtype(run.trainer.args)
+    plan = tuning.plan
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    needed = needed_products(empty, plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
+    needed = needed_products(empty, plan, *batch, prefix_cached=tuning.fast.keeps_prefix)
     rate = product_rate(args.device, dtype)
-    used = utilisation(needed, trainer.timer.median(), rate)
-    watched = trainer.deltas.seconds + trainer.audit.seconds
+    used = utilisation(needed, run.timer.median(), rate)
     return {
-        **performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched),
+        **performance(args, run.timer, run.products.flops_per_step, used, block_size, tuning.fast, tuning.seconds),
         "trainable_parameters": plan.trainable_parameters,
         "total_parameters": plan.total_parameters,
         "tokens_per_step": batch[0] * batch[1] * batch[2],

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, set_seed
 
 from partialtune.compare.learning_rates import RateTrial, keep_trial
 from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
-from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
 from partialtune.metrics import HEADLINE
 from partialtune.model.conformance import check_conformance
@@ -76,16 +75,13 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
         prefix = prefix_phases(recipe, plan, model, args, data)
-        apply_plan(model, plan)
         model.to(args.device)
         # seeded anew for each rate and where `train` seeds, right before the Trainer: the rates differ in nothing else
         set_seed(args.seed)
-        trainer = make_trainer(
-            recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance
-        )
+        run = make_trainer(recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance)
         length = recipe.training.get("max_steps")
         try:
-            trainer.train()
+            run.train()
         except TrainingDiverged:
             return RateTrial(rate, None, "diverged", length)
         except FreezeViolation:

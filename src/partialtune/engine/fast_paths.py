@@ -7,8 +7,9 @@ Before and after it the model is what `from_pretrained` gave: scores and digests
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,6 +20,7 @@ from partialtune.engine.no_logits import LossWithoutLogits
 from partialtune.engine.prefix import PrefixCache, modules_before_blocks
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import ModelError
+from partialtune.model.conformance import probe_windows
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +84,11 @@ class FastPaths:
         Every process sees the same window and weights, and decides alike.
         """
         loss = LossWithoutLogits(self._model)
-        row = torch.as_tensor(self._windows[0][0]["input_ids"], dtype=torch.long)
-        why_not = loss.refusal(row[None].to(_device(self._model)))
+        if self._windows:
+            rows = torch.as_tensor(self._windows[0][0]["input_ids"], dtype=torch.long)[None]
+        else:
+            rows = probe_windows(self._model, 16, [])
+        why_not = loss.refusal(rows.to(_device(self._model)))
         if why_not:
             logger.info("The model keeps its own loss, with all logits: %s.", why_not)
         else:
@@ -116,6 +121,17 @@ class FastPaths:
             self._casts.end()
         if self._loss is not None:
             self._loss.forget_copies()
+
+    @contextmanager
+    def batch(self, inputs: MutableMapping[str, Any], logits_wanted: bool) -> Iterator[None]:
+        """Around what a Trainer does with a batch.
+
+        Args:
+            inputs: Of the model.
+            logits_wanted: Whether the Trainer looks at the logits.
+        """
+        with self._loss.active() if self._loss is not None and not logits_wanted else nullcontext():
+            yield
 
     @contextmanager
     def step(self, numbers: torch.Tensor | None) -> Iterator[None]:

@@ -1,16 +1,16 @@
-"""The optimizer of a plan: parameters are in it from the step of their phase on, and its state is kept by their names.
+"""Phases of a plan: what learns, what is in the optimizer, and what is recomputed, changes at their steps.
+
+    phases = Phases(plan, model, optimizer, fast)
+    phases.start(0)                 # what belongs to later phases is held out of the optimizer
+    phases.step_begins(step)        # before each step: is it the first of a phase?
+    phases.end()
 
 All that any phase trains requires gradients when the model is wrapped for several processes, since DDP never
 synchronises what is thawed later, and the optimizer is made with all of it, so that its groups and the learning rate
 scheduler are complete. Only then is what belongs to later phases taken out again, until its phase begins.
-
-PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of other trainable layers of the same
-shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
 import logging
-from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from partialtune.engine.fast_paths import FastPaths
-from partialtune.errors import InputError
+from partialtune.engine.plan_optimizer import Member, bare_optimizer, members_of, set_members
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.parameters import named_weights
@@ -26,80 +26,135 @@ from partialtune.model.train_mode import keep_activations, recompute_from
 
 logger = logging.getLogger(__name__)
 
-BEGINS = "from_step"  # key in a group of the optimizer: the first step in which its parameters learn
-
-
-def split_by_phase(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan) -> None:
-    """Split the optimizer's groups, so that what begins at one step with one rate has groups of its own.
-
-    Groups of earlier phases come first. Settings such as weight decay stay those of the group that was split.
-    """
-    names = {id(parameter): name for name, parameter in named_weights(model)}
-    planned = {parameter.name: parameter for parameter in plan.parameters}
-    members: dict[tuple, list[nn.Parameter]] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            entry = planned[names[id(parameter)]]
-            members.setdefault((entry.from_step, number, entry.learning_rate), []).append(parameter)
-    whole = list(optimizer.param_groups)
-    optimizer.param_groups[:] = [
-        {**whole[number], "params": parameters, "lr": whole[number]["lr"] if rate is None else rate, BEGINS: step}
-        for (step, number, rate), parameters in sorted(members.items(), key=lambda entry: entry[0][:2])
-    ]
-
 
 class Held(NamedTuple):
-    """What is out of the optimizer until its phase begins."""
+    """What is out of the optimizer until its phase begins.
 
-    group: dict[str, Any]
-    parameters: list[nn.Parameter]
-    state: dict[nn.Parameter, Any]  # Adagrad has some from the start; older ones make none later
+    Attributes:
+        group: Place of its group in the optimizer: `load_state_dict` exchanges the groups themselves.
+        member: The parameter.
+        from_step: First step in which it learns.
+        state: Of the parameter: Adagrad has some from the start. None where there is none.
+    """
+
+    group: int
+    member: Member
+    from_step: int
+    state: Any
 
 
-class PhaseCallback(TrainerCallback):
+class Phases:
     """Lets each phase begin at its step: gradients, train mode, optimizer, and what is recomputed in backward.
 
     Args:
         plan: The plan that was applied to the model.
+        model: The model itself.
+        optimizer: As `suit_optimizer` left it.
         fast: The run's fast paths, which are told of each phase.
+        recompute: Whether activations are checkpointed: exactly the blocks that backward passes are, in each phase.
+
+    Attributes:
+        phase: The present one, None before `start`.
+    """
+
+    def __init__(
+        self,
+        plan: FreezePlan,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        fast: FastPaths,
+        recompute: bool = False,
+    ) -> None:
+        self.plan, self.model, self.fast, self.recompute = plan, model, fast, recompute
+        self.phase: Phase | None = None
+        self._optimizer = bare_optimizer(optimizer)
+        self._held: list[Held] = []
+
+    def start(self, step: int) -> None:
+        """Begin with the phase of this step.
+
+        Args:
+            step: Number of steps that were taken already: 0, or those of a checkpoint, which is loaded by now.
+        """
+        self._held = hold_back(self._optimizer, self.model, self.plan, step)
+        self._begin(self.plan.phase_at(step))
+
+    def step_begins(self, step: int) -> None:
+        """Begin the phase of this step, if another one than the present."""
+        phase = self.plan.phase_at(step)
+        if phase is not self.phase:
+            self._let_in(phase.first_step)
+            self._begin(phase)
+
+    def end(self) -> None:
+        """Take off what depends on the phase, and give the optimizer back what was held: another training may begin."""
+        if self.phase is None:
+            return
+        self._let_in(max(phase.first_step for phase in self.plan.phases))
+        self.phase = None
+        self.fast.leave()
+        keep_activations(self.model)
+
+    def _let_in(self, step: int) -> None:
+        """Put back what learns in this step."""
+        due = [held for held in self._held if held.from_step <= step]
+        self._held = [held for held in self._held if held.from_step > step]
+        for held in due:
+            group = self._optimizer.param_groups[held.group]
+            set_members(group, [*members_of(group), held.member])
+            if held.state is not None:
+                self._optimizer.state[held.member.parameter] = held.state
+
+    def _begin(self, phase: Phase) -> None:
+        self.phase = phase
+        self.fast.leave()
+        let_learn(self.model, phase.trainable, also_in_eval=self.fast.before_blocks if phase.first_block else ())
+        if self.recompute:
+            recompute_from(self.model, phase.first_block)
+        self.fast.begin(phase.first_step)
+        if len(self.plan.phases) > 1:
+            logger.info("From step %d: %s", phase.first_step, phase_words(self.plan, phase))
+
+
+def hold_back(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan, step: int) -> list[Held]:
+    """Take out of the optimizer what learns only after this step."""
+    begins = {parameter.name: parameter.from_step for parameter in plan.parameters if parameter.from_step is not None}
+    from_step = {id(parameter): begins.get(name, 0) for name, parameter in named_weights(model)}
+    held = []
+    for number, group in enumerate(optimizer.param_groups):
+        members = members_of(group)
+        for member in members:
+            begin = from_step.get(id(member.parameter), 0)
+            if begin > step:
+                held.append(Held(number, member, begin, optimizer.state.pop(member.parameter, None)))
+        set_members(group, [m for m in members if from_step.get(id(m.parameter), 0) <= step])
+    return held
+
+
+class PhaseCallback(TrainerCallback):
+    """`Phases` in a Trainer.
+
+    Args:
+        plan: The plan that was applied to the model.
+        fast: The run's fast paths, which are told of each phase.
+
+    Attributes:
+        phases: None before training begins.
     """
 
     def __init__(self, plan: FreezePlan, fast: FastPaths) -> None:
-        self.plan = plan
-        self.fast = fast
-        self._held: list[Held] = []
+        self.plan, self.fast = plan, fast
+        self.phases: Phases | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        later = [group for group in optimizer.param_groups if group.get(BEGINS, 0) > state.global_step]
-        self._held = [_take_out(group, optimizer) for group in later]
-        self._begin(self.plan.phase_at(state.global_step), args, model)
+        self.phases = Phases(self.plan, model, optimizer, self.fast, bool(args.activation_checkpointing))
+        self.phases.start(state.global_step)
 
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        due = [held for held in self._held if held.group[BEGINS] == state.global_step]
-        if due:
-            self._held = [held for held in self._held if held.group[BEGINS] > state.global_step]
-            for held in due:
-                held.group["params"].extend(held.parameters)
-                optimizer.state.update(held.state)
-            self._begin(self.plan.phase_at(state.global_step), args, model)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.phases.step_begins(state.global_step)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.fast.leave()
-        keep_activations(model)
-
-    def _begin(self, phase: Phase, args, model: nn.Module) -> None:
-        self.fast.leave()
-        let_learn(model, phase.trainable, also_in_eval=self.fast.before_blocks if phase.first_block else ())
-        if args.activation_checkpointing:
-            recompute_from(model, phase.first_block)
-        self.fast.begin(phase.first_step)
-        if len(self.plan.phases) > 1:
-            logger.info("From step %d: %s", phase.from_step, phase_words(self.plan, phase))
-
-
-def _take_out(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> Held:
-    parameters, group["params"] = group["params"], []
-    return Held(group, parameters, {p: optimizer.state.pop(p) for p in parameters if p in optimizer.state})
+    def on_train_end(self, args, state, control, **kwargs):
+        self.phases.end()
 
 
 def phase_words(plan: FreezePlan, phase: Phase) -> str:
@@ -108,62 +163,3 @@ def phase_words(plan: FreezePlan, phase: Phase) -> str:
     count = sum(parameter.numel for parameter in plan.parameters if parameter.name in names)
     share = count / plan.total_parameters
     return f"trainable {count:,} of {plan.total_parameters:,} ({share:.1%}), backward stops at {phase.backward_from}"
-
-
-# ---- state by name -------------------------------------------------------------------------------------------------
-
-
-def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Let the optimizer's `state_dict` name parameters as the plan does, and `load_state_dict` take such a one.
-
-    {"state": {name: {"exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [name, ...]}]}
-    """
-    name_of = {id(parameter): name for name, parameter in named_weights(model)}
-    optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of))
-    optimizer.register_load_state_dict_pre_hook(partial(_names_to_places, name_of))
-
-
-def _places_to_names(
-    name_of: Mapping[int, str], optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
-) -> dict[str, Any]:
-    names = [name for group in _names_by_group(name_of, optimizer) for name in group]
-    groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
-    return {"state": {names[place]: state for place, state in state_dict["state"].items()}, "param_groups": groups}
-
-
-def _names_to_places(
-    name_of: Mapping[int, str], optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Parameters that are not named, those of later phases, keep the state that the optimizer was made with."""
-    names, saved = _names_by_group(name_of, optimizer), saved_groups(state_dict)
-    if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
-        raise InputError(
-            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on` or "
-            "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
-        )
-    kept = state_dict.get("state")
-    if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
-        raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
-    place_of = {name: place for place, name in enumerate(name for group in names for name in group)}
-    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | dict(kept)
-    groups = [{**old, "params": [place_of[name] for name in new]} for old, new in zip(saved, names, strict=True)]
-    return {"state": {place_of[name]: state for name, state in states.items()}, "param_groups": groups}
-
-
-def saved_groups(saved: Any) -> list[Mapping[str, Any]]:
-    """The groups of parameters in an optimizer's saved state, each with its names under `params`.
-
-    Raises:
-        ValueError: If it is no such state.
-    """
-    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
-    if not (isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)):
-        raise ValueError("its optimizer holds no groups of parameters")
-    of_groups = [group.get("params") for group in groups]
-    if not all(isinstance(names, list) and all(isinstance(name, str | int) for name in names) for names in of_groups):
-        raise ValueError("its optimizer holds groups without names of parameters")
-    return groups
-
-
-def _names_by_group(name_of: Mapping[int, str], optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    return [[name_of[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]

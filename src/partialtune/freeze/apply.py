@@ -20,7 +20,7 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent. LayerDrop is
-    switched off: no block is left out of a step.
+    switched off: no block is left out of a step. Applying the same plan again changes nothing.
 
     Args:
         model: The model that the plan was made for. One that `torch.compile` has wrapped is treated as what it wraps.
@@ -32,11 +32,12 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     model = uncompiled(model)
     if plan.head == "untied":
         untie_head(model)
-    if plan.adapter is not None:
+    planned = {parameter.name for parameter in plan.parameters}
+    if plan.adapter is not None and {name for name, _ in named_weights(model)} != planned:  # else it has them already
         add_adapters(model, plan.adapter)
-    parameters = dict(named_weights(model))
-    if set(parameters) != {planned.name for planned in plan.parameters}:
-        strangers = sorted(set(parameters) ^ {planned.name for planned in plan.parameters})
+    present = {name for name, _ in named_weights(model)}
+    if present != planned:
+        strangers = sorted(present ^ planned)
         raise RecipeError(
             f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
             f"{strangers[0]} first: plan after wrapping. Make a plan for this model with plan_freeze, after all that "

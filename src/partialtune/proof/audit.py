@@ -208,7 +208,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.stuck, audit.unmoved = self._unmoved(state)
             audit.below_precision = self._rounded_away(model)
             audit = from_main(audit)  # copies and their distances are known there only
-        state.log_history.append({"audit/passed": float(audit.passed), "epoch": state.epoch, "step": state.global_step})
+        self.log({"audit/passed": float(audit.passed)}, state)
         self._conclude(args, state, audit)
 
     # ---- what is compared -------------------------------------------------------------------------------------------

@@ -3,11 +3,9 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-
-from transformers import Trainer
 
 from partialtune.distributed import raise_disk_error
 from partialtune.files import write_whole
@@ -39,19 +37,16 @@ class WeightDeltaCallback(SnapshotCallback):
         output_dir: Folder of the file, `args.output_dir` where absent.
 
     Attributes:
+        newest: The distance of each parameter by its name, at the newest report; on the main process alone.
         snapshot, seconds: As in `SnapshotCallback`.
     """
 
     def __init__(self, plan: FreezePlan, delta_steps: int = 10, output_dir: str | os.PathLike | None = None) -> None:
         super().__init__(plan, output_dir)
         self.delta_steps = delta_steps
+        self.newest: dict[str, ParameterDelta] = {}
         self._reported_at = -1
         self._unwritten: list[str] = []
-        self._log: Callable[[dict[str, float]], None] | None = None
-
-    def attach(self, trainer: Trainer) -> None:
-        """Send the values through `trainer.log`, so that trackers get them too."""
-        self._log = trainer.log
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.snapshot is None:
@@ -135,17 +130,15 @@ class WeightDeltaCallback(SnapshotCallback):
             # A parameter of the plan that has left the model still gets its line: its distance is unknown, not 0.
             deltas = {parameter.name: unknown(parameter.name) for parameter in self.plan.parameters}
             deltas |= {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
+            self.newest = deltas
             self._reported_at = state.global_step
             if state.is_world_process_zero:
                 self._unwritten.extend(self._lines(state.global_step, deltas))
                 self._write_lines(args)
             values = self.group_deltas(deltas)
-        if self._log is not None:
-            should_log = control.should_log
-            self._log(values)
-            control.should_log = should_log  # CallbackHandler.on_log clears it: this step's loss would not be logged
-        else:  # user callbacks get no trainer, and run after the trackers
-            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+        should_log = control.should_log
+        self.log(values, state)
+        control.should_log = should_log  # CallbackHandler.on_log clears it: this step's loss would not be logged
 
     def _lines(self, step: int, deltas: dict[str, ParameterDelta]) -> Iterator[str]:
         for parameter in self.plan.parameters:

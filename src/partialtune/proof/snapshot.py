@@ -9,15 +9,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from partialtune.distributed import from_main, is_main
 from partialtune.freeze.plan import FreezePlan
@@ -244,6 +245,23 @@ class SnapshotCallback(TrainerCallback):
         self.output_dir = output_dir
         self.snapshot: Snapshot | None = None
         self._watch = Stopwatch()
+        self._log: Callable[[dict[str, float]], None] | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Send what it logs through Trainer's `log`, so that trackers get it too.
+
+        What is logged at the end of training reaches those that are called after this callback: trackers close then.
+        """
+        # Of the class, not the trainer's own: that of a subclass may add what it has gathered since its last entry and
+        # begin anew, as TRL's does, and its own averages would come out of fewer steps.
+        self._log = partial(Trainer.log, trainer)
+
+    def log(self, values: dict[str, float], state) -> None:
+        """Put values into the log of the run; trackers get them where `attach` was called."""
+        if self._log is not None:
+            self._log(values)
+        else:  # callbacks get no trainer, and those of a user are called after the trackers
+            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
 
     @property
     def seconds(self) -> float:

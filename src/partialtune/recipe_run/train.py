@@ -34,9 +34,8 @@ from partialtune.recipe_run.write_results import (
     write_results,
 )
 from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
-from partialtune.training.recipe_trainer import make_trainer
+from partialtune.training.recipe_trainer import RecipeTrainer, make_trainer
 from partialtune.training.resume_check import standing_of
-from partialtune.training.trainer import PartialTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,25 +60,24 @@ def train(recipe: Recipe) -> Path:
         begin_folder(start)
         check_shared(folder, RECIPE_FILE)
 
-        # before the Trainer exists: an optimizer takes the parameters that require a gradient when it is created
-        apply_plan(model, plan)
+        apply_plan(model, plan)  # now already: the base is scored as it will train, with its head untied
         evaluator = evaluator_of(start)
         before = evaluator.before(model.to(start.args.device), folder, start.origin.base.sha256)
 
-        trainer = trainer_at_start(start)
-        curves = LearningCurves(start.data.scored, start.args.per_device_eval_batch_size).attach(trainer)
+        run = trainer_at_start(start)
+        curves = LearningCurves(start.data.scored, start.args.per_device_eval_batch_size).attach(run.trainer)
         # now already, so that a run that fails has its plan (`compare` reads it); below with the digests after training
-        write_plan(folder, plan, trainer.audit)
-        violation = train_to_the_end(trainer, start.checkpoint)
-        save_model(folder, trainer, start.tokenizer, recipe)
+        write_plan(folder, run.tuning)
+        violation = train_to_the_end(run, start.checkpoint)
+        save_model(folder, run, start.tokenizer, recipe)
         # in memory all may be well: only what is read back proves what others will load
-        violation = check_saved(folder, trainer) or violation
-        write_plan(folder, plan, trainer.audit)
+        violation = check_saved(folder, run) or violation
+        write_plan(folder, run.tuning)
 
         after = evaluator.after(model)
-        write_insight(start, trainer, curves, evaluator, before, after)
-        write_performance(start, trainer)
-        write_results(folder, trainer, before, after)
+        write_insight(start, run, curves, evaluator, before, after)
+        write_performance(start, run)
+        write_results(folder, run, before, after)
         # after the results: a failed audit is a finding, and the pages show it
         if violation is not None:
             raise violation
@@ -176,7 +174,7 @@ def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
     done_together(wait)
 
 
-def trainer_at_start(start: RunStart) -> PartialTrainer:
+def trainer_at_start(start: RunStart) -> RecipeTrainer:
     """The Trainer, which has taken its snapshot of the base.
 
     Raises:
@@ -184,9 +182,9 @@ def trainer_at_start(start: RunStart) -> PartialTrainer:
     """
     # from here the random numbers are the same whether the base was scored now or its kept scores were used
     set_seed(start.args.seed)
-    # The snapshot is taken as the Trainer is made: at on_train_begin a checkpoint would be loaded already,
+    # The snapshot is taken as the Trainer is attached: at on_train_begin a checkpoint would be loaded already,
     # and the distances would be those from the checkpoint.
-    trainer = make_trainer(
+    run = make_trainer(
         start.recipe,
         plan=start.plan,
         model=start.model,
@@ -196,8 +194,8 @@ def trainer_at_start(start: RunStart) -> PartialTrainer:
         conformance=start.conformance,
         origin=start.origin,
     )
-    check_start(start.origin.base.sha256, trainer.audit.digests_before)
-    return trainer
+    check_start(start.origin.base.sha256, run.tuning.audit_callback.digests_before)
+    return run
 
 
 def check_start(loaded: Mapping[str, str], digests_before: Mapping[str, str]) -> None:
@@ -222,7 +220,7 @@ def check_start(loaded: Mapping[str, str], digests_before: Mapping[str, str]) ->
         )
 
 
-def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> FreezeViolation | None:
+def train_to_the_end(run: RecipeTrainer, checkpoint: Path | None) -> FreezeViolation | None:
     """Train, from `checkpoint` where there is one.
 
     Returns:
@@ -235,19 +233,20 @@ def train_to_the_end(trainer: PartialTrainer, checkpoint: Path | None) -> Freeze
     """
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
+    trainer, audit = run.trainer, run.tuning.audit_callback
     try:
-        with trainer.stop:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with run.stop:
+            run.train(checkpoint)
     except FreezeViolation as violation:
-        ended = trainer.state.global_step >= trainer.state.max_steps and trainer.audit.digests_after
-        if not ended or trainer.audit.result is None or trainer.audit.result.other_names:
+        ended = trainer.state.global_step >= trainer.state.max_steps and audit.digests_after
+        if not ended or audit.result is None or audit.result.other_names:
             raise
         return violation
     finally:
         with suppress(OSError):  # the error that ends the run is the one to report
             trainer.save_state()
     decided_by_main(trainer.save_state)
-    trainer.stop.raise_if_stopped(trainer.args)
+    run.stop.raise_if_stopped(trainer.args)
     return None
 
 

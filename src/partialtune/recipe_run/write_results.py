@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only
+from partialtune.engine.checkpoint_files import ASIDE, clear_aside, disk_errors
+from partialtune.engine.tuning import Tuning
 from partialtune.errors import FreezeViolation
 from partialtune.files import move_all
-from partialtune.freeze.plan import FreezePlan
 from partialtune.hub.published_files import WEIGHTS
 from partialtune.insight.effective_rank import effective_ranks
 from partialtune.insight.learning_curves import LearningCurves
@@ -21,7 +22,6 @@ from partialtune.model.loading import empty_model
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
 from partialtune.pages.report import write_report
-from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.recipe import Recipe
@@ -30,26 +30,26 @@ from partialtune.recipe_run.finished_run import score_rows, verdict
 from partialtune.recipe_run.prepare import RunStart
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
-from partialtune.training.checkpoint_files import ASIDE, clear_aside, disk_errors
 from partialtune.training.performance import performance
+from partialtune.training.recipe_trainer import RecipeTrainer
 from partialtune.training.settings import compute_dtype, product_rate
-from partialtune.training.trainer import PartialTrainer
 
 logger = logging.getLogger(__name__)
 
 
 @main_process_only
-def write_plan(folder: Path, plan: FreezePlan, audit: FreezeAuditCallback) -> None:
+def write_plan(folder: Path, tuning: Tuning) -> None:
     """`freeze_plan.json`, with the digests that are known."""
-    write_json(folder / "freeze_plan.json", plan.to_json(audit.digests_before, audit.digests_after))
+    audit = tuning.audit_callback
+    write_json(folder / "freeze_plan.json", tuning.plan.to_json(audit.digests_before, audit.digests_after))
 
 
-def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def save_model(folder: Path, run: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
     """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`.
 
     All is written aside and then renamed, so that a run which ended before and goes on keeps a whole model till then.
     """
-    aside = folder / ASIDE / "model"
+    aside, trainer = folder / ASIDE / "model", run.trainer
 
     def finish() -> None:
         if trainer.args.should_save:
@@ -65,38 +65,39 @@ def save_model(folder: Path, trainer: PartialTrainer, tokenizer: PreTrainedToken
         decided_by_main(lambda: clear_aside(folder))
         if recipe.freeze.checkpoint_format == "full":
             trainer.save_model(str(aside))
-        elif trainer.audit.result.changed_buffers:
+        elif run.tuning.audit is not None and run.tuning.audit.changed_buffers:
             logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
             trainer.save_model(str(aside))
         else:
-            save_delta(aside, trainer, recipe.model)
+            save_delta(aside, run, recipe.model)
         done_together(finish)
     finally:
         if trainer.args.should_save:
             clear_aside(folder)
 
 
-def save_delta(folder: Path, trainer: PartialTrainer, base: ModelArguments) -> None:
+def save_delta(folder: Path, run: RecipeTrainer, base: ModelArguments) -> None:
     """Only what was trained, with the digests of base and result."""
-    model, audit = trainer.model, trainer.audit
+    tuning, model, audit = run.tuning, run.trainer.model, run.tuning.audit_callback
     origin = Base(base.model_name_or_path, base.model_revision, getattr(model.config, "_commit_hash", None))
 
     def save() -> None:
-        with trainer.config_as_loaded(), disk_errors("The model", Path(trainer.args.output_dir)):
-            write_delta(folder, model, trainer.plan, audit.digests_before, audit.digests_after, origin)
+        with tuning.as_loaded(), disk_errors("The model", Path(run.trainer.args.output_dir)):
+            write_delta(folder, model, tuning.plan, audit.digests_before, audit.digests_after, origin)
 
     done_together(save)
 
 
-def check_saved(folder: Path, trainer: PartialTrainer) -> FreezeViolation | None:
+def check_saved(folder: Path, run: RecipeTrainer) -> FreezeViolation | None:
     """Read the saved model back from disk and compare it with the digests of the audit, whose verdict it is a part of.
 
     Returns:
         The violation, if there is one: the run's files are still worth writing.
     """
+    audit = run.tuning.audit_callback
     try:
-        found = trainer.read_back(folder, trainer.audit.digests_after, trainer.audit.buffers_after)
-        trainer.audit.conclude_saved(trainer.args, trainer.state, found)
+        found = run.tuning.read_back(folder, audit.digests_after, audit.buffers_after)
+        audit.conclude_saved(run.trainer.args, run.trainer.state, found)
     except FreezeViolation as violation:
         return violation
     return None
@@ -104,14 +105,14 @@ def check_saved(folder: Path, trainer: PartialTrainer) -> FreezeViolation | None
 
 def write_insight(
     start: RunStart,
-    trainer: PartialTrainer,
+    run: RecipeTrainer,
     curves: LearningCurves,
     evaluator: Evaluator,
     before: Evaluation,
     after: Evaluation,
 ) -> None:
     """`insight.json`: what moved and what shifted, beyond the scores. Every process calls this to gather weights."""
-    weights, counts = (start.model, start.plan, trainer.deltas.snapshot.copies), start.data.token_counts
+    weights, counts = (start.model, start.plan, run.tuning.delta_callback.snapshot.copies), start.data.token_counts
     moved = {
         "effective_ranks": effective_ranks(*weights, is_main()),
         "moved_tokens": moved_tokens(*weights, counts, start.tokenizer, is_main()),
@@ -129,24 +130,21 @@ def write_insight(
 
 
 @main_process_only
-def write_performance(start: RunStart, trainer: PartialTrainer) -> None:
+def write_performance(start: RunStart, run: RecipeTrainer) -> None:
     """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
-    args, block_size = trainer.args, start.recipe.text.block_size
+    args, tuning, block_size = run.trainer.args, run.tuning, start.recipe.text.block_size
     empty = empty_model(start.config, start.recipe.model.trust_remote_code)
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    needed = needed_products(empty, trainer.plan, *batch, prefix_cached=trainer.fast.keeps_prefix)
-    used = utilisation(needed, trainer.timer.median(), product_rate(args.device, compute_dtype(args)))
-    watched = trainer.deltas.seconds + trainer.audit.seconds
-    content = performance(args, trainer.timer, trainer.flops_per_step, used, block_size, trainer.fast, watched)
-    write_json(
-        start.folder / "performance.json", {**content, "saved_files_check_seconds": trainer.reading_back.seconds}
-    )
+    needed = needed_products(empty, tuning.plan, *batch, prefix_cached=tuning.fast.keeps_prefix)
+    used = utilisation(needed, run.timer.median(), product_rate(args.device, compute_dtype(args)))
+    content = performance(args, run.timer, run.products.flops_per_step, used, block_size, tuning.fast, tuning.seconds)
+    write_json(start.folder / "performance.json", {**content, "saved_files_check_seconds": tuning.reading_back.seconds})
 
 
 @main_process_only
-def write_results(folder: Path, trainer: PartialTrainer, before: Evaluation, after: Evaluation) -> None:
+def write_results(folder: Path, run: RecipeTrainer, before: Evaluation, after: Evaluation) -> None:
     """Everything that is known only after training, and the pages made of it."""
-    logged = reversed(trainer.state.log_history)
+    logged = reversed(run.trainer.state.log_history)
     metrics = next((entry for entry in logged if "train_runtime" in entry), None)  # if the last save found no fault
     write_json(folder / "train_results.json", metrics or {})
     comparison = compare_prompts(before.prompts, after.prompts)
@@ -156,7 +154,7 @@ def write_results(folder: Path, trainer: PartialTrainer, before: Evaluation, aft
     draw_figures(folder)
     write_card(folder)
     write_report(folder)
-    print(format_prompts(comparison), _closing_words(folder, trainer.audit.result, scores), sep="\n\n", flush=True)
+    print(format_prompts(comparison), _closing_words(folder, run.tuning.audit, scores), sep="\n\n", flush=True)
 
 
 # ---- what the terminal shows last: how far the weights moved, the verdict, the scores, the folder --------------------

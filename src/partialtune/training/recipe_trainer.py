@@ -1,19 +1,28 @@
-"""The Trainer of a recipe, and what each phase of the run does with its frozen prefix."""
+"""The Trainer of a recipe: transformers' own, attached to the plan, with the callbacks of a whole run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from partialtune.engine.attach import attach, put_in_front
+from partialtune.engine.checkpoint_files import FirstStepRecord
 from partialtune.engine.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
+from partialtune.engine.tuning import Tuning
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.machine import free_memory
-from partialtune.metrics import best_model_metric
-from partialtune.model.conformance import Conformance
+from partialtune.metrics import best_model_metric, value_of_loss
+from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.recipe.recipe import Recipe
-from partialtune.training.resume_check import RunOrigin
+from partialtune.training.performance import EndOfCallbacks, ProductCount, StepTimer, TrainingProgress
+from partialtune.training.resume_check import RunOrigin, write_origin
 from partialtune.training.settings import evaluation_steps, run_length
-from partialtune.training.trainer import PartialTrainer
+from partialtune.training.stopping import BatchWatch, StopOnSignal
 from partialtune.training.training_data import RunData, collate_windows
 
 
@@ -52,6 +61,32 @@ def prefix_phases(
     return choose_prefix(wanted, plan, windows, size, free_memory(), tried)
 
 
+@dataclass(frozen=True)
+class RecipeTrainer:
+    """A run's Trainer, and what follows it.
+
+    Attributes:
+        trainer: transformers' own, attached to the plan.
+        tuning: What `attach` gave.
+        timer: Of its steps.
+        products: Counts those of the first step.
+        stop: Turns signals into a checkpoint and an end.
+    """
+
+    trainer: Trainer
+    tuning: Tuning
+    timer: StepTimer
+    products: ProductCount
+    stop: StopOnSignal
+
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train, from a checkpoint where there is one."""
+        self.trainer.remove_callback(EndOfCallbacks)  # of an earlier call: others may have been added since
+        self.trainer.add_callback(self.timer.last)
+        with self.products:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
 def make_trainer(
     recipe: Recipe,
     *,
@@ -62,22 +97,22 @@ def make_trainer(
     prefix: Sequence[PrefixPhase],
     conformance: Conformance,
     origin: RunOrigin | None = None,
-) -> PartialTrainer:
+) -> RecipeTrainer:
     """The Trainer of the run.
 
     Args:
         recipe: Of the run.
-        plan: Applied to the model already: Trainer takes what trains at that moment.
+        plan: What trains.
         model, args, data: Of the run.
         prefix: Of `prefix_phases`.
         conformance: Of `check_conformance`.
         origin: What the run began with, for its checkpoints; None where nothing will go on from them.
     """
-    return PartialTrainer(
+    return attached_trainer(
         plan=plan,
         delta_steps=recipe.freeze.delta_steps,
         stop_on_violation=not recipe.freeze.allow_failed_audit,
-        decay_everything=recipe.freeze.weight_decay_on == "all",
+        weight_decay_on=recipe.freeze.weight_decay_on,
         fast_paths=recipe.speed.fast_paths,
         prefix=prefix,
         origin=origin,
@@ -89,6 +124,96 @@ def make_trainer(
         eval_dataset=data.held_out,
         data_collator=collate_windows,
     )
+
+
+def attached_trainer(
+    *,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None = None,
+    delta_steps: int = 10,
+    stop_on_violation: bool = True,
+    weight_decay_on: str = "matrices",
+    fast_paths: Collection[str] = (),
+    prefix: Sequence[PrefixPhase] = (),
+    origin: RunOrigin | None = None,
+    conformance: Conformance | None = None,
+    tokens_per_byte: float | None = None,
+    data_collator: Callable[..., Any] = collate_windows,
+) -> RecipeTrainer:
+    """transformers' Trainer, attached to a plan, with callbacks for signals, divergence, timing and the bar.
+
+    Args:
+        plan, delta_steps, stop_on_violation, weight_decay_on, fast_paths: As for `attach`.
+        prefix: What each phase does with its frozen prefix; nothing is kept where it is absent.
+        origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
+        conformance: Whether the model's own loss is used, and the values of its config that the run changed.
+        tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
+        model, args, train_dataset, eval_dataset, data_collator: As for the Trainer.
+    """
+    conformance = conformance or Conformance()
+    # Trainer's constructor switches it off; saved is what was loaded.
+    config_as_loaded = {**conformance.config_as_loaded, "use_cache": getattr(model.config, "use_cache", None)}
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+        compute_loss_func=next_token_loss if conformance.loss_fault else None,
+    )
+    if conformance.loss_fault:
+        trainer.model_accepts_loss_kwargs = False  # its forward pass takes no loss: the number of targets is ours
+    stop = StopOnSignal()
+    tuning = attach(
+        trainer,
+        plan,
+        delta_steps=delta_steps,
+        stop_on_violation=stop_on_violation,
+        fast_paths=fast_paths,
+        prefix_cache=prefix or "off",
+        weight_decay_on=weight_decay_on,
+        whole_checkpoints=True,
+        write_beside=lambda folder: write_origin(folder, origin),
+        save_now=lambda: stop.agreed,
+    )
+    tuning.config_as_loaded = config_as_loaded
+    tuning.audit_callback.interrupted = lambda: stop.asked_to_stop(args)
+    timer, products = StepTimer(), ProductCount()
+    # The clock comes first, and `train` puts its end last. The count has to end before a step may be refused.
+    best = BestMetric(args.metric_for_best_model, tokens_per_byte)
+    put_in_front(trainer, [timer, products, BatchWatch(train_dataset), best])
+    for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
+        trainer.remove_callback(printer)
+    bar = [] if args.disable_tqdm else [TrainingProgress()]
+    for callback in (stop, FirstStepRecord(), *bar):
+        trainer.add_callback(callback)
+    return RecipeTrainer(trainer, tuning, timer, products, stop)
+
+
+class BestMetric(TrainerCallback):
+    """Adds the metric that chooses the best model to what an evaluation logs, where it is made of the loss.
+
+    It has to be called before the trackers, and finds both Trainer's own record and what it chooses by.
+
+    Args:
+        name: The recipe's `metric_for_best_model`.
+        tokens_per_byte: Of the held-out text.
+    """
+
+    def __init__(self, name: str | None, tokens_per_byte: float | None) -> None:
+        self._metric, self._tokens_per_byte = best_model_metric(name), tokens_per_byte
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        metric, loss = self._metric, logs.get("eval_loss")
+        if metric is None or metric.key == "loss" or loss is None:
+            return
+        value = value_of_loss(metric, loss, self._tokens_per_byte)
+        if value is not None:
+            logs[f"eval_{metric.key}"] = value  # the dictionary that Trainer chooses by
+            state.log_history[-1][f"eval_{metric.key}"] = value
 
 
 def tokens_per_byte(args: TrainingArguments, data: RunData) -> float | None:

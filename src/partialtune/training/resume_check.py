@@ -26,7 +26,8 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
-from partialtune.engine.phases import saved_groups
+from partialtune.engine.checkpoint_files import damage_of, newest_whole_checkpoint, read_with_care
+from partialtune.engine.plan_optimizer import saved_groups
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
@@ -46,7 +47,6 @@ from partialtune.run_folder import (
     recorded_recipe,
 )
 from partialtune.scoring.evaluation import evenly_spaced
-from partialtune.training.checkpoint_files import damage_of, newest_whole_checkpoint, read_with_care
 from partialtune.training.settings import data_seed
 from partialtune.training.training_data import RunData
 

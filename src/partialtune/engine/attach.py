@@ -1,0 +1,182 @@
+"""`attach`: a plan carried out, sped up and proved in anybody's Trainer, transformers' own or a subclass of it.
+
+plan = plan_freeze(model, ["blocks[-2:]", "final_norm"])
+tuning = attach(trainer, plan)          # after the Trainer is made, before it trains
+trainer.train()
+tuning.audit.passed, tuning.deltas
+"""
+
+import copy
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from partialtune.distributed import shards_parameters
+from partialtune.engine.fast_paths import FastPaths
+from partialtune.engine.phases import PhaseCallback
+from partialtune.engine.plan_optimizer import apply_beside_optimizer, key_by_name
+from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
+from partialtune.engine.tuning import Tuning, check_untuned
+from partialtune.errors import RecipeError
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import FreezePlan
+from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.deltas import WeightDeltaCallback
+
+FAST_PATHS = ("loss", "gelu", "casts")
+
+
+def attach(
+    trainer: Trainer,
+    plan: FreezePlan,
+    *,
+    delta_steps: int = 10,
+    output_dir: str | os.PathLike | None = None,
+    stop_on_violation: bool = True,
+    fast_paths: Collection[str] = FAST_PATHS,
+    prefix_cache: str | Sequence[PrefixPhase] = "auto",
+    weight_decay_on: str = "matrices",
+    whole_checkpoints: bool = False,
+    write_beside: Callable[[Path], None] = lambda folder: None,
+    save_now: Callable[[], bool] = lambda: False,
+) -> Tuning:
+    """Let a Trainer carry out a plan: freeze, phases, fast paths, prefix cache, deltas, audit, trackers.
+
+    The Trainer keeps its own loss, metrics, data and patches. What freezing saves is saved beneath them: the states
+    behind frozen blocks are computed once for each row, whatever the data set and the collator are.
+
+    Args:
+        trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Where the plan has
+            several phases, its `args` become a copy with `ddp_find_unused_parameters`.
+        plan: Made for this model as it is now, after peft has wrapped it. It is applied here.
+        delta_steps: Steps between two reports of the weight deltas.
+        output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; the Trainer's where absent.
+        stop_on_violation: Whether a violation of the freeze audit raises FreezeViolation, or is only written and logged
+            as an error.
+        fast_paths: Of `loss` (without all logits; only where the Trainer takes the model's own loss), `gelu` (in one
+            operation) and `casts` (of frozen weights once).
+        prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory` (an error where
+            it is impossible), or what was chosen before.
+        weight_decay_on: `matrices` (Trainer's rule) or `all`, where the Trainer makes the optimizer.
+        whole_checkpoints: Write each checkpoint aside, compare it with the audit's digests, and rename it when it is
+            complete, so that a kill never leaves half a one and what is frozen is proved in the files too.
+        write_beside: Writes further files into a whole checkpoint.
+        save_now: Whether a checkpoint is wanted at an evaluation, whatever `metric_for_best_model` says.
+
+    Returns:
+        What is known of the run, while it goes on and after it.
+
+    Raises:
+        RecipeError: If the Trainer is attached already, or cannot carry the plan out, in words.
+    """
+    _check(trainer, plan)
+    model = trainer.model
+    check_untuned(model)
+    if trainer.optimizer is None:
+        apply_plan(model, plan)
+    else:  # a user's own: the Trainer was made with it
+        apply_beside_optimizer(model, plan, trainer.optimizer)
+        key_by_name(trainer.optimizer, model)
+    if len(plan.phases) > 1:
+        # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
+        # for such parameters where activations are recomputed.
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.ddp_find_unused_parameters = True
+
+    fast = _fast_paths(trainer, fast_paths, prefix_cache)
+    audit = _callback(trainer, FreezeAuditCallback, plan) or FreezeAuditCallback(plan, output_dir)
+    audit.stop_on_violation = stop_on_violation
+    deltas = _callback(trainer, WeightDeltaCallback, plan) or WeightDeltaCallback(plan, delta_steps, output_dir)
+    tuning = Tuning(model, plan, fast, audit, deltas)
+    changes = TrainerChanges(weight_decay_on == "all", whole_checkpoints, write_beside, save_now)
+    override(trainer, tuning, changes)
+    # A phase begins first: the others measure what learns in the step. All of them before the trackers, which close
+    # their files at the end of training: by then the verdict is logged.
+    put_in_front(trainer, [PhaseCallback(plan, fast), deltas, audit])
+    deltas.attach(trainer)
+    audit.attach(trainer)
+    for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
+        callback.take_snapshot(trainer.args, trainer.state, model)
+    return tuning
+
+
+def put_in_front(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
+    """Let callbacks be called before all that the Trainer has, in their order."""
+    present = trainer.callback_handler.callbacks
+    present[:] = [*callbacks, *(one for one in present if one not in callbacks)]
+
+
+def _check(trainer: Trainer, plan: FreezePlan) -> None:
+    """Stop where the Trainer cannot carry a plan out.
+
+    Raises:
+        RecipeError: In words.
+    """
+    if isinstance(trainer, TunedTrainer):
+        raise RecipeError(
+            "attach: this Trainer is attached already. One plan holds all that trains: what begins later stands in its "
+            "schedule, plan_freeze(model, [...], schedule=[...])."
+        )
+    if not isinstance(trainer, Trainer):
+        raise RecipeError(
+            f"attach: it takes a transformers.Trainer or a subclass of it, and got a {type(trainer).__name__}. "
+            f"For a loop of your own: with audited(model, plan, optimizer) as tuning."
+        )
+    if trainer.model_init is not None:
+        raise RecipeError(
+            "attach: this Trainer makes its model anew in train() (model_init), and a plan is made for a model that "
+            "there is. Give the Trainer model= instead."
+        )
+    if trainer.args.auto_find_batch_size:
+        raise RecipeError(
+            "attach: auto_find_batch_size begins training anew after it has run out of memory, with weights that have "
+            "moved already. Take it out, and set per_device_train_batch_size."
+        )
+    version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 2) if trainer.is_fsdp_enabled else 2
+    if version != 2:
+        raise RecipeError(
+            f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
+            f"Set fsdp_version: 2."
+        )
+    if trainer.is_fsdp_enabled and len(plan.phases) > 1:
+        raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+    if trainer.is_deepspeed_enabled:
+        raise RecipeError("attach: DeepSpeed holds weights and optimizer in a form of its own. Take FSDP2 or DDP.")
+
+
+def _callback(trainer: Trainer, kind: type, plan: FreezePlan) -> Any:
+    """The Trainer's own callback of a kind, None where it has none."""
+    found: list[Any] = [one for one in trainer.callback_handler.callbacks if isinstance(one, kind)]
+    if found and found[0].plan is not plan:
+        raise RecipeError(
+            f"attach: the Trainer has a {kind.__name__} of another plan. Give both the same plan, or leave it out of "
+            f"callbacks=[...]: attach brings its own."
+        )
+    return found[0] if found else None
+
+
+def _fast_paths(trainer: Trainer, enabled: Collection[str], prefix_cache: str | Sequence[PrefixPhase]) -> FastPaths:
+    """The fast paths that suit the Trainer."""
+    args = trainer.args
+    unknown = sorted(set(enabled) - set(FAST_PATHS))
+    if unknown:
+        raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(FAST_PATHS)}.")
+    if not _takes_models_loss(trainer):
+        enabled = set(enabled) - {"loss"}
+    if shards_parameters(args) or args.n_gpu > 1:
+        # The others hold whole weights, which FSDP has not; and DataParallel copies a module with its patches, which
+        # would go on with the weights of the first device.
+        enabled = {"gelu"} & set(enabled)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return FastPaths(trainer.model, enabled, [PrefixPhase(0, 0, 0, "off")], [], 0, dtype)
+
+
+def _takes_models_loss(trainer: Trainer) -> bool:
+    """Whether nothing but the model's own loss is made of its logits."""
+    is_own = type(trainer).compute_loss is Trainer.compute_loss
+    return is_own and trainer.compute_loss_func is None and trainer.label_smoother is None

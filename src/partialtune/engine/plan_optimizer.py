@@ -1,0 +1,292 @@
+"""An optimizer that suits a plan: frozen parameters are not in it, rates have groups, its state is kept by names.
+
+    suit_optimizer(optimizer, model, plan)     # before a scheduler is made
+    handles = key_by_name(optimizer, model)
+
+PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of other trainable layers of the same
+shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from partialtune.errors import InputError, RecipeError
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.plan import FreezePlan
+from partialtune.model.parameters import named_weights
+
+WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}  # by their names: neither library need be imported
+KEPT_BY_TORCH = ("param_groups", "state", "defaults")  # of each optimizer
+
+
+# ---- the optimizer suits the plan -----------------------------------------------------------------------------------
+
+
+def apply_beside_optimizer(model: nn.Module, plan: FreezePlan, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Apply the plan to a model whose optimizer exists already, and let the optimizer suit it. May be done again.
+
+    Args:
+        model: The model itself.
+        plan: Made for it; applied to it already or not.
+        optimizer: Made by somebody else; a wrapper of accelerate or Lightning is looked through.
+
+    Returns:
+        As `suit_optimizer`.
+
+    Raises:
+        RecipeError: If the plan adds parameters that no optimizer can hold that was made before; as `suit_optimizer`.
+    """
+    names = {id(parameter): name for name, parameter in named_weights(model)}
+    added = [parameter.name for parameter in plan.parameters if parameter.name not in names.values()]
+    if added and (plan.head == "untied" or plan.adapter is not None):
+        what = "adapters" if plan.adapter is not None else "a matrix of its own for the head (head: untied)"
+        raise RecipeError(
+            f"The plan adds {what}, {added[0]}, and the optimizer was made before. Call apply_plan(model, plan) first, "
+            f"and make the optimizer after it."
+        )
+    _refuse_unsuitable(bare_optimizer(optimizer))  # before the model is touched
+    _refuse_strangers(bare_optimizer(optimizer), names)
+    apply_plan(model, plan)
+    return suit_optimizer(optimizer, model, plan)
+
+
+def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan) -> list[str]:
+    """Take what the plan freezes out of the optimizer, and give what has a learning rate of its own a group of its own.
+
+    All else stays in its group, with that group's settings, and no group is removed, though it be empty: a scheduler
+    that exists keeps a rate for each. What no gradient is asked for and is not the model's leaves the optimizer too.
+    Doing it again changes nothing.
+
+    Args:
+        optimizer: Of any class that keeps one state a parameter, or accelerate's or Lightning's wrapper of it.
+        model: The model itself; the plan is applied to it.
+        plan: Says what trains.
+
+    Returns:
+        Names of what trains in some phase and is not in the optimizer. It is not added: the audit calls it a violation.
+
+    Raises:
+        RecipeError: If the optimizer packs its state, holds parameters that are not the model's, was made before the
+            head was untied, or has a scheduler already where the plan needs another group or rate. Nothing is changed.
+    """
+    optimizer = bare_optimizer(optimizer)
+    _refuse_unsuitable(optimizer)
+    names = {id(parameter): name for name, parameter in named_weights(model)}
+    _refuse_strangers(optimizer, names)
+    planned = {parameter.name: parameter for parameter in plan.parameters if parameter.trainable}
+    held = {names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name in planned if name not in held]
+    _refuse_old_head(plan, missing, held)
+    staying: list[dict[float | None, list[Member]]] = []
+    for group in optimizer.param_groups:
+        by_rate: dict[float | None, list[Member]] = {}
+        for member in members_of(group):
+            entry = planned.get(names.get(id(member.parameter), ""))
+            if entry is not None:
+                by_rate.setdefault(entry.learning_rate, []).append(member)
+        staying.append(by_rate)
+    _refuse_new_rates(optimizer, staying)
+    _regroup(optimizer, staying)
+    learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) not in learning]:
+        del optimizer.state[parameter]
+    return missing
+
+
+def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside the wrapper of accelerate or Lightning, which call it at each real step."""
+    wrapped = any(kind.__name__ in WRAPPERS for kind in type(optimizer).__mro__)
+    return bare_optimizer(optimizer.optimizer) if wrapped else optimizer
+
+
+class Member(NamedTuple):
+    """A parameter in a group, with the name that the group may hold for it (an optimizer of `named_parameters()`)."""
+
+    parameter: nn.Parameter
+    name: str | None
+
+
+def members_of(group: Mapping[str, Any]) -> list[Member]:
+    """The parameters of a group, in its order."""
+    names = group.get("param_names") or [None] * len(group["params"])
+    return [Member(*pair) for pair in zip(group["params"], names, strict=True)]
+
+
+def set_members(group: dict[str, Any], members: list[Member]) -> None:
+    """In place: some optimizers and loops keep the list."""
+    group["params"][:] = [member.parameter for member in members]
+    if "param_names" in group:
+        group["param_names"][:] = [member.name for member in members]
+
+
+def _rate_that_stays(by_rate: Mapping[float | None, list[Member]]) -> float | None:
+    """Of the members of a group: the rate of those that stay in it, None where that is the group's own."""
+    return None if None in by_rate else next(iter(by_rate), None)
+
+
+def _regroup(optimizer: torch.optim.Optimizer, staying: list[dict[float | None, list[Member]]]) -> None:
+    for group, by_rate in zip(list(optimizer.param_groups), staying, strict=True):
+        stays = _rate_that_stays(by_rate)
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        set_members(group, by_rate.get(stays, []))
+        if stays is not None:
+            group["lr"] = _like(group["lr"], stays)
+        for rate, members in by_rate.items():
+            if rate is not None and rate != stays:
+                named = "param_names" in group
+                members_or_pairs = [(name, p) if named else p for p, name in members]
+                optimizer.add_param_group({**settings, "lr": _like(group["lr"], rate), "params": members_or_pairs})
+
+
+def _like(present: Any, rate: float) -> Any:
+    """A rate as the group holds its own: `capturable` optimizers want a tensor, and change it in place."""
+    return torch.full_like(present, rate) if isinstance(present, torch.Tensor) else rate
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _refuse_unsuitable(optimizer: Any) -> None:
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise RecipeError(
+            f"The optimizer is a {kind}, which is no torch.optim.Optimizer: what is frozen cannot be taken out of it. "
+            f"Give the optimizer that it wraps, or one of torch.optim."
+        )
+    learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    others = [key for key in optimizer.state if id(key) not in learning]
+    packed = [name for name, value in vars(optimizer).items() if name not in KEPT_BY_TORCH and _is_packed(value)]
+    packed += [
+        key for group in optimizer.param_groups for key, value in group.items() if key != "params" and _is_packed(value)
+    ]
+    if others or packed:
+        where = f"in `{packed[0]}`" if packed else "under keys that are none of its parameters"
+        raise RecipeError(
+            f"{kind} keeps values of many parameters together ({where}): the frozen ones cannot be taken out of it. "
+            f"Take an optimizer that keeps one state a parameter, such as torch.optim.AdamW."
+        )
+
+
+def _is_packed(value: Any) -> bool:
+    """Whether it is no setting: a tensor of several values, such as a flat buffer, or a list of parameters."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(one, torch.Tensor) and one.numel() > 1 for one in several)
+
+
+def _refuse_strangers(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    strangers = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad and id(parameter) not in names
+    ]
+    if strangers:
+        raise RecipeError(
+            f"The optimizer holds {len(strangers)} parameters that are not the model's, the first of shape "
+            f"{tuple(strangers[0].shape)}: the plan does not say whether they train. Make the optimizer of this "
+            f"model's parameters alone, after all that changes them (get_peft_model, resize_token_embeddings)."
+        )
+
+
+def _refuse_old_head(plan: FreezePlan, missing: list[str], held: set[str | None]) -> None:
+    """An optimizer that was made of a tied model holds the matrix as the embedding's, and not the head's copy of it."""
+    if plan.head != "untied":
+        return
+    component = {parameter.name: parameter.component for parameter in plan.parameters}
+    embedding = any(component.get(name or "") == "embeddings.tokens" for name in held)
+    head = next((name for name in missing if component[name] == "head"), None)
+    if embedding and head is not None:
+        raise RecipeError(
+            f"The plan gives the head a matrix of its own (head: untied), and the optimizer holds the embedding but "
+            f"not {head}: it was made before. Make the optimizer after apply_plan(model, plan)."
+        )
+
+
+def _refuse_new_rates(optimizer: torch.optim.Optimizer, staying: list[dict[float | None, list[Member]]]) -> None:
+    scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch's schedulers mark it so
+    for group, by_rate in zip(optimizer.param_groups, staying, strict=True):
+        rates = [rate for rate in by_rate if rate is not None]
+        if not rates:
+            continue
+        own = f"The schedule gives parameters a learning_rate of their own ({rates[0]:g}), and "
+        if group.get("relative_step"):
+            raise RecipeError(
+                f"{own}{type(optimizer).__name__} with relative_step chooses its rates itself. Say "
+                f"relative_step=False, or take learning_rate out of the schedule."
+            )
+        is_so = len(by_rate) == 1 and float(group.get("initial_lr", group["lr"])) == rates[0]
+        if not is_so and (scheduled or "initial_lr" in group):
+            raise RecipeError(
+                f"{own}the optimizer has a learning rate scheduler already, which keeps a rate for each of its groups. "
+                f"Make the scheduler after attach or audited, or take learning_rate out of the schedule."
+            )
+
+
+# ---- state by name -------------------------------------------------------------------------------------------------
+
+
+def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[RemovableHandle]:
+    """Let the optimizer's `state_dict` name parameters as the plan does, and `load_state_dict` take such a one.
+
+    {"state": {name: {"exp_avg": ...}}, "param_groups": [{"lr": ..., "params": [name, ...]}]}
+
+    Returns:
+        What takes it back: `handle.remove()` of each.
+    """
+    name_of = {id(parameter): name for name, parameter in named_weights(model)}
+    optimizer = bare_optimizer(optimizer)
+    return [
+        optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of)),
+        optimizer.register_load_state_dict_pre_hook(partial(_names_to_places, name_of)),
+    ]
+
+
+def _places_to_names(
+    name_of: Mapping[int, str], optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> dict[str, Any]:
+    names = [name for group in _names_by_group(name_of, optimizer) for name in group]
+    groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
+    return {"state": {names[place]: state for place, state in state_dict["state"].items()}, "param_groups": groups}
+
+
+def _names_to_places(
+    name_of: Mapping[int, str], optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Parameters that are not named, those of later phases, keep the state that the optimizer was made with."""
+    names, saved = _names_by_group(name_of, optimizer), saved_groups(state_dict)
+    if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
+        raise InputError(
+            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on` or "
+            "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
+        )
+    kept = state_dict.get("state")
+    if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
+        raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
+    place_of = {name: place for place, name in enumerate(name for group in names for name in group)}
+    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | dict(kept)
+    groups = [{**old, "params": [place_of[name] for name in new]} for old, new in zip(saved, names, strict=True)]
+    return {"state": {place_of[name]: state for name, state in states.items()}, "param_groups": groups}
+
+
+def saved_groups(saved: Any) -> list[Mapping[str, Any]]:
+    """The groups of parameters in an optimizer's saved state, each with its names under `params`.
+
+    Raises:
+        ValueError: If it is no such state.
+    """
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if not (isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups)):
+        raise ValueError("its optimizer holds no groups of parameters")
+    of_groups = [group.get("params") for group in groups]
+    if not all(isinstance(names, list) and all(isinstance(name, str | int) for name in names) for names in of_groups):
+        raise ValueError("its optimizer holds groups without names of parameters")
+    return groups
+
+
+def _names_by_group(name_of: Mapping[int, str], optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    return [[name_of[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -1,0 +1,245 @@
+"""What an attached Trainer does otherwise than its own class: all overrides of transformers' methods, in one place.
+
+`attach` makes `trainer.__class__` a subclass of what it was, with `TunedTrainer` before it, as torch's `fully_shard`
+does with modules: methods of a Trainer that is made already can be overridden in no other way that keeps `super()`.
+All that callbacks can do is done by callbacks. tests/test_trainer_overrides.py notices where transformers has changed
+what is overridden here.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from partialtune.distributed import done_together
+from partialtune.engine.checkpoint_files import (
+    ASIDE,
+    clear_aside,
+    disk_errors,
+    finish_checkpoint,
+    read_with_care,
+    rotate_checkpoints,
+    with_ties,
+    write_state,
+)
+from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
+from partialtune.engine.tuning import Tuning
+from partialtune.freeze.lora import load_adapters, save_adapters
+
+logger = logging.getLogger(__name__)
+
+# The mixin's bases are known only once there is a Trainer; type checkers see the one that they all have.
+Base: Any = Trainer if TYPE_CHECKING else object
+
+
+@dataclass
+class TrainerChanges:
+    """What `attach` was asked for beside the plan.
+
+    Attributes:
+        decay_everything: Weight decay on norms and biases too, as plain `AdamW(model.parameters())` does.
+        whole_checkpoints: Whether checkpoints are written aside, read back, and renamed when they are complete.
+        write_beside: Writes further files into a checkpoint, before it counts as complete.
+        save_now: Whether a checkpoint is wanted at this step, whatever the best metric says.
+    """
+
+    decay_everything: bool = False
+    whole_checkpoints: bool = False
+    write_beside: Callable[[Path], None] = lambda folder: None
+    save_now: Callable[[], bool] = lambda: False
+
+
+class TunedTrainer(Base):
+    """Carries a plan out in a Trainer of any class.
+
+    These private methods of transformers' Trainer are overridden, here and nowhere else; each gives the reason, and
+    what breaks without: `_determine_best_metric`, `_get_output_dir`, `_load_best_model`, `_load_from_checkpoint`,
+    `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`, `_save_checkpoint`.
+
+    Attributes:
+        tuning: The plan that is carried out.
+        changes: What was asked for beside it.
+    """
+
+    tuning: Tuning
+    changes: TrainerChanges
+    _saving_in: str | None = None
+    _logits_wanted: bool = False
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        try:
+            with self.tuning.fast:
+                return super().train(*args, **kwargs)
+        finally:
+            self.tuning.end()
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and not self.is_fsdp_enabled:  # sharded state is keyed by name already
+            suit_optimizer(optimizer, self.model, self.tuning.plan)
+            key_by_name(optimizer, self.model)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        if self.changes.decay_everything:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with self.tuning.fast.batch(inputs, self._logits_wanted):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        self._logits_wanted = not prediction_loss_only  # by compute_metrics
+        try:
+            with self.tuning.fast.batch(inputs, logits_wanted=True):  # a loss is asked for in `compute_loss`, if at all
+                return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._logits_wanted = False
+
+    def _run_epoch(self, **kwargs) -> None:
+        # Trainer asks only after a step whether it was the last: without, a run that goes on from a checkpoint of its
+        # last step would take one step more than asked for.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    # ---- what is saved ----------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Where one process cannot write, all end here: Trainer would let them wait for it at its next barrier."""
+        what = f"checkpoint-{self.state.global_step}" if self._saving_in else "The model"
+
+        def save() -> None:
+            with disk_errors(what, Path(self.args.output_dir)):
+                super(TunedTrainer, self).save_model(output_dir, _internal_call)
+
+        done_together(save)
+
+    def save_state(self) -> None:
+        """The log, as a whole or not at all."""
+        if self.is_world_process_zero():
+            write_state(Path(self.args.output_dir) / TRAINER_STATE_NAME, self.state)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save as the model was loaded, each tied tensor once, and without the pickle; of LoRA the adapters alone."""
+        # All of Trainer's ways to save end here. Without, the saved config has `use_cache: false`, FSDP saves a tied
+        # head twice, LoRA the whole model, and `training_args.bin` is a pickle that nobody should have to open.
+        folder = Path(output_dir or self.args.output_dir)
+        if self.tuning.plan.adapter is None:
+            with self.tuning.as_loaded():
+                super()._save(output_dir, state_dict and with_ties(state_dict, self.model))
+        elif self.args.should_save:
+            save_adapters(self.model, folder, state_dict)
+        if self.args.should_save and self.changes.whole_checkpoints:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """With `save_strategy: best` this decides what is saved; a signal wants a checkpoint in any case."""
+        # Without, Trainer takes back the `should_save` that the signal has set, and the run ends unsaved.
+        return super()._determine_best_metric(metrics, trial) or self.changes.save_now()
+
+    def _get_output_dir(self, trial) -> str:
+        # While a checkpoint is saved, everything goes aside. Without, Trainer writes in place, and a kill leaves a
+        # half checkpoint of the highest number.
+        return self._saving_in or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
+        # Without, a checkpoint may hold a frozen parameter that changed, may be half written, and Trainer's rotation
+        # may delete the last whole one.
+        audit = self.tuning.audit_callback
+        audit.check_frozen(self.args, self.state, self.model)
+        if not self.changes.whole_checkpoints:
+            super()._save_checkpoint(model, trial)
+            return
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_aside(run)
+        self.accelerator.wait_for_everyone()
+        self._saving_in = str(run / ASIDE)
+        try:
+            done_together(lambda: self._write_checkpoint(name, model, trial))
+            self.accelerator.wait_for_everyone()
+            found = self.tuning.read_back(run / ASIDE / name, *audit.known_digests(self.state))
+            if found:
+                audit.conclude_saved(self.args, self.state, found)
+            best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
+            self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+            done_together(lambda: self._finish_checkpoint(name))
+        except Exception:
+            if self.args.should_save:
+                clear_aside(run)  # of which this process may have written a part while another one failed
+            raise
+        finally:
+            self._saving_in = None
+        if self.args.should_save:
+            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, name: str, model: nn.Module, trial) -> None:
+        with disk_errors(name, Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+
+    def _finish_checkpoint(self, name: str) -> None:
+        if self.args.should_save:
+            run = Path(self.args.output_dir)
+            with disk_errors(name, run):
+                write_state(run / ASIDE / name / TRAINER_STATE_NAME, self.state)
+                self.changes.write_beside(run / ASIDE / name)
+                finish_checkpoint(run / ASIDE / name, run / name)
+
+    # ---- what is loaded again ---------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
+        # Without, adapters are not loaded, and a damaged file ends in a traceback and exit code 1.
+        with read_with_care(Path(resume_from_checkpoint)):
+            if self.tuning.plan.adapter is None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
+
+    def _load_best_model(self) -> None:
+        """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""
+        # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
+        # the best model by what the last steps did, and find fault with parameters that went back to the base.
+        best = self.state.best_model_checkpoint
+        if self.tuning.plan.adapter is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(best)
+        self.tuning.audit_callback.go_back_to(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
+        self.tuning.delta_callback.report_again(self.args, self.state)
+
+    # Without these two, a damaged optimizer.pt, scheduler.pt or rng_state.pth ends in a traceback and exit code 1.
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with read_with_care(Path(checkpoint or ".")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with read_with_care(Path(checkpoint or ".")):
+            super()._load_rng_state(checkpoint)
+
+
+def override(trainer: Trainer, tuning: Tuning, changes: TrainerChanges) -> None:
+    """Let a Trainer carry a plan out: from now on it is a `TunedTrainer` of its own class."""
+    own = type(trainer)
+    # The name stays: trainers write theirs into model cards and run names.
+    members: Mapping[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__}
+    trainer.__class__ = type(own.__name__, (TunedTrainer, own), dict(members))
+    trainer.tuning, trainer.changes = tuning, changes

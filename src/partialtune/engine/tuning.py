@@ -1,0 +1,115 @@
+"""What carries a plan out and proves it, in one object: the same for a Trainer (`attach`) and a loop (`audited`)."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from partialtune.distributed import decided_by_main
+from partialtune.engine.fast_paths import FastPaths
+from partialtune.errors import RecipeError
+from partialtune.freeze.plan import FreezePlan
+from partialtune.proof.audit import FreezeAuditCallback
+from partialtune.proof.audit_result import Audit, SavedDifference
+from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.proof.distances import ParameterDelta
+from partialtune.proof.saved_files import saved_differences
+from partialtune.proof.snapshot import Stopwatch
+
+# Weak on both sides: a tuning holds its model, and goes with its Trainer.
+_TUNED: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuning]]" = weakref.WeakKeyDictionary()
+
+
+class Tuning:
+    """A plan that is carried out on a model, and what is known of it so far.
+
+    Made by `attach` and `audited`.
+
+    Args:
+        model: The model itself, not its DDP or compiled wrapper; the plan is applied to it.
+        plan: What trains.
+        fast: The fast paths.
+        audit_callback: Proves that what is frozen keeps every bit.
+        delta_callback: Measures how far each parameter moves.
+
+    Attributes:
+        config_as_loaded: Values of the model's config that training changes and that are saved as they were.
+        reading_back: Time in which saved files were read back and compared with the audit's digests.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: FreezePlan,
+        fast: FastPaths,
+        audit_callback: FreezeAuditCallback,
+        delta_callback: WeightDeltaCallback,
+    ) -> None:
+        self.model, self.plan, self.fast = model, plan, fast
+        self.audit_callback, self.delta_callback = audit_callback, delta_callback
+        self.config_as_loaded: dict[str, Any] = {}
+        self.reading_back = Stopwatch()
+        self._going_on = True
+        _TUNED[model] = weakref.ref(self)
+
+    def end(self) -> None:
+        """Training is over: another tuning of the model may begin."""
+        self._going_on = False
+
+    @property
+    def audit(self) -> Audit | None:
+        """The newest verdict, None before the first."""
+        return self.audit_callback.result
+
+    @property
+    def deltas(self) -> Mapping[str, ParameterDelta]:
+        """How far each parameter has moved from the start, by its name: the newest report, empty before the first."""
+        return self.delta_callback.newest
+
+    @property
+    def seconds(self) -> float:
+        """Time that snapshot, deltas and audit have taken."""
+        return self.audit_callback.seconds + self.delta_callback.seconds
+
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Within it the model's config has the values that it was loaded with: training switches `use_cache` off."""
+        config: Any = self.model.config
+        in_training = {key: getattr(config, key, None) for key in self.config_as_loaded}
+        for key, value in self.config_as_loaded.items():
+            setattr(config, key, value)
+        try:
+            yield
+        finally:
+            for key, value in in_training.items():
+                setattr(config, key, value)
+
+    def read_back(self, folder: Path, digests: Mapping[str, str], buffers: Mapping[str, str]) -> list[SavedDifference]:
+        """The tensors of a folder that was just saved which have other digests; the same on every process.
+
+        Args:
+            folder: Holds the saved model.
+            digests: sha256 by name of the parameters to compare.
+            buffers: sha256 by name of the persistent buffers.
+        """
+        read: Callable[[], list[SavedDifference]] = lambda: saved_differences(  # noqa: E731
+            folder, self.model, digests, buffers, self.plan
+        )
+        with self.reading_back, self.as_loaded():
+            return decided_by_main(read)
+
+
+def check_untuned(model: nn.Module) -> None:
+    """Raises RecipeError where a tuning of the model goes on: two would count, hold back and patch twice."""
+    gc.collect()  # of a Trainer that nobody has any more, as when a cell of a notebook is run again
+    known = _TUNED.get(model)
+    tuning = known() if known is not None else None
+    if tuning is not None and tuning._going_on:
+        raise RecipeError(
+            "This model is attached already: one attach(trainer, plan) or audited(model, plan, optimizer) carries out "
+            "the whole plan. Put all that may train into one plan (schedule=[...] for what begins later)."
+        )
