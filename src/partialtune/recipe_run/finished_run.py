@@ -74,7 +74,7 @@ class FinishedRun:
         name = self.files.recipe["model_name_or_path"]
         revision = self.files.record.get("base_commit") or self.files.recipe.get("model_revision", "main")
         base = load_model(name, load_config(name, revision, trust_remote_code=trusted), revision, trusted)
-        return PeftModel.from_pretrained(base, folder).eval(), load_tokenizer(folder, "main", trusted)
+        return PeftModel.from_pretrained(base, folder).eval(), load_tokenizer(name, revision, trusted)
 
     def __repr__(self) -> str:
         return f"FinishedRun({str(self.folder)!r}, {verdict(self.audit)})"

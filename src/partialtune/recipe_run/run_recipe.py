@@ -64,8 +64,8 @@ def _checked(recipe: Any, overrides: Mapping[str, Any]) -> Recipe:
         return recipe_from_values(recipe, overrides)
     if not isinstance(recipe, str | os.PathLike):
         raise RecipeError(
-            f"The recipe is a {type(recipe).__name__}; allowed: a YAML file, builtin:quickstart, or a mapping of keys "
-            f"to values, such as {{'model_name_or_path': 'builtin:lilliput', ...}}."
+            f"The recipe is of type {type(recipe).__name__}; allowed: a YAML file, builtin:quickstart, or a mapping of "
+            f"keys to values, such as {{'model_name_or_path': 'builtin:lilliput', ...}}."
         )
     name = os.fspath(recipe)
     return read_recipe(builtin_recipe(name) if name.startswith("builtin:") else name, overrides)
