@@ -343,6 +343,7 @@ def copied_while_it_trains():
     return Copies()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", MODELS.values(), ids=MODELS)
 def test_audit_and_deltas_know_the_model_by_plain_names_while_it_is_copied(made, tmp_path):
     model = made()
@@ -359,6 +360,7 @@ def test_audit_and_deltas_know_the_model_by_plain_names_while_it_is_copied(made,
     assert not any("_orig_mod" in name for name in names)
 
 
+@pytest.mark.slow  # torch.compile, the first time in a process
 @pytest.mark.parametrize("made", [tiny_gpt2, lambda: compiled(tiny_gpt2())], ids=["plain", "compiled"])
 def test_an_attached_model_is_copied_without_its_fast_paths_and_passes_its_audit(made, tmp_path):
     model, copies = made(), copied_while_it_trains()
