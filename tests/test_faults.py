@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cluster import fingerprint, small_recipe
 from partialtune.cli import main
@@ -40,7 +40,6 @@ from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
 from partialtune.training import recipe_trainer, settings
 from partialtune.training.resume_check import Standing
-from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_download import cached_files, server  # noqa: F401  (a fixture)
 
@@ -425,21 +424,23 @@ def _no_room():
 # ---- what is not finite ---------------------------------------------------------------------------------------------
 
 
-def spoilt(how):
-    """`compute_loss` of which the sixth step's loss, or its gradient, is not finite."""
-    compute_loss = PartialTrainer.compute_loss
+class Spoilt(TrainerCallback):
+    """In the sixth step the loss that the model gives, or the gradient that comes back to it, is not finite."""
 
-    def spoil(self, model, inputs, *args, **kwargs):
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 5 and isinstance(loss, torch.Tensor):
-            if how == "gradients":
-                loss = loss * 1.0
-                loss.register_hook(lambda gradient: gradient * float("inf"))
-            else:
-                loss = loss * float("nan")
-        return loss
+    def __init__(self, how):
+        self.how = how
 
-    return spoil
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 5:
+            model.register_forward_hook(self.spoil, prepend=True)
+
+    def spoil(self, model, args, output):
+        if self.how == "gradients":
+            output.loss = output.loss * 1.0
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        else:
+            output.loss = output.loss * float("nan")
+        return output
 
 
 @pytest.mark.parametrize("how", ["loss", "gradients"])
@@ -450,7 +451,14 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
     batches = []
     collate = collate_windows
     monkeypatch.setattr(recipe_trainer, "collate_windows", lambda rows: batches.append(collate(rows)) or batches[-1])
-    monkeypatch.setattr(PartialTrainer, "compute_loss", spoilt(how))
+    made = recipe_trainer.attached_trainer
+
+    def spoilt(**settings):
+        run = made(**settings)
+        run.trainer.add_callback(Spoilt(how))
+        return run
+
+    monkeypatch.setattr(recipe_trainer, "attached_trainer", spoilt)
     run = place / "new"
     words = ["--output_dir", str(run), "--max_grad_norm", clipping, "--eval_strategy", "no", "--logging_steps", "50"]
     assert again(place, *words) == 4

@@ -3,16 +3,16 @@
 import time
 
 import pytest
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from conftest import some_windows, tiny_gpt2
 from partialtune.cost.forecast import needed_products, utilisation
-from partialtune.freeze.apply import apply_plan
+from partialtune.engine.trainer_overrides import TunedTrainer
 from partialtune.freeze.plan import plan_freeze
 from partialtune.training import performance as performance_module
 from partialtune.training.performance import PARTS, StepTimer
+from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.settings import training_arguments
-from partialtune.training.trainer import PartialTrainer
 from partialtune.training.training_data import collate_windows
 
 BATCH, LENGTH = 4, 16
@@ -37,10 +37,9 @@ def slow_collate(rows):
 def train(folder, collate=collate_windows, callbacks=(), steps=5, **changes):
     model = tiny_gpt2(vocab_size=160)
     plan = plan_freeze(model, ["blocks[-1]"])
-    apply_plan(model, plan)
     said = {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH, "use_cpu": True}
     args = training_arguments({**said, "save_strategy": "no", "disable_tqdm": True, **changes})
-    trainer = PartialTrainer(
+    run = attached_trainer(
         plan=plan,
         delta_steps=2,
         model=model,
@@ -50,21 +49,21 @@ def train(folder, collate=collate_windows, callbacks=(), steps=5, **changes):
         data_collator=collate,
     )
     for callback in callbacks:
-        trainer.add_callback(callback)
-    trainer.train()
-    return trainer
+        run.trainer.add_callback(callback)
+    run.train()
+    return run.timer
 
 
 def test_each_part_of_a_step_is_timed_and_callbacks_are_no_part_of_its_seconds(tmp_path):
-    trainer = train(tmp_path, slow_collate, [SlowCallback()], max_grad_norm=1.0)
-    assert len(trainer.timer.parts) == 5
-    for step, seconds in zip(trainer.timer.parts, trainer.timer.seconds, strict=True):
+    timer = train(tmp_path, slow_collate, [SlowCallback()], max_grad_norm=1.0)
+    assert len(timer.parts) == 5
+    for step, seconds in zip(timer.parts, timer.seconds, strict=True):
         assert set(step) == set(PARTS)
         assert all(part > 0 for part in step.values())
         assert step["callbacks"] >= 0.06
         assert step["data"] >= 0.04
         assert seconds == pytest.approx(sum(step.values()) - step["callbacks"])
-    shares = trainer.timer.shares()
+    shares = timer.shares()
     assert sum(shares.values()) == pytest.approx(1)
 
 
@@ -72,20 +71,20 @@ def test_evaluation_and_saves_between_two_steps_belong_to_none(tmp_path, monkeyp
     timed = []
 
     def note(trainer, *args, **kwargs):
-        timed.append(trainer.timer.running)
+        timed.append(trainer.callback_handler.callbacks[0].running)  # the clock comes first
         return {}
 
-    monkeypatch.setattr(PartialTrainer, "_save_checkpoint", note)
-    monkeypatch.setattr(PartialTrainer, "evaluate", note)
+    monkeypatch.setattr(TunedTrainer, "_save_checkpoint", note)
+    monkeypatch.setattr(Trainer, "evaluate", note)
     train(tmp_path, steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
     assert len(timed) >= 6  # three of each
     assert not any(timed)
 
 
 def test_accumulated_passes_add_up_to_one_step(tmp_path):
-    trainer = train(tmp_path, slow_collate, gradient_accumulation_steps=3)
-    assert len(trainer.timer.parts) == 5
-    assert all(step["data"] >= 0.08 for step in trainer.timer.parts)  # the last step of an epoch has two passes left
+    timer = train(tmp_path, slow_collate, gradient_accumulation_steps=3)
+    assert len(timer.parts) == 5
+    assert all(step["data"] >= 0.08 for step in timer.parts)  # the last step of an epoch has two passes left
 
 
 def test_the_first_step_warms_up_and_counts_only_where_it_is_alone():

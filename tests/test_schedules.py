@@ -434,7 +434,7 @@ def test_every_optimizer_takes_in_later_phases_and_goes_on_from_a_checkpoint(tmp
     whole.train()
     again = trainer_of(tmp_path / "again", tiny_gpt2(), ["final_norm"], schedule, **changes)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert whole.audit.result.passed
+    assert whole.tuning.audit.passed
     assert equal(whole.model, again.model)
 
 

@@ -137,6 +137,12 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             "attach: auto_find_batch_size begins training anew after it has run out of memory, with weights that have "
             "moved already. Take it out, and set per_device_train_batch_size."
         )
+    version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 2) if trainer.is_fsdp_enabled else 2
+    if version != 2:
+        raise RecipeError(
+            f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
+            f"Set fsdp_version: 2."
+        )
     if trainer.is_fsdp_enabled and len(plan.phases) > 1:
         raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
     if trainer.is_deepspeed_enabled:
@@ -162,7 +168,9 @@ def _fast_paths(trainer: Trainer, enabled: Collection[str], prefix_cache: str | 
         raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(FAST_PATHS)}.")
     if not _takes_models_loss(trainer):
         enabled = set(enabled) - {"loss"}
-    if shards_parameters(args):  # the other paths hold whole weights
+    if shards_parameters(args) or args.n_gpu > 1:
+        # The others hold whole weights, which FSDP has not; and DataParallel copies a module with its patches, which
+        # would go on with the weights of the first device.
         enabled = {"gelu"} & set(enabled)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return FastPaths(trainer.model, enabled, [PrefixPhase(0, 0, 0, "off")], [], 0, dtype)

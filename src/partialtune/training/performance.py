@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_compiled_module
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
+from partialtune.cost.flops import FORMULAS
 from partialtune.machine import peak_memory_mb
 from partialtune.progress import progress_bar
+from partialtune.training.forward_callback import ForwardCallback
 
 if TYPE_CHECKING:
     from partialtune.engine.fast_paths import FastPaths
@@ -42,21 +46,25 @@ class TrainingProgress(TrainerCallback):
         self._bar = None
 
 
-class StepTimer(TrainerCallback):
+class StepTimer(ForwardCallback):
     """Seconds of each optimizer step, by part.
 
-    The Trainer calls `begin` when a step begins, `mark` when a part of it is done and `end` when all is;
-    what it does in between two steps, evaluation, logging and saves, belongs to none. On CUDA the moments are events
-    on the stream, so that nothing waits for them but the end of the step.
+    It has to be among the first callbacks, and its `last` among the last: what lies between the two is the time of the
+    others. What happens between two steps, evaluation, logging and saves, belongs to none. On CUDA the moments are
+    events on the stream, so that nothing waits for them but the end of the step.
 
     Attributes:
-        parts: Seconds of each step by part: `data` is waiting for its batches, `optimizer` has clipping with it.
+        parts: Seconds of each step by part. `data` is waiting for its batches, from the last event before the step.
+            `backward` has clipping with it: no event lies between the two.
         seconds: Seconds of each step, callbacks not counted.
+        last: The callback to add after all others.
     """
 
     def __init__(self) -> None:
         self.parts: list[dict[str, float]] = []
+        self.last = EndOfCallbacks(self)
         self._moments: list[tuple[str, Any]] = []  # of the step that goes on: (part that ended, when)
+        self._waiting: Any = None  # since when the batches of the next step are waited for
 
     @property
     def seconds(self) -> list[float]:
@@ -67,9 +75,13 @@ class StepTimer(TrainerCallback):
         """Whether a step goes on."""
         return bool(self._moments)
 
+    def wait(self) -> None:
+        """What comes now is waiting for the batches of the next step."""
+        self._waiting = _moment()
+
     def begin(self) -> None:
-        """A step begins: its batches are fetched next."""
-        self._moments = [("", _moment())]
+        """A step began when its batches were first waited for."""
+        self._moments = [("", _moment() if self._waiting is None else self._waiting)]
 
     def mark(self, part: str) -> None:
         """What has gone on since the last mark was `part`. Outside a step, such as in evaluation, nothing happens."""
@@ -86,16 +98,29 @@ class StepTimer(TrainerCallback):
             parts[part] += _seconds_between(earlier, later)
         self.parts.append(parts)
         self._moments = []
+        self.wait()
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
-        inner.register_step_pre_hook(lambda *_: self.mark("callbacks"))
+    def after_forward(self, inputs, output):
+        self.mark("forward")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin()
+        self.mark("data")
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.mark("backward")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.mark("optimizer")  # clipping
+        self.mark("backward")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.mark("optimizer")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.mark("optimizer")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._moments = []  # of a step that was broken off between two of its batches
 
     def median(self) -> float | None:
         """Median seconds a step, callbacks not counted. The first, which warms up, counts only where it is alone."""
@@ -107,6 +132,94 @@ class StepTimer(TrainerCallback):
             return None
         sums = {part: sum(step[part] for step in _warm(self.parts)) for part in PARTS}
         return {part: seconds / sum(sums.values()) for part, seconds in sums.items()}
+
+
+class EndOfCallbacks(TrainerCallback):
+    """The last callback of each event: what the clock has seen since the first one was the time of callbacks.
+
+    Args:
+        timer: The clock, which is the first.
+    """
+
+    def __init__(self, timer: StepTimer) -> None:
+        self._timer = timer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._timer.mark("callbacks")
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._timer.mark("callbacks")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._timer.mark("callbacks")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._timer.mark("callbacks")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._timer.end()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._timer.wait()
+
+    def on_log(self, args, state, control, **kwargs):
+        self._timer.wait()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._timer.wait()
+
+    def on_save(self, args, state, control, **kwargs):
+        self._timer.wait()
+
+
+class ProductCount(TrainerCallback):
+    """Counts the matrix products of the first batch, forward and backward. Not where the model is compiled.
+
+    It has to come before callbacks that may end the run in `on_pre_optimizer_step`. Use as a context manager around
+    `trainer.train()`: an error in the first batch would leave torch's counter on, and all that follows would be slow.
+
+    Attributes:
+        flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
+            attention's own included; None before the first batch and where the model is compiled.
+    """
+
+    def __init__(self) -> None:
+        self.flops_per_step: int | None = None
+        self._counter: FlopCounterMode | None = None
+
+    def __enter__(self) -> "ProductCount":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._leave()
+
+    def _leave(self) -> int | None:
+        """Take the counter off.
+
+        Returns:
+            What it has counted, None where it was not on.
+        """
+        counter, self._counter = self._counter, None
+        if counter is None:
+            return None
+        counter.__exit__(None, None, None)
+        return counter.get_total_flops()
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.flops_per_step is None and not args.torch_compile and not is_compiled_module(model):
+            self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+            self._counter.__enter__()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._batch_is_over(args)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._batch_is_over(args)
+
+    def _batch_is_over(self, args: TrainingArguments) -> None:
+        counted = self._leave()
+        if counted is not None:
+            self.flops_per_step = counted * args.gradient_accumulation_steps
 
 
 def _warm(steps: Sequence[Any]) -> Sequence[Any]:

@@ -122,6 +122,7 @@ def make_trainer(
         args=args,
         train_dataset=data.train,
         eval_dataset=data.held_out,
+        data_collator=collate_windows,
     )
 
 

@@ -11,16 +11,19 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from partialtune.distributed import from_all, largest_of_all
 from partialtune.errors import Interrupted, TrainingDiverged
+from partialtune.model.parameters import is_sharded
+from partialtune.training.forward_callback import ForwardCallback
 
 if TYPE_CHECKING:
     from datasets import Dataset  # a second, which a mistake in the recipe need not wait for
@@ -145,10 +148,12 @@ class StopOnSignal(TrainerCallback):
             raise Interrupted(message, signal_exit_code(self.received))
 
 
-class BatchWatch:
+class BatchWatch(ForwardCallback):
     """Remembers the windows of the present optimizer step, and stops the run where its gradients are not finite.
 
-    Under DDP and FSDP a value that is not finite reaches the gradients of every process, so that all stop together.
+    It looks at the gradients just before the optimizer does, which is after clipping. An element that is not finite
+    stays so: clipping multiplies it by 0 or NaN, which gives NaN. Finite gradients whose norm overflows become 0, a
+    harmless step, and the norm in Trainer's log tells; without clipping Trainer's own arithmetic makes them NaN.
 
     Args:
         windows: Training windows, `input_ids` (T,); None where no window has a number.
@@ -156,35 +161,60 @@ class BatchWatch:
 
     def __init__(self, windows: "Dataset | None") -> None:
         self.windows = windows
-        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []  # input_ids (B, T), loss; accumulated ones too
+        self._batches: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # input_ids (B, T), loss; accumulated too
 
-    def add(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
-        """Take note of a batch that went through forward and backward."""
-        self._batches.append((input_ids, loss.detach()))
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._batches = []
 
-    def end_step(self, step: int, grad_norm: float | torch.Tensor | None, rate: float, stop: bool) -> None:
+    def after_forward(self, inputs, output):
+        if isinstance(inputs.get("input_ids"), torch.Tensor):
+            loss = output.get("loss") if isinstance(output, Mapping) else None  # else the loss is taken elsewhere
+            self._batches.append((inputs["input_ids"], None if loss is None else loss.detach()))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Judge the step by its gradients.
 
-        Args:
-            step: Optimizer steps that were taken so far.
-            grad_norm: Norm of all gradients, None where it is unknown.
-            rate: Learning rate, for the message.
-            stop: Whether a norm that is not finite ends the run.
-
         Raises:
-            TrainingDiverged: In that case; the weights are those from before the step.
+            TrainingDiverged: If one is not finite, on any process; the weights are those from before the step.
         """
         batches, self._batches = self._batches, []
-        if not stop or grad_norm is None or math.isfinite(grad_norm):
+        if _scaled(optimizer):
             return
-        losses = [float(loss) for _, loss in batches]
-        wrong = [ids for (ids, _), loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        # All processes see the same gradients under DDP, under FSDP each its own shards.
+        if largest_of_all(int(not _gradients_are_finite(model)), args.device):
+            self._stop(batches, state.global_step + 1, optimizer.param_groups[0]["lr"])
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        """Judge what Trainer logs; the callback is called before trackers, and what is not finite reaches no record.
+
+        Raises:
+            TrainingDiverged: If a loss is not finite, or the norm of the gradients.
+        """
+        logs, rate = logs or {}, optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                state.log_history.pop()
+                raise TrainingDiverged(
+                    f"Training diverged: {name} is {logs[name]} at step {state.global_step} "
+                    f"(learning rate {rate:.3g}). Lower learning_rate, or add warmup_steps. "
+                    f"Checkpoints from before are kept."
+                )
+        norm = logs.get("grad_norm", 0.0)
+        if not math.isfinite(norm) and not _scaled(optimizer):
+            raise TrainingDiverged(
+                f"Training diverged: the norm of the gradients of step {state.global_step} is {norm} (learning rate "
+                f"{rate:.3g}): they are too large to add up, and clipping made them 0. "
+                f"Lower learning_rate, or add warmup_steps. Checkpoints from before are kept."
+            )
+
+    def _stop(self, batches: list[tuple[torch.Tensor, torch.Tensor | None]], step: int, rate: float) -> None:
+        wrong = [ids for ids, loss in batches if loss is not None and not bool(torch.isfinite(loss).all())]
         what = "the loss" if any(from_all(bool(wrong))) else "the gradients"
         of_each = from_all(self._numbers_of(wrong if what == "the loss" else [ids for ids, _ in batches]))
         numbers = sorted({number for numbers in of_each for number in numbers})
         shown = ", ".join(map(str, numbers[:NAMED])) + f" and {len(numbers) - NAMED} more" * (len(numbers) > NAMED)
         raise TrainingDiverged(
-            f"Training diverged: {what} of step {step + 1} became non-finite (learning rate {rate:.3g}), in training "
+            f"Training diverged: {what} of step {step} became non-finite (learning rate {rate:.3g}), in training "
             f"windows {shown or 'without a number'}. The step was not taken. Lower learning_rate, add warmup_steps, or "
             f"look at these windows. Checkpoints from before are kept."
         )
@@ -201,3 +231,15 @@ class BatchWatch:
                 if row.tobytes() in rows:
                     numbers.setdefault(row.tobytes(), place)
         return sorted(numbers.values())
+
+
+def _scaled(optimizer: Any) -> bool:
+    """Whether fp16's scaler looks at the gradients: it skips a step that is not finite, and goes on."""
+    return getattr(optimizer, "scaler", None) is not None
+
+
+def _gradients_are_finite(model: nn.Module) -> bool:
+    """Whether the norm of this process's gradients is: one element that is not finite makes it NaN or infinite."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    shards = [gradient.to_local() if is_sharded(gradient) else gradient for gradient in gradients]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(shards)))
