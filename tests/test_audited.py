@@ -1,5 +1,6 @@
 """`audited`: the plan, its phases and its proof in loops without a Trainer: PyTorch, accelerate, Lightning."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,9 @@ import partialtune as pt
 from conftest import tiny_gpt2
 from partialtune.engine.fast_modules import CHAINS
 from partialtune.errors import FreezeViolation, RecipeError
+from partialtune.model.digests import digests
 from partialtune.proof.audit_result import INTERRUPTED
+from two_processes import on_two_processes
 
 SCHEDULE = [{"from_step": 2, "trainable": ["blocks[-1].mlp"]}, {"from_step": 4, "trainable": ["blocks[-1].attention"]}]
 
@@ -33,7 +36,7 @@ def batches(count=6, seed=1):
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
-# At 1e-3 AdamW makes steps of 1e-6 of rounding noise, where the true gradient is 0 (the key third of an attention bias).
+# At 1e-3 AdamW makes steps of 1e-6 of rounding noise where the true gradient is 0, as of an attention's key bias.
 RATE = 1e-4
 
 
@@ -413,3 +416,78 @@ def test_a_misspelt_fast_path_and_a_plan_of_another_model_are_refused():
         pt.audited(model, plan_of(model), adamw(model), fast_paths=["gelo"])
     with pytest.raises(RecipeError, match="made for another model"):
         pt.audited(model, plan_of(tiny_llama()), adamw(model))
+
+
+def test_a_loop_goes_on_from_what_was_saved_within_a_block_with_the_same_bits():
+    model, saved = without_dropout("gpt2"), {}
+    optimizer, plan = adamw(model), plan_of(model)
+    with pt.audited(model.train(), plan, optimizer) as whole:
+        for batch in batches():
+            a_step(model, optimizer, batch)
+            saved[whole.steps] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert saved[3][1]["state"].keys() == set(plan.phase_at(2).trainable)  # by name
+    assert optimizer.state_dict()["state"].keys() == set(range(len(plan.trainable)))  # by place, as it was
+    for step in (1, 2, 3, 4):
+        again = without_dropout("gpt2")
+        optimizer = adamw(again)
+        with pt.audited(again.train(), plan, optimizer, first_step=step) as tuning:
+            again.load_state_dict(saved[step][0])
+            optimizer.load_state_dict(saved[step][1])  # exchanges the groups, in which later phases are held
+            for batch in batches()[step:]:
+                a_step(again, optimizer, batch)
+        assert tuning.audit.passed
+        assert digests(again) == digests(model)
+        assert tuning.deltas == whole.deltas
+
+
+def a_step(model, optimizer, batch):
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- two processes --------------------------------------------------------------------------------------------------
+
+
+def ddp_loop(flip, apply_first=True, find_unused=True):
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    model = without_dropout("gpt2")
+    optimizer, plan = adamw(model), plan_of(model)
+    if apply_first:
+        pt.apply_plan(model, plan)
+    find = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[find])
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped.train()
+    try:
+        with pt.audited(wrapped, plan, optimizer) as tuning:
+            for step, batch in enumerate(batches(12)[accelerator.process_index :: 2]):
+                if flip and step == 1 and not accelerator.is_main_process:
+                    model.transformer.wte.weight.data.view(torch.int32)[0, 0] ^= 1
+                accelerator.backward(wrapped(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    except (FreezeViolation, RecipeError) as error:
+        return type(wrapped).__name__, f"{type(error).__name__}: {error}", digests(model)
+    return type(wrapped).__name__, (tuning.steps, tuning.audit.passed), digests(model)
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_keep_equal_weights_through_all_phases():
+    first, second = on_two_processes(ddp_loop, False)
+    assert first == second
+    assert first[:2] == ("DistributedDataParallel", (6, True))
+
+
+@pytest.mark.slow
+def test_a_bit_that_one_process_alone_flips_is_caught_on_both():
+    for _, found, _ in on_two_processes(ddp_loop, True):
+        assert "FreezeViolation" in found
+        assert "1 frozen parameters changed: transformer.wte.weight" in found
+
+
+@pytest.mark.slow
+def test_a_model_that_was_wrapped_for_other_parameters_is_refused():
+    assert "Call apply_plan(model, plan) before accelerator.prepare" in on_two_processes(ddp_loop, False, False)[0][1]
+    assert "find_unused_parameters=True" in on_two_processes(ddp_loop, False, True, False)[0][1]

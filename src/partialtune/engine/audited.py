@@ -53,6 +53,7 @@ def audited(
     stop_on_violation: bool = True,
     fast_paths: Collection[str] = ("gelu", "casts"),
     prefix_cache: str = "auto",
+    first_step: int = 0,
 ) -> "AuditedLoop":
     """Let a loop of one's own carry out a plan: freeze, phases, fast paths, prefix cache, deltas, audit.
 
@@ -73,6 +74,8 @@ def audited(
             train mode and where labels are given: `outputs.logits` are then none).
         prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory` (an error where
             it is impossible).
+        first_step: Optimizer steps of the checkpoint from which the loop goes on. Give the base here and load weights
+            and optimizer within the block: deltas and audit then count from the base.
 
     Returns:
         To be used in a `with`: what is known of the run, while it goes on and after it.
@@ -92,8 +95,8 @@ def audited(
     audit = FreezeAuditCallback(plan, output_dir, stop_on_violation)
     audit.missing_at_start = missing
     deltas = WeightDeltaCallback(plan, delta_steps, output_dir)
-    fast = _fast_paths(inner, fast_paths, prefix_cache)
-    return AuditedLoop(inner, plan, fast, audit, deltas, bare_optimizer(optimizer), model)
+    fast = _fast_paths(inner, model, fast_paths, prefix_cache)
+    return AuditedLoop(inner, plan, fast, audit, deltas, bare_optimizer(optimizer), model, first_step)
 
 
 class AuditedLoop(Tuning):
@@ -103,6 +106,7 @@ class AuditedLoop(Tuning):
         model, plan, fast, audit_callback, delta_callback: As in `Tuning`.
         optimizer: Itself, no wrapper; it suits the plan.
         given: The model as the loop calls it.
+        first_step: Steps that were taken before the block.
     """
 
     def __init__(
@@ -114,13 +118,14 @@ class AuditedLoop(Tuning):
         delta_callback: WeightDeltaCallback,
         optimizer: torch.optim.Optimizer,
         given: nn.Module,
+        first_step: int,
     ) -> None:
         super().__init__(model, plan, fast, audit_callback, delta_callback)
-        self._optimizer, self._given = optimizer, given
+        self._optimizer, self._given, self._first_step = optimizer, given, first_step
         self._phases = Phases(plan, model, optimizer, fast)
         # What a Trainer hands to callbacks: steps taken, the log, where files go.
         self._args = SimpleNamespace(output_dir=None, max_grad_norm=1.0)
-        self._state, self._control = TrainerState(), TrainerControl()
+        self._state, self._control = TrainerState(global_step=first_step), TrainerControl()
         self._held: ExitStack | None = None
         self._is_skipped = False
 
@@ -131,7 +136,7 @@ class AuditedLoop(Tuning):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were taken within the block."""
+        """Optimizer steps so far, with those before the block."""
         return self._state.global_step
 
     @property
@@ -164,7 +169,7 @@ class AuditedLoop(Tuning):
         held.enter_context(self.fast)
         held.callback(self._phases.end)
         self._phases.recompute = bool(getattr(self.model, "is_activation_checkpointing", False))
-        self._phases.start(0)
+        self._phases.start(self.steps)
         self._tell("on_train_begin")
         if "loss" in self.fast.in_use:
             held.callback(put_on(self.model, self._with_fast_loss).take_off)
@@ -182,7 +187,7 @@ class AuditedLoop(Tuning):
         if held is not None:
             held.close()
         if error is None:
-            if not self.steps:
+            if self.steps == self._first_step:
                 logger.warning("The optimizer took no step within audited(...): does the loop call another one?")
             self._conclude()
         elif not isinstance(error, FreezeViolation) and rank_and_processes()[1] == 1:  # else others may not be here
@@ -288,8 +293,10 @@ def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None
         )
 
 
-def _fast_paths(model: nn.Module, enabled: Collection[str], prefix_cache: str) -> FastPaths:
-    if any(is_sharded(parameter) for parameter in model.parameters()):  # the other paths hold whole weights
+def _fast_paths(model: nn.Module, given: nn.Module, enabled: Collection[str], prefix_cache: str) -> FastPaths:
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    if sharded or isinstance(given, nn.DataParallel):
+        # The others hold whole weights, which FSDP has not; and DataParallel copies a module with its patches.
         enabled = {"gelu"} & set(enabled)
     # In which dtype a loop computes shows when it does: casts look for autocast in each forward pass.
     return FastPaths(model, enabled, [PrefixPhase(0, 0, 0, "off")], [], 0, torch.bfloat16)
