@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -491,3 +493,30 @@ def test_a_bit_that_one_process_alone_flips_is_caught_on_both():
 def test_a_model_that_was_wrapped_for_other_parameters_is_refused():
     assert "Call apply_plan(model, plan) before accelerator.prepare" in on_two_processes(ddp_loop, False, False)[0][1]
     assert "find_unused_parameters=True" in on_two_processes(ddp_loop, False, True, False)[0][1]
+
+
+def sharded_loop(schedule):
+    torch.distributed.init_process_group("gloo")
+    model = without_dropout("gpt2")
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    plan, optimizer = plan_of(model, schedule), adamw(model)
+    with torch.no_grad():
+        model(**batches()[0])  # leaves whole parameters in the places of the outermost module's shards
+    try:
+        with pt.audited(model.train(), plan, optimizer) as tuning:
+            for batch in batches():
+                a_step(model, optimizer, batch)
+    except RecipeError as error:
+        return str(error)
+    return tuning.audit.passed, tuning.fast.in_use, {name for name, delta in tuning.deltas.items() if delta.l2_delta}
+
+
+@pytest.mark.slow
+def test_a_model_sharded_by_fsdp2_is_audited_whole_and_takes_no_schedule():
+    for passed, in_use, moved in on_two_processes(sharded_loop, ()):
+        assert (passed, in_use) == (True, ["gelu"])
+        assert moved in ({"transformer.ln_f.weight", "transformer.ln_f.bias"}, set())  # measured on the main process
+    assert "FSDP shards what trains before the first step" in on_two_processes(sharded_loop, SCHEDULE)[0]
