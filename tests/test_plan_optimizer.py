@@ -3,16 +3,19 @@
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
 
-from conftest import tiny_gpt2
+from conftest import some_windows, tiny_gpt2
+from partialtune.engine.attach import attach
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name, suit_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase
-from partialtune.errors import RecipeError
+from partialtune.errors import FreezeViolation, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
+from partialtune.training.training_data import collate_windows
 
 SCHEDULE = [{"from_step": 2, "trainable": ["blocks[-1].mlp"]}]
 WITH_RATE = [{"from_step": 2, "trainable": ["blocks[-1].mlp"], "learning_rate": 1e-3}]
@@ -231,3 +234,44 @@ def test_wrappers_of_accelerate_and_lightning_are_looked_through():
     assert bare_optimizer(accelerate.Accelerator(cpu=True).prepare(optimizer)) is optimizer
     assert bare_optimizer(lightning.LightningOptimizer(optimizer)) is optimizer
     assert bare_optimizer(optimizer) is optimizer
+
+
+# ---- a user's own optimizer in an attached Trainer ------------------------------------------------------------------
+
+
+class Groups(TrainerCallback):
+    """What the optimizer holds in each step."""
+
+    def __init__(self):
+        self.held = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.held.append(in_optimizer(model, optimizer))
+
+
+@pytest.mark.parametrize("name", ["AdamW over all", "decay groups"])
+def test_a_users_own_optimizer_and_scheduler_carry_the_phases_of_an_attached_trainer(name, tmp_path):
+    model, plan = planned()
+    optimizer, groups = OPTIMIZERS[name](model), Groups()
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    args = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, save_strategy="no", report_to="none")
+    data = {"train_dataset": some_windows(), "data_collator": collate_windows}
+    trainer = Trainer(model, args, optimizers=(optimizer, scheduler), callbacks=[groups], **data)
+    tuning = attach(trainer, plan)
+    for _ in range(2):  # a second training begins anew
+        trainer.train()
+        assert tuning.audit.passed
+        assert groups.held == [sorted(FINAL_NORM + MLP * (step >= 2)) for step in range(4)]
+        assert not optimizer._optimizer_state_dict_post_hooks
+        groups.held.clear()
+
+
+def test_what_a_users_own_optimizer_lacks_of_a_later_phase_stops_an_attached_trainer_before_its_first_step(tmp_path):
+    model, plan = planned()
+    optimizer = torch.optim.AdamW(model.transformer.ln_f.parameters(), lr=1e-2)
+    args = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, save_strategy="no", report_to="none")
+    data = {"train_dataset": some_windows(), "data_collator": collate_windows}
+    trainer = Trainer(model, args, optimizers=(optimizer, None), **data)
+    attach(trainer, plan)
+    with pytest.raises(FreezeViolation, match=r"step 0: 4 .* missing from the optimizer: transformer\.h\.2\.mlp"):
+        trainer.train()

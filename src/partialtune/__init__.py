@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editors and type checkers
     from partialtune.engine.attach import attach as attach
+    from partialtune.engine.audited import audited as audited
     from partialtune.engine.tuning import Tuning as Tuning
     from partialtune.errors import FreezeViolation as FreezeViolation
     from partialtune.freeze.apply import apply_plan as apply_plan
@@ -37,6 +38,7 @@ _HOME = {
     "apply_delta": "rebuild",
     "apply_plan": "freeze.apply",
     "attach": "engine.attach",
+    "audited": "engine.audited",
     "load": "rebuild",
     "load_text": "text.reading",
     "open_run": "recipe_run.finished_run",

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from partialtune.distributed import shards_parameters
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import PhaseCallback
-from partialtune.engine.plan_optimizer import apply_beside_optimizer, key_by_name
+from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.tuning import Tuning, check_untuned
@@ -77,11 +77,11 @@ def attach(
     _check(trainer, plan)
     model = trainer.model
     check_untuned(model)
+    missing = []
     if trainer.optimizer is None:
         apply_plan(model, plan)
     else:  # a user's own: the Trainer was made with it
-        apply_beside_optimizer(model, plan, trainer.optimizer)
-        key_by_name(trainer.optimizer, model)
+        missing = apply_beside_optimizer(model, plan, trainer.optimizer)
     if len(plan.phases) > 1:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
@@ -90,7 +90,7 @@ def attach(
 
     fast = _fast_paths(trainer, fast_paths, prefix_cache)
     audit = _callback(trainer, FreezeAuditCallback, plan) or FreezeAuditCallback(plan, output_dir)
-    audit.stop_on_violation = stop_on_violation
+    audit.stop_on_violation, audit.missing_at_start = stop_on_violation, missing
     deltas = _callback(trainer, WeightDeltaCallback, plan) or WeightDeltaCallback(plan, delta_steps, output_dir)
     tuning = Tuning(model, plan, fast, audit, deltas)
     changes = TrainerChanges(weight_decay_on == "all", whole_checkpoints, write_beside, save_now)

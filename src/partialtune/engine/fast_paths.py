@@ -21,6 +21,7 @@ from partialtune.engine.prefix import PrefixCache, modules_before_blocks
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import ModelError
 from partialtune.model.conformance import probe_windows
+from partialtune.model.parameters import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class FastPaths:
         self._held = ExitStack()
         self.in_use: list[str] = []
         self.before_blocks: list[str] = []
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            return  # a pass that is broken off would leave whole parameters in the places of shards
         with suppress(ModelError):  # the model calls its blocks otherwise than as modules: what is before is not known
             self.before_blocks = modules_before_blocks(
                 model, torch.zeros((1, 2), dtype=torch.long, device=_device(model))

@@ -87,13 +87,15 @@ class Phases:
             self._begin(phase)
 
     def end(self) -> None:
-        """Take off what depends on the phase, and give the optimizer back what was held: another training may begin."""
+        """Take off what depends on the phase. Model and optimizer are then as `apply_plan` and `suit_optimizer` left
+        them, with all phases in them: another training may begin."""
         if self.phase is None:
             return
-        self._let_in(max(phase.first_step for phase in self.plan.phases))
+        self._let_in(self.plan.phases[-1].first_step)
         self.phase = None
         self.fast.leave()
         keep_activations(self.model)
+        let_learn(self.model, self.plan.trainable)
 
     def _let_in(self, step: int) -> None:
         """Put back what learns in this step."""

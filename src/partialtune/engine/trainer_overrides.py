@@ -7,7 +7,7 @@ what is overridden here.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -73,6 +74,7 @@ class TunedTrainer(Base):
     tuning: Tuning
     changes: TrainerChanges
     _saving_in: str | None = None
+    _state_by_name: Sequence[RemovableHandle] = ()
     _logits_wanted: bool = False
 
     # ---- training ---------------------------------------------------------------------------------------------------
@@ -82,14 +84,17 @@ class TunedTrainer(Base):
             with self.tuning.fast:
                 return super().train(*args, **kwargs)
         finally:
+            for handle in self._state_by_name:  # the optimizer may be a user's own
+                handle.remove()
+            self._state_by_name = []
             self.tuning.end()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and not self.is_fsdp_enabled:  # sharded state is keyed by name already
+        optimizer = super().create_optimizer(*args, **kwargs)  # or a user's own, or that of a training before
+        if not self.is_fsdp_enabled:  # sharded state is keyed by name already
             suit_optimizer(optimizer, self.model, self.tuning.plan)
-            key_by_name(optimizer, self.model)
+            if not self._state_by_name:
+                self._state_by_name = key_by_name(optimizer, self.model)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

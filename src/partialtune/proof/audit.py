@@ -42,11 +42,13 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     Args:
         plan: The plan that was applied to the model.
-        output_dir: Folder of the file, `args.output_dir` where absent.
+        output_dir: Folder of the file, `args.output_dir` where absent; without both nothing is written.
         stop_on_violation: Whether a violation raises FreezeViolation, or is only logged and written.
 
     Attributes:
         result: The newest `Audit`, None before the first.
+        missing_at_start: Names of what trains and is known to be missing from the optimizer: a violation from the
+            start, though its phase begins later.
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
         digests_before: sha256 of every parameter at the start.
@@ -61,6 +63,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         super().__init__(plan, output_dir)
         self.stop_on_violation = stop_on_violation
         self.interrupted: Callable[[], bool] = lambda: False
+        self.missing_at_start: list[str] = []
         self.result: Audit | None = None
         self.digests_after: dict[str, str] = {}
         self.buffers_after: dict[str, str] = {}
@@ -100,6 +103,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         mine = {name: pair for name, pair in in_optimizer.items() if is_main() or is_sharded(pair[0])}
         self._updates.watch(mine, optimizer, self.snapshot.bit_sums)
         self._not_in_optimizer = [name for name in trained if name not in in_optimizer]
+        self._not_in_optimizer += [name for name in self.missing_at_start if name not in trained]
         audit = self._names_and_optimizer(model)
         if audit.not_in_optimizer or audit.other_names:
             self._conclude(args, state, audit)
@@ -132,12 +136,24 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- around each optimizer step ---------------------------------------------------------------------------------
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        with self._watch:
-            scaler = getattr(optimizer, "scaler", None)  # of fp16; clipping has divided the gradients by its scale
-            unclipped = scaler is not None and not getattr(args, "max_grad_norm", 1.0)
-            self._updates.before_step(scaler.get_scale() if unclipped else 1.0)
+        scaler = getattr(optimizer, "scaler", None)  # of fp16; clipping has divided the gradients by its scale
+        unclipped = scaler is not None and not getattr(args, "max_grad_norm", 1.0)
+        self.before_step(scaler.get_scale() if unclipped else 1.0)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        self.after_step()
+
+    def before_step(self, scale: float = 1.0) -> None:
+        """Note what the optimizer's step needs; its gradients are final.
+
+        Args:
+            scale: What the gradients are still multiplied with, as under fp16 without clipping.
+        """
+        with self._watch:
+            self._updates.before_step(scale)
+
+    def after_step(self) -> None:
+        """Look at what has moved in the step."""
         with self._watch:
             self._updates.after_step()
 
@@ -314,9 +330,10 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         A full disk is not raised here: it would hide a violation.
         """
         self.result = audit
-        if not state.is_world_process_zero:
+        folder = self.folder(args)
+        if folder is None or not state.is_world_process_zero:
             return None
-        file = self.folder(args) / AUDIT_FILE
+        file = folder / AUDIT_FILE
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, (json.dumps(audit.to_json(), indent=2, allow_nan=False) + "\n").encode())

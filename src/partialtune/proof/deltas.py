@@ -80,18 +80,20 @@ class WeightDeltaCallback(SnapshotCallback):
         self._reported_at = -1
         self._keep_lines_up_to(state.global_step - 1, args, state)
 
-    def _file(self, args) -> Path:
-        return self.folder(args) / DELTAS_FILE
+    def _file(self, args) -> Path | None:
+        folder = self.folder(args)
+        return folder / DELTAS_FILE if folder else None
 
     def _keep_lines_up_to(self, step: int, args, state) -> None:
         """Remove the lines of later steps: a resumed run reports the steps after its checkpoint again."""
         refused = None
-        if state.is_world_process_zero:
+        file = self._file(args)
+        if state.is_world_process_zero and file is not None:
             self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
             try:
-                self._rewrite(step, self._file(args))
+                self._rewrite(step, file)
             except OSError as error:
-                refused = f"{self._file(args)} could not be written: {error.strerror or error}. Make room on the disk."
+                refused = f"{file} could not be written: {error.strerror or error}. Make room on the disk."
         raise_disk_error(refused)
 
     @staticmethod
@@ -108,9 +110,9 @@ class WeightDeltaCallback(SnapshotCallback):
         Returns:
             Why it failed, None where it did not.
         """
-        if not self._unwritten:
-            return None
         file, size = self._file(args), None
+        if file is None or not self._unwritten:
+            return None
         try:
             with file.open("ab") as out:
                 size = out.tell()
@@ -132,7 +134,7 @@ class WeightDeltaCallback(SnapshotCallback):
             deltas |= {delta.name: delta for delta in measure_deltas(model, self.snapshot)}
             self.newest = deltas
             self._reported_at = state.global_step
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and self._file(args) is not None:
                 self._unwritten.extend(self._lines(state.global_step, deltas))
                 self._write_lines(args)
             values = self.group_deltas(deltas)

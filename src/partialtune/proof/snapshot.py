@@ -282,6 +282,7 @@ class SnapshotCallback(TrainerCallback):
             self.snapshot = take_snapshot(model, self.plan, self.folder(args), known)
             setattr(state, SHARED_AS, self.snapshot)
 
-    def folder(self, args) -> Path:
-        """Where the callback writes."""
-        return Path(self.output_dir or args.output_dir)
+    def folder(self, args) -> Path | None:
+        """Where the callback writes, None for nowhere."""
+        folder = self.output_dir or args.output_dir
+        return Path(folder) if folder else None
