@@ -15,19 +15,23 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from cluster import fingerprint, small_recipe
+from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.compare.outcomes import read_outcome
 from partialtune.compare.run_queue import run_child
 from partialtune.engine.checkpoint_files import ASIDE, checkpoints_in, damage_of
-from partialtune.errors import InputError, RecipeError, TextError
+from partialtune.errors import InputError, RecipeError, TextError, TrainingDiverged
 from partialtune.hub import push
 from partialtune.hub.published_files import check_finished
 from partialtune.net.download import fetch
@@ -40,8 +44,10 @@ from partialtune.text.reading import check_texts_unchanged
 from partialtune.text.sources import raw_text
 from partialtune.training import recipe_trainer, settings
 from partialtune.training.resume_check import Standing
+from partialtune.training.stopping import BatchWatch
 from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_download import cached_files, server  # noqa: F401  (a fixture)
+from two_processes import on_two_processes
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -476,9 +482,147 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_the_run_before_the_step_an
     )
 
 
-def _one_process():
-    from types import SimpleNamespace
+class SpoiltGradient(TrainerCallback):
+    """In the second step one element of one gradient, as backward gives it, is this number."""
 
+    def __init__(self, number):
+        self.number, self.before = number, {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            model.transformer.ln_f.weight.register_hook(self.spoil)
+
+    def spoil(self, gradient):
+        gradient = gradient.clone()
+        gradient[3] = self.number
+        return gradient
+
+
+def stock_trainer(folder, callbacks, **changes):
+    model = tiny_gpt2(vocab_size=160)
+    loss = changes.pop("compute_loss_func", None)
+    said = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True}
+    args = {**said, "save_strategy": "no", "disable_tqdm": True, "report_to": "none", "logging_steps": 1, **changes}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**args),
+        train_dataset=some_windows(),
+        data_collator=collate_windows,
+        callbacks=[BatchWatch(some_windows()), *callbacks],
+        compute_loss_func=loss,
+    )
+
+
+@pytest.mark.parametrize("clipping", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_one_gradient_that_is_not_finite_stops_a_stock_trainer_before_the_step_however_it_clips(
+    number, clipping, tmp_path
+):
+    spoilt = SpoiltGradient(number)
+    trainer = stock_trainer(tmp_path, [spoilt], max_grad_norm=clipping)
+    with pytest.raises(TrainingDiverged, match="the gradients of step 2 became non-finite") as stopped:
+        trainer.train()
+    assert len(re.search(r"windows ([\d, ]+)\.", str(stopped.value))[1].split(",")) == 4
+    assert spoilt.before
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, spoilt.before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("clipping", "words"),
+    [(0.0, "the gradients of step 2 became non-finite"), (1.0, "the norm of the gradients of step 2 is inf")],
+)
+def test_finite_gradients_whose_norm_overflows_end_the_run_though_clipping_makes_them_zero(clipping, words, tmp_path):
+    trainer = stock_trainer(tmp_path, [SpoiltGradient(1e30)], max_grad_norm=clipping)
+    with pytest.raises(TrainingDiverged, match=words):
+        trainer.train()
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
+
+
+def test_a_loss_that_the_model_does_not_take_itself_is_told_by_its_gradients(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.sum() * float("nan")
+
+    trainer = stock_trainer(tmp_path, [], compute_loss_func=loss)
+    with pytest.raises(TrainingDiverged, match=r"the gradients of step 1 became non-finite .* windows \d+, \d+"):
+        trainer.train()
+
+
+def test_only_the_accumulated_batch_whose_loss_is_not_finite_is_named(tmp_path):
+    class SpoiltBatch(TrainerCallback):
+        passes = 0
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.register_forward_hook(self.spoil, with_kwargs=True, prepend=True)
+
+        def spoil(self, model, args, kwargs, output):
+            SpoiltBatch.passes += 1
+            if SpoiltBatch.passes == 2:
+                SpoiltBatch.rows = kwargs["input_ids"].tolist()
+                output.loss = output.loss * float("inf")
+            return output
+
+    trainer = stock_trainer(tmp_path, [SpoiltBatch()], gradient_accumulation_steps=3)
+    with pytest.raises(TrainingDiverged, match="the loss of step 1 became non-finite") as stopped:
+        trainer.train()
+    named = [int(number) for number in re.search(r"windows ([\d, ]+)\.", str(stopped.value))[1].split(",")]
+    windows = some_windows()["input_ids"]
+    assert sorted(tuple(windows[number]) for number in named) == sorted(map(tuple, SpoiltBatch.rows))
+
+
+def test_the_scaler_of_fp16_is_left_to_skip_a_step_that_is_not_finite():
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.full((1, 2), float("inf"))
+    optimizer = SimpleNamespace(scaler=object(), param_groups=[{"lr": 1.0}])
+    args = SimpleNamespace(device=torch.device("cpu"))
+    state = SimpleNamespace(global_step=0)
+    watch = BatchWatch(None)
+    watch.on_pre_optimizer_step(args, state, None, model=model, optimizer=optimizer)
+    watch.on_log(args, state, None, logs={"grad_norm": float("inf")}, optimizer=optimizer)
+    optimizer.scaler = None
+    with pytest.raises(TrainingDiverged, match="without a number"):
+        watch.on_pre_optimizer_step(args, state, None, model=model, optimizer=optimizer)
+
+
+def judged_in_shards():
+    """What a process says of a step in which all gradients are finite, and of one with an infinite one on rank 1."""
+    torch.distributed.init_process_group("gloo")
+    model = tiny_gpt2(vocab_size=160).train()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    args = SimpleNamespace(device=torch.device("cpu"))
+    state, optimizer = SimpleNamespace(global_step=0), SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    watch = BatchWatch(some_windows())
+    watch.on_train_begin(args, state, None, model=model)
+    rank = torch.distributed.get_rank()
+    ids = torch.tensor(some_windows()["input_ids"][rank : rank + 1])
+    said = []
+    for number in (0.0, float("inf")):
+        watch.on_step_begin(args, state, None)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        shard = model.transformer.ln_f.weight.grad.to_local()
+        assert shard.numel() == model.config.n_embd // 2
+        if rank == 1:
+            shard[0] = number
+        try:
+            watch.on_pre_optimizer_step(args, state, None, model=model, optimizer=optimizer)
+            said.append("")
+        except TrainingDiverged as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.slow
+def test_where_parameters_are_sharded_all_processes_stop_for_a_gradient_of_one():
+    (first, second), other = on_two_processes(judged_in_shards)
+    assert [first, second] == other
+    assert first == ""
+    assert "the gradients of step 1 became non-finite" in second
+    assert "windows 0, 1. The step was not taken." in second
+
+
+def _one_process():
     return SimpleNamespace(world_size=1, seed=42, data_seed=None)
 
 

@@ -1,18 +1,26 @@
 """What a step costs is timed by part, and set against what the plan needs and the machine can do."""
 
+import copy
+import pickle
 import time
+from types import SimpleNamespace
 
 import pytest
-from transformers import Trainer, TrainerCallback
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import some_windows, tiny_gpt2
+from partialtune.cost.flops import FORMULAS
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.engine.trainer_overrides import TunedTrainer
 from partialtune.freeze.plan import plan_freeze
 from partialtune.training import performance as performance_module
-from partialtune.training.performance import PARTS, StepTimer
+from partialtune.training.performance import PARTS, ProductCount, StepTimer
 from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.settings import training_arguments
+from partialtune.training.stopping import BatchWatch
 from partialtune.training.training_data import collate_windows
 
 BATCH, LENGTH = 4, 16
@@ -133,6 +141,119 @@ def test_a_mark_outside_a_step_is_ignored():
     timer.mark("forward")
     timer.end()
     assert timer.parts == []
+
+
+def stock_trainer(folder, model, *callbacks, collate=collate_windows, steps=3, **changes):
+    said = {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH, "use_cpu": True}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**{**said, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, **changes}),
+        train_dataset=some_windows(),
+        eval_dataset=some_windows(),
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+
+
+def test_a_stock_trainer_is_timed_between_the_first_callback_and_the_last(tmp_path):
+    class SlowModel(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+            model.transformer.ln_f.weight.register_hook(lambda gradient: time.sleep(0.07))
+            optimizer.optimizer.register_step_pre_hook(lambda *_: time.sleep(0.09))
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            time.sleep(0.5)
+
+    timer = StepTimer()
+    callbacks = [timer, SlowModel(), SlowCallback(), timer.last]
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+    model = tiny_gpt2(vocab_size=160)
+    trainer = stock_trainer(
+        tmp_path, model, *callbacks, collate=slow_collate, gradient_accumulation_steps=2, **evaluated
+    )
+    trainer.train()
+    assert len(timer.parts) == 3
+    for step in timer.parts:
+        floors = {"data": 0.04, "forward": 0.10, "backward": 0.14, "optimizer": 0.09, "callbacks": 0.06}
+        assert all(step[part] >= floor for part, floor in floors.items()), step
+        assert sum(step.values()) < sum(floors.values()) + 0.4  # what evaluation took is in no part
+    assert not timer.running
+
+
+def test_the_hook_on_the_model_is_there_while_it_trains_and_copies_of_it_have_none(tmp_path):
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.hooks = len(model._forward_hooks)
+            self.copy, self.pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+
+    timer, copies, model = StepTimer(), Copies(), tiny_gpt2(vocab_size=160)
+    stock_trainer(tmp_path, model, timer, BatchWatch(None), copies, timer.last, steps=1).train()
+    assert copies.hooks == 2
+    assert not model._forward_hooks
+    timer.begin()
+    ids = torch.zeros((1, LENGTH), dtype=torch.long)
+    for other in (copies.copy, copies.pickled):
+        other.train()(input_ids=ids)
+    timer.end()
+    assert timer.parts[-1]["forward"] == 0
+
+
+def test_the_hook_adds_no_graph_to_a_compiled_model():
+    def graphs_of(*callbacks):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        model = tiny_gpt2(vocab_size=160).train()
+        for callback in callbacks:
+            callback.on_train_begin(None, None, None, model=model)
+        ids = torch.zeros((2, LENGTH), dtype=torch.long)
+        for _ in range(2):
+            torch.compile(model, backend=backend)(input_ids=ids).logits.sum().backward()  # its loss breaks the graph
+        return len(graphs)
+
+    timer = StepTimer()
+    timer.begin()
+    assert graphs_of() == graphs_of(timer, BatchWatch(None)) == 1
+    assert [part for part, _ in timer._moments] == ["", "forward", "forward"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_products_of_the_first_batch_are_counted_and_those_of_evaluation_and_later_steps_are_not(
+    accumulation, tmp_path
+):
+    count, model = ProductCount(), tiny_gpt2(vocab_size=160)
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = stock_trainer(tmp_path, model, count, gradient_accumulation_steps=accumulation, **evaluated)
+    with count:
+        trainer.train()
+    batch = collate_windows([some_windows()[row] for row in range(BATCH)])
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        model.train()(**batch).loss.backward()
+    assert count.flops_per_step == counter.get_total_flops() * accumulation > 0
+
+
+def test_an_error_in_the_first_batch_leaves_no_counter_on_and_a_compiled_model_is_not_counted(tmp_path):
+    class Failing(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.register_forward_hook(self.fail)
+
+        def fail(self, *_):
+            raise ValueError("no memory")
+
+    count = ProductCount()
+    with pytest.raises(ValueError, match="no memory"), count:
+        stock_trainer(tmp_path, tiny_gpt2(vocab_size=160), count, Failing()).train()
+    assert count.flops_per_step is None
+    assert _get_current_dispatch_mode() is None
+    wrapped = torch.compile(tiny_gpt2(vocab_size=160), backend="eager")
+    count.on_step_begin(SimpleNamespace(torch_compile=False), None, None, model=wrapped)
+    count.on_step_begin(SimpleNamespace(torch_compile=True), None, None, model=wrapped._orig_mod)
+    assert _get_current_dispatch_mode() is None
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -21,11 +21,15 @@ if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editor
     from partialtune.rebuild import apply_delta as apply_delta
     from partialtune.rebuild import load as load
     from partialtune.recipe.recipe import read_recipe as read_recipe
+    from partialtune.recipe_run.finished_run import FinishedRun as FinishedRun
+    from partialtune.recipe_run.finished_run import open_run as open_run
+    from partialtune.recipe_run.run_recipe import train as train
     from partialtune.text.reading import load_text as load_text
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "FinishedRun": "recipe_run.finished_run",
     "FreezeAuditCallback": "proof.audit",
     "FreezePlan": "freeze.plan",
     "FreezeViolation": "errors",
@@ -37,8 +41,10 @@ _HOME = {
     "audited": "engine.audited",
     "load": "rebuild",
     "load_text": "text.reading",
+    "open_run": "recipe_run.finished_run",
     "plan_freeze": "freeze.plan",
     "read_recipe": "recipe.recipe",
+    "train": "recipe_run.run_recipe",
 }
 
 __all__ = sorted(_HOME)

@@ -1,6 +1,8 @@
-"""Rows of cells -> a table drawn by `rich`: plain text, the same on a terminal, in a pipe and in a file."""
+"""Rows of cells -> a table: plain text drawn by `rich`, the same on a terminal, in a pipe and in a file; or HTML."""
 
 from collections.abc import Collection, Sequence
+
+from markupsafe import Markup, escape
 
 WIDEST = 100_000  # characters: no cell is ever cut or folded, since names are to be copied and searched for
 
@@ -35,3 +37,32 @@ def draw_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> s
     with console.capture() as drawn:
         console.print(table, soft_wrap=True)
     return "\n".join(line.rstrip() for line in drawn.get().splitlines())
+
+
+def html_table(rows: Sequence[Sequence[object]], left: Collection[int] = (0,), caption: str = "") -> Markup:
+    """The same rows for a notebook: every cell escaped, none of it coloured, so that it reads on light and dark pages.
+
+    html_table([("place", "values"), ("norms", "1,536")]) -> Markup('<table style="..."><thead><tr>...')
+
+    Args:
+        rows: The titles first, then a row each; all of one length. A cell that is `Markup` is HTML already.
+        left: As for `draw_table`.
+        caption: A line over the table.
+    """
+    width = len(rows[0])
+    names = {column % width for column in left}
+
+    def cells(row: Sequence[object], tag: str) -> Markup:
+        sides = ("left" if column in names else "right" for column in range(width))
+        # said in every cell: notebooks take style sheets out of what they show, and give tables a style of their own
+        style = "text-align:{};padding:2px 10px;white-space:nowrap"
+        made = (
+            Markup(f'<{tag} style="{style.format(side)}">{{}}</{tag}>').format(escape(cell))
+            for side, cell in zip(sides, row, strict=True)
+        )
+        return Markup("<tr>{}</tr>").format(Markup("").join(made))
+
+    over = Markup('<caption style="caption-side:top;text-align:left;padding:2px 10px">{}</caption>').format(caption)
+    return Markup(
+        '<table style="border-collapse:collapse;margin:4px 0 8px 0">{}<thead>{}</thead><tbody>{}</tbody></table>'
+    ).format(over if caption else "", cells(rows[0], "th"), Markup("\n").join(cells(row, "td") for row in rows[1:]))

@@ -60,10 +60,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     check_launched()
     with _importing():
-        from partialtune.distributed import DDP_TIMEOUT, peers_watched
         from partialtune.model.loading import quiet_libraries
         from partialtune.recipe.recipe import read_recipe
-        from partialtune.training.launch import check_launcher, join_processes, use_all_cores
+        from partialtune.recipe_run.run_recipe import run_recipe
+        from partialtune.training.launch import check_launcher, use_all_cores
         from partialtune.training.stopping import ended_by_signals
 
     # `accelerate launch` sets OMP_NUM_THREADS=1: on two cores a step of 1.39 s took 2.56 s
@@ -73,13 +73,9 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with ended_by_signals():
         recipe = read_recipe(_recipe_path(known.recipe), overrides)
         with _importing():
-            from partialtune.recipe_run.train import (
-                train,  # four seconds, which a mistake in the recipe need not wait for
-            )
+            import partialtune.recipe_run.train  # noqa: F401 - four seconds, for which no mistake in a recipe has to wait
 
-        with peers_watched(recipe.training.get("ddp_timeout", DDP_TIMEOUT)):
-            join_processes(recipe.training)
-            train(recipe)
+        run_recipe(recipe)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

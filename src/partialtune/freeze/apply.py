@@ -9,7 +9,7 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_weights, uncompiled
 from partialtune.model.train_mode import stop_layer_drop
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,14 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent. LayerDrop is
     switched off: no block is left out of a step. Applying the same plan again changes nothing.
 
+    Args:
+        model: The model that the plan was made for. One that `torch.compile` has wrapped is treated as what it wraps.
+        plan: What trains.
+
     Raises:
         RecipeError: If the plan was made for another model.
     """
+    model = uncompiled(model)
     if plan.head == "untied":
         untie_head(model)
     planned = {parameter.name for parameter in plan.parameters}
@@ -35,8 +40,8 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
         strangers = sorted(present ^ planned)
         raise RecipeError(
             f"This plan was made for another model ({plan.model_name}): {len(strangers)} parameter names differ, "
-            f"{strangers[0]} first. Make a plan for this model with plan_freeze, after all that changes its parameters "
-            f"(get_peft_model, resize_token_embeddings, tie_weights)."
+            f"{strangers[0]} first: plan after wrapping. Make a plan for this model with plan_freeze, after all that "
+            f"changes its parameters (get_peft_model, resize_token_embeddings, tie_weights)."
         )
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
@@ -55,6 +60,7 @@ def let_learn(model: nn.Module, names: Iterable[str], also_in_eval: Iterable[str
         names: Of the parameters.
         also_in_eval: Names of further modules that stay in eval mode, as those of a frozen prefix do.
     """
+    model = uncompiled(model)  # whose own `train` is the one that `apply_plan` replaced
     chosen = set(names)
     for name, parameter in named_weights(model):
         parameter.requires_grad_(name in chosen)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.plan_table import plan_html
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
@@ -179,6 +180,10 @@ class FreezePlan:
             inside = f"block_{parameter.block:0{width}d}/" if parameter.block is not None else ""
             grouped.setdefault(inside + parameter.component, []).append(parameter)
         return grouped
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows in the place of `repr(plan)`."""
+        return plan_html(self)
 
     def to_json(self, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
         """The content of `freeze_plan.json`.

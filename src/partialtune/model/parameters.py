@@ -38,6 +38,11 @@ def plain_name(name: str) -> str:
     return INSIDE_PEFT.sub("", name)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped; a model that is not wrapped as it is."""
+    return getattr(model, "_orig_mod", model)  # torch's name for it
+
+
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter of `model` once, under its plain name, in the order of `named_parameters()`."""
     for name, parameter in model.named_parameters():

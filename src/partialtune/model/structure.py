@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.layout import Layout, Place
-from partialtune.model.parameters import plain_name
+from partialtune.model.parameters import plain_name, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
     """
     if head not in ("tied", "untied"):
         raise RecipeError(f"head is {head!r}. It can be 'tied' (as the model is) or 'untied' (a tensor of its own).")
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper names the model so
+    model = uncompiled(model)
     _refuse_quantised(model)
     layout = Layout(model)
     if layout.towers:
@@ -121,7 +121,7 @@ def with_fixed(structure: ModelStructure, model: nn.Module) -> ModelStructure:
         structure: Of `model`, by `read_structure`.
         model: As for `read_structure`. Nothing is known of what is no `PreTrainedModel`: then nothing is fixed.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(model, PreTrainedModel):
         return structure

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -146,6 +147,14 @@ def describe_figures(run: RunFiles) -> list[Figure]:
 
 def render_figure(run: RunFiles, figure: Figure, dark: bool = False) -> bytes:
     """One figure as PNG, on a light or a dark background."""
+    return _png(draw_figure(run, figure, dark), figure.alt)
+
+
+def draw_figure(run: RunFiles, figure: Figure, dark: bool = False) -> "Canvas":
+    """One figure as matplotlib's object, on a light or a dark background. A notebook shows it, with or without pyplot.
+
+    Of several threads each may draw figures of its own.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -154,6 +163,12 @@ def render_figure(run: RunFiles, figure: Figure, dark: bool = False) -> bytes:
     canvas = Canvas(figsize=(WIDTH, HEIGHT), dpi=PIXELS_PER_INCH, facecolor=theme.background)
     FigureCanvasAgg(canvas)
     KINDS[figure.path.name].draw(canvas, run, theme)
+    # IPython knows how to show a Figure only once pyplot was imported; it asks every object for this method
+    canvas._repr_png_ = partial(_png, canvas, figure.alt)
+    return canvas
+
+
+def _png(canvas: "Canvas", alt: str) -> bytes:
     buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", metadata={"Description": figure.alt, "Software": "partialtune"})
+    canvas.savefig(buffer, format="png", metadata={"Description": alt, "Software": "partialtune"})
     return buffer.getvalue()

@@ -1,5 +1,6 @@
 """What a freeze audit found: its reasons, its verdict, `audit.json`, and the sentences of log and page."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,8 +16,8 @@ CANNOT_BE_TOLD = "had a gradient; whether an update large enough was due cannot 
 INTERRUPTED = "the run was interrupted after step {step}: no verdict on what has not moved so far"
 KEPT_EVERY_BIT = "kept every bit, although an update larger than half the spacing of its values was due"
 PLAN_AFTERWARDS = (
-    "The plan does not know this model. Wrap or change a model first (get_peft_model, resize_token_embeddings, "
-    "tie_weights), and only then call plan_freeze and apply_plan"
+    "The plan does not know this model: plan after wrapping. Wrap or change a model first (get_peft_model, "
+    "resize_token_embeddings, tie_weights), and only then call plan_freeze and apply_plan"
 )
 
 
@@ -90,6 +91,33 @@ class Audit:
             "buffers": {"persistent": self.buffers, "changed": self.changed_buffers},
             "names": {"missing": self.missing + self.missing_buffers, "new": self.new + self.new_buffers},
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Audit":
+        """The audit that an `audit.json` was written of. Which of its new names are buffers the file does not tell."""
+        frozen, trainable = content["frozen"], content["trainable"]
+        # younger keys of the file: older runs lack them
+        buffers, names = content.get("buffers", {}), content.get("names", {})
+        saved = content.get("saved_files", {})
+        reasons = {entry["name"]: entry["reason"] for entry in trainable["unmoved"]}
+        changed_buffers = buffers.get("changed", [])
+        missing = names.get("missing", [])
+        return cls(
+            frozen_parameters=frozen["parameters"],
+            trainable_parameters=trainable["parameters"],
+            buffers=buffers.get("persistent", 0),
+            changed=frozen["changed"],
+            changed_buffers=changed_buffers,
+            missing=[name for name in missing if name not in changed_buffers],
+            new=names.get("new", []),
+            missing_buffers=[name for name in missing if name in changed_buffers],  # what has gone counts as changed
+            stuck=[name for name, reason in reasons.items() if reason == KEPT_EVERY_BIT],
+            unmoved={name: reason for name, reason in reasons.items() if reason != KEPT_EVERY_BIT},
+            below_precision=trainable["below_precision"],
+            not_in_optimizer=trainable["not_in_optimizer"],
+            trainable_l2_delta=trainable["l2_delta"],
+            saved=[SavedDifference(**entry) for entry in saved["different"]] if saved.get("read_back") else None,
+        )
 
     def violations(self) -> str:
         """The violations in words, empty if there are none."""

@@ -28,6 +28,7 @@ UNQUOTED = re.compile(
 # YAML 1.1 wants a point and a signed exponent, 5.0e-5: PyYAML reads 5e-5 and 1.0e5 as text.
 EXPONENT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$")
 COMMAND_LINE = "command line"  # the origin of a value that a command-line word gives
+ARGUMENT = "argument"  # of one that Python code gives beside a recipe
 KEY = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 # A text in quotes, or a comment: what needs no (further) quotes.
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"|(?:^|\s)#.*")
@@ -57,7 +58,7 @@ for _yaml_class in (_RecipeLoader, _RecipeDumper):  # both: a text that would be
 
 
 class Entry(NamedTuple):
-    """The value of one key, and where it stands: "line 7", "command line", or "" in a mapping of values."""
+    """The value of one key, and where it stands: "line 7", "command line", "argument", or "" in a mapping of values."""
 
     value: Any
     origin: str

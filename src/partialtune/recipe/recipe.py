@@ -1,11 +1,12 @@
 """A recipe: flat YAML and command-line words -> checked arguments for every stage.
 
-In: a path and words, or a mapping of values. Out: a `Recipe`, or one RecipeError that lists every mistake. Mistakes of
-the file as such (`parsing`) are raised before transformers is imported, those of keys and values (`checks`) before a
-model or a text is touched.
+In: a path, or a mapping of values; and words or values that win over it. Out: a `Recipe`, or one RecipeError that lists
+every mistake. Mistakes of the file as such (`parsing`) are raised before transformers is imported, those of keys and
+values (`checks`) before a model or a text is touched.
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from partialtune.recipe.arguments import (
 from partialtune.recipe.checks import checked_values, with_present_names
 from partialtune.recipe.key_rules import LENGTHS, training_defaults
 from partialtune.recipe.parsing import (
+    ARGUMENT,
     COMMAND_LINE,
     Entry,
     Problem,
@@ -58,43 +60,63 @@ class Recipe:
     values: dict[str, Any]
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe's file; command-line words win over it.
+def read_recipe(path: str | os.PathLike, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe's file; what is given beside it wins over it.
 
     read_recipe("recipe.yaml", ["--max_steps", "5", "--trainable", "blocks[-2:]", "final_norm"])
+    read_recipe("recipe.yaml", {"max_steps": 5, "trainable": ["blocks[-2:]", "final_norm"]})
+
+    Args:
+        path: A YAML file.
+        overrides: Words of the command line, or keys and values.
 
     Raises:
         RecipeError: Lists every unknown, doubled, refused, missing, wrong or contradictory value, one a line.
     """
     file = read_recipe_file(Path(path))
-    words, stray = group_words(overrides)
-    problems = [*file.problems, *stray]
-    in_file = {key: Entry(value, file.origin(key)) for key, value in file.values.items() if key != "run"}
-    # file and words each by itself: a former name in one and the present name in the other is an override, no clash
-    from_file = with_present_names(in_file, problems)
-    from_words = with_present_names({key: Entry(value, COMMAND_LINE) for key, value in words.items()}, problems)
-    merged = {**_without_other_length(from_file, from_words), **from_words}
-    return _recipe(checked_values(merged, problems, str(path)), Path(path))
+    values = {key: Entry(value, file.origin(key)) for key, value in file.values.items()}
+    return _checked_recipe(values, overrides, file.problems, str(path), Path(path))
 
 
-def recipe_from_values(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from a mapping of keys to values, with the same checks.
+def recipe_from_values(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a mapping of keys to values, with the same checks; `overrides` win over it.
 
     Raises:
         RecipeError: As `read_recipe`.
     """
-    problems: list[Problem] = []
-    given = with_present_names({key: Entry(value, "") for key, value in values.items() if key != "run"}, problems)
-    return _recipe(checked_values(given, problems, "The recipe"), None)
+    given = {key: Entry(value, "") for key, value in values.items()}
+    return _checked_recipe(given, overrides or {}, (), "The recipe", None)
 
 
-def _without_other_length(from_file: dict[Any, Entry], from_words: dict[Any, Entry]) -> dict[Any, Entry]:
-    """The file's entries less its max_steps where the command line counts epochs, and the other way round."""
+def _checked_recipe(
+    given: Mapping[Any, Entry],
+    overrides: Sequence[str] | Mapping[str, Any],
+    found: Sequence[Problem],
+    name: str,
+    path: Path | None,
+) -> Recipe:
+    """Values and what wins over them, checked together; `found` are the problems that reading the file had."""
+    problems = [*found]
+    if isinstance(overrides, Mapping):
+        entries = {key: Entry(value, ARGUMENT) for key, value in overrides.items()}
+    else:
+        words, stray = group_words(overrides)
+        problems += stray
+        entries = {key: Entry(value, COMMAND_LINE) for key, value in words.items()}
+    # each by itself: a former name in one and the present name in the other is an override, no clash
+    base = with_present_names({key: entry for key, entry in given.items() if key != "run"}, problems)
+    winning = with_present_names(entries, problems)
+    merged = {**_without_other_length(base, winning), **winning}
+    return _recipe(checked_values(merged, problems, name), path)
+
+
+def _without_other_length(base: dict[Any, Entry], winning: dict[Any, Entry]) -> dict[Any, Entry]:
+    """The recipe's entries less its max_steps where what wins counts epochs, and the other way round."""
     for key, other in (LENGTHS, LENGTHS[::-1]):
-        if key in from_words and from_words[key].value != Words(("-1",)) and other in from_file:
-            logger.info("--%s takes the place of the recipe's %s.", key, other)
-            from_file = {name: entry for name, entry in from_file.items() if name != other}
-    return from_file
+        if key in winning and winning[key].value not in (-1, Words(("-1",))) and other in base:
+            logger.info("%s takes the place of the recipe's %s.", key, other)
+            base = {name: entry for name, entry in base.items() if name != other}
+    return base
 
 
 def _recipe(values: dict[str, Any], path: Path | None) -> Recipe:

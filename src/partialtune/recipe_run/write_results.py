@@ -18,16 +18,15 @@ from partialtune.hub.published_files import WEIGHTS
 from partialtune.insight.effective_rank import effective_ranks
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.insight.moved_tokens import moved_tokens
-from partialtune.metrics import IN_CLOSING_LINES, METRICS, Metric
 from partialtune.model.loading import empty_model
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
-from partialtune.pages.findings import is_withheld
 from partialtune.pages.report import write_report
 from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.recipe import Recipe
 from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
+from partialtune.recipe_run.finished_run import score_rows, verdict
 from partialtune.recipe_run.prepare import RunStart
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
@@ -188,25 +187,12 @@ def _weight_lines(audit: Audit) -> list[str]:
         "Change of the weights, L2 norm",
         f"  frozen     {audit.frozen_parameters:>5} tensors  {frozen}",
         f"  trainable  {audit.trainable_parameters:>5} tensors  {moved}",
-        "Verdict: freeze audit passed." if audit.passed else f"Verdict: freeze audit FAILED: {audit.violations()}.",
+        f"Verdict: {verdict(audit)}.",
     ]
 
 
 def _score_lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    columns = [(METRICS[key], 26 if at else 24) for at, key in enumerate(IN_CLOSING_LINES)]
-    lines = ["".join([f"{'text':<14}", *(f"{metric.label:>{width}}" for metric, width in columns)])]
-    for name, pair in scores.items():
-        lines.append(
-            "".join([f"{name:<14}", *(f"{_before_after(metric, pair):>{width}}" for metric, width in columns)])
-        )
-    return lines
-
-
-def _before_after(metric: Metric, pair: Mapping[str, Mapping[str, Any]]) -> str:
-    if metric.per_byte and is_withheld(pair):
-        return "withheld"
-    return " -> ".join(_number(pair[side][metric.key], metric.decimals) for side in ("before", "after"))
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "not finite" if value is None else f"{value:,.{digits}f}"
+    return [
+        "".join([f"{name:<14}", f"{first:>26}", *(f"{cell:>24}" for cell in others)])
+        for name, first, *others in score_rows(scores)
+    ]
