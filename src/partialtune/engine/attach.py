@@ -89,6 +89,8 @@ def attach(
         # for such parameters where activations are recomputed.
         trainer.args = copy.copy(trainer.args)
         trainer.args.ddp_find_unused_parameters = True
+        if trainer.accelerator.ddp_handler is not None:  # the Trainer has made it of its arguments already
+            trainer.accelerator.ddp_handler.find_unused_parameters = True
 
     fast = _fast_paths(trainer, plan, fast_paths, prefix_cache)
     audit = _callback(trainer, FreezeAuditCallback, plan) or FreezeAuditCallback(plan, output_dir)
