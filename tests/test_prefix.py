@@ -20,7 +20,8 @@ from cluster import small_recipe
 from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.engine.audited import audited
-from partialtune.engine.prefix import PrefixCache, modules_before_blocks
+from partialtune.engine.broken_off_pass import modules_before_blocks
+from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import (
     PrefixPhase,
     choose_prefix,

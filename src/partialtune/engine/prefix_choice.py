@@ -14,7 +14,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from partialtune.distributed import shards_parameters
-from partialtune.engine.prefix import PrefixCache, modules_before_blocks, reach
+from partialtune.engine.broken_off_pass import modules_before_blocks, reach
+from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.state_store import MemoryStore
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import FreezePlan
