@@ -25,6 +25,8 @@ PUBLIC = {
     "compute_loss": {"model", "inputs"},
     "create_optimizer": set(),
     "get_decay_parameter_names": {"model"},
+    "get_eval_dataloader": set(),
+    "get_train_dataloader": set(),
     "prediction_step": {"model", "inputs", "prediction_loss_only"},
     "save_model": {"output_dir", "_internal_call"},
     "save_state": set(),

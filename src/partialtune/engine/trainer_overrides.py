@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,6 +35,7 @@ from partialtune.engine.checkpoint_files import (
     write_state,
 )
 from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
+from partialtune.engine.row_digests import DigestingCollator
 from partialtune.engine.tuning import Tuning
 from partialtune.freeze.lora import load_adapters, save_adapters
 
@@ -101,6 +104,20 @@ class TunedTrainer(Base):
         if self.changes.decay_everything:
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._digesting(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        return self._digesting(super().get_eval_dataloader(*args, **kwargs))
+
+    def _digesting(self, loader: Any) -> Any:
+        """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
+        # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
+        known = isinstance(loader, DataLoader) and not isinstance(loader, DataLoaderDispatcher)
+        if self.tuning.fast.keeps_prefix and known and not isinstance(loader.collate_fn, DigestingCollator):
+            loader.collate_fn = DigestingCollator(loader.collate_fn)
+        return loader
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.tuning.fast.batch(inputs, self._logits_wanted):
