@@ -410,6 +410,6 @@ def test_a_tuning_shows_its_verdict_and_how_far_each_part_has_moved(tmp_path):
     assert "not audited yet" in tuning._repr_html_()
     trainer.train()
     shown = tuning._repr_html_()
-    assert "freeze audit passed; 16 of 24 rows started from kept states" in shown
+    assert "<b>freeze audit passed</b>; 16 of 24 rows started from kept states" in shown
     assert all(f">{part}<" in shown for part in ("block_02/mlp", "frozen_l2", "trainable_l2"))
     assert type(shown) is str  # what a notebook adds to it must not be escaped
