@@ -44,7 +44,12 @@ def base(tokenizer, tmp_path_factory):
     ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, **shape, **ids
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        **shape,
+        **ids,
     )
     folder = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -79,7 +84,10 @@ def completions():
 
 def pairs():
     return Dataset.from_list(
-        [{"prompt": said(row), "chosen": " " + said(row + 100), "rejected": " " + said(row + 200)} for row in range(ROWS)]
+        [
+            {"prompt": said(row), "chosen": " " + said(row + 100), "rejected": " " + said(row + 200)}
+            for row in range(ROWS)
+        ]
     )
 
 
@@ -206,7 +214,9 @@ def test_the_weights_are_those_of_a_run_without_the_engine(mode, pair_of):
     pair = pair_of(mode)
     plain, ours = weights(pair.by_hand.model), weights(pair.attached.model)
     for name in plain:
-        torch.testing.assert_close(ours[name], plain[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], plain[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
     moved = {name for name in ours if not torch.equal(ours[name], pair.before[name])}
     assert moved == set(pair.plan.trainable)
 
@@ -234,3 +244,192 @@ def test_backward_passes_no_frozen_block(mode, pair_of):
     passed = pair_of(mode).backward.steps
     assert passed[:-1] == [0] * (BLOCKS - 1)
     assert passed[-1] > 0
+
+
+# ---- phases ---------------------------------------------------------------------------------------------------------
+
+
+class Requiring(TrainerCallback):
+    """Which blocks require gradients, and which have moved, at the end of each step."""
+
+    def __init__(self, model):
+        self.before, self.learning, self.moved = weights(model), [], []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        blocks = [f"model.layers.{number}." for number in range(BLOCKS)]
+        named = dict(model.named_parameters())
+        self.learning.append([any(p.requires_grad for n, p in named.items() if n.startswith(b)) for b in blocks])
+        moved = {name for name in named if not torch.equal(named[name], self.before[name])}
+        self.moved.append([any(name.startswith(block) for name in moved) for block in blocks])
+
+
+@pytest.mark.parametrize("mode", ["text", "packed", "chat, assistant alone", "dpo"])
+def test_each_phase_begins_at_its_step(mode, pair_of, base, tokenizer, tmp_path):
+    trainer = make(mode, base, tokenizer, tmp_path, max_steps=6)
+    schedule = [{"from_step": 3, "trainable": ["blocks[-2]"], "learning_rate": 5e-4}]
+    plan = pt.plan_freeze(trainer.model, SELECTORS, schedule=schedule)
+    seen = Requiring(trainer.model)
+    tuning = pt.attach(trainer, plan, delta_steps=1)
+    trainer.add_callback(seen)
+    trainer.train()
+    assert seen.learning == [[False, False, True]] * 3 + [[False, True, True]] * 3
+    assert seen.moved == [[False, False, True]] * 3 + [[False, True, True]] * 3
+    assert tuning.audit.passed
+    by_hand = make(mode, base, tokenizer, tmp_path / "by_hand", max_steps=6)
+    freeze_by_hand(by_hand.model)
+    by_hand.train()
+    ours, plain = ([entry["loss"] for entry in own_log(one)] for one in (trainer, by_hand))
+    assert ours[:4] == pytest.approx(plain[:4], abs=1e-5)  # the fourth step's loss is that of the third one's weights
+    assert abs(ours[5] - plain[5]) > 1e-5
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+class OneBit(TrainerCallback):
+    """Changes one bit of a weight after a step."""
+
+    def __init__(self, name, step):
+        self.name, self.step = name, step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                dict(model.named_parameters())[self.name].view(torch.int32).view(-1)[0] ^= 1
+
+
+@pytest.mark.parametrize("mode", ["text", "dpo"])
+def test_one_bit_of_a_frozen_weight_is_a_violation_at_the_next_save(mode, base, tokenizer, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    trainer = make(mode, base, tokenizer, tmp_path, [OneBit(name, 2)], save_strategy="steps", save_steps=1)
+    tuning = pt.attach(trainer, pt.plan_freeze(trainer.model, SELECTORS))
+    with pytest.raises(FreezeViolation, match=name):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert tuning.audit.changed == [name]
+    assert json.loads((tmp_path / "audit.json").read_text())["passed"] is False
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_plan_made_before_peft_wraps_the_model_says_so(base, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = load(base)
+    plan = pt.plan_freeze(model, SELECTORS)
+    trainer = make(
+        "text", base, tokenizer, tmp_path, model=model, peft_config=peft.LoraConfig(target_modules=["q_proj"])
+    )
+    with pytest.raises(RecipeError, match="peft"):
+        pt.attach(trainer, plan)
+
+
+# ---- precision, checkpoints, adapters, generation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["text", "packed", "dpo"])
+def test_in_bf16_which_is_trls_default_losses_agree_to_its_rounding(mode, base, tokenizer, tmp_path):
+    losses = {}
+    for attached in (False, True):
+        trainer = make(mode, base, tokenizer, tmp_path / str(attached), bf16=None)
+        assert trainer.args.bf16 is True
+        if attached:
+            tuning = pt.attach(trainer, pt.plan_freeze(trainer.model, SELECTORS))
+            assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        else:
+            freeze_by_hand(trainer.model)
+        trainer.train()
+        losses[attached] = [entry["loss"] for entry in own_log(trainer)]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+    assert tuning.audit.passed
+
+
+@pytest.mark.parametrize("mode", ["text", "dpo"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_as_one_that_was_never_stopped(
+    mode, pair_of, base, tokenizer, tmp_path
+):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    first = make(mode, base, tokenizer, tmp_path, **settings)
+    pt.attach(first, pt.plan_freeze(first.model, SELECTORS), delta_steps=2)
+    first.train()
+    second = make(mode, base, tokenizer, tmp_path, **settings)
+    tuning = pt.attach(second, pt.plan_freeze(second.model, SELECTORS), delta_steps=2)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert tuning.audit.passed
+    whole, resumed = weights(first.model), weights(second.model)
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    moved = {name: delta.l2_delta for name, delta in tuning.deltas.items()}
+    assert moved == pytest.approx({name: d.l2_delta for name, d in pair_of(mode).tuning.deltas.items()}, rel=1e-4)
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[BLOCKS - 1])
+
+
+@pytest.mark.parametrize("mode", ["text", "packed", "dpo", "dpo, reference known before"])
+def test_adapters_in_the_last_block_train_and_all_else_is_proved(mode, base, tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    logs = {}
+    for attached in (False, True):
+        trainer = make(mode, base, tokenizer, tmp_path / str(attached), peft_config=lora())
+        if attached:
+            plan = pt.plan_freeze(trainer.model, ["/.*lora_[AB].*/"])
+            tuning = pt.attach(trainer, plan, delta_steps=2)
+        trainer.train()
+        logs[attached] = own_log(trainer)
+    for entry, other in zip(logs[False], logs[True], strict=True):
+        assert other == pytest.approx(entry, abs=1e-5, rel=1e-5), entry["step"]
+    assert tuning.audit.passed
+    assert len(plan.trainable) == 4
+    assert all(tuning.deltas[name].l2_delta > 0 for name in plan.trainable if "lora_B" in name)
+    saved = tmp_path / "saved"
+    trainer.save_model(str(saved))
+    assert (saved / "adapter_model.safetensors").is_file()
+
+
+def test_evaluations_in_between_give_the_same_scores(base, tokenizer, tmp_path):
+    logs = {}
+    settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 3}
+    for attached in (False, True):
+        trainer = make("text", base, tokenizer, tmp_path, eval_dataset=texts(5), **settings)
+        if attached:
+            pt.attach(trainer, pt.plan_freeze(trainer.model, SELECTORS), delta_steps=1)
+        else:
+            freeze_by_hand(trainer.model)
+        trainer.train()
+        logs[attached] = own_log(trainer)
+    assert sum("eval_mean_token_accuracy" in entry for entry in logs[False]) == EPOCHS
+    for entry, other in zip(logs[False], logs[True], strict=True):
+        assert other == pytest.approx(entry, abs=1e-5, rel=1e-5), entry["step"]
+
+
+def test_grpo_generates_and_trains_as_without_the_engine(base, tokenizer, tmp_path):
+    from trl import GRPOConfig, GRPOTrainer
+
+    logs = {}
+    for attached in (False, True):
+        args = GRPOConfig(
+            str(tmp_path),
+            **{"max_steps": 4, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6},
+            **{"learning_rate": 1e-3, "logging_steps": 1, "bf16": False, "use_cpu": True, "save_strategy": "no"},
+            **{"report_to": "none", "disable_tqdm": True, "seed": 7, "beta": 0.1, "num_iterations": 2},
+        )
+        trainer = GRPOTrainer(
+            load(base),
+            reward_funcs=lambda completions, **_: [float(len(set(text)) % 5) for text in completions],
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": [said(row) for row in range(4)]}),
+            processing_class=tokenizer,
+        )
+        if attached:
+            tuning = pt.attach(trainer, pt.plan_freeze(trainer.model, SELECTORS), delta_steps=2)
+        else:
+            freeze_by_hand(trainer.model)
+        trainer.train()
+        logs[attached] = [
+            {key: value for key, value in entry.items() if "time" not in key} for entry in own_log(trainer)
+        ]
+    assert len(logs[False]) == 4
+    for entry, other in zip(logs[False], logs[True], strict=True):
+        assert other == pytest.approx(entry, abs=1e-5, rel=1e-5), entry["step"]
+    assert tuning.audit.passed
