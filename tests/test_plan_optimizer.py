@@ -11,7 +11,6 @@ from partialtune.engine.attach import attach
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name, suit_optimizer
-from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import FreezeViolation, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
@@ -54,7 +53,7 @@ def in_optimizer(model, optimizer):
 
 
 def no_fast_paths(model):
-    return FastPaths(model, (), [PrefixPhase(0, 0, 0, "off")], [], 1, None)
+    return FastPaths(model, (), ())
 
 
 def a_step(model, optimizer):

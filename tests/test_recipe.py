@@ -165,7 +165,6 @@ BAD = [
     ("", ["--max_steps", "5", "--num_train_epochs", "2"], ["max_steps 5 and num_train_epochs 2"]),
     ("bf16: true\nfp16: true", [], ["fp16: bf16 is true as well"]),
     ("bf16: auto\nfp16: true", [], ["fp16: bf16 is auto as well"]),
-    ("window_sampling: random\nprefix_cache: memory", [], ["prefix_cache: memory needs window_sampling: chunked"]),
     ("neftune_noise_alpha: 5\nprefix_cache: memory", [], ["prefix_cache: memory does not go with neftune_noise_alpha"]),
     ("method: lora\ncheckpoint_format: delta", [], ["checkpoint_format: delta: adapters are all"]),
     ("label_smoothing_factor: 0.1", [], ["label_smoothing_factor", "bits per byte"]),

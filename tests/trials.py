@@ -231,7 +231,7 @@ class Trial:
             data = RunData(
                 sources=[], train=windows, held_out=None, scored={}, token_counts=np.zeros(1), largest_ids={}
             )
-            prefix = prefix_phases(recipe, self.plan, model, args, data)
+            prefix = prefix_phases(recipe, self.plan, model, args)
             made_of = {"plan": self.plan, "model": model, "args": args, "data": data}
             trainer = make_trainer(recipe, **made_of, prefix=prefix, conformance=conformance).trainer
             trainer.train()

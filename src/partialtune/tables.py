@@ -40,7 +40,7 @@ def draw_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> s
 
 
 def html_table(rows: Sequence[Sequence[object]], left: Collection[int] = (0,), caption: str = "") -> Markup:
-    """The same rows for a notebook: every cell escaped, none of it coloured, so that it reads on light and dark pages.
+    """The same rows for a notebook: every cell escaped, in the colours of the page, be it light or dark.
 
     html_table([("place", "values"), ("norms", "1,536")]) -> Markup('<table style="..."><thead><tr>...')
 
@@ -62,7 +62,9 @@ def html_table(rows: Sequence[Sequence[object]], left: Collection[int] = (0,), c
         )
         return Markup("<tr>{}</tr>").format(Markup("").join(made))
 
+    # inherited by tables in standards mode anyway; a page without a doctype would draw them black on its dark ground
+    style = "border-collapse:collapse;margin:4px 0 8px 0;color:inherit;font-size:inherit"
     over = Markup('<caption style="caption-side:top;text-align:left;padding:2px 10px">{}</caption>').format(caption)
-    return Markup(
-        '<table style="border-collapse:collapse;margin:4px 0 8px 0">{}<thead>{}</thead><tbody>{}</tbody></table>'
-    ).format(over if caption else "", cells(rows[0], "th"), Markup("\n").join(cells(row, "td") for row in rows[1:]))
+    return Markup(f'<table style="{style}">{{}}<thead>{{}}</thead><tbody>{{}}</tbody></table>').format(
+        over if caption else "", cells(rows[0], "th"), Markup("\n").join(cells(row, "td") for row in rows[1:])
+    )

@@ -74,7 +74,7 @@ def trained(recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: Trai
     """The Trainer of the recipe, after its steps."""
     data = random_data(recipe, args, model.config.get_text_config().vocab_size)
     conformance = check_conformance(model, recipe.text.block_size)
-    prefix = prefix_phases(recipe, plan, model, args, data)
+    prefix = prefix_phases(recipe, plan, model, args)
     run = make_trainer(recipe, plan=plan, model=model, args=args, data=data, prefix=prefix, conformance=conformance)
     run.train()
     return run
@@ -85,7 +85,7 @@ def result_of(run: RecipeTrainer, empty: PreTrainedModel, block_size: int) -> di
     args, tuning, dtype = run.trainer.args, run.tuning, compute_dtype(run.trainer.args)
     plan = tuning.plan
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    needed = needed_products(empty, plan, *batch, prefix_cached=tuning.fast.keeps_prefix)
+    needed = needed_products(empty, plan, *batch, prefix_cached=tuning.fast.starts_from_states)
     rate = product_rate(args.device, dtype)
     used = utilisation(needed, run.timer.median(), rate)
     return {

@@ -74,7 +74,7 @@ def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunDat
         conformance = check_conformance(model, recipe.text.block_size)
         steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
-        prefix = prefix_phases(recipe, plan, model, args, data)
+        prefix = prefix_phases(recipe, plan, model, args)
         model.to(args.device)
         # seeded anew for each rate and where `train` seeds, right before the Trainer: the rates differ in nothing else
         set_seed(args.seed)

@@ -24,11 +24,12 @@ from partialtune.cost.memory import Memory, MemoryLedger
 from partialtune.engine.fast_modules import fused_gelu
 from partialtune.engine.head_loss import rows_at_once
 from partialtune.engine.no_logits import LogitsInUse, LossWithoutLogits
+from partialtune.engine.recomputation import recompute_from
 from partialtune.errors import ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.structure import decoder_blocks
-from partialtune.model.train_mode import recompute_from, stop_layer_drop
+from partialtune.model.train_mode import stop_layer_drop
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from partialtune.distributed import shards_parameters
+from partialtune.distributed import decided_by_main, shards_parameters
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
-from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
+from partialtune.engine.row_digests import DigestingCollator
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.tuning import Tuning, check_untuned
 from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.parameters import uncompiled
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 
@@ -87,8 +89,10 @@ def attach(
         # for such parameters where activations are recomputed.
         trainer.args = copy.copy(trainer.args)
         trainer.args.ddp_find_unused_parameters = True
+        if trainer.accelerator.ddp_handler is not None:  # the Trainer has made it of its arguments already
+            trainer.accelerator.ddp_handler.find_unused_parameters = True
 
-    fast = _fast_paths(trainer, fast_paths, prefix_cache)
+    fast = _fast_paths(trainer, plan, fast_paths, prefix_cache)
     audit = _callback(trainer, FreezeAuditCallback, plan) or FreezeAuditCallback(plan, output_dir)
     audit.stop_on_violation, audit.missing_at_start = stop_on_violation, missing
     deltas = _callback(trainer, WeightDeltaCallback, plan) or WeightDeltaCallback(plan, delta_steps, output_dir)
@@ -102,6 +106,9 @@ def attach(
     audit.attach(trainer)
     for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
         callback.take_snapshot(trainer.args, trainer.state, model)
+    if fast.keeps_prefix:
+        fast.sha256 = {**audit.digests_before, **audit.buffers_before}
+        trainer.data_collator = DigestingCollator(trainer.data_collator)
     return tuning
 
 
@@ -160,7 +167,9 @@ def _callback(trainer: Trainer, kind: type, plan: FreezePlan) -> Any:
     return found[0] if found else None
 
 
-def _fast_paths(trainer: Trainer, enabled: Collection[str], prefix_cache: str | Sequence[PrefixPhase]) -> FastPaths:
+def _fast_paths(
+    trainer: Trainer, plan: FreezePlan, enabled: Collection[str], prefix_cache: str | Sequence[PrefixPhase]
+) -> FastPaths:
     """The fast paths that suit the Trainer."""
     args = trainer.args
     unknown = sorted(set(enabled) - set(FAST_PATHS))
@@ -173,7 +182,11 @@ def _fast_paths(trainer: Trainer, enabled: Collection[str], prefix_cache: str | 
         # would go on with the weights of the first device.
         enabled = {"gelu"} & set(enabled)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return FastPaths(trainer.model, enabled, [PrefixPhase(0, 0, 0, "off")], [], 0, dtype)
+    model = uncompiled(trainer.model)
+    if isinstance(prefix_cache, str):
+        wanted = prefix_cache
+        prefix_cache = decided_by_main(lambda: choose_prefix(wanted, plan, model, args))
+    return FastPaths(model, enabled, prefix_cache, dtype)
 
 
 def _takes_models_loss(trainer: Trainer) -> bool:

@@ -25,12 +25,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerControl, TrainerState
 
-from partialtune.distributed import is_main, rank_and_processes
+from partialtune.distributed import decided_by_main, is_main, rank_and_processes
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.forward_stack import put_on
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name
-from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.prefix_choice import choose_prefix
 from partialtune.engine.tuning import Tuning, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
 from partialtune.freeze.plan import FreezePlan, Phase
@@ -96,7 +96,7 @@ def audited(
     audit = FreezeAuditCallback(plan, output_dir, stop_on_violation)
     audit.missing_at_start = missing
     deltas = WeightDeltaCallback(plan, delta_steps, output_dir)
-    fast = _fast_paths(inner, model, fast_paths, prefix_cache)
+    fast = _fast_paths(inner, model, plan, fast_paths, prefix_cache)
     return AuditedLoop(inner, plan, fast, audit, deltas, bare_optimizer(optimizer), model, first_step)
 
 
@@ -167,6 +167,7 @@ class AuditedLoop(Tuning):
         self._check_processes()
         for callback in (self.audit_callback, self.delta_callback):
             callback.take_snapshot(self._args, self._state, self.model)
+        self.fast.sha256 = {**self.audit_callback.digests_before, **self.audit_callback.buffers_before}
         held.enter_context(self.fast)
         held.callback(self._phases.end)
         self._phases.recompute = bool(getattr(self.model, "is_activation_checkpointing", False))
@@ -305,10 +306,13 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _fast_paths(model: nn.Module, given: nn.Module, enabled: Collection[str], prefix_cache: str) -> FastPaths:
+def _fast_paths(
+    model: nn.Module, given: nn.Module, plan: FreezePlan, enabled: Collection[str], prefix_cache: str
+) -> FastPaths:
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     if sharded or isinstance(given, nn.DataParallel):
         # The others hold whole weights, which FSDP has not; and DataParallel copies a module with its patches.
         enabled = {"gelu"} & set(enabled)
+        prefix_cache = "off" if prefix_cache == "auto" else prefix_cache
     # In which dtype a loop computes shows when it does: casts look for autocast in each forward pass.
-    return FastPaths(model, enabled, [PrefixPhase(0, 0, 0, "off")], [], 0, torch.bfloat16)
+    return FastPaths(model, enabled, decided_by_main(lambda: choose_prefix(prefix_cache, plan, model)), torch.bfloat16)

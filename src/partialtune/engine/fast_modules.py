@@ -6,12 +6,16 @@ parameters themselves stay as they are, in fp32: what is digested, compared and 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
+
+from partialtune.engine.forward_stack import Worn, is_patched_by_others, put_on
 
 # GELU by tanh as a chain of seven operations (GPT-2's `gelu_new`), all the same function:
 #     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))    (Hendrycks and Gimpel 2016, section 2)
@@ -55,22 +59,22 @@ class CastOnce:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._copies: dict[nn.Module, torch.Tensor] = {}
-        self._patched: list[nn.Module] = []
+        self._worn: list[Worn] = []
 
     def begin(self) -> None:
         """Take part as the parameters now learn or not; copies that were made before are dropped."""
         self.end()
         for module in self._model.modules():
-            # A `forward` of the instance's own is somebody else's patch (a hook of accelerate, a frozen prefix).
-            if type(module) in PRODUCTS and not module.weight.requires_grad and "forward" not in vars(module):
-                module.forward = self._cast_forward(module)
-                self._patched.append(module)
+            # A `forward` of the instance's own is somebody else's patch (a hook of accelerate), whose work would be
+            # left out: the product here calls nothing beneath it.
+            if type(module) in PRODUCTS and not module.weight.requires_grad and not is_patched_by_others(module):
+                self._worn.append(put_on(module, partial(self._product, module)))
 
     def end(self) -> None:
         """Leave the modules as they were."""
-        for module in self._patched:
-            vars(module).pop("forward", None)
-        self._patched.clear()
+        for worn in self._worn:
+            worn.take_off()
+        self._worn.clear()
         self.forget_copies()
 
     def forget_copies(self) -> None:
@@ -82,20 +86,15 @@ class CastOnce:
         """Size of the copies that there are."""
         return sum(copy.nbytes for copy in self._copies.values())
 
-    def _cast_forward(self, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        product, plain = PRODUCTS[type(module)], module.forward
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            kind = x.device.type
-            if not torch.is_autocast_enabled(kind):
-                return plain(x)
-            dtype = torch.get_autocast_dtype(kind)
-            copy = self._copies.get(module)
-            if copy is None or copy.dtype != dtype:
-                copy = self._copies[module] = module.weight.detach().to(dtype)
-            return product(x, copy, module.bias)
-
-        return forward
+    def _product(self, module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return forward(x)
+        dtype = torch.get_autocast_dtype(kind)
+        copy = self._copies.get(module)
+        if copy is None or copy.dtype != dtype:
+            copy = self._copies[module] = module.weight.detach().to(dtype)
+        return PRODUCTS[type(module)](x, copy, module.bias)
 
 
 def _conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -1,75 +1,86 @@
 """All fast paths of a run: put on for training, told of each phase, taken off at its end.
 
     with paths:                      # fused GELU, the loss without logits if the model's own agrees
-        trainer.train()              # paths.begin(phase) at each phase, paths.step(windows) around each forward pass
+        trainer.train()              # paths.begin(step) at each phase, paths.batch(inputs) around each batch
 
 Before and after it the model is what `from_pretrained` gave: scores and digests do not depend on anything here.
 """
 
 import logging
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 
 from partialtune.engine.fast_modules import CastOnce, fused_gelu
 from partialtune.engine.no_logits import LossWithoutLogits
-from partialtune.engine.prefix import PrefixCache, modules_before_blocks
+from partialtune.engine.prefix import PrefixCache, modules_before_blocks, prefix_digest
 from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.row_digests import ROWS, Row
+from partialtune.engine.state_store import make_store
 from partialtune.errors import ModelError
+from partialtune.machine import free_memory
 from partialtune.model.conformance import probe_windows
-from partialtune.model.parameters import is_sharded
 
 logger = logging.getLogger(__name__)
+
+SHARE_OF_FREE_MEMORY = 0.5  # what the states of a frozen prefix may take at most
 
 
 class FastPaths:
     """What a run does faster than a plain one.
 
     Args:
-        model: The model itself, on its device; the plan is applied.
+        model: The model itself; the plan is applied.
         enabled: Of `loss`, `gelu`, `casts`.
         prefix: What each phase does with its frozen prefix.
-        windows: Training windows, and held-out ones if there are any.
-        batch_size: Windows of a forward pass that fills the cache.
-        autocast_dtype: In which the training computes, None for the model's own.
+        autocast_dtype: In which the training computes, None for the model's own. States are kept in it.
 
     Attributes:
+        sha256: Digest of each weight at the start, by name, by which kept states are known.
+        keeps_training_rows: Whether the rows of training come again.
         in_use: What of `enabled` was taken.
         before_blocks: Names of modules without parameters that belong to the prefix: they stay in eval mode with it.
+        hits, misses: Rows of the run that started from kept states, and rows whose prefix was computed.
+        passed_by: Why passes were computed without a look at what is kept, and how many.
+        kept_bytes: The most that the kept states took, on this process.
     """
 
     def __init__(
         self,
         model: nn.Module,
         enabled: Collection[str],
-        prefix: Sequence[PrefixPhase],
-        windows: Sequence[Dataset],
-        batch_size: int,
-        autocast_dtype: torch.dtype | None,
+        prefix: Sequence[PrefixPhase] = (),
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self._model, self._enabled, self._prefix = model, enabled, prefix
-        self._windows, self._batch_size, self._autocast_dtype = windows, batch_size, autocast_dtype
+        self._autocast_dtype = autocast_dtype
         self._loss: LossWithoutLogits | None = None
         self._casts: CastOnce | None = None
         self._cache: PrefixCache | None = None
         self._held = ExitStack()
+        self.sha256: Mapping[str, str] = {}
+        self.keeps_training_rows = True
         self.in_use: list[str] = []
         self.before_blocks: list[str] = []
-        if any(is_sharded(parameter) for parameter in model.parameters()):
-            return  # a pass that is broken off would leave whole parameters in the places of shards
-        with suppress(ModelError):  # the model calls its blocks otherwise than as modules: what is before is not known
-            self.before_blocks = modules_before_blocks(
-                model, torch.zeros((1, 2), dtype=torch.long, device=_device(model))
-            )
+        self.hits = self.misses = self.kept_bytes = 0
+        self.passed_by: Counter[str] = Counter()
+        if self.keeps_prefix:
+            with suppress(ModelError):  # blocks that are not called as modules: what is before them is not known
+                self.before_blocks = modules_before_blocks(model, probe_windows(model, 2, []))
 
     @property
     def keeps_prefix(self) -> bool:
         """Whether any phase starts from kept states."""
         return any(phase.blocks for phase in self._prefix)
+
+    @property
+    def starts_from_states(self) -> bool:
+        """Whether most rows of the run started from kept states, so that the median step did."""
+        return self.hits > self.misses
 
     def __enter__(self) -> "FastPaths":
         if "gelu" in self._enabled and self._held.enter_context(fused_gelu(self._model)):
@@ -82,16 +93,12 @@ class FastPaths:
         return self
 
     def _take_loss(self) -> None:
-        """Take the loss without logits, if it agrees with the model's own on the first window.
+        """Take the loss without logits, if it agrees with the model's own on a window.
 
         Every process sees the same window and weights, and decides alike.
         """
         loss = LossWithoutLogits(self._model)
-        if self._windows:
-            rows = torch.as_tensor(self._windows[0][0]["input_ids"], dtype=torch.long)[None]
-        else:
-            rows = probe_windows(self._model, 16, [])
-        why_not = loss.refusal(rows.to(_device(self._model)))
+        why_not = loss.refusal(probe_windows(self._model, 16, []))
         if why_not:
             logger.info("The model keeps its own loss, with all logits: %s.", why_not)
         else:
@@ -106,50 +113,41 @@ class FastPaths:
     def begin(self, step: int) -> None:
         """Suit the phase of this step; its parameters require gradients by now. On every process."""
         self.leave()
-        phase = [phase for phase in self._prefix if phase.from_step <= step][-1]
-        # The cache before the casts: it computes all states by the model's own modules, and patches blocks alone.
-        if phase.blocks:
-            self._cache = PrefixCache(self._model, phase.blocks, self._autocast_dtype or torch.float32)
-            self._cache.fill(self._windows, self._batch_size, self._autocast_dtype)
-            self._cache.install()
+        blocks = [phase for phase in self._prefix if phase.from_step <= step][-1].blocks if self._prefix else 0
+        if blocks:
+            limit = int(SHARE_OF_FREE_MEMORY * free_memory())
+            store = make_store(limit, self._autocast_dtype or torch.float32)
+            digest = prefix_digest(self._model, blocks, self.sha256)
+            self._cache = PrefixCache(self._model, blocks, store, digest, self.keeps_training_rows)
+            self._cache.put_on()
         if self._casts is not None:
             self._casts.begin()
 
     def leave(self) -> None:
         """Take off what depends on the phase."""
-        if self._cache is not None:
-            self._cache.remove()
-            self._cache = None
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            self.hits, self.misses = self.hits + cache.hits, self.misses + cache.misses
+            self.kept_bytes = max(self.kept_bytes, cache.store.size)
+            self.passed_by += cache.passed_by
+            cache.take_off()
         if self._casts is not None:
             self._casts.end()
         if self._loss is not None:
             self._loss.forget_copies()
 
     @contextmanager
-    def batch(self, inputs: MutableMapping[str, Any], logits_wanted: bool) -> Iterator[None]:
+    def batch(self, inputs: MutableMapping[str, Any], logits_wanted: bool = False) -> Iterator[None]:
         """Around what a Trainer does with a batch.
 
         Args:
-            inputs: Of the model.
+            inputs: Of the model. Its rows, which came with it from the collator, are taken out.
             logits_wanted: Whether the Trainer looks at the logits.
         """
-        with self._loss.active() if self._loss is not None and not logits_wanted else nullcontext():
-            yield
-
-    @contextmanager
-    def step(self, numbers: torch.Tensor | None) -> Iterator[None]:
-        """Around a forward pass with labels.
-
-        Args:
-            numbers: int64 (B,), of the windows in the batch; None where they are unknown.
-        """
+        rows = inputs.pop(ROWS, None) if isinstance(inputs, MutableMapping) else None
         with ExitStack() as held:
-            if self._cache is not None and numbers is not None:  # else the blocks compute as they are
-                held.enter_context(self._cache.giving(numbers))
-            if self._loss is not None:
+            if self._cache is not None and rows is not None:
+                held.enter_context(self._cache.expecting(inputs, [Row(*row) for row in rows]))
+            if self._loss is not None and not logits_wanted:
                 held.enter_context(self._loss.active())
             yield
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

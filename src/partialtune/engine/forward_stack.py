@@ -85,6 +85,12 @@ class Worn:
             module.forward = patched.found
 
 
+def is_patched_by_others(module: nn.Module) -> bool:
+    """Whether another library has put a `forward` of its own on a module."""
+    present = vars(module).get("forward")
+    return present is not None and (not isinstance(present, Patched) or present.found is not None)
+
+
 def put_on(module: nn.Module, patch: Patch) -> Worn:
     """Let `patch(forward, *args, **kwargs)` stand in for the module's `forward`, over all that is on already.
 

@@ -6,7 +6,7 @@ to hand them on (caps, scales, a second head) is found out, and keeps its own lo
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from partialtune.engine.forward_stack import put_on
 from partialtune.engine.head_loss import head_cross_entropy
 from partialtune.errors import is_ours
 from partialtune.model.train_mode import evaluating
@@ -83,22 +84,20 @@ class LossWithoutLogits:
         which has no public way to be taken back: it is deleted, and the property looks the usual loss up again
         (`test_logits_are_the_models_own_before_and_after`).
         """
-        head, owner = self._head, self._owner
-        patched = vars(head).get("forward")  # by casts of a frozen head
-        head.forward, owner.loss_function = self._pass_on, self._loss
+        worn = put_on(self._head, self._pass_on)  # over the casts of a frozen head
+        self._owner.loss_function = self._loss
         try:
             yield
         finally:
-            del head.forward, owner._loss_function
-            if patched is not None:
-                head.forward = patched
+            worn.take_off()
+            del self._owner._loss_function
             self._passed_on = None
 
     def forget_copies(self) -> None:
         """Drop the 16-bit copy of a frozen head, as when it begins to train."""
         self._frozen_copy = None
 
-    def _pass_on(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _pass_on(self, forward: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         self._passed_on = hidden
         return hidden
 

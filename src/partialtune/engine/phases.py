@@ -18,11 +18,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from partialtune.engine.fast_paths import FastPaths
+from partialtune.engine.forward_stack import Worn
 from partialtune.engine.plan_optimizer import Member, bare_optimizer, members_of, set_members
+from partialtune.engine.recomputation import recompute_from
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.parameters import named_weights
-from partialtune.model.train_mode import keep_activations, recompute_from
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Phases:
         self.phase: Phase | None = None
         self._optimizer = bare_optimizer(optimizer)
         self._held: list[Held] = []
+        self._recomputed: list[Worn] = []
 
     def start(self, step: int) -> None:
         """Begin with the phase of this step.
@@ -93,8 +95,14 @@ class Phases:
             return
         self._let_in(self.plan.phases[-1].first_step)
         self.phase = None
+        self._leave()
+
+    def _leave(self) -> None:
+        """Take off what the present phase has put on the model."""
         self.fast.leave()
-        keep_activations(self.model)
+        for worn in self._recomputed:
+            worn.take_off()
+        self._recomputed = []
         let_learn(self.model, self.plan.trainable)
 
     def _let_in(self, step: int) -> None:
@@ -109,10 +117,10 @@ class Phases:
 
     def _begin(self, phase: Phase) -> None:
         self.phase = phase
-        self.fast.leave()
+        self._leave()
         let_learn(self.model, phase.trainable, also_in_eval=self.fast.before_blocks if phase.first_block else ())
         if self.recompute:
-            recompute_from(self.model, phase.first_block)
+            self._recomputed = recompute_from(self.model, phase.first_block)
         self.fast.begin(phase.first_step)
         if len(self.plan.phases) > 1:
             logger.info("From step %d: %s", phase.first_step, phase_words(self.plan, phase))
@@ -149,6 +157,7 @@ class PhaseCallback(TrainerCallback):
         self.phases: Phases | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.fast.keeps_training_rows = state.num_train_epochs > 1
         self.phases = Phases(self.plan, model, optimizer, self.fast, bool(args.activation_checkpointing))
         self.phases.start(state.global_step)
 

@@ -1,180 +1,317 @@
-"""The frozen prefix computed once: windows -> what the last frozen block gives, kept; training goes on from there.
+"""The frozen prefix computed once for each row: what the last frozen block gives is kept, and given again.
 
-In:  input_ids (windows, T), the model, and how many of its first blocks are frozen.
-Out: states (windows, T, D) on the host, which a forward pass over these windows starts from.
+In:  a model that trains, and how many of its first blocks are frozen.
+Out: the same training, in which a row that has been through the prefix once starts from its states.
 
-The model's own forward pass stays in charge. Its first `blocks` decoder blocks are stood in for by ones that hand their
-input on, the last of them by one that gives the kept states. So positions, masks, final norm and whatever a model does
-between blocks are its own, and no architecture is written a second time.
+The model's own forward pass stays in charge. The first time that a row comes, its prefix is computed as always, and
+what the last frozen block gives for it is kept. When all rows of a batch are known, the first `blocks` decoder blocks
+hand their input on, and the last of them gives the kept states. So positions, masks, final norm and whatever a model
+does between blocks are its own, and no architecture is written a second time.
 
     whole pass:   embeddings -> block 0 -> block 1 -> block 2 -> block 3 -> norm, head     (blocks = 3)
     from states:  embeddings -> hand on -> hand on -> give    -> block 3 -> norm, head
+
+A row is known by its digest (`row_digests`) together with that of the prefix's weights, the number of blocks and the
+dtypes: whatever the data set, the collator and the order of rows are. A pass that asks for more than the last block's
+states, or of which something has no digest, is computed as it is.
 """
 
-import math
-import os
-import shutil
-import socket
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from functools import partial
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from datasets import Dataset
 from torch import nn
 
+from partialtune.engine.forward_stack import Worn, put_on
+from partialtune.engine.row_digests import Row, influencing, rows_of, words_of
+from partialtune.engine.state_store import StateStore
 from partialtune.errors import ModelError, PartialtuneError, in_one_line, is_ours
+from partialtune.model.parameters import named_weights, persistent_buffers, plain_name, uncompiled
 from partialtune.model.structure import decoder_blocks, read_structure
 from partialtune.model.train_mode import evaluating
-from partialtune.progress import progress_bar
 
-IN_MEMORY = Path("/dev/shm")  # Linux; elsewhere, or where it is full, a file that the system keeps cached
+# What asks for more than the states behind the last block, where it is so or the model's config says so.
+ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Form(NamedTuple):
+    """What a block gives beside its states' values: their dtype, and what follows them where it gives a tuple."""
+
+    dtype: torch.dtype
+    tail: tuple[None, ...] | None
+
+
+class Pass:
+    """A forward pass that goes on.
+
+    Attributes:
+        inputs: What the outermost module was called with that gets token ids.
+        decided: Whether it is known if the pass starts from states.
+        given: The states (B, T, D) that it starts from, None where the prefix is computed.
+        rows: Those of the batch, to keep their states; None where they are not kept.
+        prefix: What the keys of its rows begin with.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self.inputs = inputs
+        self.decided = False
+        self.given: torch.Tensor | None = None
+        self.rows: list[Row] | None = None
+        self.prefix = b""
 
 
 class PrefixCache:
-    """States of windows behind the first `blocks` decoder blocks, (windows, T, D), on the host.
+    """States of rows behind the first `blocks` decoder blocks, kept as they are computed.
 
-    They take windows x T x D x 4 bytes in fp32: of GPT-2 (D = 768) and 600 windows of 256 tokens 472 MB, half in bf16.
+    They take tokens x D x 4 bytes in fp32: of GPT-2 (D = 768) and 600 windows of 256 tokens 472 MB, half in bf16.
 
     Args:
         model: The model itself, on its device, not its DDP wrapper.
         blocks: Number of frozen blocks that are computed once, at least 1.
-        dtype: In which the states are kept.
+        store: Keeps the states.
+        weights: A digest of all that the prefix computes with, see `prefix_digest`.
+        keeps_training_rows: Whether rows of training come again; those of evaluation do.
 
     Attributes:
         blocks: The modules of these blocks.
-        states: (windows, T, D), empty before `fill`.
-        width: D, values of one token's state, known once there is one.
+        hits, misses: Rows that started from states, and rows that did not.
+        passed_by: Why passes were computed without a look at the store, and how many.
     """
 
-    def __init__(self, model: nn.Module, blocks: int, dtype: torch.dtype) -> None:
-        self._model = model
-        self.blocks = list(decoder_blocks(model)[:blocks])
-        self._dtype = dtype
-        self._tail: tuple[None, ...] | None = None  # what a block gives beside its states; None where not a tuple
-        self._wide: torch.dtype = torch.float32  # of what the blocks give themselves
-        self._given: torch.Tensor | None = None  # states of the batch that is in the model, within `giving`
-        self.width = 0
-        self.states = torch.empty(0)
+    def __init__(
+        self, model: nn.Module, blocks: int, store: StateStore, weights: bytes = b"", keeps_training_rows: bool = True
+    ) -> None:
+        self._model = uncompiled(model)
+        self.blocks = list(decoder_blocks(self._model)[:blocks])
+        self.store, self._weights, self.keeps_training_rows = store, weights, keeps_training_rows
+        self.hits = self.misses = 0
+        self.passed_by: Counter[str] = Counter()
+        self._pass: Pass | None = None
+        self._forms: dict[bytes, Form] = {}
+        self._expected: tuple[dict[str, torch.Tensor], list[Row]] | None = None
+        self._worn: list[Worn] = []
+        inside = [module for block in self.blocks for module in block.modules()]
+        self._adapted: list[Any] = [module for module in inside if hasattr(module, "disable_adapters")]
 
-    def fill(self, windows: Sequence[Dataset], batch_size: int, autocast_dtype: torch.dtype | None = None) -> None:
-        """Compute the states of all windows. Of several processes each does its share; all have to call this.
-
-        Args:
-            windows: Data sets with `input_ids` (T,). Windows are numbered through: those of the second data set go on
-                where the first one ends.
-            batch_size: Windows of one forward pass.
-            autocast_dtype: That of the training which follows, None for none.
-
-        Raises:
-            ModelError: If the blocks give more than their states to those behind them.
-        """
-        rank, processes = _of_this_node()
-        device = next(self._model.parameters()).device
-        rows = [data.with_format("torch", columns=["input_ids"]) for data in windows]
-        places = [(data, index) for data in rows for index in range(len(data))]  # by the window's number
-
-        def states_at(numbers: Sequence[int]) -> torch.Tensor:
-            ids = torch.stack([data[index]["input_ids"] for data, index in map(places.__getitem__, numbers)])  # (B, T)
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                return self.states_of(ids.to(device, torch.long))
-
-        self.states = _shared_tensor((len(places), *states_at([0]).shape[1:]), self._dtype)
-        mine = range(rank, len(places), processes)
-        with progress_bar(len(places), f"frozen prefix of {len(self.blocks)} blocks, once", "windows") as bar:
-            for at in range(0, len(mine), batch_size):
-                numbers = list(mine[at : at + batch_size])
-                self.states[torch.tensor(numbers)] = states_at(numbers).to("cpu", self._dtype)
-                bar.update(min(len(numbers) * processes, len(places) - bar.n))
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # the others' share is in the same memory, and has to be there before it is read
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the states take."""
-        return self.states.nbytes
-
-    def install(self) -> None:
-        """Let the blocks be stood in for, within `giving`."""
+    def put_on(self) -> None:
+        """Let the blocks be stood in for from now on."""
+        for module in _above_blocks(self._model):
+            self._worn.append(put_on(module, partial(self._watched, module)))
         for block in self.blocks[:-1]:
-            block.forward = self._stand_in(block.forward, self._hand_on)
-        self.blocks[-1].forward = self._stand_in(self.blocks[-1].forward, self._give)
+            self._worn.append(put_on(block, self._hand_on))
+        self._worn.append(put_on(self.blocks[-1], self._give))
 
-    def remove(self) -> None:
-        """Leave the blocks as they were, and drop the states."""
-        for block in self.blocks:
-            vars(block).pop("forward", None)  # the class' own method is found again
-        self.states = torch.empty(0)
+    def take_off(self) -> None:
+        """Leave the model as it was, and drop the states."""
+        for worn in self._worn:
+            worn.take_off()
+        self._worn = []
+        self.store.close()
 
     @contextmanager
-    def giving(self, numbers: torch.Tensor) -> Iterator[None]:
-        """Within it a forward pass over these windows starts from their states.
+    def expecting(self, inputs: Mapping[str, Any], rows: Sequence[Row] | None) -> Iterator[None]:
+        """Within it a pass over exactly these tensors need not digest them: they were, before they went to the device.
 
         Args:
-            numbers: int64 (B,), of the windows in the batch.
+            inputs: The batch.
+            rows: Its rows; None where they are unknown.
         """
-        device = next(self._model.parameters()).device
-        self._given = self.states[numbers.cpu()].to(device, self._wide)  # (B, T, D)
+        before, self._expected = self._expected, None if rows is None else (influencing(inputs), list(rows))
         try:
             yield
         finally:
-            self._given = None
+            self._expected = before
 
-    def states_of(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What the last of the blocks gives for `input_ids` (B, T): (B, T, D). Nothing behind it is computed.
+    # ---- a pass begins ----------------------------------------------------------------------------------------------
 
-        Raises:
-            ModelError: If the blocks give anything else, or more, to those behind them.
-        """
-        last = self.blocks[-1]
-        with evaluating(self._model):  # dropout would give every window the states of one draw, in every epoch
-            output = reach(
-                self._model, input_ids, lambda stop: last.register_forward_hook(lambda _module, _args, out: stop(out))
-            )
-        if isinstance(output, tuple):
-            if any(part is not None for part in output[1:]):
-                raise ModelError(
-                    f"{type(self._model).__name__}: its blocks give more than their states to the next one, so that "
-                    f"the frozen ones cannot be left out. Say prefix_cache: off."
-                )
-            self._tail, output = output[1:], output[0]
-        self._wide, self.width = self._checked(output, input_ids).dtype, output.shape[-1]
-        return output
+    def _watched(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the modules around the blocks: notes what the outermost that gets token ids is called with."""
+        if self._pass is not None:
+            return forward(*args, **kwargs)
+        self._begin(module, args, kwargs)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._pass = None
 
-    def _checked(self, output: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        """Gemma 3n's blocks give (4, B, T, D): four streams of which the windows of a batch are not the first axis."""
-        name, wanted = type(self._model).__name__, f"({', '.join(map(str, input_ids.shape))}, width)"
-        if not isinstance(output, torch.Tensor):
-            raise ModelError(f"{name}: its blocks give a {type(output).__name__}, where states {wanted} are kept.")
-        if output.dim() != 3 or output.shape[:2] != input_ids.shape or not output.is_floating_point():
-            kind = str(output.dtype).removeprefix("torch.")
-            raise ModelError(f"{name}: its blocks give {kind} {tuple(output.shape)}, where states {wanted} are kept.")
-        return output
+    @torch.compiler.disable  # digests and keys are no arithmetic of the model: a graph would hold those of one batch
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        inputs = _by_name(module, args, kwargs)
+        if inputs is not None and isinstance(inputs.get("input_ids"), torch.Tensor):
+            self._pass = Pass(inputs)
 
-    def _stand_in(self, plain: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
-        """The block's own forward outside `giving`, for windows that are not kept; `other` within it."""
+    @torch.compiler.disable
+    def _states(self) -> torch.Tensor | None:
+        """What the pass starts from, (B, T, D); None where its prefix is to be computed."""
+        now = self._pass
+        if now is None:
+            return None
+        if not now.decided:
+            now.decided = True
+            self._decide(now)
+        return now.given
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return plain(*args, **kwargs) if self._given is None else other(*args, **kwargs)
+    def _decide(self, now: Pass) -> None:
+        why_not = self._asks_for_more(now.inputs)
+        words = words_of(now.inputs)
+        rows = None if why_not or words is None else self._rows(now.inputs)
+        if rows is None:
+            self.passed_by[why_not or "an input that has no digest"] += 1
+            return
+        now.prefix = self._key_prefix(words or "")
+        form = self._forms.get(now.prefix)
+        kept = [self.store.get(self._key(now.prefix, row)) for row in rows] if form else [None]
+        if form is None or any(states is None for states in kept):
+            self.misses += len(rows)
+            now.rows = rows if self.keeps_training_rows or not self._model.training else None
+            return
+        self.hits += len(rows)
+        ids = now.inputs["input_ids"]
+        width = max((states.shape[1] for states in kept if states is not None), default=0)
+        given = torch.zeros((*ids.shape, width), dtype=kept[0].dtype if kept[0] is not None else form.dtype)
+        for number, (row, states) in enumerate(zip(rows, kept, strict=True)):
+            given[number, row.start : row.end] = states
+        now.given = given.to(ids.device, form.dtype)
 
-        return forward
+    def _asks_for_more(self, inputs: Mapping[str, Any]) -> str:
+        """Why the last block's states are not all that a pass is about, empty where they are."""
+        if inputs.get("past_key_values") is not None:
+            return "it goes on from past_key_values"
+        if inputs.get("inputs_embeds") is not None:
+            return "it begins with inputs_embeds"
+        config: Any = getattr(self._model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for name in ASKS_FOR_MORE:
+            asked = inputs.get(name)
+            if getattr(text, name, False) if asked is None else asked:
+                return f"{name} is on"
+        return ""
 
-    def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for a block before the last: its output has no meaning, but needs the shape of one."""
+    def _rows(self, inputs: Mapping[str, Any]) -> list[Row] | None:
+        tensors = influencing(inputs)
+        if self._expected is not None:
+            expected, rows = self._expected
+            if expected.keys() == tensors.keys() and all(expected[name] is tensors[name] for name in tensors):
+                return rows
+        return rows_of(inputs)
+
+    def _key_prefix(self, words: str) -> bytes:
+        kind = next(self._model.parameters()).device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        # peft switches adapters off for a second pass over the same model, as for the reference of DPO
+        adapters = [(one.disable_adapters, one.active_adapters, one.merged) for one in self._adapted]
+        text = f"{len(self.blocks)} blocks, autocast {autocast}, {words}, {adapters}"
+        return hashlib.blake2b(self._weights + text.encode(), digest_size=16).digest()
+
+    @staticmethod
+    def _key(prefix: bytes, row: Row) -> bytes:
+        return hashlib.blake2b(prefix + row.digest, digest_size=16).digest()
+
+    # ---- what stands in for the blocks ------------------------------------------------------------------------------
+
+    def _hand_on(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """For a block before the last: its output has no meaning then, but needs the shape of one."""
+        if self._states() is None:
+            return forward(*args, **kwargs)
         if not args and "hidden_states" not in kwargs:
             raise ModelError(f"{type(self._model).__name__}: it does not call its blocks with `hidden_states`.")
         return self._as_block_gives(args[0] if args else kwargs["hidden_states"])
 
-    def _give(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the last block."""
-        return self._as_block_gives(self._given)
+    def _give(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """For the last block."""
+        states = self._states()
+        if states is not None:
+            return self._as_block_gives(states)
+        output = forward(*args, **kwargs)
+        self._keep(output)
+        return output
 
     def _as_block_gives(self, states: torch.Tensor) -> Any:
         """Blocks give a tensor, or a tuple that begins with it: the model unpacks what it is used to."""
-        return states if self._tail is None else (states, *self._tail)
+        assert self._pass is not None  # `_states` gave something
+        tail = self._forms[self._pass.prefix].tail
+        return states if tail is None else (states, *tail)
+
+    @torch.compiler.disable
+    def _keep(self, output: Any) -> None:
+        """Keep what the last block gave for each row of the pass."""
+        now = self._pass
+        if now is None or now.rows is None:
+            return
+        states, form = block_output(self._model, output, now.inputs["input_ids"])
+        self._forms[now.prefix] = form
+        states = states.detach().to("cpu")
+        for number, row in enumerate(now.rows):
+            self.store.put(self._key(now.prefix, row), states[number, row.start : row.end])
+
+
+def block_output(model: nn.Module, output: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Form]:
+    """States (B, T, D) in what a block gave for `input_ids` (B, T), and the form that it gave them in.
+
+    Raises:
+        ModelError: If it gives anything else, or more, to those behind it. Gemma 3n's blocks give (4, B, T, D): four
+            streams, of which the rows of a batch are not the first axis.
+    """
+    name, tail = type(model).__name__, None
+    if isinstance(output, tuple):
+        if any(part is not None for part in output[1:]):
+            raise ModelError(
+                f"{name}: its blocks give more than their states to the next one, so that the frozen ones cannot be "
+                f"left out. Say prefix_cache: off."
+            )
+        tail, output = output[1:], output[0]
+    wanted = f"({', '.join(map(str, input_ids.shape))}, width)"
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(f"{name}: its blocks give a {type(output).__name__}, where states {wanted} are kept.")
+    if output.dim() != 3 or output.shape[:2] != input_ids.shape or not output.is_floating_point():
+        kind = str(output.dtype).removeprefix("torch.")
+        raise ModelError(f"{name}: its blocks give {kind} {tuple(output.shape)}, where states {wanted} are kept.")
+    return output, Form(output.dtype, tail)
+
+
+def prefix_digest(model: nn.Module, blocks: int, sha256: Mapping[str, str]) -> bytes:
+    """A digest of all weights and stored buffers that the first `blocks` blocks compute with, and what is before them.
+
+    Args:
+        model: The model itself.
+        blocks: Number of blocks.
+        sha256: By name of each parameter, and of each persistent buffer where there are any.
+    """
+    path = read_structure(model).blocks_path
+    behind = tuple(plain_name(f"{path}.{number}.") for number in range(blocks, len(decoder_blocks(model))))
+    names = [name for name, _ in (*named_weights(model), *persistent_buffers(model))]
+    parts = [f"{name} {sha256.get(name)}" for name in names if not name.startswith(behind)]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
+
+
+def _above_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that the blocks lie in, the outermost first, but for the model itself.
+
+    accelerate wraps the `forward` of the model itself for autocast and unwraps it again by what it finds there. Where
+    the blocks lie in nothing else, the model it is.
+    """
+    path = read_structure(model).blocks_path.split(".")[:-1]
+    modules = [model.get_submodule(".".join(path[: end + 1])) for end in range(len(path))]
+    return modules or [model]
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a module's own `forward` is called with, by name; None where that cannot be told."""
+    if not args:
+        return dict(kwargs)
+    names = [
+        name
+        for name, parameter in signature(type(module).forward).parameters.items()
+        if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+    ][1:]
+    if len(args) > len(names):
+        return None
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 # ---- forward passes that end on the way ------------------------------------------------------------------------------
@@ -255,43 +392,3 @@ def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str
         for hook in hooks:
             hook.remove()
     return list(met)
-
-
-# ---- one tensor for all processes of a node --------------------------------------------------------------------------
-
-
-def _of_this_node() -> tuple[int, int]:
-    """Number of this process among those of its node, and how many they are."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # not every launcher says it: each is then by itself
-    return (int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0), processes
-
-
-def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the CPU, its values unset. Every process of a run has to call this together.
-
-    Several processes of a node get the same memory: each writes its share, all read everything, and memory holds it
-    once. It is a file that is unlinked as soon as all have it, so that nothing is left behind, however the run ends.
-    """
-    rank, processes = _of_this_node()
-    if processes == 1:
-        return torch.empty(shape, dtype=dtype)
-    size = math.prod(shape)
-    path = _new_file(size * dtype.itemsize) if rank == 0 else None
-    paths: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(paths, (socket.gethostname(), path))  # of several nodes each has a file of its own
-    here = next(path for host, path in paths if host == socket.gethostname() and path)
-    tensor = torch.from_file(here, shared=True, size=size, dtype=dtype).view(shape)
-    dist.barrier()  # all have mapped it: its name can go, the memory stays as long as one of them lives
-    if rank == 0:
-        os.unlink(here)
-    return tensor
-
-
-def _new_file(size: int) -> str:
-    room = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > size
-    descriptor, path = tempfile.mkstemp(prefix="partialtune-prefix-", dir=IN_MEMORY if room else None)
-    os.truncate(descriptor, size)
-    os.close(descriptor)
-    return path

@@ -183,7 +183,7 @@ class FreezePlan:
 
     def _repr_html_(self) -> str:
         """What a notebook shows in the place of `repr(plan)`."""
-        return plan_html(self)
+        return str(plan_html(self))
 
     def to_json(self, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
         """The content of `freeze_plan.json`.

@@ -5,17 +5,11 @@ In: a model or its config. Each function changes it in place, or for as long as 
 LayerDrop (Fan et al. 2019, https://arxiv.org/abs/1909.11556) leaves a whole block out of a step with some probability.
 The decoder decides it by its own train mode, which it has as soon as anything in it trains: frozen blocks would be
 left out too, and no gradient would come where the only block that trains is.
-
-Activation checkpointing here keeps the saving of freezing: exactly the blocks that backward passes are recomputed. Left
-to itself transformers makes the embeddings' output require gradients, so that backward runs through every frozen block,
-and it does not checkpoint blocks in eval mode, which frozen ones are.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from partialtune.errors import ModelError
-from partialtune.model.structure import decoder_blocks
 
 # attention_dropout, resid_pdrop, hidden_dropout_prob, attn_drop_rate, ...
 DROPOUT = re.compile(r"dropout|pdrop|(?:^|_)drop(?:_(?:rate|prob|p))?$")
@@ -141,39 +134,3 @@ def check_support(args: TrainingArguments, model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no activation checkpointing. Take activation_checkpointing out, and lower "
             f"per_device_train_batch_size if memory is short (gradient_accumulation_steps makes up for it)."
         )
-
-
-def recompute_from(model: nn.Module, first_block: int) -> None:
-    """Recompute the blocks from number `first_block` on in backward, also those in eval mode, and no others.
-
-    Blocks in train mode are left to transformers, which `activation_checkpointing_enable` has told to. So are blocks
-    that it does not mark: with `every_n_layers` it marks some.
-    """
-    # Switched on by activation_checkpointing_enable(): it makes backward run through every frozen block to the input.
-    model.disable_input_require_grads()
-    keep_activations(model)
-    for block in decoder_blocks(model)[first_block:]:
-        if getattr(block, "gradient_checkpointing", False):  # transformers' mark on a block
-            block.forward = _recomputed(block, block.forward)
-
-
-def keep_activations(model: nn.Module) -> None:
-    """Undo `recompute_from`."""
-    for block in decoder_blocks(model):
-        vars(block).pop("forward", None)  # the class' own method is found again
-
-
-def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, checkpointed where gradients are wanted and transformers would not do it. The mode stays eval.
-
-    `_gradient_checkpointing_func` is private to transformers: its checkpoint function with the recipe's keywords, which
-    `activation_checkpointing_enable` puts on every block, and which its GradientCheckpointingLayer calls in train mode
-    alone. Should it go, `test_exactly_the_blocks_that_backward_passes_are_recomputed` (tests/test_schedules.py) fails.
-    """
-
-    def forward_of_frozen_block(*args: Any, **kwargs: Any) -> Any:
-        if block.training or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return block._gradient_checkpointing_func(partial(forward, **kwargs), *args)
-
-    return forward_of_frozen_block

@@ -170,8 +170,6 @@ def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _wrong_beside_a_kept_prefix(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     advice = "Say prefix_cache: auto, or off"
-    if values.get("window_sampling") == "random":
-        yield "prefix_cache", f"memory needs window_sampling: chunked, whose windows come again every epoch. {advice}."
     if values.get("neftune_noise_alpha") is not None:
         yield "prefix_cache", f"memory does not go with neftune_noise_alpha: no pass would give the same. {advice}."
     if values.get("fsdp"):

@@ -82,7 +82,7 @@ class FinishedRun:
     def _repr_html_(self) -> str:
         """Verdict, scores before and after, and folder, for a notebook."""
         title = Markup("<b>{}</b> in {}").format(verdict(self.audit), self.folder)
-        return Markup("<div>{}{}</div>").format(title, html_table(score_rows(self.scores)))
+        return str(Markup("<div>{}{}</div>").format(title, html_table(score_rows(self.scores))))
 
 
 def open_run(folder: str | os.PathLike) -> FinishedRun:

@@ -110,7 +110,7 @@ def prepare(recipe: Recipe) -> RunStart | None:
     conformance = check_conformance(model, recipe.text.block_size)
     check_support(args, model)
     plan = _plan_in_steps(recipe, args, model, len(data.train))
-    prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, data, saved))
+    prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, saved))
     origin = decided_by_main(lambda: origin_of(recipe, args=args, model=model, data=data, plan=plan, prefix=prefix))
     if checkpoint is not None and saved is not None:
         decided_by_main(lambda: check_checkpoint(checkpoint, plan))

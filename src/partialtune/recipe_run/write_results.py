@@ -135,7 +135,7 @@ def write_performance(start: RunStart, run: RecipeTrainer) -> None:
     args, tuning, block_size = run.trainer.args, run.tuning, start.recipe.text.block_size
     empty = empty_model(start.config, start.recipe.model.trust_remote_code)
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
-    needed = needed_products(empty, tuning.plan, *batch, prefix_cached=tuning.fast.keeps_prefix)
+    needed = needed_products(empty, tuning.plan, *batch, prefix_cached=tuning.fast.starts_from_states)
     used = utilisation(needed, run.timer.median(), product_rate(args.device, compute_dtype(args)))
     content = performance(args, run.timer, run.products.flops_per_step, used, block_size, tuning.fast, tuning.seconds)
     write_json(start.folder / "performance.json", {**content, "saved_files_check_seconds": tuning.reading_back.seconds})

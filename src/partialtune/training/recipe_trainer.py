@@ -11,54 +11,35 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.engine.attach import attach, put_in_front
 from partialtune.engine.checkpoint_files import FirstStepRecord
-from partialtune.engine.prefix_choice import PrefixPhase, Windows, choose_prefix, lengths_to_try, try_prefixes
+from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
 from partialtune.engine.tuning import Tuning
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
-from partialtune.machine import free_memory
 from partialtune.metrics import best_model_metric, value_of_loss
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.recipe.recipe import Recipe
 from partialtune.training.performance import EndOfCallbacks, ProductCount, StepTimer, TrainingProgress
 from partialtune.training.resume_check import RunOrigin, write_origin
-from partialtune.training.settings import evaluation_steps, run_length
 from partialtune.training.stopping import BatchWatch, StopOnSignal
 from partialtune.training.training_data import RunData, collate_windows
 
 
 def prefix_phases(
-    recipe: Recipe,
-    plan: FreezePlan,
-    model: PreTrainedModel,
-    args: TrainingArguments,
-    data: RunData,
-    saved: RunOrigin | None = None,
+    recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments, saved: RunOrigin | None = None
 ) -> list[PrefixPhase]:
     """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now.
 
     Args:
         recipe: Its `prefix_cache` may be "auto".
-        plan: Not applied yet.
+        plan: Of the run.
         model: As it was loaded.
-        args, data: Of the run.
+        args: Of the run.
         saved: What the run began with, where it goes on from a checkpoint.
     """
     wanted = recipe.speed.prefix_cache
     if wanted == "auto" and saved is not None and saved.choices.prefix_cache is not None:
         return saved.choices.prefix_cache
-    held_out = len(data.held_out or [])
-    windows = Windows(
-        training=len(data.train),
-        held_out=held_out,
-        a_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        steps=run_length(args, len(data.train)),
-        eval_steps=evaluation_steps(args, len(data.train)) if held_out else None,
-    )
-    lengths = lengths_to_try(wanted, plan, windows)
-    tried = try_prefixes(lengths, recipe.text.window_sampling, args, model, data.train)
-    width = max((one.width for one in tried.values()), default=0)
-    size = recipe.text.block_size * width * (2 if args.bf16 or args.fp16 else 4)  # bytes a window, of states (T, width)
-    return choose_prefix(wanted, plan, windows, size, free_memory(), tried)
+    return choose_prefix(wanted, plan, model, args)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _scored(
 
 
 def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T), and `window`, int64 (B,), where they are numbered.
+    """Windows -> a batch: `input_ids` and `labels`, int64 (B, T).
 
     The model shifts the labels by one.
     """
@@ -155,12 +155,4 @@ def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     # The first token of a window is context and no target. Left a label, it would be counted: Trainer divides the
     # summed loss by the number of labels, and for GPT-2 its losses would come out (T - 1) / T too small.
     labels[:, 0] = -100
-    batch = {"input_ids": input_ids, "labels": labels}
-    if "window" in rows[0]:
-        batch["window"] = torch.tensor([row["window"] for row in rows])
-    return batch
-
-
-def numbered(windows: Dataset, first: int) -> Dataset:
-    """Windows with a column `window` that counts from `first`: the prefix cache finds their states by it."""
-    return windows.add_column("window", np.arange(first, first + len(windows)))
+    return {"input_ids": input_ids, "labels": labels}

@@ -1,0 +1,44 @@
+"""Activation checkpointing that keeps the saving of freezing: exactly the blocks that backward passes are recomputed.
+
+Left to itself transformers makes the embeddings' output require gradients, so that backward runs through every frozen
+block, and it does not checkpoint blocks in eval mode, which frozen ones are.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from partialtune.engine.forward_stack import Worn, put_on
+from partialtune.model.parameters import uncompiled
+from partialtune.model.structure import decoder_blocks
+
+
+def recompute_from(model: nn.Module, first_block: int) -> list[Worn]:
+    """Recompute the blocks from number `first_block` on in backward, also those in eval mode, and no others.
+
+    Blocks in train mode are left to transformers, which `activation_checkpointing_enable` has told to. So are blocks
+    that it does not mark: with `every_n_layers` it marks some.
+
+    Returns:
+        What was put on the blocks, to be taken off when another phase begins.
+    """
+    model = uncompiled(model)
+    # Switched on by activation_checkpointing_enable(): it makes backward run through every frozen block to the input.
+    model.disable_input_require_grads()
+    marked = (one for one in decoder_blocks(model)[first_block:] if getattr(one, "gradient_checkpointing", False))
+    return [put_on(block, partial(_recomputed, block)) for block in marked]
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward`, checkpointed where gradients are wanted and transformers would not do it. The mode stays eval.
+
+    `_gradient_checkpointing_func` is private to transformers: its checkpoint function with the recipe's keywords, which
+    `activation_checkpointing_enable` puts on every block, and which its GradientCheckpointingLayer calls in train mode
+    alone. Should it go, `test_exactly_the_blocks_that_backward_passes_are_recomputed` (tests/test_schedules.py) fails.
+    """
+    if block.training or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return block._gradient_checkpointing_func(partial(forward, **kwargs), *args)
