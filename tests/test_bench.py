@@ -85,7 +85,9 @@ def test_where_the_run_would_decide_whether_its_prefix_is_kept_both_are_measured
     assert len(variants) == 4  # the embeddings have no block below them
     assert {variant.full for variant in variants} == {3}
     random = read_variants([recipe("b.yaml", prefix_cache="auto", window_sampling="random")], [])
-    assert len(random) == 2
+    assert len(random) == 3
+    noisy = read_variants([recipe("c.yaml", prefix_cache="auto", neftune_noise_alpha=5.0)], [])
+    assert len(noisy) == 2
 
 
 def test_with_the_prefix_kept_its_products_are_neither_done_nor_counted_as_needed(recipe):

@@ -29,7 +29,7 @@ from partialtune.training.settings import compute_dtype, product_rate, training_
 from partialtune.training.training_data import RunData
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BATCHES = 2  # batches of different windows; after them the next epoch begins
+BATCHES = 1  # after it the next epoch begins: what is kept of a frozen prefix is met again in the second step
 
 
 def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:

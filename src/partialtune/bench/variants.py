@@ -84,7 +84,7 @@ def own_variants(label: str, recipe: Recipe) -> list[tuple[str, dict[str, Any]]]
     kept = {**values, "prefix_cache": "memory"}
     try:
         runnable(kept, steps=2, folder=recipe.training["output_dir"])
-    except RecipeError:  # it has random windows, for one
+    except RecipeError:  # it adds noise to the embeddings, for one
         return [(label, values)]
     return [(label, {**values, "prefix_cache": "off"}), (f"{label}{KEPT}", kept)]
 

@@ -44,7 +44,6 @@ class FastPaths:
         keeps_training_rows: Whether the rows of training come again.
         in_use: What of `enabled` was taken.
         before_blocks: Names of modules without parameters that belong to the prefix: they stay in eval mode with it.
-        hits, misses: Rows of the run that started from kept states, and rows whose prefix was computed.
         passed_by: Why passes were computed without a look at what is kept, and how many.
         kept_bytes: The most that the kept states took, on this process.
     """
@@ -66,7 +65,7 @@ class FastPaths:
         self.keeps_training_rows = True
         self.in_use: list[str] = []
         self.before_blocks: list[str] = []
-        self.hits = self.misses = self.kept_bytes = 0
+        self._hits = self._misses = self.kept_bytes = 0  # of phases that are over
         self.passed_by: Counter[str] = Counter()
         if self.keeps_prefix:
             with suppress(ModelError):  # blocks that are not called as modules: what is before them is not known
@@ -78,9 +77,19 @@ class FastPaths:
         return any(phase.blocks for phase in self._prefix)
 
     @property
+    def hits(self) -> int:
+        """Rows of the run that started from kept states, so far."""
+        return self._hits + (self._cache.hits if self._cache else 0)
+
+    @property
+    def misses(self) -> int:
+        """Rows whose prefix was computed, so far."""
+        return self._misses + (self._cache.misses if self._cache else 0)
+
+    @property
     def starts_from_states(self) -> bool:
-        """Whether most rows of the run started from kept states, so that the median step did."""
-        return self.hits > self.misses
+        """Whether half of the rows of the run or more started from kept states, so that the median step did."""
+        return self.hits >= max(1, self.misses)
 
     def __enter__(self) -> "FastPaths":
         if "gelu" in self._enabled and self._held.enter_context(fused_gelu(self._model)):
@@ -127,7 +136,7 @@ class FastPaths:
         """Take off what depends on the phase."""
         cache, self._cache = self._cache, None
         if cache is not None:
-            self.hits, self.misses = self.hits + cache.hits, self.misses + cache.misses
+            self._hits, self._misses = self._hits + cache.hits, self._misses + cache.misses
             self.kept_bytes = max(self.kept_bytes, cache.store.size)
             self.passed_by += cache.passed_by
             cache.take_off()

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,16 +175,24 @@ class EndOfCallbacks(TrainerCallback):
 class ProductCount(TrainerCallback):
     """Counts the matrix products of the first batch, forward and backward. Not where the model is compiled.
 
+    Where a frozen prefix is kept, it counts once more when batches have begun to start from states: what most steps
+    of the run do.
+
     It has to come before callbacks that may end the run in `on_pre_optimizer_step`. Use as a context manager around
     `trainer.train()`: an error in the first batch would leave torch's counter on, and all that follows would be slow.
+
+    Args:
+        hits: Gives the number of rows that have started from kept states so far.
 
     Attributes:
         flops_per_step: Multiplications and additions of the matrix products of one optimizer step on one process,
             attention's own included; None before the first batch and where the model is compiled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hits: Callable[[], int] = lambda: 0) -> None:
         self.flops_per_step: int | None = None
+        self._hits, self._hits_before = hits, 0
+        self._wanted, self._from_states = True, False  # whether to count the next batch; whether one was from states
         self._counter: FlopCounterMode | None = None
 
     def __enter__(self) -> "ProductCount":
@@ -206,7 +214,9 @@ class ProductCount(TrainerCallback):
         return counter.get_total_flops()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if self.flops_per_step is None and not args.torch_compile and not is_compiled_module(model):
+        self._hits_before = self._hits()
+        if self._wanted and not args.torch_compile and not is_compiled_module(model):
+            self._wanted = False
             self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
             self._counter.__enter__()
 
@@ -220,6 +230,8 @@ class ProductCount(TrainerCallback):
         counted = self._leave()
         if counted is not None:
             self.flops_per_step = counted * args.gradient_accumulation_steps
+        if self._hits() > self._hits_before and not self._from_states:
+            self._wanted = self._from_states = True
 
 
 def _warm(steps: Sequence[Any]) -> Sequence[Any]:

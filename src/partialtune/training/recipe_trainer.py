@@ -162,7 +162,7 @@ def attached_trainer(
     )
     tuning.config_as_loaded = config_as_loaded
     tuning.audit_callback.interrupted = lambda: stop.asked_to_stop(args)
-    timer, products = StepTimer(), ProductCount()
+    timer, products = StepTimer(), ProductCount(lambda: tuning.fast.hits)
     # The clock comes first, and `train` puts its end last. The count has to end before a step may be refused.
     best = BestMetric(args.metric_for_best_model, tokens_per_byte)
     put_in_front(trainer, [timer, products, BatchWatch(train_dataset), best])
