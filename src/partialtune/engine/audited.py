@@ -173,7 +173,7 @@ class AuditedLoop(Tuning):
         self._phases.recompute = bool(getattr(self.model, "is_activation_checkpointing", False))
         self._phases.start(self.steps)
         self._tell("on_train_begin")
-        if "loss" in self.fast.in_use:
+        if "loss" in self.fast.in_use or self.fast.keeps_prefix:
             held.callback(put_on(self.model, self._with_fast_loss).take_off)
         handles = [
             self._optimizer.register_step_pre_hook(self._before_step),

@@ -24,6 +24,7 @@ from partialtune.engine.state_store import make_store
 from partialtune.errors import ModelError
 from partialtune.machine import free_memory
 from partialtune.model.conformance import probe_windows
+from partialtune.model.parameters import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class FastPaths:
         model: The model itself; the plan is applied.
         enabled: Of `loss`, `gelu`, `casts`.
         prefix: What each phase does with its frozen prefix.
-        autocast_dtype: In which the training computes, None for the model's own. States are kept in it.
+        autocast_dtype: In which the training computes, None for the model's own.
 
     Attributes:
         sha256: Digest of each weight at the start, by name, by which kept states are known.
@@ -67,7 +68,8 @@ class FastPaths:
         self.before_blocks: list[str] = []
         self._hits = self._misses = self.kept_bytes = 0  # of phases that are over
         self.passed_by: Counter[str] = Counter()
-        if self.keeps_prefix:
+        # Also where nothing is kept: a prefix without dropout is the same training, kept or computed.
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
             with suppress(ModelError):  # blocks that are not called as modules: what is before them is not known
                 self.before_blocks = modules_before_blocks(model, probe_windows(model, 2, []))
 
@@ -125,7 +127,7 @@ class FastPaths:
         blocks = [phase for phase in self._prefix if phase.from_step <= step][-1].blocks if self._prefix else 0
         if blocks:
             limit = int(SHARE_OF_FREE_MEMORY * free_memory())
-            store = make_store(limit, self._autocast_dtype or torch.float32)
+            store = make_store(limit, torch.uint8)
             digest = prefix_digest(self._model, blocks, self.sha256)
             self._cache = PrefixCache(self._model, blocks, store, digest, self.keeps_training_rows)
             self._cache.put_on()
@@ -155,8 +157,9 @@ class FastPaths:
         """
         rows = inputs.pop(ROWS, None) if isinstance(inputs, MutableMapping) else None
         with ExitStack() as held:
-            if self._cache is not None and rows is not None:
-                held.enter_context(self._cache.expecting(inputs, [Row(*row) for row in rows]))
+            if self._cache is not None:
+                known = None if rows is None else [Row(*row) for row in rows]
+                held.enter_context(self._cache.expecting(inputs, known))
             if self._loss is not None and not logits_wanted:
                 held.enter_context(self._loss.active())
             yield

@@ -37,13 +37,22 @@ from partialtune.model.train_mode import evaluating
 
 # What asks for more than the states behind the last block, where it is so or the model's config says so.
 ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+TARGETS = {"labels": 1, "shift_labels": 0}
+IGNORED = -100  # a label that is no target
 
 
 class Form(NamedTuple):
-    """What a block gives beside its states' values: their dtype, and what follows them where it gives a tuple."""
+    """What a block gives beside its states' values.
+
+    Attributes:
+        dtype: Of the states.
+        tail: What follows them where it gives a tuple.
+        kept: In which dtype they are kept: under bf16 autocast in bf16, else in their own.
+    """
 
     dtype: torch.dtype
     tail: tuple[None, ...] | None
+    kept: torch.dtype
 
 
 class Pass:
@@ -73,7 +82,7 @@ class PrefixCache:
     Args:
         model: The model itself, on its device, not its DDP wrapper.
         blocks: Number of frozen blocks that are computed once, at least 1.
-        store: Keeps the states.
+        store: Keeps the states, as bytes: its dtype is uint8.
         weights: A digest of all that the prefix computes with, see `prefix_digest`.
         keeps_training_rows: Whether rows of training come again; those of evaluation do.
 
@@ -94,6 +103,7 @@ class PrefixCache:
         self._pass: Pass | None = None
         self._forms: dict[bytes, Form] = {}
         self._expected: tuple[dict[str, torch.Tensor], list[Row]] | None = None
+        self._labels: dict[str, torch.Tensor] = {}
         self._worn: list[Worn] = []
         inside = [module for block in self.blocks for module in block.modules()]
         self._adapted: list[Any] = [module for module in inside if hasattr(module, "disable_adapters")]
@@ -117,15 +127,19 @@ class PrefixCache:
     def expecting(self, inputs: Mapping[str, Any], rows: Sequence[Row] | None) -> Iterator[None]:
         """Within it a pass over exactly these tensors need not digest them: they were, before they went to the device.
 
+        Its labels are known, too: one that is predicted from padding needs states of padding, which are not kept.
+
         Args:
             inputs: The batch.
             rows: Its rows; None where they are unknown.
         """
-        before, self._expected = self._expected, None if rows is None else (influencing(inputs), list(rows))
+        before = self._expected, self._labels
+        self._expected = None if rows is None else (influencing(inputs), list(rows))
+        self._labels = {name: inputs[name] for name in TARGETS if isinstance(inputs.get(name), torch.Tensor)}
         try:
             yield
         finally:
-            self._expected = before
+            self._expected, self._labels = before
 
     # ---- a pass begins ----------------------------------------------------------------------------------------------
 
@@ -133,17 +147,26 @@ class PrefixCache:
         """Stands in for the modules around the blocks: notes what the outermost that gets token ids is called with."""
         if self._pass is not None:
             return forward(*args, **kwargs)
-        self._begin(module, args, kwargs)
+        kwargs = self._begin(module, args, kwargs)
         try:
             return forward(*args, **kwargs)
         finally:
             self._pass = None
 
     @torch.compiler.disable  # digests and keys are no arithmetic of the model: a graph would hold those of one batch
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Note the pass. Gives the keywords to go on with."""
         inputs = _by_name(module, args, kwargs)
-        if inputs is not None and isinstance(inputs.get("input_ids"), torch.Tensor):
-            self._pass = Pass(inputs)
+        if inputs is None or not isinstance(inputs.get("input_ids"), torch.Tensor):
+            return kwargs
+        self._pass = Pass(inputs)
+        by_place = inputs.keys() - kwargs.keys()
+        is_open = inputs.get("use_cache") is None and inputs.get("past_key_values") is None
+        if module.training and is_open and "use_cache" not in by_place and _takes(module, "use_cache"):
+            # In training nobody goes on from keys and values, which most configs ask for. A Trainer switches them off.
+            inputs["use_cache"] = False
+            return {**kwargs, "use_cache": False}
+        return kwargs
 
     @torch.compiler.disable
     def _states(self) -> torch.Tensor | None:
@@ -165,6 +188,9 @@ class PrefixCache:
             return
         now.prefix = self._key_prefix(words or "")
         form = self._forms.get(now.prefix)
+        if self._counts_padding(rows):
+            self.passed_by["a label is predicted from padding"] += 1
+            return
         kept = [self.store.get(self._key(now.prefix, row)) for row in rows] if form else [None]
         if form is None or any(states is None for states in kept):
             self.misses += len(rows)
@@ -172,9 +198,9 @@ class PrefixCache:
             return
         self.hits += len(rows)
         ids = now.inputs["input_ids"]
-        width = max((states.shape[1] for states in kept if states is not None), default=0)
-        given = torch.zeros((*ids.shape, width), dtype=kept[0].dtype if kept[0] is not None else form.dtype)
-        for number, (row, states) in enumerate(zip(rows, kept, strict=True)):
+        found = [states.view(form.kept) for states in kept if states is not None]
+        given = torch.zeros((*ids.shape, max(states.shape[1] for states in found)), dtype=form.kept)
+        for number, (row, states) in enumerate(zip(rows, found, strict=True)):
             given[number, row.start : row.end] = states
         now.given = given.to(ids.device, form.dtype)
 
@@ -199,6 +225,19 @@ class PrefixCache:
             if expected.keys() == tensors.keys() and all(expected[name] is tensors[name] for name in tensors):
                 return rows
         return rows_of(inputs)
+
+    def _counts_padding(self, rows: Sequence[Row]) -> bool:
+        """Whether a target counts that is predicted from padding: its states are not kept."""
+        for name, labels in self._labels.items():
+            shift = TARGETS[name]  # the target of column t stands in column t + shift
+            if labels.dim() != 2 or all(row.start == 0 and row.end == labels.shape[1] for row in rows):
+                continue
+            counted = (labels != IGNORED).cpu()
+            for row, of_row in zip(rows, counted, strict=False):
+                before = of_row[shift : row.start + shift] if row.start else of_row[:0]
+                if bool(before.any()) or bool(of_row[row.end + shift :].any()):
+                    return True
+        return False
 
     def _key_prefix(self, words: str) -> bytes:
         kind = next(self._model.parameters()).device.type
@@ -227,9 +266,7 @@ class PrefixCache:
         states = self._states()
         if states is not None:
             return self._as_block_gives(states)
-        output = forward(*args, **kwargs)
-        self._keep(output)
-        return output
+        return self._keep(forward(*args, **kwargs))
 
     def _as_block_gives(self, states: torch.Tensor) -> Any:
         """Blocks give a tensor, or a tuple that begins with it: the model unpacks what it is used to."""
@@ -238,16 +275,24 @@ class PrefixCache:
         return states if tail is None else (states, *tail)
 
     @torch.compiler.disable
-    def _keep(self, output: Any) -> None:
-        """Keep what the last block gave for each row of the pass."""
+    def _keep(self, output: Any) -> Any:
+        """Keep what the last block gave for each row of the pass.
+
+        Returns:
+            What goes on: the states as they were rounded to be kept. A run that goes on from a checkpoint computes
+            what the whole one finds, and both have to be the same to the bit.
+        """
         now = self._pass
         if now is None or now.rows is None:
-            return
+            return output
         states, form = block_output(self._model, output, now.inputs["input_ids"])
         self._forms[now.prefix] = form
-        states = states.detach().to("cpu")
+        low = states.detach().to(form.kept)
+        on_host = low.to("cpu")
         for number, row in enumerate(now.rows):
-            self.store.put(self._key(now.prefix, row), states[number, row.start : row.end])
+            kept = on_host[number, row.start : row.end].contiguous()
+            self.store.put(self._key(now.prefix, row), kept.view(torch.uint8))
+        return output if form.kept == form.dtype else self._as_block_gives(low.to(form.dtype))
 
 
 def block_output(model: nn.Module, output: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Form]:
@@ -271,7 +316,9 @@ def block_output(model: nn.Module, output: Any, input_ids: torch.Tensor) -> tupl
     if output.dim() != 3 or output.shape[:2] != input_ids.shape or not output.is_floating_point():
         kind = str(output.dtype).removeprefix("torch.")
         raise ModelError(f"{name}: its blocks give {kind} {tuple(output.shape)}, where states {wanted} are kept.")
-    return output, Form(output.dtype, tail)
+    kind = output.device.type
+    low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return output, Form(output.dtype, tail, torch.bfloat16 if low else output.dtype)
 
 
 def prefix_digest(model: nn.Module, blocks: int, sha256: Mapping[str, str]) -> bytes:
@@ -312,6 +359,11 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if len(args) > len(names):
         return None
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's own `forward` has a keyword."""
+    return name in signature(type(module).forward).parameters
 
 
 # ---- forward passes that end on the way ------------------------------------------------------------------------------

@@ -165,14 +165,15 @@ def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> float:
     apart = []
     with evaluating(model), no_layer_drop(model), torch.random.fork_rng():
         for training in (True, False):
-            cache = PrefixCache(model, blocks, MemoryStore(2**40, torch.float32))
+            cache = PrefixCache(model, blocks, MemoryStore(2**40, torch.uint8))
             model.train(training)
             for module in [*cache.blocks, *map(model.get_submodule, before)]:
                 module.eval()
             whole = _head_input(model, input_ids)
             cache.put_on()
             try:
-                _head_input(model, input_ids)  # keeps the states
+                # Keeps the states. Of another seed: what is drawn below the blocks must not be the same by chance.
+                _head_input(model, input_ids, seed=1)
                 # other tokens, so that nothing fits which the model keeps of its last pass
                 _head_input(model, input_ids.flip(1))
                 known = cache.hits
@@ -187,7 +188,9 @@ def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> float:
     return max(apart, key=lambda one: math.inf if math.isnan(one) else one)
 
 
-def _head_input(model: nn.Module, input_ids: torch.Tensor, what: str = "its forward pass") -> torch.Tensor:
+def _head_input(
+    model: nn.Module, input_ids: torch.Tensor, what: str = "its forward pass", seed: int = 0
+) -> torch.Tensor:
     """The hidden states (1, T, D) that the head is called with. The head itself is not computed."""
     head = model.get_output_embeddings()
     if head is None:
@@ -201,7 +204,7 @@ def _head_input(model: nn.Module, input_ids: torch.Tensor, what: str = "its forw
 
         return head.register_forward_pre_hook(before, with_kwargs=True)
 
-    torch.manual_seed(0)  # blocks that train may have dropout: the same draws in the passes that are compared
+    torch.manual_seed(seed)  # blocks that train may have dropout: the same draws in the passes that are compared
     return reach(model, input_ids, hook, what)
 
 
