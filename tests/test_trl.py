@@ -25,7 +25,7 @@ CHAT = (
     "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ message.content }}{% endif %}\n{% endfor %}"
 )
-WORDS = "the king of Lilliput had heard of my arrival and sent carpenters to build a great machine".split()
+WORDS = ["the", "king", "of", "Lilliput", "had", "heard", "my", "arrival", "and", "sent", "carpenters", "to", "build"]
 ROWS, BATCH, EPOCHS = 12, 4, 3
 STEPS = ROWS // BATCH * EPOCHS
 
@@ -111,6 +111,19 @@ DPO = {
     "dpo, ipo": ("pairs", {"loss_type": "ipo"}),
 }
 MODES = {**SFT, **DPO}
+PLAIN = {
+    "num_train_epochs": EPOCHS,
+    "per_device_train_batch_size": BATCH,
+    "learning_rate": 1e-3,
+    "max_length": 32,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "seed": 7,
+}
 
 
 def make(mode, base, tokenizer, folder, callbacks=(), model=None, **settings):
@@ -120,16 +133,7 @@ def make(mode, base, tokenizer, folder, callbacks=(), model=None, **settings):
     data, own = MODES[mode]
     kind, config = (DPOTrainer, DPOConfig) if mode in DPO else (SFTTrainer, SFTConfig)
     more = {name: settings.pop(name) for name in ("peft_config", "eval_dataset") if name in settings}
-    args = config(
-        str(folder),
-        **{
-            **{"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "learning_rate": 1e-3},
-            **{"max_length": 32, "logging_steps": 1, "bf16": False, "use_cpu": True, "save_strategy": "no"},
-            **{"report_to": "none", "disable_tqdm": True, "seed": 7},
-            **own,
-            **settings,
-        },
-    )
+    args = config(str(folder), **{**PLAIN, **own, **settings})
     return kind(
         load(base) if model is None else model,
         args=args,
@@ -244,6 +248,13 @@ def test_backward_passes_no_frozen_block(mode, pair_of):
     passed = pair_of(mode).backward.steps
     assert passed[:-1] == [0] * (BLOCKS - 1)
     assert passed[-1] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_from_the_second_epoch_on_rows_start_from_the_states_of_the_frozen_blocks(mode, pair_of):
+    fast = pair_of(mode).tuning.fast
+    assert fast.passed_by == {}
+    assert fast.hits == fast.misses * (EPOCHS - 1)
 
 
 # ---- phases ---------------------------------------------------------------------------------------------------------
@@ -408,12 +419,9 @@ def test_grpo_generates_and_trains_as_without_the_engine(base, tokenizer, tmp_pa
 
     logs = {}
     for attached in (False, True):
-        args = GRPOConfig(
-            str(tmp_path),
-            **{"max_steps": 4, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6},
-            **{"learning_rate": 1e-3, "logging_steps": 1, "bf16": False, "use_cpu": True, "save_strategy": "no"},
-            **{"report_to": "none", "disable_tqdm": True, "seed": 7, "beta": 0.1, "num_iterations": 2},
-        )
+        own = {"max_steps": 4, "num_generations": 4, "max_completion_length": 6, "beta": 0.1, "num_iterations": 2}
+        plain = {name: value for name, value in PLAIN.items() if name != "max_length"}
+        args = GRPOConfig(str(tmp_path), **{**plain, **own})
         trainer = GRPOTrainer(
             load(base),
             reward_funcs=lambda completions, **_: [float(len(set(text)) % 5) for text in completions],
