@@ -21,6 +21,7 @@ from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.engine.audited import audited
 from partialtune.engine.broken_off_pass import modules_before_blocks
+from partialtune.engine.forward_stack import put_on
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import (
     PrefixPhase,
@@ -103,6 +104,17 @@ def run(
     return made.trainer
 
 
+def after(module, do):
+    """`do(module, output)` at the end of a module's forward, as its own code would: another output, or None."""
+
+    def patch(forward, *args, **kwargs):
+        output = forward(*args, **kwargs)
+        other = do(module, output)
+        return output if other is None else other
+
+    put_on(module, patch)
+
+
 class Listed(MemoryStore):
     """Shows what is kept, in order."""
 
@@ -142,12 +154,12 @@ def test_losses_and_weights_are_those_of_computing_the_prefix_at_every_step(tmp_
 
 def test_a_frozen_block_runs_once_a_window_and_never_in_a_step(tmp_path):
     model, windows_seen = tiny_gpt2(), []
-    model.transformer.h[0].attn.register_forward_hook(lambda _, args, output: windows_seen.append(len(output[0])))
+    after(model.transformer.h[0].attn, lambda _, output: windows_seen.append(len(output[0])))
     run(tmp_path, model, ["blocks[-1]"], kept_from_start(2), eval_strategy="no", max_steps=12, fast_paths=())
     assert sum(windows_seen) == 20  # in the first epoch of 5 steps
     windows_seen.clear()
     model = tiny_gpt2()
-    model.transformer.h[0].attn.register_forward_hook(lambda _, args, output: windows_seen.append(len(output[0])))
+    after(model.transformer.h[0].attn, lambda _, output: windows_seen.append(len(output[0])))
     run(tmp_path, model, ["blocks[-1]"], eval_strategy="no", max_steps=12, fast_paths=())
     assert sum(windows_seen) == 12 * 4
 
@@ -224,8 +236,8 @@ def test_a_model_whose_later_blocks_look_back_is_found_out():
     model = tiny_gpt2().eval()
     assert try_prefix(model, 2, IDS[:1]) < 1e-6
     shortcut = {}
-    model.transformer.h[0].register_forward_hook(lambda module, args, output: shortcut.update(first=output))
-    model.transformer.h[2].register_forward_hook(lambda module, args, output: output + shortcut["first"])
+    after(model.transformer.h[0], lambda module, output: shortcut.update(first=output))
+    after(model.transformer.h[2], lambda module, output: output + shortcut["first"])
     assert try_prefix(model, 2, IDS[:1]) > 1e-2
 
 
@@ -465,18 +477,16 @@ def test_what_a_model_keeps_of_its_last_pass_does_not_pass_for_states():
     """Its last block uses what its first one saw: of the same tokens in a trial, of other ones in training."""
     model = tiny_gpt2(embd_pdrop=0, resid_pdrop=0, attn_pdrop=0).eval()
     seen = {}
-    model.transformer.h[0].ln_1.register_forward_hook(lambda module, args, output: seen.update(first=output))
-    model.transformer.h[2].ln_1.register_forward_hook(lambda module, args, output: output + seen["first"])
+    after(model.transformer.h[0].ln_1, lambda module, output: seen.update(first=output))
+    after(model.transformer.h[2].ln_1, lambda module, output: output + seen["first"])
     assert try_prefix(model, 2, IDS[:1]) > 1e-2
 
 
 def test_a_model_that_looks_back_in_evaluations_alone_is_found_out():
     model = tiny_gpt2().eval()
     seen = {}
-    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.update(first=output))
-    model.transformer.h[2].register_forward_hook(
-        lambda module, args, output: output if module.training else output + seen["first"]
-    )
+    after(model.transformer.h[0], lambda module, output: seen.update(first=output))
+    after(model.transformer.h[2], lambda module, output: None if module.training else output + seen["first"])
     assert try_prefix(model, 2, IDS[:1]) > 1e-2
 
 
@@ -547,7 +557,7 @@ def test_padded_batches_give_the_weights_of_the_plain_path(tmp_path, case):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_label_that_is_predicted_from_padding_leaves_a_pass_alone(side):
+def test_a_label_that_is_predicted_from_padding_is_predicted_from_its_states(side):
     """Labels that are the whole input_ids, or the first token of a row padded on the left."""
     model = build_any("llama").eval()
     cache = PrefixCache(model, 1, MemoryStore(2**30, torch.uint8))
@@ -556,12 +566,45 @@ def test_a_label_that_is_predicted_from_padding_leaves_a_pass_alone(side):
     if side == "right":
         batch["labels"] = batch["input_ids"].clone()
     for _ in range(2):
-        with cache.expecting(batch, None), torch.no_grad():
+        with cache.padding.of(batch, False), torch.no_grad():
             loss = model(**batch, use_cache=False).loss.item()
     cache.take_off()
     assert loss == pytest.approx(model(**batch).loss.item(), abs=1e-6)
-    assert cache.passed_by == {"a label is predicted from padding": 2}
+    assert (cache.hits, cache.misses) == (4, 4)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_mask_of_other_numbers_than_0_and_1_belongs_to_its_row():
+    """BLOOM and OPT take the sum of the mask for positions."""
+    ids, ones = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
+    plain, other = (rows_of({"input_ids": ids, "attention_mask": mask}) for mask in (ones, ones * 2))
+    assert plain == rows_of({"input_ids": ids})
+    assert plain[0].digest != other[0].digest
+
+
+def test_padding_on_the_left_belongs_to_its_row():
+    """A recurrent block carries it on."""
+    batch = {"input_ids": torch.tensor([[0, 5, 6]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    other = batch | {"input_ids": torch.tensor([[9, 5, 6]])}
+    assert rows_of(batch)[0][1:3] == (0, 3)
+    assert rows_of(batch)[0].digest != rows_of(other)[0].digest
+
+
+def test_a_hook_that_is_put_on_a_frozen_block_while_it_trains_sees_what_the_block_gives():
+    model, seen = build_any("llama").eval(), []
+    cache = PrefixCache(model, 2, MemoryStore(2**30, torch.uint8))
+    cache.put_on()
+    batch = {"input_ids": torch.tensor(some_windows(4)["input_ids"]), "use_cache": False}
+    with torch.no_grad():
+        model(**batch)
+        handle = cache.blocks[0].mlp.register_forward_hook(lambda *call: seen.append(call[2]))
+        model(**batch)
+        handle.remove()
+        model(**batch)
+    cache.take_off()
+    assert len(seen) == 1
+    assert dict(cache.passed_by) == {"a forward hook on a frozen LlamaMLP would not see what it gives": 1}
+    assert (cache.hits, cache.misses) == (4, 4)
 
 
 def test_in_bf16_a_resumed_run_ends_as_one_that_never_stopped(tmp_path):

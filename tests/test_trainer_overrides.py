@@ -22,7 +22,7 @@ PRIVATE = {
     "_save_checkpoint": {"model", "trial"},
 }
 PUBLIC = {
-    "compute_loss": {"model", "inputs"},
+    "compute_loss": {"model", "inputs", "return_outputs"},
     "create_optimizer": set(),
     "get_decay_parameter_names": {"model"},
     "get_eval_dataloader": set(),
@@ -30,6 +30,7 @@ PUBLIC = {
     "prediction_step": {"model", "inputs", "prediction_loss_only"},
     "save_model": {"output_dir", "_internal_call"},
     "save_state": set(),
+    "training_step": {"model", "inputs"},
     "train": {"resume_from_checkpoint"},
 }
 

@@ -272,7 +272,7 @@ class AuditedLoop(Tuning):
 
     def _with_fast_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         wanted = not self.model.training or kwargs.get("labels") is None
-        with self.fast.batch(kwargs, logits_wanted=wanted):
+        with self.fast.batch(kwargs, wanted, padding_wanted=not self.model.training):
             return forward(*args, **kwargs)
 
 

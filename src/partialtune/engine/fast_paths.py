@@ -151,18 +151,31 @@ class FastPaths:
             self._loss.forget_copies()
 
     @contextmanager
-    def batch(self, inputs: MutableMapping[str, Any], logits_wanted: bool = False) -> Iterator[None]:
-        """Around what a Trainer does with a batch.
+    def rows_known(self, inputs: Any) -> Iterator[None]:
+        """Around all that a Trainer does with a batch: a pass over its tensors need not digest them.
 
         Args:
-            inputs: Of the model. Its rows, which came with it from the collator, are taken out.
-            logits_wanted: Whether the Trainer looks at the logits.
+            inputs: The batch. Its rows, which came with it from the collator, are taken out.
         """
         rows = inputs.pop(ROWS, None) if isinstance(inputs, MutableMapping) else None
+        if self._cache is None or rows is None:
+            yield
+            return
+        with self._cache.expecting(inputs, [Row(*row) for row in rows]):
+            yield
+
+    @contextmanager
+    def batch(self, inputs: Mapping[str, Any], logits_wanted: bool, padding_wanted: bool) -> Iterator[None]:
+        """Around what computes the loss of a batch.
+
+        Args:
+            inputs: Of the model.
+            logits_wanted: Whether anybody looks at the logits.
+            padding_wanted: Whether anybody may look at those of padding, besides the loss.
+        """
         with ExitStack() as held:
             if self._cache is not None:
-                known = None if rows is None else [Row(*row) for row in rows]
-                held.enter_context(self._cache.expecting(inputs, known))
+                held.enter_context(self._cache.padding.of(inputs, padding_wanted))
             if self._loss is not None and not logits_wanted:
                 held.enter_context(self._loss.active())
             yield

@@ -91,6 +91,13 @@ def is_patched_by_others(module: nn.Module) -> bool:
     return present is not None and (not isinstance(present, Patched) or present.found is not None)
 
 
+def has_hooks_of_others(module: nn.Module) -> bool:
+    """Whether somebody wants to see what a module is called with, or what it gives."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # transformers' own collect what a pass is asked for (output_hidden_states): such a pass is not cached
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
 def put_on(module: nn.Module, patch: Patch) -> Worn:
     """Let `patch(forward, *args, **kwargs)` stand in for the module's `forward`, over all that is on already.
 

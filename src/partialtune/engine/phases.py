@@ -165,7 +165,12 @@ class PhaseCallback(TrainerCallback):
         self.phases.step_begins(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.phases.end()
+        self.end()
+
+    def end(self) -> None:
+        """Training is over, or was broken off. Doing it again changes nothing."""
+        if self.phases is not None:
+            self.phases.end()
 
 
 def phase_words(plan: FreezePlan, phase: Phase) -> str:

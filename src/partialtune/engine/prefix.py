@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from partialtune.engine.forward_stack import Worn, put_on
+from partialtune.engine.forward_stack import Worn, has_hooks_of_others, put_on
+from partialtune.engine.padding_in_loss import PaddingInLoss, padding_beside
 from partialtune.engine.row_digests import Row, influencing, joined, rows_of, words_of
 from partialtune.engine.state_store import StateStore
 from partialtune.errors import ModelError
@@ -36,8 +37,6 @@ from partialtune.model.structure import decoder_blocks, read_structure
 
 # What asks for more than the states behind the last block, where it is so or the model's config says so.
 ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
-TARGETS = {"labels": 1, "shift_labels": 0}
-IGNORED = -100  # a label that is no target
 
 
 class Form(NamedTuple):
@@ -62,6 +61,7 @@ class Pass:
         decided: Whether it is known if the pass starts from states.
         given: The states (B, T, D) that it starts from, None where the prefix is computed.
         rows: Those of the batch, to keep their states; None where they are not kept.
+        padding: Where no row of it is, (B, T); None where rows are all.
         prefix: What the keys of its rows begin with.
     """
 
@@ -70,6 +70,7 @@ class Pass:
         self.decided = False
         self.given: torch.Tensor | None = None
         self.rows: list[Row] | None = None
+        self.padding: torch.Tensor | None = None
         self.prefix = b""
 
 
@@ -90,6 +91,7 @@ class PrefixCache:
         blocks: The modules of these blocks.
         hits, misses: Rows that started from states, and rows that did not.
         passed_by: Why passes were computed without a look at the store, and how many.
+        padding: Whether padding counts.
     """
 
     def __init__(
@@ -109,8 +111,8 @@ class PrefixCache:
         self.passed_by: Counter[str] = Counter()
         self._pass: Pass | None = None
         self._forms: dict[bytes, Form] = {}
-        self._expected: tuple[dict[str, torch.Tensor], list[Row]] | None = None
-        self._labels: dict[str, torch.Tensor] = {}
+        self._expected: tuple[dict[str, tuple[torch.Tensor, int]], list[Row]] | None = None
+        self.padding = PaddingInLoss()
         self._worn: list[Worn] = []
         inside = [module for block in self.blocks for module in block.modules()]
         self._adapted: list[Any] = [module for module in inside if hasattr(module, "disable_adapters")]
@@ -131,22 +133,19 @@ class PrefixCache:
         self.store.close()
 
     @contextmanager
-    def expecting(self, inputs: Mapping[str, Any], rows: Sequence[Row] | None) -> Iterator[None]:
+    def expecting(self, inputs: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[None]:
         """Within it a pass over exactly these tensors need not digest them: they were, before they went to the device.
-
-        Its labels are known, too: one that is predicted from padding needs states of padding, which are not kept.
 
         Args:
             inputs: The batch.
-            rows: Its rows; None where they are unknown.
+            rows: Its rows.
         """
-        before = self._expected, self._labels
-        self._expected = None if rows is None else (influencing(inputs), list(rows))
-        self._labels = {name: inputs[name] for name in TARGETS if isinstance(inputs.get(name), torch.Tensor)}
+        before, tensors = self._expected, influencing(inputs)
+        self._expected = {name: (tensor, tensor._version) for name, tensor in tensors.items()}, list(rows)
         try:
             yield
         finally:
-            self._expected, self._labels = before
+            self._expected = before
 
     # ---- a pass begins ----------------------------------------------------------------------------------------------
 
@@ -193,12 +192,14 @@ class PrefixCache:
         if rows is None:
             self.passed_by[why_not or "an input that has no digest"] += 1
             return
+        now.padding = padding_beside(rows, now.inputs["input_ids"].shape)
+        if now.padding is not None and self.padding.counts(now.padding, self._model.training):
+            rows, now.padding = rows_of(now.inputs, with_padding=True) or rows, None
+        # The first loss of padded rows shows whether padding counts: it is computed from all of them.
+        is_first = now.padding is not None and self._model.training and self.padding.in_training is None
         now.prefix = self._key_prefix(words or "")
         form = self._forms.get(now.prefix)
-        if self._counts_padding(rows):
-            self.passed_by["a label is predicted from padding"] += 1
-            return
-        kept = [self.store.get(self._key(now.prefix, row)) for row in rows] if form else [None]
+        kept = [self.store.get(self._key(now.prefix, row)) for row in rows] if form and not is_first else [None]
         if form is None or any(states is None for states in kept):
             self.misses += len(rows)
             now.rows = rows if self.keeps_training_rows or not self._model.training else None
@@ -223,30 +224,18 @@ class PrefixCache:
             asked = inputs.get(name)
             if getattr(text, name, False) if asked is None else asked:
                 return f"{name} is on"
-        return ""
+        return hooked_words(self.blocks)  # put there since it was tried, too
 
     def _rows(self, inputs: Mapping[str, Any]) -> list[Row] | None:
         tensors = influencing(inputs)
         if self._expected is not None:
             expected, rows = self._expected
-            if expected.keys() == tensors.keys() and all(expected[name] is tensors[name] for name in tensors):
+            if expected.keys() == tensors.keys() and all(
+                expected[name][0] is tensor and expected[name][1] == tensor._version for name, tensor in tensors.items()
+            ):  # and nobody has written to them since
                 return rows if self._documents_apart else joined(rows)
         found = rows_of(inputs)
         return found if found is None or self._documents_apart else joined(found)
-
-    def _counts_padding(self, rows: Sequence[Row]) -> bool:
-        """Whether a target counts that is predicted from padding: its states are not kept."""
-        for name, labels in self._labels.items():
-            shift = TARGETS[name]  # the target of column t stands in column t + shift
-            if labels.dim() != 2 or sum(row.end - row.start for row in rows) == labels.numel():
-                continue
-            is_padding = torch.ones(labels.shape, dtype=torch.bool)
-            for row in rows:
-                is_padding[row.number, row.start : row.end] = False
-            counted = (labels != IGNORED).cpu()[:, shift:]
-            if bool((counted & is_padding[:, : counted.shape[1]]).any()):
-                return True
-        return False
 
     def _key_prefix(self, words: str) -> bytes:
         kind = next(self._model.parameters()).device.type
@@ -301,7 +290,17 @@ class PrefixCache:
         for row in now.rows:
             kept = on_host[row.number, row.start : row.end].contiguous()
             self.store.put(self._key(now.prefix, row), kept.view(torch.uint8))
+        if now.padding is not None and self._model.training and torch.is_grad_enabled():
+            return self._as_block_gives(self.padding.watched(now.padding, low.to(form.dtype)))
         return output if form.kept == form.dtype else self._as_block_gives(low.to(form.dtype))
+
+
+def hooked_words(blocks: Sequence[nn.Module]) -> str:
+    """Who wants to see what frozen blocks give, in words, empty where nobody does."""
+    for module in (module for block in blocks for module in block.modules()):
+        if has_hooks_of_others(module):
+            return f"a forward hook on a frozen {type(module).__name__} would not see what it gives"
+    return ""
 
 
 def block_output(model: nn.Module, output: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Form]:

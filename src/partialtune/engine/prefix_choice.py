@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from partialtune.distributed import shards_parameters
 from partialtune.engine.broken_off_pass import modules_before_blocks, reach
-from partialtune.engine.prefix import PrefixCache
+from partialtune.engine.prefix import PrefixCache, hooked_words
 from partialtune.engine.state_store import MemoryStore
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import FreezePlan
@@ -122,21 +122,9 @@ def _rope_kinds(settings: Any) -> Iterator[str]:
                 yield from _rope_kinds(value)
 
 
-def _hooked(model: nn.Module, blocks: int) -> str:
-    """Who wants to see what the frozen blocks give, in words, empty where nobody does."""
-    for block in decoder_blocks(model)[:blocks]:
-        for module in block.modules():
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            # transformers' own collect what a pass is asked for (output_hidden_states): such a pass is not cached
-            theirs = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
-            if theirs:
-                return f"a forward hook on a frozen {type(module).__name__} would not see what it gives"
-    return ""
-
-
 def _tried(model: nn.Module, blocks: int) -> str:
     """What forbids to keep the states behind the first blocks, in words; empty if nothing does."""
-    if hooked := _hooked(model, blocks):
+    if hooked := hooked_words(decoder_blocks(model)[:blocks]):
         return hooked
     try:
         apart = try_prefix(model, blocks, probe_windows(model, TRIED_TOKENS, [TRIED_TOKENS // 2]))

@@ -54,8 +54,13 @@ def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
-    """A `Row` for each row of the batch, or document in it; None where `input_ids` are not token ids (B, T)."""
+def rows_of(inputs: Mapping[str, Any], with_padding: bool = False) -> list[Row] | None:
+    """A `Row` for each row of the batch, or document in it; None where `input_ids` are not token ids (B, T).
+
+    Args:
+        inputs: What a forward pass is called with, or a batch that will be.
+        with_padding: Whether padding belongs to its row, whose states are then kept too.
+    """
     tensors = {name: value.detach().cpu() for name, value in influencing(inputs).items()}
     ids = tensors.pop("input_ids", None)
     if ids is None or ids.dim() != 2 or ids.is_floating_point():
@@ -68,7 +73,11 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     if starts is not None:
         bounds = [(0, start, end) for start, end in pairwise([*starts, ids.shape[1]])]
     else:
-        row_bounds = [_bounds(row) for row in mask] if padded and mask is not None else [(0, ids.shape[1])] * len(ids)
+        row_bounds = (
+            [_bounds(row, with_padding) for row in mask]
+            if padded and mask is not None
+            else [(0, ids.shape[1])] * len(ids)
+        )
         bounds = [(number, start, end) for number, (start, end) in enumerate(row_bounds)]
     rows = []
     for number, start, end in bounds:
@@ -76,7 +85,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
         _add(parts, "input_ids", ids[number, start:end].to(torch.int64))
         if padded and mask is not None:
             inner = mask[number, start:end]
-            if not bool(inner.all()) or given:  # under given positions models take no mask for "packed"
+            if not bool((inner == 1).all()) or given:  # under given positions models take no mask for "packed"
                 _add(parts, "attention_mask", inner.to(torch.int64))
         if not given:  # models count columns then, those of padding too
             parts.update(b"from %d" % start)
@@ -136,10 +145,11 @@ def words_of(inputs: Mapping[str, Any]) -> str | None:
     return repr(sorted(others.items()))
 
 
-def _bounds(mask: torch.Tensor) -> tuple[int, int]:
-    """First column of a mask (T,) that is not 0, and the one after the last."""
+def _bounds(mask: torch.Tensor, with_padding: bool) -> tuple[int, int]:
+    """First column of a row by its mask (T,), and the one after its last."""
+    # Padding on the left belongs to the row: recurrent blocks carry it on, and the first token is predicted from it.
     places = mask.nonzero()
-    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+    return 0, len(mask) if with_padding else int(places[-1]) + 1 if len(places) else 0
 
 
 def _of_row(value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:

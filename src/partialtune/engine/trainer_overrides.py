@@ -34,6 +34,7 @@ from partialtune.engine.checkpoint_files import (
     with_ties,
     write_state,
 )
+from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
 from partialtune.engine.row_digests import DigestingCollator
 from partialtune.engine.tuning import Tuning
@@ -78,6 +79,7 @@ class TunedTrainer(Base):
     changes: TrainerChanges
     _saving_in: str | None = None
     _state_by_name: Sequence[RemovableHandle] = ()
+    _is_predicting: bool = False
     _logits_wanted: bool = False
 
     # ---- training ---------------------------------------------------------------------------------------------------
@@ -87,6 +89,9 @@ class TunedTrainer(Base):
             with self.tuning.fast:
                 return super().train(*args, **kwargs)
         finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, PhaseCallback):  # broken off, as by Ctrl-C, it was not told of the end
+                    callback.end()
             for handle in self._state_by_name:  # the optimizer may be a user's own
                 handle.remove()
             self._state_by_name = []
@@ -116,20 +121,30 @@ class TunedTrainer(Base):
         # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
         known = isinstance(loader, DataLoader) and not isinstance(loader, DataLoaderDispatcher)
         if self.tuning.fast.keeps_prefix and known and not isinstance(loader.collate_fn, DigestingCollator):
-            loader.collate_fn = DigestingCollator(loader.collate_fn)
+            read = getattr(loader, "base_dataloader", loader)  # accelerate's reads from that one
+            read.collate_fn = DigestingCollator(read.collate_fn)
         return loader
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        with self.tuning.fast.batch(inputs, self._logits_wanted):
+    def training_step(self, model, inputs, *args, **kwargs):
+        # Here, since a class of the user's may change the batch in it: what was digested is the batch as it came.
+        with self.tuning.fast.rows_known(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, *args, **kwargs):
+        # A prediction always asks for outputs, and looks at logits or not. Others ask for them to look.
+        wanted = self._logits_wanted if self._is_predicting else bool(return_outputs)
+        with self.tuning.fast.batch(inputs, wanted, wanted):
+            if return_outputs:
+                args = (return_outputs, *args)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
-        self._logits_wanted = not prediction_loss_only  # by compute_metrics
+        self._is_predicting, self._logits_wanted = True, not prediction_loss_only  # by compute_metrics
         try:
-            with self.tuning.fast.batch(inputs, logits_wanted=True):  # a loss is asked for in `compute_loss`, if at all
+            with self.tuning.fast.rows_known(inputs):
                 return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self._logits_wanted = False
+            self._is_predicting = self._logits_wanted = False
 
     def _run_epoch(self, **kwargs) -> None:
         # Trainer asks only after a step whether it was the last: without, a run that goes on from a checkpoint of its
