@@ -25,6 +25,7 @@ PUBLIC = {
     "compute_loss": {"model", "inputs"},
     "create_optimizer": set(),
     "get_decay_parameter_names": {"model"},
+    **{f"get_{data}_dataloader": set() for data in ("train", "eval", "test")},
     "prediction_step": {"model", "inputs", "prediction_loss_only"},
     "save_model": {"output_dir", "_internal_call"},
     "save_state": set(),

@@ -20,7 +20,6 @@ from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
-from partialtune.engine.row_digests import DigestingCollator
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.tuning import Tuning, check_untuned
 from partialtune.errors import RecipeError
@@ -108,7 +107,6 @@ def attach(
         callback.take_snapshot(trainer.args, trainer.state, model)
     if fast.keeps_prefix:
         fast.sha256 = {**audit.digests_before, **audit.buffers_before}
-        trainer.data_collator = DigestingCollator(trainer.data_collator)
     return tuning
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from partialtune.engine.broken_off_pass import modules_before_blocks
 from partialtune.engine.fast_modules import CastOnce, fused_gelu
 from partialtune.engine.no_logits import LossWithoutLogits
-from partialtune.engine.prefix import PrefixCache, modules_before_blocks, prefix_digest
+from partialtune.engine.prefix import PrefixCache, prefix_digest
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.engine.row_digests import ROWS, Row
 from partialtune.engine.state_store import make_store

@@ -7,7 +7,8 @@ what is overridden here.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,6 +35,7 @@ from partialtune.engine.checkpoint_files import (
     write_state,
 )
 from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
+from partialtune.engine.row_digests import DigestingCollator
 from partialtune.engine.tuning import Tuning
 from partialtune.freeze.lora import load_adapters, save_adapters
 
@@ -101,6 +104,32 @@ class TunedTrainer(Base):
         if self.changes.decay_everything:
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+    # The collator is another one only while a loader is made: what else uses `data_collator`, as TRL's DPO does to
+    # score the reference beforehand, would hand our key on to the model.
+
+    def get_train_dataloader(self) -> DataLoader:
+        with self._digesting():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        with self._digesting():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        with self._digesting():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _digesting(self) -> Iterator[None]:
+        """Within it the collator digests the rows of each batch, before they go to the device."""
+        own = self.data_collator
+        if self.tuning.fast.keeps_prefix:
+            self.data_collator = DigestingCollator(own)
+        try:
+            yield
+        finally:
+            self.data_collator = own
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.tuning.fast.batch(inputs, self._logits_wanted):
