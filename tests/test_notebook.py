@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import partialtune as pt
 from cluster import small_recipe
-from conftest import tiny_gpt2
+from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import InputError, PartialtuneError, RecipeError
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, Audit, SavedDifference
@@ -397,3 +397,19 @@ def test_a_model_that_peft_wraps_after_apply_plan_says_plan_after_wrapping_befor
     with pytest.raises(pt.FreezeViolation, match=r"plan after wrapping.*get_peft_model.*only then call plan_freeze"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_tuning_shows_its_verdict_and_how_far_each_part_has_moved(tmp_path):
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    model = tiny_gpt2()
+    windows = some_windows(8).map(lambda row: {"labels": row["input_ids"]})
+    args = TrainingArguments(str(tmp_path), max_steps=3, use_cpu=True, disable_tqdm=True, report_to="none")
+    trainer = Trainer(model, args, train_dataset=windows, data_collator=default_data_collator)
+    tuning = pt.attach(trainer, pt.plan_freeze(model, ["blocks[-1]"]))
+    assert "not audited yet" in tuning._repr_html_()
+    trainer.train()
+    shown = tuning._repr_html_()
+    assert "<b>freeze audit passed</b>; 16 of 24 rows started from kept states" in shown
+    assert all(f">{part}<" in shown for part in ("block_02/mlp", "frozen_l2", "trainable_l2"))
+    assert type(shown) is str  # what a notebook adds to it must not be escaped

@@ -105,8 +105,7 @@ def attach(
     audit.attach(trainer)
     for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
         callback.take_snapshot(trainer.args, trainer.state, model)
-    if fast.keeps_prefix:
-        fast.sha256 = {**audit.digests_before, **audit.buffers_before}
+    fast.sha256 = {**audit.digests_before, **audit.buffers_before}
     return tuning
 
 

@@ -7,13 +7,13 @@ what is overridden here.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -105,31 +105,19 @@ class TunedTrainer(Base):
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
 
-    # The collator is another one only while a loader is made: what else uses `data_collator`, as TRL's DPO does to
-    # score the reference beforehand, would hand our key on to the model.
-
     def get_train_dataloader(self) -> DataLoader:
-        with self._digesting():
-            return super().get_train_dataloader()
+        return self._digesting(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        with self._digesting():
-            return super().get_eval_dataloader(*args, **kwargs)
+        return self._digesting(super().get_eval_dataloader(*args, **kwargs))
 
-    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
-        with self._digesting():
-            return super().get_test_dataloader(*args, **kwargs)
-
-    @contextmanager
-    def _digesting(self) -> Iterator[None]:
-        """Within it the collator digests the rows of each batch, before they go to the device."""
-        own = self.data_collator
-        if self.tuning.fast.keeps_prefix:
-            self.data_collator = DigestingCollator(own)
-        try:
-            yield
-        finally:
-            self.data_collator = own
+    def _digesting(self, loader: Any) -> Any:
+        """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
+        # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
+        known = isinstance(loader, DataLoader) and not isinstance(loader, DataLoaderDispatcher)
+        if self.tuning.fast.keeps_prefix and known and not isinstance(loader.collate_fn, DigestingCollator):
+            loader.collate_fn = DigestingCollator(loader.collate_fn)
+        return loader
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.tuning.fast.batch(inputs, self._logits_wanted):

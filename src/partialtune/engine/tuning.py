@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from torch import nn
 
 from partialtune.distributed import decided_by_main
@@ -19,6 +20,7 @@ from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.distances import ParameterDelta
 from partialtune.proof.saved_files import saved_differences
 from partialtune.proof.snapshot import Stopwatch
+from partialtune.tables import html_table
 
 # Weak on both sides: a tuning holds its model, and goes with its Trainer.
 _TUNED: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Tuning]]" = weakref.WeakKeyDictionary()
@@ -74,6 +76,16 @@ class Tuning:
     def seconds(self) -> float:
         """Time that snapshot, deltas and audit have taken."""
         return self.audit_callback.seconds + self.delta_callback.seconds
+
+    def _repr_html_(self) -> str:
+        """The verdict and how far each part has moved, for a notebook."""
+        verdict = "not audited yet" if self.audit is None else self.audit.verdict()
+        distances = self.delta_callback.group_deltas(dict(self.deltas)) if self.deltas else {}
+        rows = [("part", "L2 distance from the start")]
+        rows += [(name.removeprefix("delta/"), f"{distance:.6g}") for name, distance in distances.items()]
+        reused = f"{self.fast.hits:,} of {self.fast.hits + self.fast.misses:,} rows started from kept states"
+        kept = reused if self.fast.keeps_prefix else "no frozen prefix is kept"
+        return str(Markup("<div><b>{}</b>; {}{}</div>").format(verdict, kept, html_table(rows)))
 
     @contextmanager
     def as_loaded(self) -> Iterator[None]:

@@ -119,6 +119,10 @@ class Audit:
             saved=[SavedDifference(**entry) for entry in saved["different"]] if saved.get("read_back") else None,
         )
 
+    def verdict(self) -> str:
+        """`freeze audit passed`, or what failed."""
+        return "freeze audit passed" if self.passed else f"freeze audit FAILED: {self.violations()}"
+
     def violations(self) -> str:
         """The violations in words, empty if there are none."""
         parts = [  # what has gone counts as changed too, and is named once

@@ -77,11 +77,11 @@ class FinishedRun:
         return PeftModel.from_pretrained(base, folder).eval(), load_tokenizer(name, revision, trusted)
 
     def __repr__(self) -> str:
-        return f"FinishedRun({str(self.folder)!r}, {verdict(self.audit)})"
+        return f"FinishedRun({str(self.folder)!r}, {self.audit.verdict()})"
 
     def _repr_html_(self) -> str:
         """Verdict, scores before and after, and folder, for a notebook."""
-        title = Markup("<b>{}</b> in {}").format(verdict(self.audit), self.folder)
+        title = Markup("<b>{}</b> in {}").format(self.audit.verdict(), self.folder)
         return str(Markup("<div>{}{}</div>").format(title, html_table(score_rows(self.scores))))
 
 
@@ -106,11 +106,6 @@ def open_run(folder: str | os.PathLike) -> FinishedRun:
 
 
 # ---- rows and words that the end of a run in the terminal shares with a notebook -------------------------------------
-
-
-def verdict(audit: Audit) -> str:
-    """`freeze audit passed`, or what failed."""
-    return "freeze audit passed" if audit.passed else f"freeze audit FAILED: {audit.violations()}"
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:

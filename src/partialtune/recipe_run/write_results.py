@@ -26,7 +26,7 @@ from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.recipe import Recipe
 from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
-from partialtune.recipe_run.finished_run import score_rows, verdict
+from partialtune.recipe_run.finished_run import score_rows
 from partialtune.recipe_run.prepare import RunStart
 from partialtune.run_folder import write_json
 from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
@@ -187,7 +187,7 @@ def _weight_lines(audit: Audit) -> list[str]:
         "Change of the weights, L2 norm",
         f"  frozen     {audit.frozen_parameters:>5} tensors  {frozen}",
         f"  trainable  {audit.trainable_parameters:>5} tensors  {moved}",
-        f"Verdict: {verdict(audit)}.",
+        f"Verdict: {audit.verdict()}.",
     ]
 
 
