@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import partialtune as pt
 from cluster import small_recipe
-from conftest import tiny_gpt2
+from conftest import some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import InputError, PartialtuneError, RecipeError
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, Audit, SavedDifference
@@ -406,10 +406,10 @@ def test_a_tuning_shows_its_verdict_and_how_far_each_part_has_moved(tmp_path):
     windows = some_windows(8).map(lambda row: {"labels": row["input_ids"]})
     args = TrainingArguments(str(tmp_path), max_steps=3, use_cpu=True, disable_tqdm=True, report_to="none")
     trainer = Trainer(model, args, train_dataset=windows, data_collator=default_data_collator)
-    tuning = partialtune.attach(trainer, partialtune.plan_freeze(model, ["blocks[-1]"]))
+    tuning = pt.attach(trainer, pt.plan_freeze(model, ["blocks[-1]"]))
     assert "not audited yet" in tuning._repr_html_()
     trainer.train()
     shown = tuning._repr_html_()
-    assert "freeze audit passed; 16 of 24 rows started from kept states" in shown
+    assert "<b>freeze audit passed</b>; 16 of 24 rows started from kept states" in shown
     assert all(f">{part}<" in shown for part in ("block_02/mlp", "frozen_l2", "trainable_l2"))
     assert type(shown) is str  # what a notebook adds to it must not be escaped

@@ -23,6 +23,7 @@ def reach(
     input_ids: torch.Tensor,
     hook: Callable[[Callable[[Any], None]], Any],
     what: str = "its forward pass",
+    **inputs: torch.Tensor,
 ) -> Any:
     """A value inside a forward pass over `input_ids` (B, T), which ends as soon as it is there.
 
@@ -33,6 +34,7 @@ def reach(
         input_ids: int64 (B, T).
         hook: Registers a hook that calls `stop(value)`, and returns its handle.
         what: The pass, in an error.
+        inputs: What else the model is called with.
 
     Returns:
         The first value that `stop` is called with.
@@ -49,7 +51,7 @@ def reach(
 
     handle = hook(stop)
     try:
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, use_cache=False, **inputs)
     except _Reached:
         return found[0]
     except PartialtuneError:

@@ -125,12 +125,14 @@ class FastPaths:
     def begin(self, step: int) -> None:
         """Suit the phase of this step; its parameters require gradients by now. On every process."""
         self.leave()
-        blocks = [phase for phase in self._prefix if phase.from_step <= step][-1].blocks if self._prefix else 0
-        if blocks:
+        phase = [phase for phase in self._prefix if phase.from_step <= step][-1] if self._prefix else None
+        if phase is not None and phase.blocks:
             limit = int(SHARE_OF_FREE_MEMORY * free_memory())
             store = make_store(limit, torch.uint8)
-            digest = prefix_digest(self._model, blocks, self.sha256)
-            self._cache = PrefixCache(self._model, blocks, store, digest, self.keeps_training_rows)
+            digest = prefix_digest(self._model, phase.blocks, self.sha256)
+            self._cache = PrefixCache(
+                self._model, phase.blocks, store, digest, self.keeps_training_rows, phase.documents_apart
+            )
             self._cache.put_on()
         if self._casts is not None:
             self._casts.begin()

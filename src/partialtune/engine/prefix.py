@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from partialtune.engine.forward_stack import Worn, put_on
-from partialtune.engine.row_digests import Row, influencing, rows_of, words_of
+from partialtune.engine.row_digests import Row, influencing, joined, rows_of, words_of
 from partialtune.engine.state_store import StateStore
 from partialtune.errors import ModelError
 from partialtune.model.parameters import named_weights, persistent_buffers, plain_name, uncompiled
@@ -84,6 +84,7 @@ class PrefixCache:
         store: Keeps the states, as bytes: its dtype is uint8.
         weights: A digest of all that the prefix computes with, see `prefix_digest`.
         keeps_training_rows: Whether rows of training come again; those of evaluation do.
+        documents_apart: Whether several documents in one row are computed as if each were alone.
 
     Attributes:
         blocks: The modules of these blocks.
@@ -92,11 +93,18 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: int, store: StateStore, weights: bytes = b"", keeps_training_rows: bool = True
+        self,
+        model: nn.Module,
+        blocks: int,
+        store: StateStore,
+        weights: bytes = b"",
+        keeps_training_rows: bool = True,
+        documents_apart: bool = False,
     ) -> None:
         self._model = uncompiled(model)
         self.blocks = list(decoder_blocks(self._model)[:blocks])
         self.store, self._weights, self.keeps_training_rows = store, weights, keeps_training_rows
+        self._documents_apart = documents_apart
         self.hits = self.misses = 0
         self.passed_by: Counter[str] = Counter()
         self._pass: Pass | None = None
@@ -199,8 +207,8 @@ class PrefixCache:
         ids = now.inputs["input_ids"]
         found = [states.view(form.kept) for states in kept if states is not None]
         given = torch.zeros((*ids.shape, max(states.shape[1] for states in found)), dtype=form.kept)
-        for number, (row, states) in enumerate(zip(rows, found, strict=True)):
-            given[number, row.start : row.end] = states
+        for row, states in zip(rows, found, strict=True):
+            given[row.number, row.start : row.end] = states
         now.given = given.to(ids.device, form.dtype)
 
     def _asks_for_more(self, inputs: Mapping[str, Any]) -> str:
@@ -222,20 +230,22 @@ class PrefixCache:
         if self._expected is not None:
             expected, rows = self._expected
             if expected.keys() == tensors.keys() and all(expected[name] is tensors[name] for name in tensors):
-                return rows
-        return rows_of(inputs)
+                return rows if self._documents_apart else joined(rows)
+        found = rows_of(inputs)
+        return found if found is None or self._documents_apart else joined(found)
 
     def _counts_padding(self, rows: Sequence[Row]) -> bool:
         """Whether a target counts that is predicted from padding: its states are not kept."""
         for name, labels in self._labels.items():
             shift = TARGETS[name]  # the target of column t stands in column t + shift
-            if labels.dim() != 2 or all(row.start == 0 and row.end == labels.shape[1] for row in rows):
+            if labels.dim() != 2 or sum(row.end - row.start for row in rows) == labels.numel():
                 continue
-            counted = (labels != IGNORED).cpu()
-            for row, of_row in zip(rows, counted, strict=False):
-                before = of_row[shift : row.start + shift] if row.start else of_row[:0]
-                if bool(before.any()) or bool(of_row[row.end + shift :].any()):
-                    return True
+            is_padding = torch.ones(labels.shape, dtype=torch.bool)
+            for row in rows:
+                is_padding[row.number, row.start : row.end] = False
+            counted = (labels != IGNORED).cpu()[:, shift:]
+            if bool((counted & is_padding[:, : counted.shape[1]]).any()):
+                return True
         return False
 
     def _key_prefix(self, words: str) -> bytes:
@@ -288,8 +298,8 @@ class PrefixCache:
         self._forms[now.prefix] = form
         low = states.detach().to(form.kept)
         on_host = low.to("cpu")
-        for number, row in enumerate(now.rows):
-            kept = on_host[number, row.start : row.end].contiguous()
+        for row in now.rows:
+            kept = on_host[row.number, row.start : row.end].contiguous()
             self.store.put(self._key(now.prefix, row), kept.view(torch.uint8))
         return output if form.kept == form.dtype else self._as_block_gives(low.to(form.dtype))
 

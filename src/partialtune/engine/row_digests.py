@@ -4,11 +4,13 @@ In:  what a forward pass is called with, or a batch that will be: input_ids (B, 
 Out: a `Row` for each of the B rows: its digest, and where its tokens lie between padding.
 
 Digests are of the tokens without padding, with their positions and the mask between them: the same text padded to
-another length, in another batch, of another data set has the same one.
+another length, in another batch, of another data set has the same one. Of several documents that a collator without
+padding joins to one row, each has a `Row` of its own: they come again in another order, beside others.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,21 +23,26 @@ ROWS = (
 WITHOUT_INFLUENCE = frozenset(
     {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS}
     | {"output_hidden_states", "output_attentions", "output_router_logits"}  # asked for: the pass is not cached at all
+    | {"max_length_q", "max_length_k"}  # room that attention's kernels take for the longest document
 )
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # where documents in one row begin and end
+NUMBERS = "seq_idx"  # the number of each token's document
 SCALARS = (bool, int, float, str, type(None))
 
 
 class Row(NamedTuple):
-    """A row of a batch.
+    """A row of a batch, or one of the documents in it.
 
     Attributes:
         digest: 16 bytes.
-        start, end: Its tokens are columns `start` to before `end`; what is outside is padding.
+        start, end: Its tokens are columns `start` to before `end`; what no `Row` holds is padding.
+        number: Of the row in the batch.
     """
 
     digest: bytes
     start: int
     end: int
+    number: int = 0
 
 
 def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -48,7 +55,7 @@ def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
-    """A `Row` for each row of the batch; None where `input_ids` are not token ids (B, T)."""
+    """A `Row` for each row of the batch, or document in it; None where `input_ids` are not token ids (B, T)."""
     tensors = {name: value.detach().cpu() for name, value in influencing(inputs).items()}
     ids = tensors.pop("input_ids", None)
     if ids is None or ids.dim() != 2 or ids.is_floating_point():
@@ -57,9 +64,14 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     padded = mask is not None and mask.shape == ids.shape
     if padded:
         del tensors["attention_mask"]
+    starts = _documents(tensors, ids)
+    if starts is not None:
+        bounds = [(0, start, end) for start, end in pairwise([*starts, ids.shape[1]])]
+    else:
+        row_bounds = [_bounds(row) for row in mask] if padded and mask is not None else [(0, ids.shape[1])] * len(ids)
+        bounds = [(number, start, end) for number, (start, end) in enumerate(row_bounds)]
     rows = []
-    for number in range(ids.shape[0]):
-        start, end = _bounds(mask[number]) if padded and mask is not None else (0, ids.shape[1])
+    for number, start, end in bounds:
         parts = hashlib.blake2b(digest_size=16)
         _add(parts, "input_ids", ids[number, start:end].to(torch.int64))
         if padded and mask is not None:
@@ -70,8 +82,46 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
             parts.update(b"from %d" % start)
         for name in sorted(tensors):
             _add(parts, name, _of_row(tensors[name], number, ids.shape, start, end))
-        rows.append(Row(parts.digest(), start, end))
+        rows.append(Row(parts.digest(), start, end, number))
     return rows
+
+
+def _documents(tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> list[int] | None:
+    """First columns of the documents that are joined to one row (1, N); None where the batch is none such.
+
+    Positions begin anew at each. What else says where they begin must say the same, and is taken out of the tensors:
+    it tells of the documents beside one, too.
+    """
+    positions = tensors.get("position_ids")
+    if positions is None or "attention_mask" in tensors or ids.shape[0] != 1 or positions.shape != ids.shape:
+        return None
+    firsts = positions[0] == 0
+    if not bool(firsts[:1].all()) or not bool((firsts[1:] | (positions[0].diff() == 1)).all()):
+        return None
+    starts = firsts.nonzero().flatten().tolist()
+    said = {name: torch.tensor([[*starts, ids.shape[1]]]) for name in BOUNDS} | {NUMBERS: firsts.cumsum(0)[None] - 1}
+    present = {name: expected for name, expected in said.items() if name in tensors}
+    if any(tensors[name].reshape(1, -1).tolist() != expected.tolist() for name, expected in present.items()):
+        return None
+    for name in present:
+        del tensors[name]
+    return starts
+
+
+def joined(rows: Sequence[Row]) -> list[Row]:
+    """The documents of each row of the batch as one `Row`: for a model that does not compute them apart."""
+    parts = [list(of_row) for _, of_row in groupby(rows, key=lambda row: row.number)]
+    return [
+        of_row[0]
+        if len(of_row) == 1
+        else Row(
+            hashlib.blake2b(b"".join(row.digest for row in of_row), digest_size=16).digest(),
+            of_row[0].start,
+            of_row[-1].end,
+            of_row[0].number,
+        )
+        for of_row in parts
+    ]
 
 
 def words_of(inputs: Mapping[str, Any]) -> str | None:
