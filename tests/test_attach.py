@@ -374,7 +374,7 @@ def test_in_bf16_the_weights_are_as_near_to_those_of_fp32_as_the_plain_path_is(t
 @pytest.mark.slow
 def test_a_model_that_inductor_compiles_ends_with_the_weights_of_the_plain_path(tmp_path):
     changes = {"torch_compile": True, "torch_compile_backend": "inductor"}
-    plain, _ = run(tmp_path / "plain", False, **changes)
+    plain, _ = run(tmp_path / "plain", False)
     attached, tuning = run(tmp_path / "attached", True, **changes)
     assert_equal_training(plain, attached, tuning, close=5e-6)  # operations are fused otherwise, and round otherwise
     assert tuning.fast.hits == REUSED
@@ -697,8 +697,9 @@ def test_two_processes_end_alike_and_as_the_plain_path(tmp_path, schedule):
     found = on_two_processes(as_one_of_two, tmp_path, schedule)
     for one in found:
         assert (one["world_size"], one["wrapped"]) == (2, "DistributedDataParallel")
-        assert (one["alike"], one["phases"], one["passed"], one["moved"]) == (True, True, True, True)
+        assert (one["alike"], one["phases"], one["passed"]) == (True, True, True)
         assert one["apart"] is None or one["apart"] < CLOSE
+    assert found[0]["moved"]  # distances are known on the main process
     # a window is read by the other process in another epoch too, and its states are shared
     assert sum(one["hits"] for one in found) == (0 if schedule else REUSED)
 
