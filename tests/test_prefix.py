@@ -599,4 +599,4 @@ def test_a_row_is_known_by_tokens_positions_and_mask():
     assert digests_of(input_ids=wider.roll(2), attention_mask=mask.roll(2)) != [row]  # its positions begin at 2
     assert digests_of(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]])) != [row]
     assert digests_of(input_ids=ids, attention_mask=torch.tensor([[1, 0, 1, 1]])) != [row]
-    assert DigestingCollator(lambda rows: {"input_ids": rows})(ids)["partialtune_rows"] == [(row, 0, 4)]
+    assert DigestingCollator(lambda rows: {"input_ids": rows})(ids)["partialtune_rows"] == [(row, 0, 4, 0)]

@@ -18,9 +18,10 @@ from torch import nn
 from partialtune.engine.broken_off_pass import modules_before_blocks
 from partialtune.engine.fast_modules import CastOnce, fused_gelu
 from partialtune.engine.no_logits import LossWithoutLogits
-from partialtune.engine.prefix import PrefixCache, prefix_digest
+from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import PrefixPhase
-from partialtune.engine.row_digests import ROWS, Row
+from partialtune.engine.prefix_weights import prefix_digest
+from partialtune.engine.row_digests import ROWS, SEGMENTS, Row
 from partialtune.engine.state_store import make_store
 from partialtune.errors import ModelError
 from partialtune.machine import free_memory
@@ -156,11 +157,16 @@ class FastPaths:
             inputs: Of the model. Its rows, which came with it from the collator, are taken out.
             logits_wanted: Whether the Trainer looks at the logits.
         """
-        rows = inputs.pop(ROWS, None) if isinstance(inputs, MutableMapping) else None
+        rows, segments = _taken_out(inputs, ROWS), _taken_out(inputs, SEGMENTS)
         with ExitStack() as held:
             if self._cache is not None:
-                known = None if rows is None else [Row(*row) for row in rows]
-                held.enter_context(self._cache.expecting(inputs, known))
+                held.enter_context(self._cache.expecting(inputs, rows, segments))
             if self._loss is not None and not logits_wanted:
                 held.enter_context(self._loss.active())
             yield
+
+
+def _taken_out(inputs: MutableMapping[str, Any], name: str) -> list[Row] | None:
+    """What came with a batch under a key that is none of the model's."""
+    rows = inputs.pop(name, None) if isinstance(inputs, MutableMapping) else None
+    return None if rows is None else [Row(*row) for row in rows]

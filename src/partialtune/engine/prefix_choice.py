@@ -206,7 +206,7 @@ def _head_input(
         return head.register_forward_pre_hook(before, with_kwargs=True)
 
     torch.manual_seed(seed)  # blocks that train may have dropout: the same draws in the passes that are compared
-    return reach(model, input_ids, hook, what)
+    return reach(model, {"input_ids": input_ids, "use_cache": False}, hook, type(model).__name__, what)
 
 
 def prefix_words(phases: Sequence[PrefixPhase]) -> str:

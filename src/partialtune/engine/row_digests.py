@@ -4,38 +4,44 @@ In:  what a forward pass is called with, or a batch that will be: input_ids (B, 
 Out: a `Row` for each of the B rows: its digest, and where its tokens lie between padding.
 
 Digests are of the tokens without padding, with their positions and the mask between them: the same text padded to
-another length, in another batch, of another data set has the same one.
+another length, in another batch, of another data set has the same one. Of rows that hold several examples, as packing
+and padding-free collators make them, each example is a `Row`, where the model keeps them apart (`packed_rows`): the
+same examples hardly ever meet again in one row.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-ROWS = (
-    "partialtune_rows"  # the key of a batch under which its rows travel to the model: a list, which stays on the host
-)
+# The keys of a batch under which its rows travel to the model: lists, which stay on the host.
+ROWS, SEGMENTS = "partialtune_rows", "partialtune_segments"
+# What tells where packed examples end, beside their positions.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 # What a model is called with that cannot change the states behind its first blocks.
 WITHOUT_INFLUENCE = frozenset(
-    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS}
+    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS, SEGMENTS}
     | {"output_hidden_states", "output_attentions", "output_router_logits"}  # asked for: the pass is not cached at all
 )
 SCALARS = (bool, int, float, str, type(None))
 
 
 class Row(NamedTuple):
-    """A row of a batch.
+    """A row of a batch, or one of the examples that are packed in it.
 
     Attributes:
         digest: 16 bytes.
-        start, end: Its tokens are columns `start` to before `end`; what is outside is padding.
+        start, end: Its tokens are columns `start` to before `end`; what is outside is padding, or other examples.
+        number: Of the row in the batch.
     """
 
     digest: bytes
     start: int
     end: int
+    number: int
 
 
 def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -61,26 +67,92 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     for number in range(ids.shape[0]):
         start, end = _bounds(mask[number]) if padded and mask is not None else (0, ids.shape[1])
         parts = hashlib.blake2b(digest_size=16)
-        _add(parts, "input_ids", ids[number, start:end].to(torch.int64))
+        add_tensor(parts, "input_ids", ids[number, start:end].to(torch.int64))
         if padded and mask is not None:
             inner = mask[number, start:end]
             if not bool(inner.all()) or given:  # under given positions models take no mask for "packed"
-                _add(parts, "attention_mask", inner.to(torch.int64))
+                add_tensor(parts, "attention_mask", inner.to(torch.int64))
         if not given:  # models count columns then, those of padding too
             parts.update(b"from %d" % start)
         for name in sorted(tensors):
-            _add(parts, name, _of_row(tensors[name], number, ids.shape, start, end))
-        rows.append(Row(parts.digest(), start, end))
+            add_tensor(parts, name, _of_row(name, tensors[name], number, ids.shape, start, end))
+        rows.append(Row(parts.digest(), start, end, number))
     return rows
 
 
-def words_of(inputs: Mapping[str, Any]) -> str | None:
-    """What else than tensors a pass is called with, in words; None where something has no words."""
+def may_be_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether the rows may hold several examples, by the names and shapes of a batch alone."""
+    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    if not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
+        return False
+    if ids.dim() != 2 or ids.shape != positions.shape or not ids.numel():
+        return False
+    if ids.is_floating_point() or positions.is_floating_point() or positions.dtype == torch.bool:
+        return False
+    return influencing(inputs).keys() <= {"input_ids", "position_ids", *PACKING}
+
+
+def segments_of(inputs: Mapping[str, Any]) -> list[Row] | None:
+    """A `Row` for each example of packed rows; None where rows are not packed, or their lengths contradict each other.
+
+    An example ends where a position is not the one before plus 1, which is how transformers tells. `cu_seq_lens_q` and
+    `_k`, `max_length_q` and `_k`, and `seq_idx` say the same again, and are left out of the digest.
+    """
+    if not may_be_packed(inputs):
+        return None
+    ids = inputs["input_ids"].detach().cpu().to(torch.int64)
+    positions = inputs["position_ids"].detach().cpu().to(torch.int64)
+    begins = torch.ones(ids.shape, dtype=torch.bool)
+    begins[:, 1:] = positions.diff(dim=1) != 1
+    bounds = [*begins.flatten().nonzero().flatten().tolist(), ids.numel()]  # columns, as if all rows were one
+    if not _say_the_same(inputs, begins, bounds):
+        return None
+    width, rows = ids.shape[1], []
+    for first, end in pairwise(bounds):
+        number, start = divmod(first, width)
+        columns = slice(start, start + end - first)
+        parts = hashlib.blake2b(digest_size=16)
+        add_tensor(parts, "input_ids", ids[number, columns])
+        add_tensor(parts, "position_ids", positions[number, columns])
+        rows.append(Row(parts.digest(), columns.start, columns.stop, number))
+    return rows
+
+
+def _say_the_same(inputs: Mapping[str, Any], begins: torch.Tensor, bounds: list[int]) -> bool:
+    """Whether all that tells where examples end tells the same: flash attention goes by lengths, not by positions."""
+    longest = max(end - first for first, end in pairwise(bounds))
+    for name in PACKING:
+        value = inputs.get(name)
+        if value is None:
+            continue
+        if name.startswith("max_length"):
+            same = int(value) == longest
+        elif not isinstance(value, torch.Tensor):
+            return False
+        elif name == "seq_idx":
+            index = value.detach().cpu()
+            same = index.shape == begins.shape and torch.equal(index.diff(dim=1) != 0, begins[:, 1:])
+        else:
+            same = value.flatten().tolist() == bounds
+        if not same:
+            return False
+    return True
+
+
+def words_of(inputs: Mapping[str, Any], packed: bool = False) -> str | None:
+    """What else than tensors a pass is called with, in words; None where something has no words.
+
+    Args:
+        inputs: What it is called with.
+        packed: Whether its rows are packed examples: lengths of the whole row say nothing of one of them.
+    """
     others = {
         name: value
         for name, value in inputs.items()
         if not isinstance(value, torch.Tensor) and name not in WITHOUT_INFLUENCE and value is not None
     }
+    if packed:
+        others = {name: value for name, value in others.items() if name not in PACKING}
     if not all(isinstance(value, SCALARS) for value in others.values()):
         return None
     return repr(sorted(others.items()))
@@ -92,17 +164,20 @@ def _bounds(mask: torch.Tensor) -> tuple[int, int]:
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
-def _of_row(value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:
-    """What of a tensor belongs to a row: (B, T, ...) its tokens, (B, ...) its own, anything else the whole."""
-    if value.dim() and value.shape[0] == shape[0]:
-        row = value[number]
-        return row[start:end] if row.dim() and row.shape[0] == shape[1] else row
-    if value.dim() == 2 and value.shape == (1, shape[1]):  # positions, the same for all rows
+def _of_row(name: str, value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:
+    """What of a tensor belongs to a row: of (B, T, ...) its tokens, of any other the whole.
+
+    A first dimension of B alone says nothing: `cu_seq_lens` of B - 1 examples and the positions (3, B, T) of a model
+    of images have one at times. The whole is always right, if less often met again.
+    """
+    if value.shape[:2] == shape:
+        return value[number, start:end]
+    if name == "position_ids" and value.shape == (1, shape[1]):  # the same for all rows
         return value[0, start:end]
     return value
 
 
-def _add(parts: Any, name: str, value: torch.Tensor) -> None:
+def add_tensor(parts: Any, name: str, value: torch.Tensor) -> None:
     """Add a tensor to a digest: its name, dtype, shape and bytes."""
     parts.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
     flat = value.contiguous().reshape(-1)
@@ -125,6 +200,9 @@ class DigestingCollator:
             rows = rows_of(batch)
             if rows is not None:
                 batch[ROWS] = [tuple(row) for row in rows]
+            segments = segments_of(batch)
+            if segments is not None:
+                batch[SEGMENTS] = [tuple(row) for row in segments]
         return batch
 
     def __getattr__(self, name: str) -> Any:
