@@ -8,7 +8,7 @@ from transformers import DataCollatorWithFlattening
 
 from partialtune.engine.packed_rows import why_not_apart
 from partialtune.engine.prefix import PrefixCache
-from partialtune.engine.row_digests import DigestingCollator, rows_of, segments_of, words_of
+from partialtune.engine.row_digests import DigestingCollator, joined, rows_of, segments_of, words_of
 from partialtune.engine.state_store import MemoryStore
 from test_no_logits import build
 from test_prefix import kept_from_start, largest_difference, losses, run
@@ -178,8 +178,7 @@ def test_rows_with_a_mask_or_with_lengths_that_contradict_positions_stay_whole()
     batch = FLAT_AND_LENGTHS(examples(3))
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     assert len(segments_of(inputs)) == 3
-    assert words_of(inputs, packed=True) == words_of({})
-    assert words_of(inputs) != words_of({})
+    assert words_of(inputs) == words_of({})
     assert segments_of({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}) is None
     assert segments_of({**inputs, "token_type_ids": torch.ones_like(inputs["input_ids"])}) is None
     assert segments_of({"input_ids": inputs["input_ids"]}) is None
@@ -187,16 +186,21 @@ def test_rows_with_a_mask_or_with_lengths_that_contradict_positions_stay_whole()
     for name, value in {
         "cu_seq_lens_q": whole,
         "cu_seq_lens_k": whole,
-        "max_length_k": 500,
         "seq_idx": torch.zeros_like(inputs["seq_idx"]),
     }.items():
         assert segments_of({**inputs, name: value}) is None
 
 
-def test_the_collator_digests_rows_and_their_examples():
+def test_examples_are_joined_again_to_whole_rows_where_they_are_not_apart():
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    inputs["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    apart = rows_of(inputs)
+    whole = joined(apart)
+    assert [tuple(row)[1:] for row in whole] == [(0, 6, 0), (0, 6, 1)]
+    assert whole[1] == apart[2]
+    assert whole[0].digest not in {row.digest for row in apart}
     batch = DigestingCollator(FLAT)(examples(3))
-    assert batch["partialtune_segments"] == [tuple(row) for row in segments_of(FLAT(examples(3)))]
-    assert len(batch["partialtune_rows"]) == 1
+    assert batch["partialtune_rows"] == [tuple(row) for row in segments_of(FLAT(examples(3)))]
 
 
 def test_a_tensor_that_happens_to_be_as_long_as_the_batch_belongs_to_all_rows():

@@ -21,7 +21,7 @@ from partialtune.engine.no_logits import LossWithoutLogits
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.engine.prefix_weights import prefix_digest
-from partialtune.engine.row_digests import ROWS, SEGMENTS, Row
+from partialtune.engine.row_digests import ROWS, Row
 from partialtune.engine.state_store import make_store
 from partialtune.errors import ModelError
 from partialtune.machine import free_memory
@@ -157,16 +157,11 @@ class FastPaths:
             inputs: Of the model. Its rows, which came with it from the collator, are taken out.
             logits_wanted: Whether the Trainer looks at the logits.
         """
-        rows, segments = _taken_out(inputs, ROWS), _taken_out(inputs, SEGMENTS)
+        rows = inputs.pop(ROWS, None) if isinstance(inputs, MutableMapping) else None
         with ExitStack() as held:
             if self._cache is not None:
-                held.enter_context(self._cache.expecting(inputs, rows, segments))
+                known = None if rows is None else [Row(*row) for row in rows]
+                held.enter_context(self._cache.expecting(inputs, known))
             if self._loss is not None and not logits_wanted:
                 held.enter_context(self._loss.active())
             yield
-
-
-def _taken_out(inputs: MutableMapping[str, Any], name: str) -> list[Row] | None:
-    """What came with a batch under a key that is none of the model's."""
-    rows = inputs.pop(name, None) if isinstance(inputs, MutableMapping) else None
-    return None if rows is None else [Row(*row) for row in rows]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from partialtune.engine.broken_off_pass import reach
-from partialtune.engine.row_digests import PACKING, SCALARS, WITHOUT_INFLUENCE
+from partialtune.engine.row_digests import BOUNDS, LONGEST, NUMBERS, SCALARS, WITHOUT_INFLUENCE
 from partialtune.errors import ModelError
 from partialtune.model.conformance import probe_windows
 from partialtune.model.train_mode import evaluating
@@ -27,7 +27,7 @@ def kind_of_packing(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, .
     config: Any = getattr(model, "config", None)
     device = inputs["input_ids"].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    names = tuple(name for name in PACKING if inputs.get(name) is not None)
+    names = tuple(name for name in (*BOUNDS, NUMBERS, *LONGEST) if inputs.get(name) is not None)
     # flash attention goes by positions only where the batch is a single row
     return (getattr(config, "_attn_implementation", None), names, len(inputs["input_ids"]) > 1, autocast)
 
@@ -92,9 +92,9 @@ def _probe(inputs: Mapping[str, Any], examples: list[torch.Tensor]) -> dict[str,
     made = {
         "input_ids": whole.repeat(rows, 1),
         "position_ids": positions.repeat(rows, 1),
-        "seq_idx": numbers.repeat(rows, 1),
-        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
-        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
+        NUMBERS: numbers.repeat(rows, 1),
+        **dict.fromkeys(BOUNDS, bounds),
+        **dict.fromkeys(LONGEST, max(lengths)),
     }
     kept = {name: inputs[name] for name in inputs if name not in WITHOUT_INFLUENCE}
     probe = {name: value for name, value in kept.items() if isinstance(value, SCALARS)}

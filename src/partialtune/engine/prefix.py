@@ -31,7 +31,7 @@ from torch import nn
 from partialtune.engine.forward_stack import Worn, put_on
 from partialtune.engine.packed_rows import kind_of_packing, why_not_apart
 from partialtune.engine.prefix_weights import PrefixWeights
-from partialtune.engine.row_digests import Row, influencing, may_be_packed, rows_of, segments_of, words_of
+from partialtune.engine.row_digests import Row, influencing, joined, may_be_packed, rows_of, words_of
 from partialtune.engine.state_store import StateStore
 from partialtune.errors import ModelError
 from partialtune.model.parameters import uncompiled
@@ -108,7 +108,7 @@ class PrefixCache:
         self.passed_by: Counter[str] = Counter()
         self._pass: Pass | None = None
         self._forms: dict[bytes, Form] = {}
-        self._expected: tuple[dict[str, torch.Tensor], Sequence[Row] | None, Sequence[Row] | None] | None = None
+        self._expected: tuple[dict[str, torch.Tensor], list[Row]] | None = None
         self._not_apart: dict[tuple[Any, ...], str] = {}
         self._labels: dict[str, torch.Tensor] = {}
         self._worn: list[Worn] = []
@@ -131,20 +131,17 @@ class PrefixCache:
         self.store.close()
 
     @contextmanager
-    def expecting(
-        self, inputs: Mapping[str, Any], rows: Sequence[Row] | None, segments: Sequence[Row] | None = None
-    ) -> Iterator[None]:
+    def expecting(self, inputs: Mapping[str, Any], rows: Sequence[Row] | None) -> Iterator[None]:
         """Within it a pass over exactly these tensors need not digest them: they were, before they went to the device.
 
         Its labels are known, too: one that is predicted from padding needs states of padding, which are not kept.
 
         Args:
             inputs: The batch.
-            rows: Its rows; None where they are unknown.
-            segments: The examples in its rows, where it is packed.
+            rows: Its rows, or the examples packed in them, as `rows_of` gives them; None where they are unknown.
         """
         before = self._expected, self._labels
-        self._expected = None if rows is None else (influencing(inputs), rows, segments)
+        self._expected = None if rows is None else (influencing(inputs), list(rows))
         self._labels = {name: inputs[name] for name in TARGETS if isinstance(inputs.get(name), torch.Tensor)}
         try:
             yield
@@ -213,17 +210,17 @@ class PrefixCache:
 
     def _decide(self, now: Pass) -> None:
         why_not = self._asks_for_more(now.inputs)
-        segments = self._rows(now.inputs, packed=True) if now.apart and not why_not else None
-        words = words_of(now.inputs, packed=segments is not None)
-        rows = None if why_not or words is None else segments or self._rows(now.inputs)
+        words = words_of(now.inputs)
+        rows = None if why_not or words is None else self._rows(now.inputs)
         if rows is None:
             self.passed_by[why_not or "an input that has no digest"] += 1
             return
+        rows = rows if now.apart else joined(rows)
         if self._weights.have_changed():
             self.store.forget()
         now.prefix = self._key_prefix(words or "")
         form = self._forms.get(now.prefix)
-        if segments is None and self._counts_padding(rows):
+        if self._counts_padding(rows):
             self.passed_by["a label is predicted from padding"] += 1
             return
         kept = [self.store.get(self._key(now.prefix, row)) for row in rows] if form else [None]
@@ -253,25 +250,26 @@ class PrefixCache:
                 return f"{name} is on"
         return ""
 
-    def _rows(self, inputs: Mapping[str, Any], packed: bool = False) -> Sequence[Row] | None:
+    def _rows(self, inputs: Mapping[str, Any]) -> list[Row] | None:
         tensors = influencing(inputs)
         if self._expected is not None:
-            expected, rows, segments = self._expected
+            expected, rows = self._expected
             if expected.keys() == tensors.keys() and all(expected[name] is tensors[name] for name in tensors):
-                return segments if packed else rows
-        return segments_of(inputs) if packed else rows_of(inputs)
+                return rows
+        return rows_of(inputs)
 
     def _counts_padding(self, rows: Sequence[Row]) -> bool:
         """Whether a target counts that is predicted from padding: its states are not kept."""
         for name, labels in self._labels.items():
             shift = TARGETS[name]  # the target of column t stands in column t + shift
-            if labels.dim() != 2 or all(row.start == 0 and row.end == labels.shape[1] for row in rows):
+            if labels.dim() != 2 or sum(row.end - row.start for row in rows) == labels.numel():
                 continue
-            counted = (labels != IGNORED).cpu()
-            for row, of_row in zip(rows, counted, strict=False):
-                before = of_row[shift : row.start + shift] if row.start else of_row[:0]
-                if bool(before.any()) or bool(of_row[row.end + shift :].any()):
-                    return True
+            is_padding = torch.ones(labels.shape, dtype=torch.bool)
+            for row in rows:
+                is_padding[row.number, row.start : row.end] = False
+            counted = (labels != IGNORED).cpu()[:, shift:]
+            if bool((counted & is_padding[:, : counted.shape[1]]).any()):
+                return True
         return False
 
     def _key_prefix(self, words: str) -> bytes:

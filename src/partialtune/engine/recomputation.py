@@ -28,8 +28,23 @@ def recompute_from(model: nn.Module, first_block: int) -> list[Worn]:
     model = uncompiled(model)
     # Switched on by activation_checkpointing_enable(): it makes backward run through every frozen block to the input.
     model.disable_input_require_grads()
-    marked = (one for one in decoder_blocks(model)[first_block:] if getattr(one, "gradient_checkpointing", False))
-    return [put_on(block, partial(_recomputed, block)) for block in marked]
+    blocks = decoder_blocks(model)
+    marked = (one for one in blocks[first_block:] if getattr(one, "gradient_checkpointing", False))
+    worn = [put_on(block, partial(_recomputed, block)) for block in marked]
+    if first_block:
+        worn.append(put_on(blocks[0], _without_gradients))
+    return worn
+
+
+def _without_gradients(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a frozen block below which nothing trains.
+
+    TRL's DPOTrainer switches checkpointing off and on again in every step, for the reference, and with it gradients of
+    the input; peft's adapters get them twice, of which transformers takes one away again.
+    """
+    detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
+    named = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    return forward(*detached, **named)
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

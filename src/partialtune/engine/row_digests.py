@@ -10,20 +10,20 @@ same examples hardly ever meet again in one row.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-# The keys of a batch under which its rows travel to the model: lists, which stay on the host.
-ROWS, SEGMENTS = "partialtune_rows", "partialtune_segments"
-# What tells where packed examples end, beside their positions.
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+ROWS = "partialtune_rows"  # the key of a batch under which its rows travel to the model: a list, stays on the host
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # (examples + 1,): where packed examples begin, beside their positions
+NUMBERS = "seq_idx"  # (B, T): of which example each token is
+LONGEST = ("max_length_q", "max_length_k")  # room that attention's kernels take for the longest example
 
 # What a model is called with that cannot change the states behind its first blocks.
 WITHOUT_INFLUENCE = frozenset(
-    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS, SEGMENTS}
+    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS, *LONGEST}
     | {"output_hidden_states", "output_attentions", "output_router_logits"}  # asked for: the pass is not cached at all
 )
 SCALARS = (bool, int, float, str, type(None))
@@ -41,7 +41,7 @@ class Row(NamedTuple):
     digest: bytes
     start: int
     end: int
-    number: int
+    number: int = 0
 
 
 def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -54,7 +54,13 @@ def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
-    """A `Row` for each row of the batch; None where `input_ids` are not token ids (B, T)."""
+    """A `Row` for each row of the batch, or each example that is packed in them, see `joined`.
+
+    None where `input_ids` are not token ids (B, T).
+    """
+    examples = segments_of(inputs)
+    if examples is not None:
+        return examples
     tensors = {name: value.detach().cpu() for name, value in influencing(inputs).items()}
     ids = tensors.pop("input_ids", None)
     if ids is None or ids.dim() != 2 or ids.is_floating_point():
@@ -89,14 +95,14 @@ def may_be_packed(inputs: Mapping[str, Any]) -> bool:
         return False
     if ids.is_floating_point() or positions.is_floating_point() or positions.dtype == torch.bool:
         return False
-    return influencing(inputs).keys() <= {"input_ids", "position_ids", *PACKING}
+    return influencing(inputs).keys() <= {"input_ids", "position_ids", *BOUNDS, NUMBERS}
 
 
 def segments_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     """A `Row` for each example of packed rows; None where rows are not packed, or their lengths contradict each other.
 
     An example ends where a position is not the one before plus 1, which is how transformers tells. `cu_seq_lens_q` and
-    `_k`, `max_length_q` and `_k`, and `seq_idx` say the same again, and are left out of the digest.
+    `_k` and `seq_idx` say the same again, and are left out of the digest.
     """
     if not may_be_packed(inputs):
         return None
@@ -120,39 +126,34 @@ def segments_of(inputs: Mapping[str, Any]) -> list[Row] | None:
 
 def _say_the_same(inputs: Mapping[str, Any], begins: torch.Tensor, bounds: list[int]) -> bool:
     """Whether all that tells where examples end tells the same: flash attention goes by lengths, not by positions."""
-    longest = max(end - first for first, end in pairwise(bounds))
-    for name in PACKING:
-        value = inputs.get(name)
-        if value is None:
-            continue
-        if name.startswith("max_length"):
-            same = int(value) == longest
-        elif not isinstance(value, torch.Tensor):
+    index = inputs.get(NUMBERS)
+    if isinstance(index, torch.Tensor):
+        index = index.detach().cpu()
+        if index.shape != begins.shape or not torch.equal(index.diff(dim=1) != 0, begins[:, 1:]):
             return False
-        elif name == "seq_idx":
-            index = value.detach().cpu()
-            same = index.shape == begins.shape and torch.equal(index.diff(dim=1) != 0, begins[:, 1:])
-        else:
-            same = value.flatten().tolist() == bounds
-        if not same:
-            return False
-    return True
+    given = [inputs[name] for name in BOUNDS if isinstance(inputs.get(name), torch.Tensor)]
+    return all(value.flatten().tolist() == bounds for value in given)
 
 
-def words_of(inputs: Mapping[str, Any], packed: bool = False) -> str | None:
-    """What else than tensors a pass is called with, in words; None where something has no words.
+def joined(rows: Sequence[Row]) -> list[Row]:
+    """The examples of each row of the batch as one `Row`: for a model that does not keep them apart."""
+    whole = []
+    for _, examples in groupby(rows, key=lambda row: row.number):
+        first, *others = examples
+        if others:
+            parts = hashlib.blake2b(b"".join(row.digest for row in (first, *others)), digest_size=16)
+            first = Row(parts.digest(), first.start, others[-1].end, first.number)
+        whole.append(first)
+    return whole
 
-    Args:
-        inputs: What it is called with.
-        packed: Whether its rows are packed examples: lengths of the whole row say nothing of one of them.
-    """
+
+def words_of(inputs: Mapping[str, Any]) -> str | None:
+    """What else than tensors a pass is called with, in words; None where something has no words."""
     others = {
         name: value
         for name, value in inputs.items()
         if not isinstance(value, torch.Tensor) and name not in WITHOUT_INFLUENCE and value is not None
     }
-    if packed:
-        others = {name: value for name, value in others.items() if name not in PACKING}
     if not all(isinstance(value, SCALARS) for value in others.values()):
         return None
     return repr(sorted(others.items()))
@@ -200,9 +201,6 @@ class DigestingCollator:
             rows = rows_of(batch)
             if rows is not None:
                 batch[ROWS] = [tuple(row) for row in rows]
-            segments = segments_of(batch)
-            if segments is not None:
-                batch[SEGMENTS] = [tuple(row) for row in segments]
         return batch
 
     def __getattr__(self, name: str) -> Any:
