@@ -4,14 +4,16 @@ import types
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from partialtune.engine.packed_rows import why_not_apart
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.row_digests import DigestingCollator, joined, rows_of, segments_of, words_of
 from partialtune.engine.state_store import MemoryStore
+from partialtune.model.structure import decoder_blocks, read_structure
 from test_no_logits import build
 from test_prefix import kept_from_start, largest_difference, losses, run
+from tiny_models import tiny_config
 
 EXAMPLES = 20
 
@@ -214,3 +216,37 @@ def test_a_tensor_that_happens_to_be_as_long_as_the_batch_belongs_to_all_rows():
     moved[1, 0, 0] = 50  # of the first row
     one, other = (rows_of({"input_ids": ids, "position_ids": given}) for given in (positions, moved))
     assert one[0].digest != other[0].digest
+
+
+def test_models_that_carry_a_state_along_the_row_do_not_keep_examples_apart():
+    for kind in ("mamba", "recurrent_gemma"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+        inner = model.get_submodule(read_structure(model).blocks_path.rpartition(".")[0])
+        assert why_not_apart(model, decoder_blocks(model)[0], inner.forward, FLAT(examples(4)), kind) != ""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_joined_row_starts_from_the_states_of_its_examples(apart, monkeypatch):
+    if not apart:
+        monkeypatch.setattr("partialtune.engine.prefix.why_not_apart", lambda *_: "said so")
+    model = build("gpt2")
+    cache = PrefixCache(model, 2, MemoryStore(2**20, torch.uint8))
+    seen = []
+    model.transformer.h[2].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    texts = [{"input_ids": ids} for ids in ([5, 6, 7], [8, 9], [1, 2, 3, 4])]
+
+    def states(*numbers):
+        with torch.no_grad():
+            model(**FLAT_AND_LENGTHS([texts[number] for number in numbers]), use_cache=False)
+        return seen[-1]
+
+    plain = states(2, 0, 1)
+    cache.put_on()
+    states(0, 1, 2)
+    assert (cache.hits, cache.misses) == (0, 3 if apart else 1)
+    torch.testing.assert_close(states(2, 0, 1), plain, atol=1e-6, rtol=0)
+    assert (cache.hits, cache.misses) == ((3, 3) if apart else (0, 2))
+    states(0, 1, 2)
+    assert cache.hits == (6 if apart else 1)
+    cache.take_off()
