@@ -323,7 +323,7 @@ def plan_of(*trainable, schedule=()):
 
 def test_auto_keeps_states_of_a_frozen_prefix():
     (chosen,) = choose_prefix("auto", plan_of("blocks[-1]"), tiny_gpt2())
-    assert chosen == PrefixPhase(0, 2, "rows that come again start from them", documents_apart=True)
+    assert chosen == PrefixPhase(0, 2, "rows that come again start from them")
     assert "states behind 2 blocks are kept" in prefix_words([chosen])
 
 
