@@ -1,13 +1,17 @@
 """Trainers that do something of their own in a step: with `attach` they end as they would without it."""
 
 import copy
+import re
 
 import pytest
+from torch.optim import SGD
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import some_windows
 from partialtune.engine import row_digests
 from partialtune.engine.attach import attach
+from partialtune.engine.audited import audited
+from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.training.training_data import collate_windows
@@ -153,3 +157,51 @@ def test_a_forward_hook_on_model_or_head_sees_logits(tmp_path, of):
     trainer.train()
     assert widths == {model.config.vocab_size}
     assert "loss" not in tuning.fast.in_use
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fast_paths": "loss"}, "fast_paths is 'loss'; it takes a list"),
+        ({"fast_paths": ["loss", "speed"]}, "fast_paths: speed is none"),
+        ({"prefix_cache": True}, "prefix_cache is True; allowed are auto, off, memory"),
+        ({"delta_steps": 0}, "delta_steps is 0; allowed is a whole number of steps"),
+        ({"delta_steps": "10"}, "delta_steps is '10'"),
+        ({"weight_decay_on": "norms"}, "weight_decay_on is 'norms'; allowed are matrices, all"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_and_the_model_stays_as_it_was(tmp_path, options, words):
+    trainer = made(tmp_path, Trainer, build_any("llama"))
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        attach(trainer, plan_freeze(trainer.model, ["blocks[-1]"]), **options)
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    attach(trainer, plan_freeze(trainer.model, ["blocks[-1]"]))
+
+
+def test_what_is_no_plan_or_no_model_is_told_what_to_give(tmp_path):
+    trainer = made(tmp_path, Trainer, build_any("llama"))
+    optimizer = SGD(trainer.model.parameters())
+    with pytest.raises(RecipeError, match=r"The plan is of type list\. Give what plan_freeze"):
+        attach(trainer, ["blocks[-1]"])
+    with pytest.raises(RecipeError, match="The plan is of type SGD"):
+        audited(trainer.model, optimizer, plan_freeze(trainer.model, ["blocks[-1]"]))
+    with pytest.raises(RecipeError, match=r"the model is of type Trainer\. .* attach"):
+        audited(trainer, plan_freeze(trainer.model, ["blocks[-1]"]), optimizer)
+
+
+def test_a_plan_that_was_made_before_the_vocabulary_grew_is_refused(tmp_path):
+    trainer = made(tmp_path, Trainer, build_any("llama"))
+    plan = plan_freeze(trainer.model, ["blocks[-1]"])
+    trainer.model.resize_token_embeddings(150)
+    with pytest.raises(RecipeError, match=r"embed_tokens.weight had the shape \(\d+, \d+\) and has \(150, .*after all"):
+        attach(trainer, plan)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    """It gives no gradient to a block whose input needs none."""
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = made(tmp_path, Trainer, build_any("llama"), **options)
+    attach(trainer, plan_freeze(trainer.model, ["blocks[-1]"]))
+    with pytest.raises(RecipeError, match="use_reentrant"):
+        trainer.train()
+    assert [name for name, module in trainer.model.named_modules() if "forward" in vars(module)] == []

@@ -19,9 +19,9 @@ from partialtune.distributed import decided_by_main, shards_parameters
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
-from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
+from partialtune.engine.prefix_choice import WANTED, PrefixPhase, choose_prefix
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
-from partialtune.engine.tuning import Tuning, check_untuned
+from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
@@ -75,7 +75,11 @@ def attach(
     Raises:
         RecipeError: If the Trainer is attached already, or cannot carry the plan out, in words.
     """
+    _check_trainer(trainer)
+    check_settings(plan, fast_paths, FAST_PATHS, prefix_cache, WANTED, delta_steps)
     _check(trainer, plan)
+    if weight_decay_on not in ("matrices", "all"):
+        raise RecipeError(f"weight_decay_on is {weight_decay_on!r}; allowed are matrices, all.")
     model = trainer.model
     check_untuned(model)
     missing = []
@@ -115,12 +119,8 @@ def put_in_front(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None
     present[:] = [*callbacks, *(one for one in present if one not in callbacks)]
 
 
-def _check(trainer: Trainer, plan: FreezePlan) -> None:
-    """Stop where the Trainer cannot carry a plan out.
-
-    Raises:
-        RecipeError: In words.
-    """
+def _check_trainer(trainer: Any) -> None:
+    """Raises RecipeError where it is no Trainer, or attached already."""
     if isinstance(trainer, TunedTrainer):
         raise RecipeError(
             "attach: this Trainer is attached already. One plan holds all that trains: what begins later stands in its "
@@ -131,6 +131,14 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             f"attach: it takes a transformers.Trainer or a subclass of it, and got a {type(trainer).__name__}. "
             f"For a loop of your own: with audited(model, plan, optimizer) as tuning."
         )
+
+
+def _check(trainer: Trainer, plan: FreezePlan) -> None:
+    """Stop where the Trainer cannot carry a plan out.
+
+    Raises:
+        RecipeError: In words.
+    """
     if trainer.model_init is not None:
         raise RecipeError(
             "attach: this Trainer makes its model anew in train() (model_init), and a plan is made for a model that "
@@ -169,9 +177,6 @@ def _fast_paths(
 ) -> FastPaths:
     """The fast paths that suit the Trainer."""
     args = trainer.args
-    unknown = sorted(set(enabled) - set(FAST_PATHS))
-    if unknown:
-        raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(FAST_PATHS)}.")
     if not _takes_models_loss(trainer):
         enabled = set(enabled) - {"loss"}
     if shards_parameters(args) or args.n_gpu > 1:

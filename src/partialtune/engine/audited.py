@@ -30,8 +30,8 @@ from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.forward_stack import put_on
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name
-from partialtune.engine.prefix_choice import choose_prefix
-from partialtune.engine.tuning import Tuning, check_untuned
+from partialtune.engine.prefix_choice import WANTED, choose_prefix
+from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.parameters import is_sharded
@@ -85,12 +85,15 @@ def audited(
         FreezeViolation: When the block begins, if what trains is missing from the optimizer; in the step or at the end
             where it is found, if a frozen parameter has changed or one that trains could not learn.
     """
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"audited: the model is of type {type(model).__name__}. It takes audited(model, plan, optimizer); for a "
+            f"Trainer: attach(trainer, plan)."
+        )
+    check_settings(plan, fast_paths, FAST_PATHS, prefix_cache, WANTED, delta_steps)
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     check_untuned(inner)
     _reshard(inner)
-    unknown = sorted(set(fast_paths) - set(FAST_PATHS))
-    if unknown:
-        raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(FAST_PATHS)}.")
     _check_wrapped(model, inner, plan)
     missing = apply_beside_optimizer(inner, plan, optimizer)
     audit = FreezeAuditCallback(plan, output_dir, stop_on_violation)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from partialtune.engine.forward_stack import Worn, put_on
+from partialtune.errors import RecipeError
 from partialtune.model.parameters import uncompiled
 from partialtune.model.structure import decoder_blocks
 
@@ -24,11 +25,20 @@ def recompute_from(model: nn.Module, first_block: int) -> list[Worn]:
 
     Returns:
         What was put on the blocks, to be taken off when another phase begins.
+
+    Raises:
+        RecipeError: If checkpointing is reentrant.
     """
     model = uncompiled(model)
     # Switched on by activation_checkpointing_enable(): it makes backward run through every frozen block to the input.
     model.disable_input_require_grads()
     blocks = decoder_blocks(model)
+    for block in blocks[first_block:]:
+        if getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant"):
+            raise RecipeError(
+                "Reentrant activation checkpointing gives a block no gradient whose input needs none, as that of the "
+                "first block above the frozen ones. Say use_reentrant: False in activation_checkpointing_kwargs."
+            )
     marked = (one for one in blocks[first_block:] if getattr(one, "gradient_checkpointing", False))
     worn = [put_on(block, partial(_recomputed, block)) for block in marked]
     if first_block:

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,3 +128,34 @@ def check_untuned(model: nn.Module) -> None:
             "This model is attached already: one attach(trainer, plan) or audited(model, plan, optimizer) carries out "
             "the whole plan. Put all that may train into one plan (schedule=[...] for what begins later)."
         )
+
+
+def check_settings(
+    plan: Any, enabled: Any, known: Collection[str], prefix_cache: Any, choices: Sequence[str], delta_steps: Any
+) -> None:
+    """Stop where `attach` or `audited` was given something of another kind than it takes.
+
+    Args:
+        plan: A plan.
+        enabled: Of `known`.
+        known: Names of fast paths.
+        prefix_cache: One of `choices`, or what was chosen before.
+        choices: For the prefix.
+        delta_steps: Steps, at least 1.
+
+    Raises:
+        RecipeError: In words.
+    """
+    if not isinstance(plan, FreezePlan):
+        raise RecipeError(
+            f"The plan is of type {type(plan).__name__}. Give what plan_freeze(model, ['blocks[-2:]', 'final_norm']) "
+            f"returns."
+        )
+    if isinstance(enabled, str) or not isinstance(enabled, Collection):
+        raise RecipeError(f"fast_paths is {enabled!r}; it takes a list, of {', '.join(known)}; () switches all off.")
+    if unknown := sorted(set(map(str, enabled)) - set(known)):
+        raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(known)}.")
+    if not isinstance(prefix_cache, (str, list, tuple)):
+        raise RecipeError(f"prefix_cache is {prefix_cache!r}; allowed are {', '.join(choices)}.")
+    if isinstance(delta_steps, bool) or not isinstance(delta_steps, int) or delta_steps < 1:
+        raise RecipeError(f"delta_steps is {delta_steps!r}; allowed is a whole number of steps, at least 1.")

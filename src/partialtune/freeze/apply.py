@@ -43,6 +43,15 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
             f"{strangers[0]} first: plan after wrapping. Make a plan for this model with plan_freeze, after all that "
             f"changes its parameters (get_peft_model, resize_token_embeddings, tie_weights)."
         )
+    planned_shape = {parameter.name: tuple(parameter.shape) for parameter in plan.parameters}
+    for name, parameter in named_weights(model):
+        # Of a shard the shape is the whole one. bitsandbytes packs 4-bit values, whose shape says nothing.
+        if parameter.is_floating_point() and tuple(parameter.shape) != planned_shape[name]:
+            raise RecipeError(
+                f"This plan was made for another model ({plan.model_name}): {name} had the shape "
+                f"{planned_shape[name]} and has {tuple(parameter.shape)}. Make a plan for this model with plan_freeze, "
+                f"after all that changes its parameters (get_peft_model, resize_token_embeddings)."
+            )
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     # On the instance: Trainer calls model.train() at every step and after every evaluation. Not a method of a class of
