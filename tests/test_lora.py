@@ -127,7 +127,7 @@ def test_advice_is_about_adapters_where_adapters_train():
 
 
 def test_without_peft_the_recipe_says_what_to_install(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("partialtune.recipe.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("partialtune.errors.find_spec", lambda name: None)
     assert main(["train", recipe]) == 2
     assert "pip install 'partialtune[lora]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Errors that end a run: each carries the exit code that the command line returns for it."""
 
 import errno
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 from typing import TypeGuard
@@ -68,6 +69,15 @@ class EndedElsewhere(PartialtuneError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+# Here, since both a recipe's checks and the engine say it, and the engine needs no recipe.
+HOW_TO_INSTALL_PEFT = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
+
+
+def is_peft_installed() -> bool:
+    """Whether adapters can be made here. Found, not imported: importing peft takes seconds."""
+    return find_spec("peft") is not None
 
 
 def is_ours(error: BaseException) -> bool:

@@ -69,7 +69,10 @@ class Tuning:
 
     @property
     def deltas(self) -> Mapping[str, ParameterDelta]:
-        """How far each parameter has moved from the start, by its name: the newest report, empty before the first."""
+        """How far each parameter has moved from the start, by its name: the newest report, empty before the first.
+
+        Of several processes the main one knows the distances; on the others they are None.
+        """
         return self.delta_callback.newest
 
     @property

@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.errors import ModelError, RecipeError
+from partialtune.errors import HOW_TO_INSTALL_PEFT, ModelError, RecipeError, is_peft_installed
 from partialtune.freeze.plan import Adapter, FreezePlan, Phase, PlannedParameter
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import model_location
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, ParameterInfo, read_structure, with_fixed
-from partialtune.recipe.checks import HOW_TO_INSTALL_PEFT, is_peft_installed
 
 ADAPTER = "default"  # peft's name for the only one
 IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensors`

@@ -6,11 +6,10 @@ bound, no two of them contradicting each other, and all of them accepted by `tra
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from partialtune.errors import RecipeError
+from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.net.addresses import without_secrets
@@ -36,7 +35,6 @@ REQUIRED = {
     "trainable": "Give selectors, such as ['blocks[-2:]', final_norm], or say method: full",
     "output_dir": "Give a folder that does not exist yet, such as outputs/first",
 }
-HOW_TO_INSTALL_PEFT = "lora needs peft, which is not installed here. Install it: pip install 'partialtune[lora]'."
 # Typed float in TrainingArguments, because a value below 1 is a share of the run; a whole number of steps stays an int.
 STEPS_OR_SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay")
 
@@ -184,11 +182,6 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with a schedule: until their phase parameters have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
-
-
-def is_peft_installed() -> bool:
-    """Whether adapters can be made here. Found, not imported: importing peft takes seconds."""
-    return find_spec("peft") is not None
 
 
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
