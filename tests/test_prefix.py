@@ -25,10 +25,11 @@ from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import (
     PrefixPhase,
     choose_prefix,
+    documents_apart,
     prefix_words,
     try_prefix,
 )
-from partialtune.engine.row_digests import DigestingCollator, rows_of
+from partialtune.engine.row_digests import DigestingCollator, rows_of, words_of
 from partialtune.engine.state_store import MemoryStore
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import plan_freeze
@@ -36,6 +37,7 @@ from partialtune.model.train_mode import set_dropout
 from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.training_data import collate_windows
 from test_no_logits import IDS, build
+from tiny_models import tiny_config
 
 ALL_PATHS = ("loss", "gelu", "casts")
 
