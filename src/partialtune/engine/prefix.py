@@ -141,7 +141,8 @@ class PrefixCache:
             rows: Its rows, or the examples packed in them, as `rows_of` gives them; None where they are unknown.
         """
         before = self._expected, self._labels
-        self._expected = None if rows is None else (influencing(inputs), list(rows))
+        if rows is not None:  # else an outer one may know them: a Trainer's evaluation step calls its `compute_loss`
+            self._expected = influencing(inputs), list(rows)
         self._labels = {name: inputs[name] for name in TARGETS if isinstance(inputs.get(name), torch.Tensor)}
         try:
             yield
