@@ -36,6 +36,13 @@ class AddsAllLogits(Trainer):
         return (loss, output) if return_outputs else loss
 
 
+class OrdersOtherwise(Trainer):
+    """Takes the arguments in another order."""
+
+    def compute_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
 class CallsTheModel(Trainer):
     def training_step(self, model, inputs, *args, **kwargs):
         model.train()
@@ -82,7 +89,8 @@ def made(folder, kind, model, collator=None, callbacks=(), **changes):
 
 
 @pytest.mark.parametrize(
-    "kind", [MeansAllLogits, AddsAllLogits, CallsTheModel, ExchangesTokens, WritesTokens, LooksAtLogits]
+    "kind",
+    [MeansAllLogits, AddsAllLogits, OrdersOtherwise, CallsTheModel, ExchangesTokens, WritesTokens, LooksAtLogits],
 )
 def test_a_trainer_of_ones_own_ends_with_the_weights_and_log_that_it_has_without_attach(tmp_path, kind):
     model = build_any("llama")

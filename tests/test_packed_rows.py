@@ -219,11 +219,13 @@ def test_a_tensor_that_happens_to_be_as_long_as_the_batch_belongs_to_all_rows():
 
 
 def test_models_that_carry_a_state_along_the_row_do_not_keep_examples_apart():
+    gpt2, batch = build("gpt2"), {**FLAT(examples(4)), "use_cache": False}
+    assert why_not_apart(gpt2, gpt2.transformer.h[1], gpt2.transformer.forward, batch, "GPT-2") == ""
     for kind in ("mamba", "recurrent_gemma"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
         inner = model.get_submodule(read_structure(model).blocks_path.rpartition(".")[0])
-        assert why_not_apart(model, decoder_blocks(model)[0], inner.forward, FLAT(examples(4)), kind) != ""
+        assert why_not_apart(model, decoder_blocks(model)[0], inner.forward, batch, kind) != ""
 
 
 @pytest.mark.parametrize("apart", [True, False])

@@ -141,7 +141,7 @@ class PrefixCache:
             rows: Its rows, or the examples packed in them, as `rows_of` gives them.
         """
         before, tensors = self._expected, influencing(inputs)
-        self._expected = {name: (tensor, tensor._version) for name, tensor in tensors.items()}, list(rows)
+        self._expected = {name: (tensor, _writes(tensor)) for name, tensor in tensors.items()}, list(rows)
         try:
             yield
         finally:
@@ -256,7 +256,7 @@ class PrefixCache:
         if self._expected is not None:
             expected, rows = self._expected
             if expected.keys() == tensors.keys() and all(
-                expected[name][0] is tensor and expected[name][1] == tensor._version for name, tensor in tensors.items()
+                expected[name][0] is tensor and expected[name][1] == _writes(tensor) for name, tensor in tensors.items()
             ):  # and nobody has written to them since
                 return rows
         return rows_of(inputs)
@@ -317,6 +317,11 @@ class PrefixCache:
         if now.padding is not None and self._model.training and torch.is_grad_enabled():
             return self._as_block_gives(self.padding.watched(now.padding, low.to(form.dtype)))
         return output if form.kept == form.dtype else self._as_block_gives(low.to(form.dtype))
+
+
+def _writes(tensor: torch.Tensor) -> float:
+    """How often a tensor was written to. A number that equals none where torch does not count it."""
+    return float("nan") if tensor.is_inference() else tensor._version
 
 
 def hooked_words(blocks: Sequence[nn.Module]) -> str:

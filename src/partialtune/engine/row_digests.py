@@ -114,6 +114,9 @@ def segments_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     positions = inputs["position_ids"].detach().cpu().to(torch.int64)
     begins = torch.ones(ids.shape, dtype=torch.bool)
     begins[:, 1:] = positions.diff(dim=1) != 1
+    anew = positions[begins]  # a jump to anywhere else is no beginning that a collator makes
+    if not bool(((anew == 0) | (anew == positions[0, 0])).all()):
+        return None
     bounds = [*begins.flatten().nonzero().flatten().tolist(), ids.numel()]  # columns, as if all rows were one
     if not _say_the_same(inputs, begins, bounds):
         return None

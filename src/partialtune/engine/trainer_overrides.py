@@ -120,9 +120,11 @@ class TunedTrainer(Base):
         """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
         # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
         known = isinstance(loader, DataLoader) and not isinstance(loader, DataLoaderDispatcher)
-        if self.tuning.fast.keeps_prefix and known and not isinstance(loader.collate_fn, DigestingCollator):
-            read = getattr(loader, "base_dataloader", loader)  # accelerate's reads from that one
-            read.collate_fn = DigestingCollator(read.collate_fn)
+        if self.tuning.fast.keeps_prefix and known:
+            # accelerate's loader reads from one that it holds, whose collator it is that counts
+            inner = getattr(loader, "base_dataloader", loader)
+            if not isinstance(inner.collate_fn, DigestingCollator):
+                inner.collate_fn = DigestingCollator(inner.collate_fn)
         return loader
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -130,12 +132,11 @@ class TunedTrainer(Base):
         with self.tuning.fast.rows_known(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, *args, **kwargs):
+    def compute_loss(self, model, inputs, *args, **kwargs):
         # A prediction always asks for outputs, and looks at logits or not. Others ask for them to look.
-        wanted = self._logits_wanted if self._is_predicting else bool(return_outputs)
+        outputs = kwargs.get("return_outputs", args[0] if args and isinstance(args[0], bool) else False)
+        wanted = self._logits_wanted if self._is_predicting else bool(outputs)
         with self.tuning.fast.batch(inputs, wanted, wanted):
-            if return_outputs:
-                args = (return_outputs, *args)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
