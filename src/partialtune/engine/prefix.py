@@ -110,7 +110,7 @@ class PrefixCache:
         self.passed_by: Counter[str] = Counter()
         self._pass: Pass | None = None
         self._forms: dict[bytes, Form] = {}
-        self._expected: tuple[dict[str, tuple[torch.Tensor, int]], list[Row]] | None = None
+        self._expected: tuple[dict[str, tuple[torch.Tensor, float]], list[Row]] | None = None
         self.padding = PaddingInLoss()
         self._not_apart: dict[tuple[Any, ...], str] = {}
         self._worn: list[Worn] = []
