@@ -25,10 +25,11 @@ from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import (
     PrefixPhase,
     choose_prefix,
+    documents_apart,
     prefix_words,
     try_prefix,
 )
-from partialtune.engine.row_digests import DigestingCollator, rows_of
+from partialtune.engine.row_digests import DigestingCollator, rows_of, words_of
 from partialtune.engine.state_store import MemoryStore
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import plan_freeze
@@ -36,6 +37,7 @@ from partialtune.model.train_mode import set_dropout
 from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.training_data import collate_windows
 from test_no_logits import IDS, build
+from tiny_models import tiny_config
 
 ALL_PATHS = ("loss", "gelu", "casts")
 
@@ -600,3 +602,69 @@ def test_a_row_is_known_by_tokens_positions_and_mask():
     assert digests_of(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]])) != [row]
     assert digests_of(input_ids=ids, attention_mask=torch.tensor([[1, 0, 1, 1]])) != [row]
     assert DigestingCollator(lambda rows: {"input_ids": rows})(ids)["partialtune_rows"] == [(row, 0, 4, 0)]
+
+
+def joined_documents(*documents, **others):
+    """What a collator without padding makes of documents."""
+    bounds = torch.tensor([0, *(len(ids) for ids in documents)]).cumsum(0).to(torch.int32)
+    numbers = [number for number, ids in enumerate(documents) for _ in ids]
+    inputs = {
+        "input_ids": torch.tensor([[token for ids in documents for token in ids]]),
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])[None],
+        "seq_idx": torch.tensor([numbers], dtype=torch.int32),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(map(len, documents)),
+    }
+    return {**inputs, **others}
+
+
+def test_documents_joined_to_one_row_are_known_each_by_itself_in_any_order_and_company():
+    found = rows_of(joined_documents([5, 6, 7], [8, 9], [5, 6]))
+    first, second, third = (row.digest for row in found)
+    assert [(row.start, row.end, row.number) for row in found] == [(0, 3, 0), (3, 5, 0), (5, 7, 0)]
+    assert digests_of(**joined_documents([5, 6], [1, 2, 3, 4], [5, 6, 7])) == [
+        third,
+        digests_of(**joined_documents([1, 2, 3, 4]))[0],
+        first,
+    ]
+    assert digests_of(**joined_documents([8, 9])) == [second]
+    assert words_of(joined_documents([5, 6, 7])) == words_of(joined_documents([8, 9]))
+
+
+def test_a_row_whose_tensors_disagree_on_its_documents_is_known_as_a_whole():
+    found = rows_of(joined_documents([5, 6, 7], [8, 9], seq_idx=torch.tensor([[0, 0, 0, 0, 1]])))
+    assert [(row.start, row.end) for row in found] == [(0, 5)]
+    assert len(rows_of(joined_documents([5, 6, 7], [8, 9], position_ids=torch.tensor([[0, 1, 2, 5, 6]])))) == 1
+    assert len(rows_of(joined_documents([5, 6, 7], [8, 9], attention_mask=torch.ones(1, 5)))) == 1
+
+
+def test_documents_are_kept_apart_where_the_model_computes_them_so():
+    assert documents_apart(tiny_gpt2(), 2)
+    torch.manual_seed(0)
+    assert not documents_apart(AutoModelForCausalLM.from_config(tiny_config("mamba")), 2)  # takes no positions
+    assert not documents_apart(AutoModelForCausalLM.from_config(tiny_config("recurrent_gemma")), 2)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_joined_row_starts_from_the_states_of_its_documents(apart):
+    model, store = tiny_gpt2().eval(), MemoryStore(2**20, torch.uint8)
+    cache = PrefixCache(model, 2, store, documents_apart=apart)
+    seen = []
+    model.transformer.h[2].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    texts = [5, 6, 7], [8, 9], [1, 2, 3, 4]
+
+    def states(*documents):
+        with torch.no_grad():
+            model(**joined_documents(*documents), use_cache=False)
+        return seen[-1]
+
+    plain = states(texts[2], texts[0], texts[1])
+    cache.put_on()
+    states(*texts)
+    assert (cache.hits, cache.misses) == (0, 3 if apart else 1)
+    torch.testing.assert_close(states(texts[2], texts[0], texts[1]), plain, atol=1e-6, rtol=0)
+    assert (cache.hits, cache.misses) == ((3, 3) if apart else (0, 2))
+    states(*texts)
+    assert cache.hits == (6 if apart else 1)
+    cache.take_off()

@@ -1,7 +1,11 @@
-"""What TensorBoard's event file holds after a run: the groups' deltas under names that stay, step by step."""
+"""What trackers hold after a run: the groups' deltas under names that stay, step by step, and the audit's verdict."""
+
+import json
+import struct
 
 import pytest
 
+import partialtune as pt
 from conftest import tiny_gpt2
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
@@ -57,3 +61,122 @@ def test_the_event_file_holds_the_values_of_the_log_at_their_steps(events):
 def test_the_trainers_own_loss_is_there_at_every_step(events):
     scalars, _ = events
     assert [step for step, _ in scalars["train/loss"]] == [1, 2, 3, 4, 5]
+
+
+# ---- with attach alone, every tracker -------------------------------------------------------------------------------
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory):
+    """A run as the README has it, with all trackers. The folder, and the run's Trainer."""
+    for name in TRACKERS:
+        pytest.importorskip(name, reason=f"needs the integrations extra's {name}")
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        patch.setattr("trackio.utils.TRACKIO_DIR", folder / "trackio")  # read at import, which may be over
+        patch.setattr("trackio.sqlite_storage.TRACKIO_DIR", folder / "trackio")
+        for name in ("DIR", "CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+            patch.setenv(f"WANDB_{name}", str(folder))
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.chdir(folder)  # MLflow's artifacts
+        import mlflow
+        import wandb
+
+        model = tiny_gpt2()
+        plan = plan_freeze(model, ["blocks[-1].mlp", "final_norm"])
+        trainer = make_trainer(folder, model, [], report_to=list(TRACKERS), logging_steps=1)
+        pt.attach(trainer, plan, delta_steps=2)
+        trainer.train()
+        wandb.finish()
+        mlflow.flush_async_logging()
+        yield folder, trainer
+
+
+def read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.glob("runs/*/events.out.tfevents.*")
+    read = EventAccumulator(str(file)).Reload()
+    for tag in read.Tags()["scalars"]:
+        for event in read.Scalars(tag):
+            yield event.step, tag, event.value
+
+
+def read_trackio(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = SQLiteStorage.get_runs("huggingface")
+    for entry in SQLiteStorage.get_logs("huggingface", run):
+        for name, value in entry.items():
+            yield entry["train/global_step"], name, value
+
+
+def wandb_records(file):
+    """The records of W&B's file: after 7 bytes blocks of 32 KiB, in them checksum, length, kind and bytes of pieces."""
+    data, at, parts = file.read_bytes(), 7, []
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # no room for another head in the block
+            at += 2**15 - at % 2**15
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts.append(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece of one
+            yield b"".join(parts)
+            parts = []
+
+
+def read_wandb(folder):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    for data in wandb_records(file):
+        record = Record.FromString(data)
+        values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for name, value in values.items():
+            yield values["train/global_step"], name, value
+
+
+def read_mlflow(folder):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    for name in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, name):
+            yield metric.step, name, metric.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_with_attach_alone_every_tracker_holds_the_deltas_and_the_verdict(attached, tracker):
+    folder, trainer = attached
+    prefix = "" if tracker == "mlflow" else "train/"
+    held = {}
+    for step, name, value in globals()[f"read_{tracker}"](folder):
+        held.setdefault(name.removeprefix(prefix), {})[step] = value
+    assert {name for name in held if "delta/" in name} == NAMES
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "delta/frozen_l2" in entry}
+    assert logged.keys() == {2, 4, 5}
+    for name in NAMES:
+        assert held[name] == pytest.approx({step: entry[name] for step, entry in logged.items()}, rel=1e-6)
+    assert held["delta/block_02/mlp"][5] > 0
+    assert held["delta/frozen_l2"] == {2: 0.0, 4: 0.0, 5: 0.0}
+    assert held["audit/passed"] == {5: 1.0}
+    assert held["loss"].keys() == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.slow
+def test_each_tracker_has_one_run_and_one_file(attached):
+    folder, _ = attached
+    assert len(list(folder.glob("runs/*"))) == 1
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    assert [file.name for file in folder.glob("trackio/*.db")] == ["huggingface.db"]

@@ -398,6 +398,31 @@ def test_adapters_in_the_last_block_train_and_all_else_is_proved(mode, base, tok
     assert (saved / "adapter_model.safetensors").is_file()
 
 
+def test_gradients_end_above_the_frozen_blocks_also_where_peft_has_asked_for_those_of_the_input(
+    base, tokenizer, tmp_path
+):
+    pytest.importorskip("peft")
+    trainer = make("text", base, tokenizer, tmp_path, peft_config=lora())
+    assert trainer.args.gradient_checkpointing
+    backward = Backward(trainer.model.get_base_model())
+    tuning = pt.attach(trainer, pt.plan_freeze(trainer.model, ["/.*lora_[AB].*/"]), prefix_cache="off")
+    trainer.train()
+    assert backward.steps[:-1] == [0] * (BLOCKS - 1)
+    assert backward.steps[-1] > 0
+    assert tuning.fast.misses == 0
+
+
+def test_what_scores_the_reference_beforehand_gets_the_batches_of_the_trainers_own_collator(base, tokenizer, tmp_path):
+    trainer = make("dpo, reference known before", base, tokenizer, tmp_path)
+    own, asked = trainer.data_collator, []
+    pt.attach(trainer, pt.plan_freeze(trainer.model, SELECTORS))
+    assert trainer.data_collator is own
+    trainer.model.model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs.keys()), with_kwargs=True)
+    assert trainer.evaluate(pairs().select(range(5)))["eval_loss"] == pytest.approx(0.693, abs=1e-3)
+    assert asked
+    assert set().union(*asked) == {"input_ids", "attention_mask", "use_cache"}
+
+
 def test_evaluations_in_between_give_the_same_scores(base, tokenizer, tmp_path):
     logs = {}
     settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 3}

@@ -6,7 +6,7 @@ a few passes of the model before training: a pass that starts from kept states h
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class PrefixPhase:
     from_step: int
     blocks: int
     reason: str
-    documents_apart: bool = False
+    documents_apart: bool = field(default=False, compare=False)  # of the model, whatever was chosen
 
     def to_json(self) -> dict[str, Any]:
         return {"from_step": self.from_step, "blocks": self.blocks, "reason": self.reason}

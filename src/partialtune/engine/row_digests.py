@@ -64,7 +64,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     padded = mask is not None and mask.shape == ids.shape
     if padded:
         del tensors["attention_mask"]
-    starts = _documents(tensors, ids)
+    starts = None if padded else _documents(tensors, ids)  # under a mask models take no row for several documents
     if starts is not None:
         bounds = [(0, start, end) for start, end in pairwise([*starts, ids.shape[1]])]
     else:
