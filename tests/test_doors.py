@@ -25,7 +25,6 @@ from partialtune.freeze.lora import plan_lora
 from partialtune.model.parameters import named_weights
 from partialtune.recipe.recipe import recipe_from_values
 from partialtune.recipe_run import train as stages
-from partialtune.training.performance import ProductCount
 from partialtune.training.training_data import collate_windows, data_of_recipe
 from test_recipes import RECIPES
 
@@ -170,23 +169,12 @@ def through_attach(recipe, folder):
     return trainer, tuning, watch.learning
 
 
-COUNTING_ROUNDS = "torch's counter of products takes Llama's step apart, which then rounds otherwise (1e-7)"
-
-
-def cases():
-    for name in POLICIES:
-        marks = () if name in QUICK else pytest.mark.slow
-        if name.startswith("llama"):
-            yield pytest.param(name, True, marks=[pytest.mark.xfail(strict=True, reason=COUNTING_ROUNDS)])
-        yield pytest.param(name, not name.startswith("llama"), marks=marks)
-
-
-@pytest.mark.parametrize(("name", "counted"), cases())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in POLICIES]
+)
 def test_a_recipe_trains_the_same_bits_through_a_stock_trainer_and_through_train(
-    tmp_path, name, counted, bases, monkeypatch, undrawn
+    tmp_path, name, bases, monkeypatch, undrawn
 ):
-    if not counted:
-        monkeypatch.setattr(ProductCount, "on_step_begin", lambda *_, **__: None)
     recipe = recipe_of(name, bases, tmp_path / "recipe")
     own, tuning, learning = through_train(recipe, monkeypatch)
     stock, attached, learning_there = through_attach(recipe, tmp_path / "stock")
