@@ -8,6 +8,7 @@ from conftest import REPOSITORY, tiny_gpt2
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 
+import trl_speed
 from growth import Point, all_series, fit, lines_of
 from plain_loop import train
 from speed import BESIDE, JOBS, Measurement, Shape, as_table, beside_table, needed, rows_of
@@ -71,3 +72,23 @@ def test_seconds_are_set_against_arithmetic_and_memory_against_what_changes():
 def test_the_growth_benchmark_covers_what_it_says():
     values = [[value for value, _ in series.points] for series in all_series()]
     assert [(min(points), max(points)) for points in values] == [(128, 1024), (1, 32), (0, 12), (0, 10)]
+
+
+def test_the_table_of_trl_holds_ratios_and_what_is_above_the_floor_of_arithmetic():
+    found = [{"fp32": 100.0, "bf16": 400.0}]
+    for name, by_hand, attached in (("llama", 10.0, 4.0), ("gpt2", 10.0, 6.0)):
+        found.append(trl_speed.Measurement(name, "by hand", by_hand, by_hand, 1000, 5.0, 0))
+        found.append(trl_speed.Measurement(name, "attach", attached, 9.0, 900, 5.0, 48))
+    products = {"by hand": 800.0, "attach": 500.0}
+    llama, gpt2 = (trl_speed.row_of(name, found, products, "fp32") for name in ("llama", "gpt2"))
+    assert (llama["time_ratio"], llama["met"]) == (0.4, True)
+    assert (gpt2["floor_seconds"], gpt2["over_floor"], gpt2["met"]) == (5.0, 1.2, False)
+    assert "| 0.60 | 0.62 | 5.00 | 1.20 | x floor 1.15 MISSED |" in trl_speed.as_table([gpt2])
+
+
+def test_with_attach_the_products_of_the_frozen_blocks_are_not_needed():
+    job = trl_speed.Job("", "gpt2", 4, 64, 160, 2, 8)
+    a_block, head, tokens = 12 * 64**2, 160 * 64, 2 * 8
+    products = trl_speed.needed(job)
+    assert products["attach"] == 2 * tokens * (3 * 2 * a_block + 2 * head)
+    assert products["by hand"] == products["attach"] + 2 * tokens * 2 * a_block

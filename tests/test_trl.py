@@ -4,6 +4,7 @@ Each way to train is run twice from the same weights and seed: by hand, with `re
 nothing else, and with `attach`. Both with TRL's own defaults but for bf16: activation checkpointing is on.
 """
 
+import inspect
 import json
 import random
 
@@ -421,6 +422,62 @@ def test_what_scores_the_reference_beforehand_gets_the_batches_of_the_trainers_o
     assert trainer.evaluate(pairs().select(range(5)))["eval_loss"] == pytest.approx(0.693, abs=1e-3)
     assert asked
     assert set().union(*asked) == {"input_ids", "attention_mask", "use_cache"}
+
+
+def test_trls_head_is_called_as_ours_is():
+    """The contract with TRL: a name in its module, the arguments of that function, and the order of what it gives."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from partialtune.engine import trl_head
+
+    own = getattr(utils, trl_head.FUNCTION)
+    theirs = [*inspect.signature(own.forward).parameters.values()][1:]
+    ours = [*inspect.signature(trl_head._InPlaceOf(own).apply).parameters.values()]
+    assert [one.default for one in ours][5:8] == [one.default for one in theirs][5:8]
+    assert [one.name for one in ours] == [one.name for one in theirs]
+    assert trl_head.ORDER[1:] == chunked_logprob.OPTIONAL_OUTPUTS
+    assert f"{trl_head.FUNCTION}.apply(" in inspect.getsource(utils.add_fused_lm_head)
+    with trl_head.fast_trl_head():
+        assert getattr(utils, trl_head.FUNCTION) is not own
+    assert getattr(utils, trl_head.FUNCTION) is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_frozen_head_gives_what_trls_own_function_gives(dtype, with_bias):
+    from trl.kernels import ChunkedLogProbFunction
+
+    from partialtune.engine.trl_head import ORDER, _InPlaceOf
+
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300, 64, generator=draw), torch.randn(1000, 64, generator=draw) * 0.3
+    bias = torch.randn(1000, generator=draw) if with_bias else None
+    targets, wanted = torch.randint(1000, (300,), generator=draw), torch.randn(2, 300, generator=draw)
+    targets[:90] = 0  # as TRL gives positions that it ignores, of which some may count
+    wanted[:, :60] = 0
+    given = []
+    for function in (ChunkedLogProbFunction, _InPlaceOf(ChunkedLogProbFunction)):
+        states = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            outputs = function.apply(states, weight, bias, targets, 0.7, 128, None, 1.5, ORDER)
+        (outputs[0] * wanted[0] + outputs[1] * wanted[1]).sum().backward()
+        given.append([*outputs, states.grad])
+    for own, ours in zip(*given, strict=True):
+        low = own is given[0][-1] and dtype == torch.bfloat16  # its gradients are sums of products rounded to 16 bits
+        torch.testing.assert_close(ours, own, atol=0.05 if low else 5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("selectors", "taken"), [(SELECTORS, ["loss"]), (["head"], [])])
+def test_the_fast_head_is_taken_where_the_head_is_frozen(selectors, taken, base, tokenizer, tmp_path):
+    from trl.trainer import utils
+
+    own = utils._ChunkedLogProbFunction
+    trainer = make("text", base, tokenizer, tmp_path, max_steps=1)
+    tuning = pt.attach(trainer, pt.plan_freeze(trainer.model, selectors))
+    trainer.train()
+    assert tuning.fast.in_use == taken
+    assert utils._ChunkedLogProbFunction is own
 
 
 def test_evaluations_in_between_give_the_same_scores(base, tokenizer, tmp_path):

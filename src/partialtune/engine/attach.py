@@ -21,6 +21,7 @@ from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
+from partialtune.engine.trl_head import has_frozen_trl_head
 from partialtune.engine.tuning import Tuning, check_untuned
 from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
@@ -59,8 +60,8 @@ def attach(
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; the Trainer's where absent.
         stop_on_violation: Whether a violation of the freeze audit raises FreezeViolation, or is only written and logged
             as an error.
-        fast_paths: Of `loss` (without all logits; only where the Trainer takes the model's own loss), `gelu` (in one
-            operation) and `casts` (of frozen weights once).
+        fast_paths: Of `loss` (without all logits; only where the Trainer takes the model's own loss or TRL's head is on
+            it), `gelu` (in one operation) and `casts` (of frozen weights once).
         prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory` (an error where
             it is impossible), or what was chosen before.
         weight_decay_on: `matrices` (Trainer's rule) or `all`, where the Trainer makes the optimizer.
@@ -172,7 +173,7 @@ def _fast_paths(
     unknown = sorted(set(enabled) - set(FAST_PATHS))
     if unknown:
         raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(FAST_PATHS)}.")
-    if not _takes_models_loss(trainer):
+    if not _takes_models_loss(trainer) and not _takes_trls_loss(trainer):
         enabled = set(enabled) - {"loss"}
     if shards_parameters(args) or args.n_gpu > 1:
         # The others hold whole weights, which FSDP has not; and DataParallel copies a module with its patches, which
@@ -190,3 +191,10 @@ def _takes_models_loss(trainer: Trainer) -> bool:
     """Whether nothing but the model's own loss is made of its logits."""
     is_own = type(trainer).compute_loss is Trainer.compute_loss
     return is_own and trainer.compute_loss_func is None and trainer.label_smoother is None
+
+
+def _takes_trls_loss(trainer: Trainer) -> bool:
+    """Whether the loss is made of what TRL's head gives, which is frozen."""
+    # Rewards are 0 at first, but for rounding: a reference of which the log-probabilities were computed beforehand, by
+    # TRL's own function, would make them noise.
+    return has_frozen_trl_head(trainer.model) and not getattr(trainer, "precompute_ref_logps", False)

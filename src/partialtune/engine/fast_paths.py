@@ -23,6 +23,7 @@ from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.engine.prefix_weights import prefix_digest
 from partialtune.engine.row_digests import ROWS, Row
 from partialtune.engine.state_store import make_store
+from partialtune.engine.trl_head import fast_trl_head, has_frozen_trl_head
 from partialtune.errors import ModelError
 from partialtune.machine import free_memory
 from partialtune.model.conformance import probe_windows
@@ -98,7 +99,10 @@ class FastPaths:
     def __enter__(self) -> "FastPaths":
         if "gelu" in self._enabled and self._held.enter_context(fused_gelu(self._model)):
             self.in_use.append("gelu")
-        if "loss" in self._enabled:
+        if "loss" in self._enabled and has_frozen_trl_head(self._model):
+            self._held.enter_context(fast_trl_head())
+            self.in_use.append("loss")
+        elif "loss" in self._enabled:
             self._take_loss()
         if "casts" in self._enabled and self._autocast_dtype is not None:
             self._casts = CastOnce(self._model)
