@@ -25,7 +25,6 @@ from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import (
     PrefixPhase,
     choose_prefix,
-    documents_apart,
     prefix_words,
     try_prefix,
 )
@@ -37,7 +36,6 @@ from partialtune.model.train_mode import set_dropout
 from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.training_data import collate_windows
 from test_no_logits import IDS, build
-from tiny_models import tiny_config
 
 ALL_PATHS = ("loss", "gelu", "casts")
 
@@ -313,7 +311,7 @@ def plan_of(*trainable, schedule=()):
 
 def test_auto_keeps_states_of_a_frozen_prefix():
     (chosen,) = choose_prefix("auto", plan_of("blocks[-1]"), tiny_gpt2())
-    assert chosen == PrefixPhase(0, 2, "rows that come again start from them", documents_apart=True)
+    assert chosen == PrefixPhase(0, 2, "rows that come again start from them")
     assert "states behind 2 blocks are kept" in prefix_words([chosen])
 
 
@@ -637,34 +635,3 @@ def test_a_row_whose_tensors_disagree_on_its_documents_is_known_as_a_whole():
     assert [(row.start, row.end) for row in found] == [(0, 5)]
     assert len(rows_of(joined_documents([5, 6, 7], [8, 9], position_ids=torch.tensor([[0, 1, 2, 5, 6]])))) == 1
     assert len(rows_of(joined_documents([5, 6, 7], [8, 9], attention_mask=torch.ones(1, 5)))) == 1
-
-
-def test_documents_are_kept_apart_where_the_model_computes_them_so():
-    assert documents_apart(tiny_gpt2(), 2)
-    torch.manual_seed(0)
-    assert not documents_apart(AutoModelForCausalLM.from_config(tiny_config("mamba")), 2)  # takes no positions
-    assert not documents_apart(AutoModelForCausalLM.from_config(tiny_config("recurrent_gemma")), 2)
-
-
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_joined_row_starts_from_the_states_of_its_documents(apart):
-    model, store = tiny_gpt2().eval(), MemoryStore(2**20, torch.uint8)
-    cache = PrefixCache(model, 2, store, documents_apart=apart)
-    seen = []
-    model.transformer.h[2].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
-    texts = [5, 6, 7], [8, 9], [1, 2, 3, 4]
-
-    def states(*documents):
-        with torch.no_grad():
-            model(**joined_documents(*documents), use_cache=False)
-        return seen[-1]
-
-    plain = states(texts[2], texts[0], texts[1])
-    cache.put_on()
-    states(*texts)
-    assert (cache.hits, cache.misses) == (0, 3 if apart else 1)
-    torch.testing.assert_close(states(texts[2], texts[0], texts[1]), plain, atol=1e-6, rtol=0)
-    assert (cache.hits, cache.misses) == ((3, 3) if apart else (0, 2))
-    states(*texts)
-    assert cache.hits == (6 if apart else 1)
-    cache.take_off()

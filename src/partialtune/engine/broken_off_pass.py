@@ -3,7 +3,7 @@
 In: a model and token ids. Out: the value, or which modules the pass meets before the first block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,22 +19,23 @@ class _Reached(Exception):
 
 
 def reach(
-    model: nn.Module,
-    input_ids: torch.Tensor,
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Any],
     hook: Callable[[Callable[[Any], None]], Any],
+    name: str,
     what: str = "its forward pass",
-    **inputs: torch.Tensor,
 ) -> Any:
-    """A value inside a forward pass over `input_ids` (B, T), which ends as soon as it is there.
+    """A value inside a forward pass, which ends as soon as it is there.
 
-    reach(model, ids, lambda stop: block.register_forward_hook(lambda _module, _args, out: stop(out))) -> block's output
+    reach(model, inputs, lambda stop: block.register_forward_hook(lambda _module, _args, out: stop(out)), "Llama")
+        -> the block's output
 
     Args:
-        model: A causal language model.
-        input_ids: int64 (B, T).
+        forward: A causal language model, or the forward of what in it gets token ids.
+        inputs: What it is called with.
         hook: Registers a hook that calls `stop(value)`, and returns its handle.
+        name: Of the model, in an error.
         what: The pass, in an error.
-        inputs: What else the model is called with.
 
     Returns:
         The first value that `stop` is called with.
@@ -51,7 +52,7 @@ def reach(
 
     handle = hook(stop)
     try:
-        model(input_ids=input_ids, use_cache=False, **inputs)
+        forward(**inputs)
     except _Reached:
         return found[0]
     except PartialtuneError:
@@ -60,10 +61,10 @@ def reach(
         if is_ours(error):
             raise
         words = in_one_line(error)
-        raise ModelError(f"{type(model).__name__}: {what} fails ({type(error).__name__}: {words}).") from error
+        raise ModelError(f"{name}: {what} fails ({type(error).__name__}: {words}).") from error
     finally:
         handle.remove()
-    raise ModelError(f"{type(model).__name__}: its forward pass calls no module for a block, or none for its head.")
+    raise ModelError(f"{name}: its forward pass calls no module for a block, or none for its head.")
 
 
 def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str]:
@@ -86,7 +87,9 @@ def modules_before_blocks(model: nn.Module, input_ids: torch.Tensor) -> list[str
     try:
         first = model.get_submodule(f"{path}.0")
         with evaluating(model):
-            reach(model, input_ids, lambda stop: first.register_forward_pre_hook(lambda *_: stop(None)))
+            inputs = {"input_ids": input_ids, "use_cache": False}
+            name = type(model).__name__
+            reach(model, inputs, lambda stop: first.register_forward_pre_hook(lambda *_: stop(None)), name)
     finally:
         for hook in hooks:
             hook.remove()

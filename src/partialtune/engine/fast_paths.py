@@ -18,8 +18,9 @@ from torch import nn
 from partialtune.engine.broken_off_pass import modules_before_blocks
 from partialtune.engine.fast_modules import CastOnce, fused_gelu
 from partialtune.engine.no_logits import LossWithoutLogits
-from partialtune.engine.prefix import PrefixCache, prefix_digest
+from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.prefix_weights import prefix_digest
 from partialtune.engine.row_digests import ROWS, Row
 from partialtune.engine.state_store import make_store
 from partialtune.engine.trl_head import fast_trl_head, has_frozen_trl_head
@@ -129,14 +130,12 @@ class FastPaths:
     def begin(self, step: int) -> None:
         """Suit the phase of this step; its parameters require gradients by now. On every process."""
         self.leave()
-        phase = [phase for phase in self._prefix if phase.from_step <= step][-1] if self._prefix else None
-        if phase is not None and phase.blocks:
+        blocks = [phase for phase in self._prefix if phase.from_step <= step][-1].blocks if self._prefix else 0
+        if blocks:
             limit = int(SHARE_OF_FREE_MEMORY * free_memory())
             store = make_store(limit, torch.uint8)
-            digest = prefix_digest(self._model, phase.blocks, self.sha256)
-            self._cache = PrefixCache(
-                self._model, phase.blocks, store, digest, self.keeps_training_rows, phase.documents_apart
-            )
+            digest = prefix_digest(self._model, blocks, self.sha256)
+            self._cache = PrefixCache(self._model, blocks, store, digest, self.keeps_training_rows)
             self._cache.put_on()
         if self._casts is not None:
             self._casts.begin()

@@ -17,6 +17,7 @@ states, or of which something has no digest, is computed as it is.
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,15 @@ import torch
 from torch import nn
 
 from partialtune.engine.forward_stack import Worn, put_on
-from partialtune.engine.row_digests import Row, influencing, joined, rows_of, words_of
+from partialtune.engine.packed_rows import kind_of_packing, why_not_apart
+from partialtune.engine.prefix_weights import PrefixWeights
+from partialtune.engine.row_digests import Row, influencing, joined, may_be_packed, rows_of, words_of
 from partialtune.engine.state_store import StateStore
 from partialtune.errors import ModelError
-from partialtune.model.parameters import named_weights, persistent_buffers, plain_name, uncompiled
+from partialtune.model.parameters import uncompiled
 from partialtune.model.structure import decoder_blocks, read_structure
+
+logger = logging.getLogger(__name__)
 
 # What asks for more than the states behind the last block, where it is so or the model's config says so.
 ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
@@ -59,17 +64,18 @@ class Pass:
 
     Attributes:
         inputs: What the outermost module was called with that gets token ids.
+        apart: Whether its rows are packed examples that the model keeps apart.
         decided: Whether it is known if the pass starts from states.
         given: The states (B, T, D) that it starts from, None where the prefix is computed.
-        rows: Those of the batch, to keep their states; None where they are not kept.
+        rows: Those of the batch, or the examples packed in them, to keep their states; None where they are not kept.
         prefix: What the keys of its rows begin with.
     """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         self.inputs = inputs
-        self.decided = False
+        self.apart = self.decided = False
         self.given: torch.Tensor | None = None
-        self.rows: list[Row] | None = None
+        self.rows: Sequence[Row] | None = None
         self.prefix = b""
 
 
@@ -84,7 +90,6 @@ class PrefixCache:
         store: Keeps the states, as bytes: its dtype is uint8.
         weights: A digest of all that the prefix computes with, see `prefix_digest`.
         keeps_training_rows: Whether rows of training come again; those of evaluation do.
-        documents_apart: Whether several documents in one row are computed as if each were alone.
 
     Attributes:
         blocks: The modules of these blocks.
@@ -93,23 +98,18 @@ class PrefixCache:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        blocks: int,
-        store: StateStore,
-        weights: bytes = b"",
-        keeps_training_rows: bool = True,
-        documents_apart: bool = False,
+        self, model: nn.Module, blocks: int, store: StateStore, weights: bytes = b"", keeps_training_rows: bool = True
     ) -> None:
         self._model = uncompiled(model)
         self.blocks = list(decoder_blocks(self._model)[:blocks])
-        self.store, self._weights, self.keeps_training_rows = store, weights, keeps_training_rows
-        self._documents_apart = documents_apart
+        self.store, self.keeps_training_rows = store, keeps_training_rows
+        self._weights = PrefixWeights(self._model, blocks, weights)
         self.hits = self.misses = 0
         self.passed_by: Counter[str] = Counter()
         self._pass: Pass | None = None
         self._forms: dict[bytes, Form] = {}
         self._expected: tuple[dict[str, torch.Tensor], list[Row]] | None = None
+        self._not_apart: dict[tuple[Any, ...], str] = {}
         self._labels: dict[str, torch.Tensor] = {}
         self._worn: list[Worn] = []
         inside = [module for block in self.blocks for module in block.modules()]
@@ -138,10 +138,11 @@ class PrefixCache:
 
         Args:
             inputs: The batch.
-            rows: Its rows; None where they are unknown.
+            rows: Its rows, or the examples packed in them, as `rows_of` gives them; None where they are unknown.
         """
         before = self._expected, self._labels
-        self._expected = None if rows is None else (influencing(inputs), list(rows))
+        if rows is not None:  # else an outer one may know them: a Trainer's evaluation step calls its `compute_loss`
+            self._expected = influencing(inputs), list(rows)
         self._labels = {name: inputs[name] for name in TARGETS if isinstance(inputs.get(name), torch.Tensor)}
         try:
             yield
@@ -154,26 +155,48 @@ class PrefixCache:
         """Stands in for the modules around the blocks: notes what the outermost that gets token ids is called with."""
         if self._pass is not None:
             return forward(*args, **kwargs)
-        kwargs = self._begin(module, args, kwargs)
+        kwargs = self._begin(module, forward, args, kwargs)
         try:
             return forward(*args, **kwargs)
         finally:
             self._pass = None
 
     @torch.compiler.disable  # digests and keys are no arithmetic of the model: a graph would hold those of one batch
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _begin(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Note the pass. Gives the keywords to go on with."""
         inputs = _by_name(module, args, kwargs)
         if inputs is None or not isinstance(inputs.get("input_ids"), torch.Tensor):
             return kwargs
-        self._pass = Pass(inputs)
         by_place = inputs.keys() - kwargs.keys()
         is_open = inputs.get("use_cache") is None and inputs.get("past_key_values") is None
         if module.training and is_open and "use_cache" not in by_place and _takes(module, "use_cache"):
             # In training nobody goes on from keys and values, which most configs ask for. A Trainer switches them off.
             inputs["use_cache"] = False
-            return {**kwargs, "use_cache": False}
+            kwargs = {**kwargs, "use_cache": False}
+        apart = self._keeps_apart(forward, inputs)
+        self._pass = Pass(inputs)
+        self._pass.apart = apart
         return kwargs
+
+    def _keeps_apart(self, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
+        """Whether a batch is packed, of a kind whose examples the model keeps apart: proved at the first of it."""
+        if not may_be_packed(inputs) or self._asks_for_more(inputs):
+            return False
+        kind = kind_of_packing(self._model, inputs)
+        if kind not in self._not_apart:
+            name = type(self._model).__name__
+            self._pass = Pass({})  # the passes of the proof are none to start from states
+            self._pass.decided = True
+            try:
+                why_not = why_not_apart(self._model, self.blocks[-1], forward, inputs, name)
+            finally:
+                self._pass = None
+            self._not_apart[kind] = why_not
+            if why_not:
+                logger.info("States of packed rows are kept by whole rows: %s.", why_not)
+        return not self._not_apart[kind]
 
     @torch.compiler.disable
     def _states(self) -> torch.Tensor | None:
@@ -193,6 +216,9 @@ class PrefixCache:
         if rows is None:
             self.passed_by[why_not or "an input that has no digest"] += 1
             return
+        rows = rows if now.apart else joined(rows)
+        if self._weights.have_changed():
+            self.store.forget()
         now.prefix = self._key_prefix(words or "")
         form = self._forms.get(now.prefix)
         if self._counts_padding(rows):
@@ -230,9 +256,8 @@ class PrefixCache:
         if self._expected is not None:
             expected, rows = self._expected
             if expected.keys() == tensors.keys() and all(expected[name] is tensors[name] for name in tensors):
-                return rows if self._documents_apart else joined(rows)
-        found = rows_of(inputs)
-        return found if found is None or self._documents_apart else joined(found)
+                return rows
+        return rows_of(inputs)
 
     def _counts_padding(self, rows: Sequence[Row]) -> bool:
         """Whether a target counts that is predicted from padding: its states are not kept."""
@@ -254,7 +279,7 @@ class PrefixCache:
         # peft switches adapters off for a second pass over the same model, as for the reference of DPO
         adapters = [(one.disable_adapters, one.active_adapters, one.merged) for one in self._adapted]
         text = f"{len(self.blocks)} blocks, autocast {autocast}, {words}, {adapters}"
-        return hashlib.blake2b(self._weights + text.encode(), digest_size=16).digest()
+        return hashlib.blake2b(self._weights.digest + text.encode(), digest_size=16).digest()
 
     @staticmethod
     def _key(prefix: bytes, row: Row) -> bytes:
@@ -328,21 +353,6 @@ def block_output(model: nn.Module, output: Any, input_ids: torch.Tensor) -> tupl
     kind = output.device.type
     low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     return output, Form(output.dtype, tail, torch.bfloat16 if low else output.dtype)
-
-
-def prefix_digest(model: nn.Module, blocks: int, sha256: Mapping[str, str]) -> bytes:
-    """A digest of all weights and stored buffers that the first `blocks` blocks compute with, and what is before them.
-
-    Args:
-        model: The model itself.
-        blocks: Number of blocks.
-        sha256: By name of each parameter, and of each persistent buffer where there are any.
-    """
-    path = read_structure(model).blocks_path
-    behind = tuple(plain_name(f"{path}.{number}.") for number in range(blocks, len(decoder_blocks(model))))
-    names = [name for name, _ in (*named_weights(model), *persistent_buffers(model))]
-    parts = [f"{name} {sha256.get(name)}" for name in names if not name.startswith(behind)]
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
 
 
 def _above_blocks(model: nn.Module) -> list[nn.Module]:

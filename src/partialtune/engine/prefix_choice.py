@@ -6,7 +6,7 @@ a few passes of the model before training: a pass that starts from kept states h
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -40,17 +40,14 @@ class PrefixPhase:
         from_step: Its first step.
         blocks: Blocks whose states are kept, 0 where they are computed at every step.
         reason: In words.
-        documents_apart: Whether several documents in one row are computed as if each were alone, so that each is kept
-            by itself.
     """
 
     from_step: int
     blocks: int
     reason: str
-    documents_apart: bool = field(default=False, compare=False)  # of the model, whatever was chosen
 
     def to_json(self) -> dict[str, Any]:
-        return {"from_step": self.from_step, "blocks": self.blocks, "reason": self.reason}
+        return asdict(self)
 
 
 def choose_prefix(
@@ -85,8 +82,7 @@ def choose_prefix(
         else:
             reason = tried[phase.first_block]
         kept = 0 if reason else phase.first_block
-        apart = bool(kept) and documents_apart(model, kept)
-        chosen.append(PrefixPhase(phase.first_step, kept, reason or "rows that come again start from them", apart))
+        chosen.append(PrefixPhase(phase.first_step, kept, reason or "rows that come again start from them"))
     if wanted == "memory" and not any(phase.blocks for phase in chosen):
         raise RecipeError(f"prefix_cache: memory is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
     return chosen
@@ -146,32 +142,6 @@ def _tried(model: nn.Module, blocks: int) -> str:
         return ""
     cause = "later blocks use more than the states of the last frozen one, or something below them is drawn at random"
     return f"{cause} ({apart:.1e} off)"
-
-
-def documents_apart(model: nn.Module, blocks: int) -> bool:
-    """Whether the first blocks compute two documents in one row as if each were alone.
-
-    Where positions begin anew, attention looks at nothing before, in most models. One that mixes neighbours otherwise,
-    as by convolution or a recurrent state, may run on.
-    """
-    ids = probe_windows(model, TRIED_TOKENS, [])[:1]
-    half = ids.shape[1] // 2
-    last = decoder_blocks(model)[blocks - 1]
-
-    def states(of: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        positions = torch.cat([torch.arange(length, device=of.device) for length in lengths])[None]
-        output = reach(
-            model, of, lambda stop: last.register_forward_hook(lambda *seen: stop(seen[2])), position_ids=positions
-        )
-        return output[0] if isinstance(output, tuple) else output
-
-    try:
-        with evaluating(model):
-            together = states(ids, [half, ids.shape[1] - half])
-            alone = torch.cat([states(ids[:, :half], [half]), states(ids[:, half:], [ids.shape[1] - half])], 1)
-    except ModelError:  # it takes no positions
-        return False
-    return float((together - alone).norm() / alone.norm()) <= AGREEMENT
 
 
 def try_prefix(model: nn.Module, blocks: int, input_ids: torch.Tensor) -> float:
@@ -236,7 +206,7 @@ def _head_input(
         return head.register_forward_pre_hook(before, with_kwargs=True)
 
     torch.manual_seed(seed)  # blocks that train may have dropout: the same draws in the passes that are compared
-    return reach(model, input_ids, hook, what)
+    return reach(model, {"input_ids": input_ids, "use_cache": False}, hook, type(model).__name__, what)
 
 
 def prefix_words(phases: Sequence[PrefixPhase]) -> str:

@@ -4,8 +4,9 @@ In:  what a forward pass is called with, or a batch that will be: input_ids (B, 
 Out: a `Row` for each of the B rows: its digest, and where its tokens lie between padding.
 
 Digests are of the tokens without padding, with their positions and the mask between them: the same text padded to
-another length, in another batch, of another data set has the same one. Of several documents that a collator without
-padding joins to one row, each has a `Row` of its own: they come again in another order, beside others.
+another length, in another batch, of another data set has the same one. Of rows that hold several examples, as packing
+and padding-free collators make them, each example is a `Row`, where the model keeps them apart (`packed_rows`): the
+same examples hardly ever meet again in one row.
 """
 
 import hashlib
@@ -15,27 +16,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-ROWS = (
-    "partialtune_rows"  # the key of a batch under which its rows travel to the model: a list, which stays on the host
-)
+ROWS = "partialtune_rows"  # the key of a batch under which its rows travel to the model: a list, stays on the host
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # (examples + 1,): where packed examples begin, beside their positions
+NUMBERS = "seq_idx"  # (B, T): of which example each token is
+LONGEST = ("max_length_q", "max_length_k")  # room that attention's kernels take for the longest example
 
 # What a model is called with that cannot change the states behind its first blocks.
 WITHOUT_INFLUENCE = frozenset(
-    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS}
+    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache", ROWS, *LONGEST}
     | {"output_hidden_states", "output_attentions", "output_router_logits"}  # asked for: the pass is not cached at all
-    | {"max_length_q", "max_length_k"}  # room that attention's kernels take for the longest document
 )
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # where documents in one row begin and end
-NUMBERS = "seq_idx"  # the number of each token's document
 SCALARS = (bool, int, float, str, type(None))
 
 
 class Row(NamedTuple):
-    """A row of a batch, or one of the documents in it.
+    """A row of a batch, or one of the examples that are packed in it.
 
     Attributes:
         digest: 16 bytes.
-        start, end: Its tokens are columns `start` to before `end`; what no `Row` holds is padding.
+        start, end: Its tokens are columns `start` to before `end`; what is outside is padding, or other examples.
         number: Of the row in the batch.
     """
 
@@ -55,7 +54,13 @@ def influencing(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
-    """A `Row` for each row of the batch, or document in it; None where `input_ids` are not token ids (B, T)."""
+    """A `Row` for each row of the batch, or each example that is packed in them, see `joined`.
+
+    None where `input_ids` are not token ids (B, T).
+    """
+    examples = segments_of(inputs)
+    if examples is not None:
+        return examples
     tensors = {name: value.detach().cpu() for name, value in influencing(inputs).items()}
     ids = tensors.pop("input_ids", None)
     if ids is None or ids.dim() != 2 or ids.is_floating_point():
@@ -64,64 +69,85 @@ def rows_of(inputs: Mapping[str, Any]) -> list[Row] | None:
     padded = mask is not None and mask.shape == ids.shape
     if padded:
         del tensors["attention_mask"]
-    starts = None if padded else _documents(tensors, ids)  # under a mask models take no row for several documents
-    if starts is not None:
-        bounds = [(0, start, end) for start, end in pairwise([*starts, ids.shape[1]])]
-    else:
-        row_bounds = [_bounds(row) for row in mask] if padded and mask is not None else [(0, ids.shape[1])] * len(ids)
-        bounds = [(number, start, end) for number, (start, end) in enumerate(row_bounds)]
     rows = []
-    for number, start, end in bounds:
+    for number in range(ids.shape[0]):
+        start, end = _bounds(mask[number]) if padded and mask is not None else (0, ids.shape[1])
         parts = hashlib.blake2b(digest_size=16)
-        _add(parts, "input_ids", ids[number, start:end].to(torch.int64))
+        add_tensor(parts, "input_ids", ids[number, start:end].to(torch.int64))
         if padded and mask is not None:
             inner = mask[number, start:end]
             if not bool(inner.all()) or given:  # under given positions models take no mask for "packed"
-                _add(parts, "attention_mask", inner.to(torch.int64))
+                add_tensor(parts, "attention_mask", inner.to(torch.int64))
         if not given:  # models count columns then, those of padding too
             parts.update(b"from %d" % start)
         for name in sorted(tensors):
-            _add(parts, name, _of_row(tensors[name], number, ids.shape, start, end))
+            add_tensor(parts, name, _of_row(name, tensors[name], number, ids.shape, start, end))
         rows.append(Row(parts.digest(), start, end, number))
     return rows
 
 
-def _documents(tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> list[int] | None:
-    """First columns of the documents that are joined to one row (1, N); None where the batch is none such.
+def may_be_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether the rows may hold several examples, by the names and shapes of a batch alone."""
+    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    if not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
+        return False
+    if ids.dim() != 2 or ids.shape != positions.shape or not ids.numel():
+        return False
+    if ids.is_floating_point() or positions.is_floating_point() or positions.dtype == torch.bool:
+        return False
+    return influencing(inputs).keys() <= {"input_ids", "position_ids", *BOUNDS, NUMBERS}
 
-    Positions begin anew at each. What else says where they begin must say the same, and is taken out of the tensors:
-    it tells of the documents beside one, too.
+
+def segments_of(inputs: Mapping[str, Any]) -> list[Row] | None:
+    """A `Row` for each example of packed rows; None where rows are not packed, or their lengths contradict each other.
+
+    An example ends where a position is not the one before plus 1, which is how transformers tells. `cu_seq_lens_q` and
+    `_k` and `seq_idx` say the same again, and are left out of the digest.
     """
-    positions = tensors.get("position_ids")
-    if positions is None or "attention_mask" in tensors or ids.shape[0] != 1 or positions.shape != ids.shape:
+    if not may_be_packed(inputs):
         return None
-    firsts = positions[0] == 0
-    if not bool(firsts[:1].all()) or not bool((firsts[1:] | (positions[0].diff() == 1)).all()):
+    ids = inputs["input_ids"].detach().cpu().to(torch.int64)
+    positions = inputs["position_ids"].detach().cpu().to(torch.int64)
+    begins = torch.ones(ids.shape, dtype=torch.bool)
+    begins[:, 1:] = positions.diff(dim=1) != 1
+    anew = positions[begins]  # a jump to anywhere else is no beginning that a collator makes
+    if not bool(((anew == 0) | (anew == positions[0, 0])).all()):
         return None
-    starts = firsts.nonzero().flatten().tolist()
-    said = {name: torch.tensor([[*starts, ids.shape[1]]]) for name in BOUNDS} | {NUMBERS: firsts.cumsum(0)[None] - 1}
-    present = {name: expected for name, expected in said.items() if name in tensors}
-    if any(tensors[name].reshape(1, -1).tolist() != expected.tolist() for name, expected in present.items()):
+    bounds = [*begins.flatten().nonzero().flatten().tolist(), ids.numel()]  # columns, as if all rows were one
+    if not _say_the_same(inputs, begins, bounds):
         return None
-    for name in present:
-        del tensors[name]
-    return starts
+    width, rows = ids.shape[1], []
+    for first, end in pairwise(bounds):
+        number, start = divmod(first, width)
+        columns = slice(start, start + end - first)
+        parts = hashlib.blake2b(digest_size=16)
+        add_tensor(parts, "input_ids", ids[number, columns])
+        add_tensor(parts, "position_ids", positions[number, columns])
+        rows.append(Row(parts.digest(), columns.start, columns.stop, number))
+    return rows
+
+
+def _say_the_same(inputs: Mapping[str, Any], begins: torch.Tensor, bounds: list[int]) -> bool:
+    """Whether all that tells where examples end tells the same: flash attention goes by lengths, not by positions."""
+    index = inputs.get(NUMBERS)
+    if isinstance(index, torch.Tensor):
+        index = index.detach().cpu()
+        if index.shape != begins.shape or not torch.equal(index.diff(dim=1) != 0, begins[:, 1:]):
+            return False
+    given = [inputs[name] for name in BOUNDS if isinstance(inputs.get(name), torch.Tensor)]
+    return all(value.flatten().tolist() == bounds for value in given)
 
 
 def joined(rows: Sequence[Row]) -> list[Row]:
-    """The documents of each row of the batch as one `Row`: for a model that does not compute them apart."""
-    parts = [list(of_row) for _, of_row in groupby(rows, key=lambda row: row.number)]
-    return [
-        of_row[0]
-        if len(of_row) == 1
-        else Row(
-            hashlib.blake2b(b"".join(row.digest for row in of_row), digest_size=16).digest(),
-            of_row[0].start,
-            of_row[-1].end,
-            of_row[0].number,
-        )
-        for of_row in parts
-    ]
+    """The examples of each row of the batch as one `Row`: for a model that does not keep them apart."""
+    whole = []
+    for _, examples in groupby(rows, key=lambda row: row.number):
+        first, *others = examples
+        if others:
+            parts = hashlib.blake2b(b"".join(row.digest for row in (first, *others)), digest_size=16)
+            first = Row(parts.digest(), first.start, others[-1].end, first.number)
+        whole.append(first)
+    return whole
 
 
 def words_of(inputs: Mapping[str, Any]) -> str | None:
@@ -142,17 +168,20 @@ def _bounds(mask: torch.Tensor) -> tuple[int, int]:
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
-def _of_row(value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:
-    """What of a tensor belongs to a row: (B, T, ...) its tokens, (B, ...) its own, anything else the whole."""
-    if value.dim() and value.shape[0] == shape[0]:
-        row = value[number]
-        return row[start:end] if row.dim() and row.shape[0] == shape[1] else row
-    if value.dim() == 2 and value.shape == (1, shape[1]):  # positions, the same for all rows
+def _of_row(name: str, value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:
+    """What of a tensor belongs to a row: of (B, T, ...) its tokens, of any other the whole.
+
+    A first dimension of B alone says nothing: `cu_seq_lens` of B - 1 examples and the positions (3, B, T) of a model
+    of images have one at times. The whole is always right, if less often met again.
+    """
+    if value.shape[:2] == shape:
+        return value[number, start:end]
+    if name == "position_ids" and value.shape == (1, shape[1]):  # the same for all rows
         return value[0, start:end]
     return value
 
 
-def _add(parts: Any, name: str, value: torch.Tensor) -> None:
+def add_tensor(parts: Any, name: str, value: torch.Tensor) -> None:
     """Add a tensor to a digest: its name, dtype, shape and bytes."""
     parts.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
     flat = value.contiguous().reshape(-1)

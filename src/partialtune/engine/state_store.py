@@ -33,6 +33,9 @@ class StateStore(Protocol):
     def put(self, key: bytes, states: torch.Tensor) -> bool:
         """Keep the states of a row, on the CPU and in the store's dtype. False where there is no room."""
 
+    def forget(self) -> None:
+        """Nothing that was kept will be asked for again."""
+
     def close(self) -> None:
         """Give the memory back."""
 
@@ -70,9 +73,12 @@ class MemoryStore:
         self._kept[key] = place
         return True
 
-    def close(self) -> None:
+    def forget(self) -> None:
         self._kept.clear()
         self._slab, self._used, self.size = torch.empty(0, dtype=torch.uint8), 0, 0
+
+    def close(self) -> None:
+        self.forget()
 
 
 class SharedStore:
@@ -119,6 +125,9 @@ class SharedStore:
         self._end += -(-size // 64) * 64
         self.size += size
         return True
+
+    def forget(self) -> None:
+        """Nothing: another process may be in the midst of reading what is written over. The room stays taken."""
 
     def close(self) -> None:
         for log in self._logs:

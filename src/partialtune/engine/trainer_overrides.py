@@ -115,8 +115,11 @@ class TunedTrainer(Base):
         """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
         # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
         known = isinstance(loader, DataLoader) and not isinstance(loader, DataLoaderDispatcher)
-        if self.tuning.fast.keeps_prefix and known and not isinstance(loader.collate_fn, DigestingCollator):
-            loader.collate_fn = DigestingCollator(loader.collate_fn)
+        if self.tuning.fast.keeps_prefix and known:
+            # accelerate's loader reads from one that it holds, whose collator it is that counts
+            inner = getattr(loader, "base_dataloader", loader)
+            if not isinstance(inner.collate_fn, DigestingCollator):
+                inner.collate_fn = DigestingCollator(inner.collate_fn)
         return loader
 
     def compute_loss(self, model, inputs, *args, **kwargs):
