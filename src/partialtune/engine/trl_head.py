@@ -10,6 +10,7 @@ is a row for each token, which backward multiplies with that token's gradient: t
 """
 
 import importlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,7 +36,15 @@ def has_frozen_trl_head(model: nn.Module) -> bool:
     if not any(getattr(one, "__globals__", {}).get("__name__") == TRL for one in forwards):
         return False
     head: Any = model.get_output_embeddings()
-    return not any(parameter.requires_grad for parameter in head.parameters())
+    return _is_known() and not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _is_known() -> bool:
+    """Whether TRL's function takes what it took when this was written; a later TRL's own one is left where it is."""
+    own = getattr(importlib.import_module(TRL), FUNCTION, None)
+    names = [*inspect.signature(own.forward).parameters][1:] if own is not None else []
+    ours = [*inspect.signature(_InPlaceOf.apply).parameters][1:]
+    return names == ours
 
 
 @contextmanager
@@ -68,15 +77,15 @@ class _InPlaceOf:
         targets: torch.Tensor,
         temperature: float,
         chunk_size: int,
-        softcap: float | None = None,
+        final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> Any:
         # Also without gradients: DPO's rewards are differences from the reference, of which rounding is to be the same.
         head_learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
         # On a GPU TRL's kernels read each tile of logits once, and these operations each of them several times.
-        if head_learns or softcap is not None or hidden.device.type != "cpu":
-            rest = (temperature, chunk_size, softcap, logit_scale, outputs)
+        if head_learns or final_logit_softcapping is not None or hidden.device.type != "cpu":
+            rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return self._own.apply(hidden, weight, bias, targets, *rest)
         return _FrozenHead.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_compiled_module
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
@@ -193,7 +194,7 @@ class ProductCount(TrainerCallback):
         self.flops_per_step: int | None = None
         self._hits, self._hits_before = hits, 0
         self._wanted, self._from_states = True, False  # whether to count the next batch; whether one was from states
-        self._counter: FlopCounterMode | None = None
+        self._counter: _Products | None = None
 
     def __enter__(self) -> "ProductCount":
         return self
@@ -211,13 +212,13 @@ class ProductCount(TrainerCallback):
         if counter is None:
             return None
         counter.__exit__(None, None, None)
-        return counter.get_total_flops()
+        return counter.total
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self._hits_before = self._hits()
         if self._wanted and not args.torch_compile and not is_compiled_module(model):
             self._wanted = False
-            self._counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+            self._counter = _Products()
             self._counter.__enter__()
 
     def on_substep_end(self, args, state, control, **kwargs):
@@ -232,6 +233,29 @@ class ProductCount(TrainerCallback):
             self.flops_per_step = counted * args.gradient_accumulation_steps
         if self._hits() > self._hits_before and not self._from_states:
             self._wanted = self._from_states = True
+
+
+class _Products(TorchDispatchMode):
+    """Adds up the products of the operations that run within it, and runs each of them as it is.
+
+    torch's own FlopCounterMode takes operations apart that it has no formula for, such as a fused RMS norm, and so
+    rounds otherwise: the first step of a Llama would end with other bits than without it.
+
+    Attributes:
+        total: Multiplications and additions so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket  # no public name: see cost/flops.py
+        formula = FORMULAS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _warm(steps: Sequence[Any]) -> Sequence[Any]:
