@@ -18,6 +18,15 @@ from partialtune.model.digests import digests
 from partialtune.proof.audit_result import INTERRUPTED
 from two_processes import on_two_processes
 
+
+@pytest.fixture(autouse=True)
+def no_precision_of_an_earlier_test():
+    """accelerate keeps the precision of a process's first Accelerator, a bf16 Trainer's too, for all later ones."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+
+
 SCHEDULE = [{"from_step": 2, "trainable": ["blocks[-1].mlp"]}, {"from_step": 4, "trainable": ["blocks[-1].attention"]}]
 
 
