@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
+from partialtune.engine.forward_stack import put_on
 from partialtune.engine.packed_rows import why_not_apart
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.row_digests import DigestingCollator, joined, rows_of, segments_of, words_of
@@ -129,12 +130,14 @@ def test_a_pass_that_fails_on_packed_examples_leaves_rows_whole():
 def test_the_proof_runs_once_a_kind_of_batch_and_draws_no_random_number():
     model = model_of("llama sdpa").train()
     seen = []
-    model.model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-        with_kwargs=True,
-    )
+
+    def see(forward, *args, **kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        return forward(*args, **kwargs)
+
     cache = PrefixCache(model, 1, MemoryStore(2**30, torch.uint8))
     cache.put_on()
+    watch = put_on(model.model.layers[0], see)
     batch = FLAT(examples(4))
     state = torch.get_rng_state()
     width = batch["input_ids"].shape[1]
@@ -142,6 +145,7 @@ def test_the_proof_runs_once_a_kind_of_batch_and_draws_no_random_number():
         model(**batch)
     model.set_attn_implementation("eager")
     model(**batch)
+    watch.take_off()
     cache.take_off()
     assert seen == [16, 16, 8, width, width, width, 16, 16, 8, width]  # whole, then twice from states
     assert torch.equal(torch.get_rng_state(), state)

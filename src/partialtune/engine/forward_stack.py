@@ -19,6 +19,9 @@ from typing import Any
 
 from torch import nn
 
+# transformers' hooks collect what a pass is asked for, as by output_hidden_states: such a pass is not cached. Ours look
+# at no logits and no states.
+NOT_OTHERS = ("transformers.", "partialtune.")
 Patch = Callable[..., Any]  # (forward of what lies beneath, *args, **kwargs) -> what the module gives
 
 
@@ -94,8 +97,7 @@ def is_patched_by_others(module: nn.Module) -> bool:
 def has_hooks_of_others(module: nn.Module) -> bool:
     """Whether somebody wants to see what a module is called with, or what it gives."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers' own collect what a pass is asked for (output_hidden_states): such a pass is not cached
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+    return any(not str(getattr(hook, "__module__", "")).startswith(NOT_OTHERS) for hook in hooks)
 
 
 def put_on(module: nn.Module, patch: Patch) -> Worn:
