@@ -62,7 +62,7 @@ def measure_each(shape: Shape, policies=POLICIES):
     The processes are forked from one that has done the imports, so that these are no part of the growth.
     """
     context = multiprocessing.get_context("forkserver")
-    libraries = ["partialtune.cost.forecast", "partialtune.training.trainer", "partialtune.model.loading"]
+    libraries = ["partialtune.cost.forecast", "partialtune.training.recipe_trainer", "partialtune.model.loading"]
     context.set_forkserver_preload(libraries)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for selectors, head in policies:

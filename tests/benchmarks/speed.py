@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 PLAIN = Path(__file__).with_name("plain_loop.py")
-BATCHES_OF_TEXT = 2  # an epoch; what is cached is met again from the third step on
+BATCHES_OF_TEXT = 1  # an epoch: what is kept of a frozen prefix is met again from the second step on
 BESIDE = ", beside"  # after the precision of what another checkout took
 PRODUCT = (4096, 768, 3072)  # of the notebook's batch with a matrix of GPT-2's MLP: the rate that is measured
 
