@@ -16,10 +16,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from partialtune.distributed import decided_by_main, shards_parameters
-from partialtune.engine.fast_paths import FastPaths
+from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
-from partialtune.engine.prefix_choice import WANTED, PrefixPhase, choose_prefix
+from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.trl_head import has_frozen_trl_head
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
@@ -29,8 +29,6 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.model.parameters import uncompiled
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
-
-FAST_PATHS = ("loss", "gelu", "casts")
 
 
 def attach(
@@ -77,7 +75,7 @@ def attach(
         RecipeError: If the Trainer is attached already, or cannot carry the plan out, in words.
     """
     _check_trainer(trainer)
-    check_settings(plan, fast_paths, FAST_PATHS, prefix_cache, WANTED, delta_steps)
+    check_settings(plan, fast_paths, prefix_cache, delta_steps)
     _check(trainer, plan)
     if weight_decay_on not in ("matrices", "all"):
         raise RecipeError(f"weight_decay_on is {weight_decay_on!r}; allowed are matrices, all.")

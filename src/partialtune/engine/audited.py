@@ -30,7 +30,7 @@ from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.forward_stack import put_on
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name
-from partialtune.engine.prefix_choice import WANTED, choose_prefix
+from partialtune.engine.prefix_choice import choose_prefix
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
 from partialtune.freeze.plan import FreezePlan, Phase
@@ -39,8 +39,6 @@ from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 
 logger = logging.getLogger(__name__)
-
-FAST_PATHS = ("loss", "gelu", "casts")
 
 
 def audited(
@@ -90,7 +88,7 @@ def audited(
             f"audited: the model is of type {type(model).__name__}. It takes audited(model, plan, optimizer); for a "
             f"Trainer: attach(trainer, plan)."
         )
-    check_settings(plan, fast_paths, FAST_PATHS, prefix_cache, WANTED, delta_steps)
+    check_settings(plan, fast_paths, prefix_cache, delta_steps)
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     check_untuned(inner)
     _reshard(inner)

@@ -31,6 +31,7 @@ from partialtune.model.parameters import is_sharded
 
 logger = logging.getLogger(__name__)
 
+FAST_PATHS = ("loss", "gelu", "casts")
 SHARE_OF_FREE_MEMORY = 0.5  # what the states of a frozen prefix may take at most
 
 

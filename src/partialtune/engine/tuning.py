@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from markupsafe import Markup
 from torch import nn
 
 from partialtune.distributed import decided_by_main
-from partialtune.engine.fast_paths import FastPaths
+from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
+from partialtune.engine.prefix_choice import WANTED
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.audit import FreezeAuditCallback
@@ -130,17 +131,13 @@ def check_untuned(model: nn.Module) -> None:
         )
 
 
-def check_settings(
-    plan: Any, enabled: Any, known: Collection[str], prefix_cache: Any, choices: Sequence[str], delta_steps: Any
-) -> None:
+def check_settings(plan: Any, enabled: Any, prefix_cache: Any, delta_steps: Any) -> None:
     """Stop where `attach` or `audited` was given something of another kind than it takes.
 
     Args:
         plan: A plan.
-        enabled: Of `known`.
-        known: Names of fast paths.
-        prefix_cache: One of `choices`, or what was chosen before.
-        choices: For the prefix.
+        enabled: Fast paths.
+        prefix_cache: `auto`, `off`, `memory`, or what was chosen before.
         delta_steps: Steps, at least 1.
 
     Raises:
@@ -152,10 +149,12 @@ def check_settings(
             f"returns."
         )
     if isinstance(enabled, str) or not isinstance(enabled, Collection):
-        raise RecipeError(f"fast_paths is {enabled!r}; it takes a list, of {', '.join(known)}; () switches all off.")
-    if unknown := sorted(set(map(str, enabled)) - set(known)):
-        raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(known)}.")
+        raise RecipeError(
+            f"fast_paths is {enabled!r}; it takes a list, of {', '.join(FAST_PATHS)}; () switches all off."
+        )
+    if unknown := sorted(set(map(str, enabled)) - set(FAST_PATHS)):
+        raise RecipeError(f"fast_paths: {', '.join(unknown)} is none; there are {', '.join(FAST_PATHS)}.")
     if not isinstance(prefix_cache, (str, list, tuple)):
-        raise RecipeError(f"prefix_cache is {prefix_cache!r}; allowed are {', '.join(choices)}.")
+        raise RecipeError(f"prefix_cache is {prefix_cache!r}; allowed are {', '.join(WANTED)}.")
     if isinstance(delta_steps, bool) or not isinstance(delta_steps, int) or delta_steps < 1:
         raise RecipeError(f"delta_steps is {delta_steps!r}; allowed is a whole number of steps, at least 1.")
