@@ -88,7 +88,7 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     """Rank the blocks and parts of a recipe's base by their gradients on a few batches of its training text.
 
     Args:
-        recipe: Its `trainable`, `schedule` and `method` do not matter.
+        recipe: Its `trainable`, `schedule`, `block_sampling` and `method` do not matter.
         batches: Of `per_device_train_batch_size` windows each, drawn from the training windows by the recipe's seed.
         top: How many blocks to choose, see `rank`.
 
@@ -201,7 +201,7 @@ def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
         ranking: Its ranking.
     """
     left_out = (
-        *("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
+        *("schedule", "block_sampling", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
         *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),  # it is another model
     )
     kept = {key: value for key, value in values.items() if key not in left_out}
