@@ -57,7 +57,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def named_learners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `named_weights`, with what an optimizer holds: of a matrix of which some rows train, the parameter of these."""
+    """As `named_weights`, but of a matrix of which some rows train the parameter of these, as an optimizer holds it."""
     rows = rows_by_matrix(model)
     for name, parameter in named_weights(model):
         trained = rows.get(id(parameter))
