@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from partialtune.model.loading import quiet_libraries
@@ -26,13 +27,15 @@ from partialtune.rank.signal_to_noise import WeightRanking, rank_weights
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 from partialtune.recipe_run.train import train
 
+PARTS = ("attention", "mlp")
 SCORES = ("||gradient|| / ||weights||", "||gradient||", "signal / noise")
 
 
 def score_of(recipe: Recipe, trainable: Sequence[str], folder: Path) -> tuple[float, float]:
     """Bits per byte of the held-out text before and after training this."""
     quiet = {"save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True, "prompts": ["The"]}
-    train(recipe_from_values({**recipe.values, **quiet, "trainable": list(trainable), "output_dir": str(folder)}))
+    with redirect_stdout(sys.stderr):  # the table alone is the output
+        train(recipe_from_values({**recipe.values, **quiet, "trainable": list(trainable), "output_dir": str(folder)}))
     scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["validation"]
     return scores["before"]["bits_per_byte"], scores["after"]["bits_per_byte"]
 
@@ -71,9 +74,7 @@ def against_each(known: argparse.Namespace, words: Sequence[str]) -> None:
         weights = rank_weights(recipe.model.model_name_or_path)
         groups = {
             "blocks": list(ranking.blocks),
-            "attention and mlp": [
-                p for p in ranking.parts if p.block is not None and p.component in ("attention", "mlp")
-            ],
+            "attention and mlp": [part for part in ranking.parts if part.block is not None and part.component in PARTS],
         }
         for group, entries in groups.items():
             gains, scores = [], []

@@ -314,12 +314,8 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         if known.figure:
             raise InputError("--figure draws the ranking by gradient. Leave it out with --by snr.")
         base = recipe.model
-        name = (
-            base.model_name_or_path
-            if base.model_revision == "main"
-            else f"{base.model_name_or_path}@{base.model_revision}"
-        )
-        by_weights = rank_weights(name, known.top, base.trust_remote_code)
+        at = "" if base.model_revision == "main" else f"@{base.model_revision}"
+        by_weights = rank_weights(base.model_name_or_path + at, known.top, base.trust_remote_code)
         if written:
             write_recipe(written, recipe_of(recipe.values, by_weights.selectors), {"rank": {"ranked": known.recipe}})
         print(json.dumps(by_weights.to_json(), indent=2, allow_nan=False) if known.json else weight_table(by_weights))

@@ -1,4 +1,4 @@
-"""What each choice of a ranking would cost: selector -> where backward stops, and a step beside one of full fine-tuning.
+"""What each choice of a ranking would cost: selector -> where backward stops, and a step beside a full one.
 
 A good score is half of an answer. What lies low in the model costs a backward pass through all blocks above it, and no
 state behind frozen blocks can be kept; what lies high costs little.

@@ -114,10 +114,8 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     check_conformance(model, recipe.text.block_size)
     set_seed(seed)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    found = rank(probe(model, windows, batch_size, recipe.freeze.head), top)
-    return with_costs(
-        replace(found, full_step_seconds=found.full_step_seconds * batch_size), recipe, empty_model(config)
-    )
+    found = rank(probe(model, windows, batch_size, recipe.freeze.head), top, batch_size)
+    return with_costs(found, recipe, empty_model(config))
 
 
 def with_costs(ranking: Ranking, recipe: Recipe, model: nn.Module) -> Ranking:
@@ -130,19 +128,18 @@ def with_costs(ranking: Ranking, recipe: Recipe, model: nn.Module) -> Ranking:
     """
     entries = [*ranking.blocks, *ranking.parts]
     costs = costs_of(model, [entry.selector for entry in entries], recipe.text.block_size, recipe.freeze.head)
-    blocks, parts = (
-        tuple(replace(entry, cost=costs[entry.selector]) for entry in group)
-        for group in (ranking.blocks, ranking.parts)
-    )
-    return replace(ranking, blocks=blocks, parts=parts)
+    groups = (ranking.blocks, ranking.parts)
+    priced = [tuple(replace(one, cost=costs[one.selector]) for one in group) for group in groups]
+    return replace(ranking, blocks=priced[0], parts=priced[1])
 
 
-def rank(probe: Probe, top: int | None = None) -> Ranking:
+def rank(probe: Probe, top: int | None = None, batch_size: int = 1) -> Ranking:
     """Order blocks and parts.
 
     Args:
         probe: Of the model on the recipe's text.
         top: How many blocks to choose; if None, a quarter of them, at least one.
+        batch_size: Windows of a step.
     """
     plan = probe.plan
     count = min(top or max(1, round(plan.block_count / USUAL_SHARE)), plan.block_count)
@@ -154,7 +151,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
         blocks=blocks,
         parts=_ordered(probe, _part_of),
         chosen=tuple(sorted(entry.block for entry in blocks[:count] if entry.block is not None)),
-        full_step_seconds=probe.window_seconds,
+        full_step_seconds=probe.window_seconds * batch_size,
     )
 
 
@@ -212,8 +209,8 @@ def _about_costs(ranking: Ranking) -> list[str]:
         return []
     return [
         "",
-        f"Backward: the blocks that it runs through. Step: its arithmetic times the {ranking.full_step_seconds:.3g} s that "
-        f"a batch took with all gradients;",
+        "backward: the blocks that it runs through. step: arithmetic, times the "
+        f"{ranking.full_step_seconds:.3g} s that a batch took with all gradients.",
         "kept: the same where the states behind the frozen blocks below are kept (prefix_cache).",
     ]
 
