@@ -35,6 +35,14 @@ def rows_in_words(rows: Rows) -> str:
     return ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows)
 
 
+def other_rows_name(name: str, rows: Rows) -> str:
+    """What the frozen rows of a matrix are called, by themselves, in digests, audits and messages.
+
+    other_rows_name("transformer.wte.weight", ((95, 99),)) -> "transformer.wte.weight (rows other than 95:99)"
+    """
+    return f"{name} (rows other than {rows_in_words(rows)})"
+
+
 def take_rows(values: torch.Tensor, rows: Rows) -> torch.Tensor:
     """These rows of a tensor in a new tensor, in their order: (n, ...)."""
     return torch.cat([values[start:stop] for start, stop in rows])
