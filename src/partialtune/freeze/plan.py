@@ -168,7 +168,7 @@ class FreezePlan:
 
     @property
     def frozen_rows(self) -> dict[str, Rows]:
-        """What the frozen rows of each such matrix are called by themselves -> the rows that train, left out of them."""
+        """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
         return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
 
     @property

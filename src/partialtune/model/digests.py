@@ -26,7 +26,7 @@ from partialtune.model.parameters import (
     whole,
     whole_on_main,
 )
-from partialtune.model.rows import Rows, other_runs, take_other_rows
+from partialtune.model.rows import Rows, other_runs, take_other_rows, with_rows
 
 # Beside floats below 64 bits. Whole numbers of 32 bits are not among them: fp32 has 24 bits for its digits.
 HELD_BY_FP32 = frozenset({torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16})
@@ -50,13 +50,27 @@ def digest(parameter: torch.Tensor) -> str:
 
 def digest_of_other_rows(values: torch.Tensor, rows: Rows) -> str:
     """`digest` of all other rows of a matrix than these, run after run, as if they alone were the matrix."""
-    return _digest_of_whole(whole(values), rows)
+    return _digest_of_others(whole(values), rows)
 
 
-def _digest_of_whole(values: torch.Tensor, left_out: Rows | None = None) -> str:
-    sha, narrow = hashlib.sha256(), fp32_holds(values)
-    for part in [values] if left_out is None else take_other_rows(values, left_out):
-        for piece in chunks_of(part):
+def digest_with_rows(values: torch.Tensor, rows: Rows, new: torch.Tensor) -> str:
+    """`digest` of a matrix with `new`, (n, ...), in the place of these rows."""
+    pieces = with_rows(whole(values), rows, new)
+    return _digest_of_pieces(pieces, fp32_holds(values) and fp32_holds(new))
+
+
+def _digest_of_whole(values: torch.Tensor) -> str:
+    return _digest_of_pieces([values], fp32_holds(values))
+
+
+def _digest_of_others(values: torch.Tensor, rows: Rows) -> str:
+    return _digest_of_pieces(take_other_rows(values, rows), fp32_holds(values))
+
+
+def _digest_of_pieces(pieces: Iterable[torch.Tensor], narrow: bool) -> str:
+    sha = hashlib.sha256()
+    for values in pieces:
+        for piece in chunks_of(values):
             array = piece.to("cpu", torch.float32 if narrow else piece.dtype).resolve_conj().contiguous().numpy()
             sha.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
     return sha.hexdigest()
@@ -98,10 +112,12 @@ def digests_of(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict
         named: The tensors.
         left_out: By name, for what stands for a part of a matrix: rows that are left out, see `digest_of_other_rows`.
     """
-    left_out = left_out or {}
+
+    def hashed(name: str, values: torch.Tensor) -> str:
+        return _digest_of_others(values, left_out[name]) if left_out and name in left_out else _digest_of_whole(values)
+
     # Gathered here, one after another, and hashed in threads: collective operations have to be called in one order.
-    gathered = ((name, whole(tensor)) for name, tensor in named)
-    return in_threads(lambda name, values: _digest_of_whole(values, left_out.get(name)), gathered)
+    return in_threads(hashed, ((name, whole(tensor)) for name, tensor in named))
 
 
 def digests_on_main(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict[str, str]:

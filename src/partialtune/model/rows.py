@@ -4,6 +4,8 @@ A run is [start, stop), as a slice of Python; runs are in order, apart from each
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -19,6 +21,21 @@ def as_runs(numbers: Iterable[int]) -> Rows:
         else:
             runs.append([number, number + 1])
     return tuple((start, stop) for start, stop in runs)
+
+
+def as_rows(runs: Any, length: int) -> Rows:
+    """What a file holds, [[3, 5], [7, 8]], as rows of a tensor with `length` of them.
+
+    Raises:
+        TypeError, ValueError: If it is no list of runs, in order, apart, not empty and within the tensor.
+    """
+    rows = tuple((start, stop) for start, stop in runs)
+    edges = [edge for run in rows for edge in run]
+    if not all(type(edge) is int for edge in edges):
+        raise TypeError(f"rows are {runs!r:.60}, not whole numbers")
+    if not edges or edges[0] < 0 or edges[-1] > length or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"rows are {runs!r:.60}, not runs in order of {length} rows")
+    return rows
 
 
 def row_numbers(rows: Rows) -> list[int]:
@@ -65,3 +82,13 @@ def other_runs(rows: Rows, length: int) -> Rows:
 def take_other_rows(values: torch.Tensor, rows: Rows) -> Iterator[torch.Tensor]:
     """All other rows than these, run after run, without a copy."""
     return (values[start:stop] for start, stop in other_runs(rows, len(values)))
+
+
+def with_rows(values: torch.Tensor, rows: Rows, new: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor `values` with `new`, (n, ...), in the place of these rows, run after run, without a copy."""
+    at = done = 0
+    for start, stop in rows:
+        yield values[done:start]
+        yield new[at : at + stop - start]
+        at, done = at + stop - start, stop
+    yield values[done:]

@@ -30,7 +30,7 @@ from partialtune.model.parameters import (
     whole_on_main,
     with_other_rows,
 )
-from partialtune.model.rows import take_rows
+from partialtune.model.rows import Rows, take_rows
 from partialtune.proof.audit_result import INTERRUPTED, NOT_REACHED, Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
@@ -111,7 +111,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         in_optimizer = {name: (parameter, group) for name, (parameter, group) in trained.items() if group is not None}
         # Replicas get the same updates on every process, so the main one watches for all; of shards each has its own.
         mine = {name: pair for name, pair in in_optimizer.items() if is_main() or is_sharded(pair[0])}
-        self._updates.watch(mine, optimizer, self.snapshot.learner_sums())
+        self._updates.watch(mine, optimizer, self.snapshot.learner_sums(), self.plan.rows)
         self._not_in_optimizer = [name for name in trained if name not in in_optimizer]
         self._not_in_optimizer += [name for name in self.missing_at_start if name not in trained]
         audit = self._names_and_optimizer(model)
@@ -232,6 +232,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))
             audit.stuck, audit.unmoved = self._unmoved(state)
+            audit.rows_without_gradient = self._rows_without_gradient(state, audit)
             audit.below_precision = self._rounded_away(model)
             audit = from_main(audit)  # copies and their distances are known there only
         self.log({"audit/passed": float(audit.passed)}, state)
@@ -314,6 +315,17 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             else:
                 reasons[name] = self._updates.why_not_due(name)
         return stuck, reasons
+
+    def _rows_without_gradient(self, state, audit: Audit) -> dict[str, Rows] | None:
+        """Of each matrix of which some rows train those that never had a gradient; None where there is no such matrix.
+
+        What is not known yet, or said of all of the rows already, is left out.
+        """
+        if not self.plan.rows:
+            return None
+        known = {*self._unreached(state), *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
+        found = {} if self.interrupted() else self._updates.rows.without()
+        return {name: rows for name, rows in found.items() if name not in known}
 
     def _rounded_away(self, model: nn.Module) -> list[str]:
         """Trainable parameters held in 16 bits of which fewer than half of the values moved."""

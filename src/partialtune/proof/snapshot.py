@@ -218,7 +218,9 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
     # What is frozen is not copied: an equal checksum is a distance of 0, another one an unknown distance.
     frozen = ((n, p) for n, p in with_other_rows(named, snapshot.rows) if n not in snapshot.trainable)
     present = bit_sums(frozen, left_out)
-    moved = {name for name, rows in snapshot.rows.items() if not _is_kept(other_rows_name(name, rows), present, snapshot)}
+    moved = {
+        name for name, rows in snapshot.rows.items() if not _is_kept(other_rows_name(name, rows), present, snapshot)
+    }
     learning = ((n, whole_on_main(parameter)) for n, parameter in named if n in snapshot.trainable and n not in moved)
     parts = ((name, _learning_part(name, v, snapshot.rows)) for name, v in learning if v is not None)
     on_main = ((name, values) for name, values in parts if _shape_of(snapshot, name) == values.shape)
