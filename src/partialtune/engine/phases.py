@@ -36,7 +36,7 @@ from partialtune.engine.recomputation import recompute_from
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.block_sampling import blocks_words
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_learners
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Phases:
 def hold_back(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan, step: int) -> list[Held]:
     """Take out of the optimizer what does not learn in this step, but in another one."""
     waiting = set(plan.trainable) - set(plan.phase_at(step).trainable)
-    name_of = {id(parameter): name for name, parameter in named_weights(model) if name in waiting}
+    name_of = {id(parameter): name for name, parameter in named_learners(model) if name in waiting}
     out = []
     for number, group in enumerate(optimizer.param_groups):
         members = members_of(group)
@@ -223,7 +223,7 @@ def phase_words(plan: FreezePlan, phase: Phase) -> str:
     drawn = ""
     if plan.sampling is not None:
         drawn = f"{blocks_words(plan.sampling.draw(plan.sampling.number_at(phase.first_step)))} drawn, "
-    count = sum(parameter.numel for parameter in plan.parameters if parameter.name in names)
+    count = sum(parameter.learning for parameter in plan.parameters if parameter.name in names)
     share = count / plan.total_parameters
     learns = f"{drawn}trainable {count:,} of {plan.total_parameters:,} ({share:.1%})"
     return f"{learns}, backward stops at {phase.backward_from}"

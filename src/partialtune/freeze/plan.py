@@ -5,6 +5,7 @@ Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and 
      (optimizer, audit, deltas, forecast, report) reads it from the plan.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.additions import additions_of, start_words, what_trains
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import plan_html
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE
-from partialtune.grammar.schedule_syntax import STARTS, read_schedule
-from partialtune.model.selectors import resolve_selectors
+from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.model.rows import Rows, count_rows, other_rows_name
+from partialtune.model.selectors import Chosen
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
 HEAD_CHOICES = ("tied", "untied")
@@ -37,6 +40,7 @@ class PlannedParameter:
             where that phase begins at an epoch in a plan made before the text is read.
         learning_rate: What that phase says, None where the recipe's holds.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
+        rows: Which of its rows train, None where all of it does.
         in_turn: Whether it learns only while its block is drawn.
     """
 
@@ -49,12 +53,23 @@ class PlannedParameter:
     from_step: int | None = None
     learning_rate: float | None = None
     fixed: bool = False
+    rows: Rows | None = None
     in_turn: bool = False
 
     @property
     def trainable(self) -> bool:
-        """Whether any phase of the run trains it."""
+        """Whether any phase of the run trains it, or rows of it."""
         return self.selector is not None
+
+    @property
+    def learning_shape(self) -> tuple[int, ...]:
+        """Shape of what an optimizer holds of it, where it trains: that of its rows, if only these train."""
+        return self.shape if self.rows is None else (count_rows(self.rows), *self.shape[1:])
+
+    @property
+    def learning(self) -> int:
+        """Number of its values that train, 0 where it is frozen."""
+        return math.prod(self.learning_shape) if self.trainable else 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class Phase:
     @property
     def start(self) -> str:
         """`step 40`, or `epoch 1.5`."""
-        return _start_words(self.from_step, self.from_epoch)
+        return start_words(self.from_step, self.from_epoch)
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ class FreezePlan:
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(parameter.numel for parameter in self.parameters if parameter.trainable)
+        return sum(parameter.learning for parameter in self.parameters)
 
     @property
     def trainable(self) -> list[str]:
@@ -154,6 +169,16 @@ class FreezePlan:
     def frozen(self) -> list[str]:
         """Names of the parameters that no phase trains."""
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """Name of each matrix of which only some rows train -> which ones."""
+        return {parameter.name: parameter.rows for parameter in self.parameters if parameter.rows is not None}
+
+    @property
+    def frozen_rows(self) -> dict[str, Rows]:
+        """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
+        return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
 
     @property
     def fixed(self) -> list[str]:
@@ -224,7 +249,8 @@ class FreezePlan:
         """The content of `freeze_plan.json`.
 
         Args:
-            before: sha256 digest by parameter name at the start; empty where no weights were read.
+            before: sha256 digest by parameter name at the start, and of the frozen rows of a matrix by their name in
+                `frozen_rows`; empty where no weights were read.
             after: The same at the end.
         """
         return {
@@ -255,12 +281,24 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
+                    **_digests_of_other_rows(parameter, before, after),
                 }
                 for parameter in self.parameters
             ],
         }
+
+
+def _digests_of_other_rows(
+    parameter: PlannedParameter, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The keys of `freeze_plan.json` that only a matrix of which some rows train has."""
+    if parameter.rows is None:
+        return {}
+    name = other_rows_name(parameter.name, parameter.rows)
+    return {"sha256_other_rows_before": before.get(name), "sha256_other_rows_after": after.get(name)}
 
 
 def plan_freeze(
@@ -302,15 +340,16 @@ def plan_freeze(
     first = [trainable] if isinstance(trainable, str) else list(trainable)
     if block_sampling and schedule:
         raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
-    additions = _additions(first, schedule, before_text)
+    additions = additions_of(first, schedule, before_text)
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    chosen = _what_trains(structure, additions) if first or not block_sampling else {}
+    chosen = what_trains(structure, additions) if first or not block_sampling else {}
     parameters = tuple(_planned_parameters(structure, additions, chosen))
     selectors = tuple(selector for addition in additions for selector in addition["trainable"])
     if block_sampling:
-        sampling, drawn = plan_sampling(structure, block_sampling, chosen, seed)
+        rows_of = {name: what.rows for name, (what, _) in chosen.items()}
+        sampling, drawn = plan_sampling(structure, block_sampling, rows_of, seed)
         parameters = tuple(in_turn(parameters, sampling, drawn))
         selectors += tuple(dict.fromkeys(drawn.values()))
         phases: tuple[Phase, ...] = (_phase_of([p for p in parameters if p.trainable], 0, structure.block_count),)
@@ -328,49 +367,11 @@ def plan_freeze(
     )
 
 
-def _start_words(step: int | None, epoch: float | None) -> str:
-    """Where a phase begins: `step 40`, or `epoch 1.5` where it is said in epochs."""
-    return f"step {step}" if epoch is None else f"epoch {epoch:g}"
-
-
-def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool) -> list[dict[str, Any]]:
-    """The entries of the schedule, checked, and before them what trains from the start."""
-    # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
-    entries, problems = read_schedule(schedule, trains_from_start=bool(first))
-    if not before_text and any("from_epoch" in entry for entry in entries):
-        problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
-    if problems:
-        raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
-    return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
-
-
-def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
-    """Name of each trainable parameter -> the selector that chose it, and which entry is the first that adds it."""
-    starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
-    trains: dict[str, tuple[str, int]] = {}
-    for number, addition in enumerate(additions):
-        try:
-            chosen = resolve_selectors(structure, addition["trainable"])
-        except RecipeError as problem:
-            where = f"schedule, from {starts[number]}: " if number else ""
-            raise RecipeError(f"{where}{problem}") from problem
-        # What trains already keeps its phase and its rate, though a later entry names it again.
-        new = {name: (selector, number) for name, selector in chosen.items() if name not in trains}
-        if not new:
-            since = starts[max(trains[name][1] for name in chosen)]
-            raise RecipeError(
-                f"schedule, from {starts[number]}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "
-                f"already since {since}. Take the entry out."
-            )
-        trains |= new
-    return trains
-
-
 def _planned_parameters(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Chosen, int]]
 ) -> Iterator[PlannedParameter]:
     for info in structure.parameters:
-        selector, number = chosen.get(info.name, (None, None))
+        what, number = chosen.get(info.name, (None, None))
         addition = {} if number is None else additions[number]
         yield PlannedParameter(
             name=info.name,
@@ -378,21 +379,22 @@ def _planned_parameters(
             numel=info.numel,
             block=info.block,
             component=info.component,
-            selector=selector,
+            selector=None if what is None else what.selector,
             from_step=addition.get("from_step"),
             learning_rate=addition.get("learning_rate"),
             fixed=info.name in structure.fixed,
+            rows=None if what is None else what.rows,
         )
 
 
 def _phases(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Chosen, int]]
 ) -> tuple[Phase, ...]:
     phases: list[Phase] = []
     for number, addition in enumerate(additions):
         names = tuple(i.name for i in structure.parameters if i.name in chosen and chosen[i.name][1] <= number)
         backward_from = structure.first_in_forward_order(names)
-        assert backward_from is not None  # every entry adds something: `_what_trains` has seen to it
+        assert backward_from is not None  # every entry adds something: `what_trains` has seen to it
         rank = structure.by_name[backward_from].forward_rank  # 0 before the blocks, 1 + index in a block
         first_block = min(max(rank - 1, 0), structure.block_count)
         if number and not any(addition.get(key) for key in STARTS):  # it begins at 0, as `trainable` before it does

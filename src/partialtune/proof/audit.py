@@ -21,8 +21,16 @@ from partialtune.distributed import from_all, from_main, is_main, raise_disk_err
 from partialtune.errors import FreezeViolation
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
-from partialtune.model.parameters import Named, is_sharded, named_weights, persistent_buffers, whole_on_main
+from partialtune.model.digests import buffer_digests, digests_on_main
+from partialtune.model.parameters import (
+    Named,
+    is_sharded,
+    named_weights,
+    persistent_buffers,
+    whole_on_main,
+    with_other_rows,
+)
+from partialtune.model.rows import Rows, take_rows
 from partialtune.proof.audit_result import INTERRUPTED, NEVER_DRAWN, NOT_REACHED, Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
@@ -37,7 +45,8 @@ AUDIT_FILE = "audit.json"
 class FreezeAuditCallback(SnapshotCallback, ExportableState):
     """Compares digests with those from before the first step, at every save and at the end, and writes `audit.json`.
 
-    Frozen parameters and persistent buffers have to keep every bit, trainable parameters have to be able to learn.
+    Frozen parameters, the frozen rows of a matrix of which others train, and persistent buffers have to keep every bit,
+    trainable parameters have to be able to learn.
     Of several processes the main one digests; the others compare checksums of what they hold a replica of.
 
     Works in any `transformers.Trainer`: `Trainer(..., callbacks=[FreezeAuditCallback(plan)])`.
@@ -53,9 +62,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             start, though its phase begins later.
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
-        digests_before: sha256 of every parameter at the start.
+        digests_before: sha256 of every parameter at the start, and of frozen rows by their name in `plan.frozen_rows`.
         buffers_before, buffers_after: sha256 of every persistent buffer at the start, and at the end of training.
-        digests_after: sha256 of every parameter at the end of training.
+        digests_after: The same at the end of training.
         snapshot, seconds: As in `SnapshotCallback`.
     """
 
@@ -109,53 +118,23 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._record_draws(args, state)
 
     def _record_draws(self, args, state, anew: bool = False) -> str | None:
-        """Write the draws of the steps so far. Returns why that failed; the next step tries again."""
-        folder = self.folder(args)
-        if self._draws is None or folder is None or not state.is_world_process_zero:
-            return None
-        return (self._draws.begin if anew else self._draws.reach)(folder, state.global_step)
+        folder = self.folder(args) if state.is_world_process_zero else None
+        return None if self._draws is None else self._draws.reach(folder, state.global_step, anew)
 
     def _check_draw(self, args, state, model: nn.Module) -> None:
         """Compare what rested, and what is frozen, with what it came to rest with; then others come to rest.
-
-        Checksums of all of it, since sha256 of a whole model at every draw would cost more than it proves: each block's
-        sha256 is taken when it comes to rest and compared here when it is drawn, at every save and at the end.
 
         Raises:
             FreezeViolation: As `check_frozen`.
         """
         with self._watch:
-            kept, drawn = set(self._kept(state)), set(self.plan.phase_at(state.global_step).trainable)
-            named = [(name, parameter) for name, parameter in named_weights(model) if name in kept]
-            sums = bit_sums(named)
-            changed = {name for name in kept if sums.get(name) != self._sum_that_stays(name)}
-            present = digests_on_main((name, parameter) for name, parameter in named if name in drawn)
-            changed |= {name for name, sha256 in present.items() if sha256 != self._digest_that_stays(name)}
-            found = any(from_all(bool(changed)))
-        if found:
+            kept = set(self._kept(state))
+            parts = [(name, part) for name, part in self._parts(model) if name in kept]
+            changed = self._resting.changed(parts, kept, state.global_step, self.snapshot)
+        if changed:
             self._audit_everything(args, state, model)
         with self._watch:
             self._resting.draw(model, state.global_step)
-
-    def _begin_phase(self, args, state, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Look up what the present phase trains in the optimizer, and watch it until it has moved."""
-        self._phase = self.plan.phase_at(state.global_step)
-        trained = self._trained(model, optimizer)
-        in_optimizer = {name: (parameter, group) for name, (parameter, group) in trained.items() if group is not None}
-        # Replicas get the same updates on every process, so the main one watches for all; of shards each has its own.
-        mine = {name: pair for name, pair in in_optimizer.items() if is_main() or is_sharded(pair[0])}
-        self._updates.watch(mine, optimizer, self.snapshot.bit_sums)
-        self._not_in_optimizer = [name for name in trained if name not in in_optimizer]
-        self._not_in_optimizer += [name for name in self.missing_at_start if name not in trained]
-        audit = self._names_and_optimizer(model)
-        if audit.not_in_optimizer or audit.other_names:
-            self._conclude(args, state, audit)
-
-    def _trained(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, Any]]:
-        """What the present phase trains by name: the parameter, and the optimizer's group that holds it or None."""
-        group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        trainable = set(self._phase.trainable)
-        return {name: (p, group_of.get(id(p))) for name, p in named_weights(model) if name in trainable}
 
     # ---- what a checkpoint keeps of the audit -----------------------------------------------------------------------
 
@@ -222,7 +201,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._checked_at = state.global_step
         with self._watch:
             kept = self._kept(state)
-            present = digests_on_main((name, parameter) for name, parameter in named_weights(model) if name in kept)
+            present = self._digests((name, parameter) for name, parameter in self._parts(model) if name in kept)
             faults = self._changed(model, kept, present) + self._changed_buffers(model)
             faults += self._names_and_optimizer(model).other_names
         if faults:
@@ -264,7 +243,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _audit_everything(self, args, state, model: nn.Module) -> None:
         with self._watch:
-            self.digests_after = from_main(digests_on_main(named_weights(model)))
+            self.digests_after = from_main(self._digests(self._parts(model)))
             audit = self._names_and_optimizer(model)
             changed = self._changed(model, self._kept(state), self.digests_after)
             frozen = set(self.plan.frozen) | (set() if self.plan.sampling else set(changed))
@@ -276,6 +255,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))
             audit.stuck, audit.unmoved = self._unmoved(state)
+            audit.rows_without_gradient = self._rows_without_gradient(state, audit)
             audit.below_precision = self._rounded_away(model)
             audit = from_main(audit)  # copies and their distances are known there only
         self.log({"audit/passed": float(audit.passed)}, state)
@@ -299,18 +279,20 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         )
 
     def _kept(self, state) -> list[str]:
-        """Names of the parameters that no step so far was to change, or none since they came to rest."""
-        return list(dict.fromkeys([*self.plan.frozen, *self._resting.digests, *self._unreached(state)]))
+        """Names of the parameters, and of frozen rows, that no step was to change, or none since they came to rest."""
+        stay = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
+        return list(dict.fromkeys(stay))
 
     def _digest_that_stays(self, name: str) -> str | None:
         """sha256 of a parameter that no step may change, of when it came to rest or of the start."""
         return self._resting.digests.get(name, self.digests_before.get(name))
 
-    def _sum_that_stays(self, name: str) -> int | None:
-        """The same of its checksum on this process; None where that is not known."""
-        if name in self._resting.digests:
-            return self._resting.sums.get(name)
-        return self.snapshot.bit_sums.get(name) if self.snapshot else None
+    def _parts(self, model: nn.Module) -> Named:
+        """Every parameter by name, and each matrix of which some rows train by the name of its frozen rows too."""
+        return with_other_rows(named_weights(model), self.plan.rows)
+
+    def _digests(self, parts: Named) -> dict[str, str]:
+        return digests_on_main(parts, self.plan.frozen_rows)
 
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
@@ -322,17 +304,15 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
         Args:
             model: Of this process.
-            kept: Names of parameters.
+            kept: Names of parameters and of frozen rows.
             present: Their digests now, on the main process.
         """
         if is_main():
             changed = {name for name in kept if present.get(name) != self._digest_that_stays(name)}
         else:  # shards were gathered, and digested on the main process; a replica may differ here alone
             names = set(kept)
-            replicas = [(n, p) for n, p in named_weights(model) if n in names and not is_sharded(p)]
-            # of what rested in the best model, which was loaded at the end, no checksum is known here
-            known = [(n, p) for n, p in replicas if n not in self._resting.digests or n in self._resting.sums]
-            changed = {name for name, total in bit_sums(known).items() if total != self._sum_that_stays(name)}
+            replicas = [(n, p) for n, p in self._parts(model) if n in names and not is_sharded(p)]
+            changed = self._resting.other_sums(replicas, self.snapshot)
         anywhere = set().union(*from_all(changed))
         return [name for name in kept if name in anywhere]
 
@@ -364,12 +344,25 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
                 reasons[name] = self._updates.why_not_due(name)
         return stuck, reasons
 
+    def _rows_without_gradient(self, state, audit: Audit) -> dict[str, Rows] | None:
+        """Of each matrix of which some rows train those that never had a gradient; None where there is no such matrix.
+
+        What is not known yet, or said of all of the rows already, is left out.
+        """
+        if not self.plan.rows:
+            return None
+        known = {*self._unreached(state), *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
+        found = {} if self.interrupted() else self._updates.rows.without()
+        return {name: rows for name, rows in found.items() if name not in known}
+
     def _rounded_away(self, model: nn.Module) -> list[str]:
         """Trainable parameters held in 16 bits of which fewer than half of the values moved."""
         names = []
         for name, parameter in named_weights(model):
             if name in self._updates.had_gradient and parameter.element_size() == 2 and parameter.is_floating_point():
                 values, start = whole_on_main(parameter), self.snapshot.copies.get(name)
+                if values is not None and name in self.plan.rows:
+                    values = take_rows(values, self.plan.rows[name])
                 if values is not None and start is not None and values.shape == start.shape:
                     moved = int(torch.count_nonzero(values.cpu() != start))
                     names += [name] if moved < values.numel() / 2 else []
