@@ -25,6 +25,7 @@ from partialtune.model.digests import buffer_digests, digests_on_main
 from partialtune.model.parameters import (
     Named,
     is_sharded,
+    named_learners,
     named_weights,
     persistent_buffers,
     whole_on_main,
@@ -135,6 +136,26 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             self._audit_everything(args, state, model)
         with self._watch:
             self._resting.draw(model, state.global_step)
+
+    def _begin_phase(self, args, state, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Look up what the present phase trains in the optimizer, and watch it until it has moved."""
+        self._phase = self.plan.phase_at(state.global_step)
+        trained = self._trained(model, optimizer)
+        in_optimizer = {name: (parameter, group) for name, (parameter, group) in trained.items() if group is not None}
+        # Replicas get the same updates on every process, so the main one watches for all; of shards each has its own.
+        mine = {name: pair for name, pair in in_optimizer.items() if is_main() or is_sharded(pair[0])}
+        self._updates.watch(mine, optimizer, self.snapshot.learner_sums(), self.plan.rows)
+        self._not_in_optimizer = [name for name in trained if name not in in_optimizer]
+        self._not_in_optimizer += [name for name in self.missing_at_start if name not in trained]
+        audit = self._names_and_optimizer(model)
+        if audit.not_in_optimizer or audit.other_names:
+            self._conclude(args, state, audit)
+
+    def _trained(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, Any]]:
+        """What the present phase trains by name: the parameter, and the optimizer's group that holds it or None."""
+        group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        trainable = set(self._phase.trainable)
+        return {name: (p, group_of.get(id(p))) for name, p in named_learners(model) if name in trainable}
 
     # ---- what a checkpoint keeps of the audit -----------------------------------------------------------------------
 
