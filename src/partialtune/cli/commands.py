@@ -99,7 +99,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     model = empty_model(config, base.trust_remote_code)
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
-    plan = plan_before_text(model, recipe.freeze)
+    plan = plan_before_text(model, recipe.freeze, recipe.seed)
     cost = _forecast(recipe, model, plan)
     if known.json:
         content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
