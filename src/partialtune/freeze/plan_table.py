@@ -113,12 +113,12 @@ def _sampling_lines(plan: "FreezePlan") -> list[str]:
     if plan.sampling is None:
         return []
     sampling = plan.sampling
-    sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
+    sizes = {parameter.name: parameter.learning for parameter in plan.parameters}
     always = sum(sizes[name] for name in plan.always)
     in_turn: dict[int, int] = {}
     for parameter in plan.parameters:
         if parameter.in_turn and parameter.block is not None:
-            in_turn[parameter.block] = in_turn.get(parameter.block, 0) + parameter.numel
+            in_turn[parameter.block] = in_turn.get(parameter.block, 0) + parameter.learning
     largest = always + sum(sorted(in_turn.values())[-sampling.blocks :])
     wholly = {p.block for p in plan.parameters if p.block is not None}
     wholly -= {p.block for p in plan.parameters if p.in_turn or not p.trainable}

@@ -267,7 +267,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             self.digests_after = from_main(self._digests(self._parts(model)))
             audit = self._names_and_optimizer(model)
             changed = self._changed(model, self._kept(state), self.digests_after)
-            frozen = set(self.plan.frozen) | (set() if self.plan.sampling else set(changed))
+            frozen = {*self.plan.frozen, *self.plan.frozen_rows} | (set() if self.plan.sampling else set(changed))
             audit.changed = [name for name in changed if name in frozen]
             if self.plan.sampling is not None:
                 audit.changed_at_rest = [name for name in changed if name not in frozen]
