@@ -21,6 +21,7 @@ from partialtune.freeze.plan_table import plan_table
 from partialtune.training.recipe_trainer import attached_trainer
 from partialtune.training.resume_check import check_checkpoint
 from partialtune.training.settings import training_arguments
+from partialtune.training.training_data import collate_windows
 from two_processes import on_two_processes
 
 LISA = {"blocks": 2, "every": 3, "order": "random", "keep_state": False}
@@ -329,9 +330,7 @@ def test_train_and_attach_end_with_the_bits_of_a_loop_by_hand(tmp_path, keep_sta
         disable_tqdm=True,
         use_cpu=True,
     )
-    windows = some_windows()
-    windows = windows.add_column("labels", windows["input_ids"][:])
-    plain = Trainer(attached, args, train_dataset=windows, data_collator=default_data_collator)
+    plain = Trainer(attached, args, train_dataset=some_windows(), data_collator=collate_windows)
     tuning = pt.attach(plain, plan_of(attached, keep_state=keep_state), weight_decay_on="all", fast_paths=())
     rows = Rows(attached)
     plain.train()

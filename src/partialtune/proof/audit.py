@@ -235,7 +235,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         """
         result = self.result
         changed = {*result.changed, *(result.changed_at_rest or ()), *result.changed_buffers} if result else set()
-        parameters = {name: self._digest_that_stays(name) for name in self._kept(state) if name not in changed}
+        parameters = {
+            name: self._resting.digest(name, self.digests_before) for name in self._kept(state) if name not in changed
+        }
         return parameters, {name: sha256 for name, sha256 in self.buffers_before.items() if name not in changed}
 
     def conclude_saved(self, args, state, differences: list[SavedDifference]) -> None:
@@ -304,10 +306,6 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         stay = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
         return list(dict.fromkeys(stay))
 
-    def _digest_that_stays(self, name: str) -> str | None:
-        """sha256 of a parameter that no step may change, of when it came to rest or of the start."""
-        return self._resting.digests.get(name, self.digests_before.get(name))
-
     def _parts(self, model: nn.Module) -> Named:
         """Every parameter by name, and each matrix of which some rows train by the name of its frozen rows too."""
         return with_other_rows(named_weights(model), self.plan.rows)
@@ -329,7 +327,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             present: Their digests now, on the main process.
         """
         if is_main():
-            changed = {name for name in kept if present.get(name) != self._digest_that_stays(name)}
+            changed = {name for name in kept if present.get(name) != self._resting.digest(name, self.digests_before)}
         else:  # shards were gathered, and digested on the main process; a replica may differ here alone
             names = set(kept)
             replicas = [(n, p) for n, p in self._parts(model) if n in names and not is_sharded(p)]

@@ -74,6 +74,10 @@ class RestingParameters:
         self.sums = bit_sums((n, p) for n, p in named_weights(model) if n in self.digests)
         self.sums |= {name: snapshot.bit_sums[name] for name in base}
 
+    def digest(self, name: str, start: Mapping[str, str]) -> str | None:
+        """sha256 of a parameter that no step may change: of when it came to rest, or of the start."""
+        return self.digests.get(name, start.get(name))
+
     def changed(self, parts: Named, kept: Collection[str], step: int, snapshot: Snapshot) -> bool:
         """At a draw: whether anything changed, on any process, that had to stay as it was.
 
@@ -89,7 +93,7 @@ class RestingParameters:
         named, drawn = list(parts), set(self._plan.phase_at(step).trainable)
         found = bool(self.other_sums(named, snapshot)) or {name for name, _ in named} != set(kept)
         present = digests_on_main((name, part) for name, part in named if name in drawn)
-        found |= any(self.digests.get(name, snapshot.digests[name]) != sha256 for name, sha256 in present.items())
+        found |= any(self.digest(name, snapshot.digests) != sha256 for name, sha256 in present.items())
         return any(from_all(found))
 
     def other_sums(self, parts: Named, snapshot: Snapshot) -> set[str]:

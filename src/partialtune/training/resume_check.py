@@ -266,6 +266,7 @@ class RunOrigin:
         base, text, phases, choices: As in their classes.
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
+        sampling: The plan's, where blocks learn in turn.
     """
 
     base: BaseOrigin
@@ -273,6 +274,7 @@ class RunOrigin:
     windows: dict[str, Any]
     phases: list[PhaseOrigin]
     choices: Choices
+    sampling: dict[str, Any] | None = None
 
 
 def origin_of(
@@ -306,6 +308,7 @@ def origin_of(
         },
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
+        None if plan.sampling is None else plan.sampling.to_json(),
     )
 
 
@@ -319,6 +322,8 @@ def _sample(windows: Dataset) -> dict[str, Any]:
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
     content = {} if origin is None else asdict(origin)
+    if origin is not None and origin.sampling is None:
+        del content["sampling"]
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -371,6 +376,7 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
         *_text_differences(saved.text, present.text),
         *_window_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
+        *_window_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
     ]
     if found:
         raise InputError(

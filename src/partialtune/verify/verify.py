@@ -63,6 +63,7 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
+        faults_of_the_record=() if claim is None else claim.faults,
     )
     notes = notes_on(comparison, before, after, rounded)
     return replace(comparison, notes=(*([ADAPTERS_NOTE.format(name=after.name)] if adapters else []), *notes))
