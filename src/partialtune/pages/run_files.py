@@ -112,8 +112,16 @@ class RunFiles:
 
     @property
     def selectors(self) -> list[str]:
-        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning."""
-        return as_list(self.recipe.get("trainable")) or ["all"]
+        """The recipe's `trainable`, and blocks in turn; `all` without both, as it may be for full fine-tuning."""
+        sampling = self.recipe.get("block_sampling")
+        in_turn = [f"{sampling['blocks']} blocks in turn"] if sampling else []
+        return [*as_list(self.recipe.get("trainable")), *in_turn] or ["all"]
+
+    @property
+    def draws(self) -> int | None:
+        """How many draws of blocks there were, None where that is not written."""
+        file = self.folder / "block_draws.jsonl"
+        return file.read_text(encoding="utf-8").count("\n") if file.is_file() else None
 
     @property
     def adapts(self) -> bool:
