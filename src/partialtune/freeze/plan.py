@@ -14,6 +14,8 @@ from torch import nn
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan_table import plan_html
+from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
+from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.rows import Rows, count_rows
 from partialtune.model.selectors import Chosen, choose
@@ -35,7 +37,9 @@ class PlannedParameter:
         selector: The selector that chose it, None where it is frozen.
         from_step: First step of the phase that adds it. None where it is frozen, and where that phase begins at an
             epoch in a plan made before the text is read.
-        learning_rate: What that phase says, None where the recipe's holds.
+        learning_rate: Of its own or of that phase, None where the recipe's holds.
+        rate_factor: What the one that holds is multiplied with.
+        rate_name: Of its rate in the log, where the plan has rates of parts; empty for the recipe's own.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
         rows: Which of its rows train, None where all of it does.
     """
@@ -50,6 +54,8 @@ class PlannedParameter:
     learning_rate: float | None = None
     fixed: bool = False
     rows: Rows | None = None
+    rate_factor: float = 1.0
+    rate_name: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -132,6 +138,8 @@ class FreezePlan:
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0.
         adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
+        part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
+        layer_decay: Factor of the rate from one layer to the one below it.
     """
 
     model_name: str
@@ -142,6 +150,8 @@ class FreezePlan:
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
+    part_learning_rates: tuple[tuple[str, float], ...] = ()
+    layer_decay: float | None = None
 
     @property
     def total_parameters(self) -> int:
@@ -165,6 +175,11 @@ class FreezePlan:
     def rows(self) -> dict[str, Rows]:
         """Name of each matrix of which only some rows train -> which ones."""
         return {parameter.name: parameter.rows for parameter in self.parameters if parameter.rows is not None}
+
+    @property
+    def names_rates(self) -> bool:
+        """Whether parts of it have rates of their own, which are then logged by name."""
+        return bool(self.part_learning_rates) or self.layer_decay is not None
 
     @property
     def fixed(self) -> list[str]:
@@ -220,6 +235,7 @@ class FreezePlan:
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
             **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
+            **rates_to_json(self),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -238,6 +254,7 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **rate_to_json(self, parameter),
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
@@ -253,6 +270,9 @@ def plan_freeze(
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
+    *,
+    part_learning_rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
@@ -266,13 +286,16 @@ def plan_freeze(
             trains; in its list `!selector` takes away from what that list adds.
         before_text: Whether phases may begin at `from_epoch`, for a plan that is shown and not carried out: how many
             steps an epoch has is known once the text is read.
+        part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
+            matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own.
+        layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
         The plan; `apply_plan` carries it out.
 
     Raises:
         RecipeError: If a selector matches nothing that can train, contradicts a tie, or nothing is left to train; if a
-            phase adds nothing or is wrong in itself.
+            phase adds nothing or is wrong in itself; if a rate is wrong, or names nothing that trains.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
@@ -282,14 +305,17 @@ def plan_freeze(
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
     chosen = _what_trains(structure, additions)
+    parameters = tuple(_planned_parameters(structure, additions, chosen))
     return FreezePlan(
         model_name=structure.model_name,
         selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=tuple(_planned_parameters(structure, additions, chosen)),
+        parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
         ties=tuple(structure.ties),
         phases=_phases(structure, additions, chosen),
+        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
+        layer_decay=read_layer_decay(layer_decay)[0],
     )
 
 

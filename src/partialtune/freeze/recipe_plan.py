@@ -40,9 +40,13 @@ def plan_of_recipe(
     Raises:
         RecipeError: As `plan_freeze` and `plan_lora`.
     """
+    rates: dict[str, Any] = {
+        "part_learning_rates": freeze.part_learning_rates,
+        "layer_decay": freeze.layer_decay,
+    }
     if freeze.method == "lora":
-        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed)
-    return plan_freeze(model, freeze.trainable, head=freeze.head, schedule=schedule, before_text=before_text)
+        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+    return plan_freeze(model, freeze.trainable, freeze.head, schedule, before_text, **rates)
 
 
 def plan_before_text(model: nn.Module, freeze: FreezeArguments) -> FreezePlan:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
+from partialtune.grammar.rate_syntax import read_part_rates
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.net.addresses import without_secrets
@@ -69,6 +70,9 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         from_start = bool(values.get("trainable", "trainable" in given))
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    if "part_learning_rates" in values:
+        values["part_learning_rates"], wrong = read_part_rates(values["part_learning_rates"])
+        problems += [Problem(given["part_learning_rates"].origin, "part_learning_rates", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
     # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
@@ -148,6 +152,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
+    if values.get("part_learning_rates") or values.get("layer_decay") is not None:
+        yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
@@ -182,6 +188,15 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with a schedule: until their phase parameters have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
+
+
+def _wrong_beside_part_rates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    keys = " and ".join(key for key in ("part_learning_rates", "layer_decay") if values.get(key))
+    if values.get("fsdp"):
+        yield "fsdp", f"the groups of {keys} are made of whole parameters, and it shards them. Leave one of them out."
+    if values.get("lr_scheduler_type") == "greedy":
+        message = f"greedy holds all rates above one bound, so that {keys} would not keep their ratios"
+        yield "lr_scheduler_type", f"{message}. Take another one, such as cosine."
 
 
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
