@@ -77,7 +77,7 @@ def with_rates(
     for parameter in parameters:
         if parameter.name in named:
             part = named[parameter.name]
-            parameter = replace(parameter, learning_rate=rates[part], rate_name=_plain(part))
+            parameter = replace(parameter, learning_rate=rates[part], rate_name=rate_name(part))
         elif parameter.trainable:
             factor = 1.0 if decay is None else decay ** (structure.block_count + 1 - layers[parameter.name])
             parameter = replace(parameter, rate_factor=factor, rate_name=names[parameter.name])
@@ -196,7 +196,7 @@ def _two_rates_of_a_tie(
 # ---- names in the log -----------------------------------------------------------------------------------------------
 
 
-def _plain(selector: str) -> str:
+def rate_name(selector: str) -> str:
     """A selector as a part of a name in the log: MLflow takes no `//`, which the slashes of an expression make."""
     return selector.strip("/")
 
