@@ -15,6 +15,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import plan_html
+from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
+from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.rows import Rows, count_rows, other_rows_name
@@ -37,7 +39,9 @@ class PlannedParameter:
         selector: The selector that chose it, None where it is frozen.
         from_step: First step of the phase that adds it, or of the first draw of its block. None where it is frozen, and
             where that phase begins at an epoch in a plan made before the text is read.
-        learning_rate: What that phase says, None where the recipe's holds.
+        learning_rate: Of its own or of that phase, None where the recipe's holds.
+        rate_factor: What the one that holds is multiplied with.
+        rate_name: Of its rate in the log, where the plan has rates of parts; empty for the recipe's own.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
         rows: Which of its rows train, None where all of it does.
         in_turn: Whether it learns only while its block is drawn.
@@ -54,6 +58,8 @@ class PlannedParameter:
     fixed: bool = False
     rows: Rows | None = None
     in_turn: bool = False
+    rate_factor: float = 1.0
+    rate_name: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -138,6 +144,8 @@ class FreezePlan:
             that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
         sampling: The blocks that learn in turn; None where none do.
+        part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
+        layer_decay: Factor of the rate from one layer to the one below it.
     """
 
     model_name: str
@@ -149,6 +157,8 @@ class FreezePlan:
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
     sampling: BlockSampling | None = None
+    part_learning_rates: tuple[tuple[str, float], ...] = ()
+    layer_decay: float | None = None
     _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
@@ -178,6 +188,11 @@ class FreezePlan:
     def frozen_rows(self) -> dict[str, Rows]:
         """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
         return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
+
+    @property
+    def names_rates(self) -> bool:
+        """Whether parts of it have rates of their own, which are then logged by name."""
+        return bool(self.part_learning_rates) or self.layer_decay is not None
 
     @property
     def fixed(self) -> list[str]:
@@ -262,6 +277,7 @@ class FreezePlan:
             "fixed": self.fixed,
             **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
             **({"sampling": self.sampling.to_json()} if self.sampling else {}),
+            **rates_to_json(self),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -280,6 +296,7 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **rate_to_json(self, parameter),
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
@@ -306,8 +323,11 @@ def plan_freeze(
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
+    *,
     block_sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
+    part_learning_rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
@@ -326,13 +346,17 @@ def plan_freeze(
             `{"blocks": 2, "every": 20, "order": "random", "keep_state": False, "candidates": ["blocks[2:]"]}`. Not
             together with a schedule.
         seed: Of random draws of blocks.
+        part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
+            matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own.
+        layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
         The plan; `apply_plan` carries it out.
 
     Raises:
         RecipeError: If a selector matches nothing that can train, contradicts a tie, or nothing is left to train; if a
-            phase adds nothing or is wrong in itself; if there are fewer blocks to draw from than are drawn.
+            phase adds nothing or is wrong in itself; if there are fewer blocks to draw from than are drawn; if a rate
+            is wrong, or names nothing that trains.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
@@ -358,10 +382,12 @@ def plan_freeze(
         selectors=selectors,
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=parameters,
+        parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
         ties=tuple(structure.ties),
         phases=phases,
         sampling=sampling,
+        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
+        layer_decay=read_layer_decay(layer_decay)[0],
     )
 
 
