@@ -3,33 +3,47 @@
 `delta.safetensors` holds trained parameters whole, in fp32, under the names of `named_parameters()`; it holds results,
 not differences, so that no rounding stands between a delta and its model. `delta.json` names the base and holds
 sha256 digests of all its parameters and of the result's: another base is refused, and the result is checked.
+
+Where LoRA adapters trained beside these parts, `adapter_model.safetensors` and `adapter_config.json` lie beside them,
+as peft writes them. They stand on the base with the delta's values in it, and `delta.json` holds their sha256 digests,
+so that neither half is taken for the whole.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune import __version__
 from partialtune.distributed import is_main
 from partialtune.errors import ModelError
+from partialtune.freeze.adapter_plan import FACTOR
+from partialtune.freeze.lora import write_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_weights, plain_name
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
 from partialtune.words import joined
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of both files; later ones are refused
+FORMAT = 2  # of both files; later ones are refused
+BEFORE_ADAPTERS = 1  # of deltas without adapters, which versions that know none can read
+ADAPTER_FILES = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME)
+# What `adapter_config.json` names as the base. Named by itself the base would be loaded without the delta's values by
+# whoever follows that name, as transformers does with a Hub id.
+UNDER_ADAPTERS = "the base with the values of delta.safetensors in it, which partialtune.load makes"
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Delta:
         stored: Names of the parameters in `delta.safetensors`.
         config: sha256 of the result's config.json, see `config_keys.config_digest`; None in older deltas, which have
             none.
+        adapters: sha256 of each file of the adapters that belong to it, by its name; empty where there are none.
     """
 
     folder: Path
@@ -79,6 +94,7 @@ class Delta:
     after: Mapping[str, str]
     stored: frozenset[str]
     config: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, parameter: str) -> torch.Tensor:
         """The values of a stored parameter, fp32."""
@@ -104,18 +120,66 @@ def write_delta(
         after: At the end. A frozen parameter that changed is stored too, so that the result is this very model.
         base: The model that was loaded.
     """
-    wanted = {p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]}
+    wanted = _wanted(plan, before, after)
     gathered = ((name, whole_on_main(parameter)) for name, parameter in named_weights(model) if name in wanted)
     values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in gathered if tensor is not None}
-    if not is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)  # after the gathering, which every process must reach
+    if is_main():  # after the gathering, which every process must reach
+        _write(folder, model, plan, values, before, after, base)
+
+
+def write_delta_of_state(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: FreezePlan,
+    before: Mapping[str, str],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """As `write_delta`, on the process that writes alone, and with digests of the model as it is now.
+
+    Args:
+        folder, model, plan, before: As for `write_delta`; the base is what the model's config names.
+        state_dict: The model's, where it had to be gathered from several processes.
+    """
+    planned = {parameter.name for parameter in plan.parameters}
+    tensors = named_weights(model) if state_dict is None else state_dict.items()
+    named = {plain_name(name): values.detach() for name, values in tensors if plain_name(name) in planned}
+    after = digests_of(named.items())
+    values = {name: named[name].to("cpu", torch.float32).contiguous() for name in _wanted(plan, before, after)}
+    base = Base(model.config.name_or_path, commit=getattr(model.config, "_commit_hash", None))
+    _write(folder, model, plan, values, before, after, base)
+
+
+def _wanted(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
+    """A frozen parameter that changed is stored too, so that the result is this very model."""
+    return {p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]}
+
+
+def _write(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: FreezePlan,
+    values: Mapping[str, torch.Tensor],
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    base: Base,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    of_adapters = set(plan.trainable) - set(plan.parts)
     aside = folder / f".{VALUES_FILE}.part"  # renamed when it is whole: a killed process leaves no half file
-    save_file(values, aside, metadata={"format": "pt"})
+    save_file({n: v for n, v in values.items() if n not in of_adapters}, aside, metadata={"format": "pt"})
     os.replace(aside, folder / VALUES_FILE)
     _write_config(folder, model)
     content = {**_description(plan, before, after, base), "config_sha256": config_digest(folder / "config.json")}
+    if plan.adapter is not None:
+        write_adapters(model, folder, {n: v for n, v in values.items() if n in of_adapters}, UNDER_ADAPTERS)
+        sha256 = {name: _sha256(folder / name) for name in ADAPTER_FILES}
+        content["adapters"] = {**plan.adapter.to_json(), "sha256": sha256}
     write_json(folder / DELTA_FILE, content)  # last: with it the delta is whole
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
@@ -129,7 +193,7 @@ def _write_config(folder: Path, model: PreTrainedModel) -> None:
 
 def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": BEFORE_ADAPTERS if plan.adapter is None else FORMAT,
         "partialtune_version": __version__,
         "base": asdict(base),
         "head": plan.head,
@@ -146,6 +210,7 @@ def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str
                 "sha256_after": after[parameter.name],
             }
             for parameter in plan.parameters
+            if plan.adapter is None or not FACTOR.fullmatch(parameter.name)
         ],
     }
 
@@ -184,12 +249,14 @@ def read_delta(folder: Path, name: str) -> Delta:
             after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
             stored=frozenset(shapes),
             config=content.get("config_sha256"),
+            adapters=content.get("adapters", {}).get("sha256", {}),
         )
         _check_texts(delta)
         declared = {entry["name"]: entry["shape"] for entry in content["parameters"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
     _check_whole(delta, shapes, declared)
+    _check_adapters(delta)
     return delta
 
 
@@ -201,7 +268,9 @@ def _check_texts(delta: Delta) -> None:
     """
     base = delta.base
     texts = [base.model_name_or_path, base.revision, base.commit or "", delta.head]
-    texts += [*delta.before.keys(), *delta.before.values(), *delta.after.values()]
+    texts += [*delta.before.keys(), *delta.before.values(), *delta.after.values(), *delta.adapters.values()]
+    if not set(delta.adapters) <= set(ADAPTER_FILES):
+        raise TypeError(f"{DELTA_FILE} names other files of adapters than {', '.join(ADAPTER_FILES)}")
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise TypeError(f"{DELTA_FILE} has {wrong[0]!r:.40} where a text belongs")
@@ -220,6 +289,31 @@ def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mappin
             f"{delta.name}: {VALUES_FILE} and {DELTA_FILE} do not belong together, they differ in {wrong[0]}. "
             f"Fetch both again."
         )
+
+
+def _check_adapters(delta: Delta) -> None:
+    """Make sure that the adapters beside a delta are those that trained with it, and that they are all there.
+
+    Raises:
+        ModelError: If not.
+    """
+    for name in ADAPTER_FILES:
+        there, expected = (delta.folder / name).is_file(), delta.adapters.get(name)
+        if there and expected is None:
+            raise ModelError(
+                f"{delta.name} is a delta without adapters, and {name} lies beside it. Move the files adapter_* to a "
+                f"folder of their own."
+            )
+        if expected is not None and not there:
+            raise ModelError(
+                f"{delta.name}: adapters trained beside what this delta holds, and {name} is missing: one without the "
+                f"other is no model. Fetch it again."
+            )
+        if expected is not None and _sha256(delta.folder / name) != expected:
+            raise ModelError(
+                f"{delta.name}: {name} is not the one that trained beside this delta (sha256 in {DELTA_FILE}). "
+                f"Fetch both again."
+            )
 
 
 def check_config(delta: Delta) -> None:
@@ -264,6 +358,19 @@ def check_base(delta: Delta, name: str, found: Mapping[str, str]) -> None:
             f"{len(different):,} of {len(delta.before):,} parameters differ ({joined(sorted(different), 160)}). "
             f"Name the model that was trained with --base."
         )
+
+
+def put_stored(delta: Delta, model: nn.Module) -> None:
+    """Put what a delta stores into a model of its base, in place, and make sure that it is what the run ended with.
+
+    Raises:
+        ModelError: If a digest differs.
+    """
+    parameters = dict(named_weights(model))
+    with torch.no_grad():
+        for name in delta.stored:
+            parameters[name].copy_(delta.read(name))
+    check_result(delta, ((name, parameters[name]) for name in delta.stored))
 
 
 def check_result(delta: Delta, stored: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.adapter_plan import FACTOR, Adapter, checked_lora, with_adapters
 from partialtune.freeze.plan_table import plan_html
+from partialtune.grammar.lora_syntax import Lora
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.rows import Rows, count_rows
 from partialtune.model.selectors import Chosen, choose
@@ -103,23 +105,6 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """The LoRA adapters of a plan.
-
-    Attributes:
-        rank: Rows of A, columns of B.
-        alpha: What B A is multiplied with, times the rank.
-        modules: Paths of the matrices that get one.
-        seed: Of the start values of A.
-    """
-
-    rank: int
-    alpha: int
-    modules: tuple[str, ...]
-    seed: int
-
-
-@dataclass(frozen=True)
 class FreezePlan:
     """What trains and what stays, decided before anything is touched. Print it, save it, test it without weights.
 
@@ -131,7 +116,7 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0.
-        adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
+        adapter: For LoRA: what `apply_plan` puts into the model, and what trains, alone or beside parts of the base.
     """
 
     model_name: str
@@ -160,6 +145,11 @@ class FreezePlan:
     def frozen(self) -> list[str]:
         """Names of the parameters that no phase trains."""
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the base's own parameters that some phase trains: all that trains but adapters."""
+        return [name for name in self.trainable if self.adapter is None or not FACTOR.fullmatch(name)]
 
     @property
     def rows(self) -> dict[str, Rows]:
@@ -219,7 +209,7 @@ class FreezePlan:
             "selectors": list(self.selectors),
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
-            **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
+            **({"adapter": self.adapter.to_json()} if self.adapter else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -253,6 +243,8 @@ def plan_freeze(
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
+    lora: Mapping[str, Any] | Lora | None = None,
+    seed: int = 0,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
@@ -266,6 +258,10 @@ def plan_freeze(
             trains; in its list `!selector` takes away from what that list adds.
         before_text: Whether phases may begin at `from_epoch`, for a plan that is shown and not carried out: how many
             steps an epoch has is known once the text is read.
+        lora: Adapters, `{"target": ["attention"], "rank": 8, "alpha": 16}`: every matrix in a block that `target`
+            chooses gets one, which learns from the first step. What `trainable` and `schedule` choose learns beside
+            them; both may be empty here.
+        seed: Of the start values of adapters.
 
     Returns:
         The plan; `apply_plan` carries it out.
@@ -277,19 +273,27 @@ def plan_freeze(
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
     first = [trainable] if isinstance(trainable, str) else list(trainable)
-    additions = _additions(first, schedule, before_text)
+    lora = checked_lora(lora)
+    additions = _additions(first, schedule, before_text, trains_from_start=bool(first or lora))
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    chosen = _what_trains(structure, additions)
+    chosen = _what_trains(structure, additions, allow_empty=lora is not None)
+    selectors = [selector for addition in additions for selector in addition["trainable"]]
+    adapter = None
+    if lora is not None:
+        structure, adapter, adapters = with_adapters(model, structure, lora, seed, beside_parts=bool(chosen))
+        chosen |= {name: (Chosen(selector), 0) for name, selector in adapters.items()}
+        selectors += adapter.selectors
     return FreezePlan(
         model_name=structure.model_name,
-        selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
+        selectors=tuple(selectors),
         head="untied" if unties else "tied",
         block_count=structure.block_count,
         parameters=tuple(_planned_parameters(structure, additions, chosen)),
         ties=tuple(structure.ties),
         phases=_phases(structure, additions, chosen),
+        adapter=adapter,
     )
 
 
@@ -298,31 +302,38 @@ def _start_words(step: int | None, epoch: float | None) -> str:
     return f"step {step}" if epoch is None else f"epoch {epoch:g}"
 
 
-def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool) -> list[dict[str, Any]]:
+def _additions(
+    first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool, trains_from_start: bool
+) -> list[dict[str, Any]]:
     """The entries of the schedule, checked, and before them what trains from the start."""
     # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
-    entries, problems = read_schedule(schedule, trains_from_start=bool(first))
+    entries, problems = read_schedule(schedule, trains_from_start)
     if not before_text and any("from_epoch" in entry for entry in entries):
         problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
     if problems:
         raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
-    return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
+    return [{"from_step": 0, "trainable": first}, *entries] if trains_from_start or not entries else entries
 
 
-def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Chosen, int]]:
-    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it."""
+def _what_trains(
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], allow_empty: bool
+) -> dict[str, tuple[Chosen, int]]:
+    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it.
+
+    `allow_empty`: the first entry may hold nothing, where adapters train from the start.
+    """
     starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
     trains: dict[str, tuple[Chosen, int]] = {}
     for number, addition in enumerate(additions):
         try:
-            chosen = choose(structure, addition["trainable"])
+            chosen = choose(structure, addition["trainable"], allow_empty and not number)
             _refuse_other_rows(chosen, trains)
         except RecipeError as problem:
             where = f"schedule, from {starts[number]}: " if number else ""
             raise RecipeError(f"{where}{problem}") from problem
         # What trains already keeps its phase and its rate, though a later entry names it again.
         new = {name: (what, number) for name, what in chosen.items() if name not in trains}
-        if not new:
+        if not new and addition["trainable"]:
             since = starts[max(trains[name][1] for name in chosen)]
             raise RecipeError(
                 f"schedule, from {starts[number]}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "

@@ -42,7 +42,15 @@ def plan_of_recipe(
     """
     if freeze.method == "lora":
         return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed)
-    return plan_freeze(model, freeze.trainable, head=freeze.head, schedule=schedule, before_text=before_text)
+    return plan_freeze(
+        model,
+        freeze.trainable,
+        head=freeze.head,
+        schedule=schedule,
+        before_text=before_text,
+        lora=freeze.lora or None,
+        seed=seed,
+    )
 
 
 def plan_before_text(model: nn.Module, freeze: FreezeArguments) -> FreezePlan:

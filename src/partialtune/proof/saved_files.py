@@ -50,7 +50,13 @@ def saved_differences(
     try:
         if is_delta(folder):
             saved = load_config(str(folder), trust_remote_code=remote_code)
-            return [*_delta_differences(folder, digests), *_config_differences(model.config, saved)]
+            of_adapters = set(plan.trainable) - set(plan.parts) if plan is not None else set()
+            of_base = {name: sha256 for name, sha256 in digests.items() if name not in of_adapters}
+            return [
+                *_delta_differences(folder, model, of_base),
+                *(_adapter_differences(folder, plan, digests) if plan is not None and plan.adapter is not None else ()),
+                *_config_differences(model.config, saved),
+            ]
         if plan is not None and plan.adapter is not None:
             return [*_adapter_differences(folder, plan, digests)]
         weights = open_weights(folder, folder.name, remote_code)
@@ -100,7 +106,7 @@ def _config_differences(audited: PretrainedConfig, saved: PretrainedConfig) -> I
         yield SavedDifference("config.json", f"is of another model: {difference}")
 
 
-def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
+def _delta_differences(folder: Path, model: PreTrainedModel, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
     """What is stored, by its values; the rest by the base's digests in `delta.json`, which each load compares."""
     delta = read_delta(folder, folder.name)
     check_config(delta)
@@ -108,7 +114,7 @@ def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[Sav
     stored = digests_of((name, values.read(name)) for name in delta.stored)
     of_base = {name: sha256 for name, sha256 in delta.before.items() if name not in stored}
     yield from _compared(digests, {**of_base, **stored})
-    for name in delta.after.keys() - digests.keys():
+    for name in delta.after.keys() - {name for name, _ in named_weights(model)}:
         yield SavedDifference(name, NOT_OF_THE_MODEL)
     for name, sha256 in digests.items():
         if delta.after.get(name) != sha256:
@@ -116,12 +122,13 @@ def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[Sav
 
 
 def _adapter_differences(folder: Path, plan: FreezePlan, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
-    """Of the adapters, which are all that is saved: the base's own weights were audited in memory."""
+    """Of the adapters; the base's own weights were audited in memory, and what trained of them lies in the delta."""
     file = TensorFiles([folder / ADAPTER_SAFE_WEIGHTS_NAME])
     names = {plain_name(name): name for name in file.names}
-    trained = {name: digests[name] for name in plan.trainable if name in digests}
+    of_adapters = set(plan.trainable) - set(plan.parts)
+    trained = {name: sha256 for name, sha256 in digests.items() if name in of_adapters}
     yield from _compared(trained, digests_of((name, file.read(names[name])) for name in trained if name in names))
-    for name in names.keys() - set(plan.trainable):
+    for name in names.keys() - of_adapters:
         yield SavedDifference(name, NOT_OF_THE_MODEL)
     config = read_json(folder / ADAPTER_CONFIG_NAME)
     for key, value in (("r", plan.adapter.rank), ("lora_alpha", plan.adapter.alpha)):

@@ -201,7 +201,7 @@ def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
         ranking: Its ranking.
     """
     left_out = (
-        *("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
+        *("schedule", "method", "lora", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
         *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),  # it is another model
     )
     kept = {key: value for key, value in values.items() if key not in left_out}
