@@ -26,6 +26,7 @@ KEYS_AND_DEFAULTS = {
     "schedule": [],
     "head": "tied",
     "method": "partial",
+    "lora": {},
     "lora_rank": 8,
     "lora_alpha": 16,
     "weight_decay_on": "matrices",

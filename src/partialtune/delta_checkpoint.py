@@ -33,6 +33,7 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
 from partialtune.model.parameters import named_weights, plain_name
+from partialtune.model.row_parameters import rows_by_matrix
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
 from partialtune.words import joined
 
@@ -145,7 +146,8 @@ def write_delta_of_state(
     named = {plain_name(name): values.detach() for name, values in tensors if plain_name(name) in planned}
     after = digests_of(named.items())
     values = {name: named[name].to("cpu", torch.float32).contiguous() for name in _wanted(plan, before, after)}
-    base = Base(model.config.name_or_path, commit=getattr(model.config, "_commit_hash", None))
+    name = model.config.name_or_path or type(model).__name__  # made of a config, it has no place
+    base = Base(name, commit=getattr(model.config, "_commit_hash", None))
     _write(folder, model, plan, values, before, after, base)
 
 
@@ -366,10 +368,12 @@ def put_stored(delta: Delta, model: nn.Module) -> None:
     Raises:
         ModelError: If a digest differs.
     """
-    parameters = dict(named_weights(model))
+    parameters, learning = dict(named_weights(model)), rows_by_matrix(model)
     with torch.no_grad():
         for name in delta.stored:
             parameters[name].copy_(delta.read(name))
+            if id(parameters[name]) in learning:  # where only rows of it train
+                learning[id(parameters[name])].read_from(parameters[name])
     check_result(delta, ((name, parameters[name]) for name in delta.stored))
 
 
