@@ -17,6 +17,7 @@ import partialtune as pt
 from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
+from partialtune.delta_adapters import sha256_of
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import plan_lora
@@ -426,13 +427,11 @@ def test_one_bit_that_is_not_the_runs_own_breaks_the_claim(run, tmp_path, capsys
         (adapted / "freeze_plan.json").write_text(json.dumps({**plan, "head": "untied"}))
         said = "tie_word_embeddings"
     else:
-        from partialtune.delta_checkpoint import _sha256
-
         factors = load_file(adapted / "adapter_model.safetensors")
         name = next(iter(factors))
         factors[name].view(torch.int32)[0, 0] ^= 1
         save_file(factors, adapted / "adapter_model.safetensors")
-        content["adapters"]["sha256"]["adapter_model.safetensors"] = _sha256(adapted / "adapter_model.safetensors")
+        content["adapters"]["sha256"]["adapter_model.safetensors"] = sha256_of(adapted / "adapter_model.safetensors")
         said = name.removeprefix("base_model.model.")
     (adapted / "delta.json").write_text(json.dumps(content))
     assert main(["verify", str(base), str(adapted)]) == code

@@ -1,19 +1,17 @@
 """A trained model <-> `delta.safetensors` and `delta.json`: the values that moved, and what they belong to.
 
 `delta.safetensors` holds trained parameters whole, in fp32, under the names of `named_parameters()`; it holds results,
-not differences, so that no rounding stands between a delta and its model. `delta.json` names the base and holds
-sha256 digests of all its parameters and of the result's: another base is refused, and the result is checked.
-
-Where LoRA adapters trained beside these parts, `adapter_model.safetensors` and `adapter_config.json` lie beside them,
-as peft writes them. They stand on the base with the delta's values in it, and `delta.json` holds their sha256 digests,
-so that neither half is taken for the whole.
+not differences, so that no rounding stands between a delta and its model. Of a matrix of which some rows were trained
+it holds these rows, (n, width), and `delta.json` says which they are. `delta.json` names the base and holds sha256
+digests of all its parameters and of the result's: another base is refused, and the result is checked. LoRA adapters
+that trained beside these parts lie beside them, see `delta_adapters`.
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +20,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune import __version__
+from partialtune.delta_adapters import check_adapters, read_sha256, write_beside_delta
 from partialtune.distributed import is_main
 from partialtune.errors import ModelError
-from partialtune.freeze.adapter_plan import FACTOR
-from partialtune.freeze.lora import write_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
-from partialtune.model.parameters import named_weights, plain_name
+from partialtune.model.parameters import named_weights, plain_name, with_other_rows
 from partialtune.model.row_parameters import rows_by_matrix
+from partialtune.model.rows import Rows, as_rows, count_rows, other_rows_name, put_rows, take_rows
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
 from partialtune.words import joined
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of both files; later ones are refused
-BEFORE_ADAPTERS = 1  # of deltas without adapters, which versions that know none can read
-ADAPTER_FILES = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME)
-# What `adapter_config.json` names as the base. Named by itself the base would be loaded without the delta's values by
-# whoever follows that name, as transformers does with a Hub id.
-UNDER_ADAPTERS = "the base with the values of delta.safetensors in it, which partialtune.load makes"
+FIRST_FORMAT = 1  # what is written where whole parameters alone are stored, for versions that know no more
 
 
 @dataclass(frozen=True)
@@ -84,6 +77,8 @@ class Delta:
         stored: Names of the parameters in `delta.safetensors`.
         config: sha256 of the result's config.json, see `config_keys.config_digest`; None in older deltas, which have
             none.
+        rows: Of parameters of which rows alone are stored, which ones; all of the others is the base's.
+        other_rows: sha256 of the other rows of each of these, the same before and after; None where it was not known.
         adapters: sha256 of each file of the adapters that belong to it, by its name; empty where there are none.
     """
 
@@ -95,10 +90,19 @@ class Delta:
     after: Mapping[str, str]
     stored: frozenset[str]
     config: str | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    other_rows: Mapping[str, str | None] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
 
+    def put(self, parameter: str, values: torch.Tensor) -> None:
+        """Write what is stored of a parameter into its values of the base, in place."""
+        if parameter in self.rows:
+            put_rows(values, self.rows[parameter], self.read(parameter).to(values.device, values.dtype))
+        else:
+            values.copy_(self.read(parameter))
+
     def read(self, parameter: str) -> torch.Tensor:
-        """The values of a stored parameter, fp32."""
+        """What is stored of a parameter, fp32: all of its values, or its `rows`."""
         with safe_open(self.folder / VALUES_FILE, framework="pt", backend="pread") as file:
             return file.get_tensor(parameter)
 
@@ -117,13 +121,14 @@ def write_delta(
         folder: Where to.
         model: Trained. Sharded parameters are gathered.
         plan: What was trained.
-        before: sha256 of every parameter at the start, as the audit has it.
-        after: At the end. A frozen parameter that changed is stored too, so that the result is this very model.
+        before: sha256 of every parameter at the start, as the audit has it, and of frozen rows.
+        after: At the end. A frozen parameter that changed is stored too, and a matrix whole where a frozen row changed,
+            so that the result is this very model.
         base: The model that was loaded.
     """
     wanted = _wanted(plan, before, after)
     gathered = ((name, whole_on_main(parameter)) for name, parameter in named_weights(model) if name in wanted)
-    values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in gathered if tensor is not None}
+    values = {name: wanted[name](tensor) for name, tensor in gathered if tensor is not None}
     if is_main():  # after the gathering, which every process must reach
         _write(folder, model, plan, values, before, after, base)
 
@@ -135,25 +140,34 @@ def write_delta_of_state(
     before: Mapping[str, str],
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """As `write_delta`, on the process that writes alone, and with digests of the model as it is now.
+    """As `write_delta`, by one process alone, with digests of the model as it is now and the base that it names.
 
     Args:
-        folder, model, plan, before: As for `write_delta`; the base is what the model's config names.
+        folder, model, plan, before: As for `write_delta`.
         state_dict: The model's, where it had to be gathered from several processes.
     """
     planned = {parameter.name for parameter in plan.parameters}
     tensors = named_weights(model) if state_dict is None else state_dict.items()
-    named = {plain_name(name): values.detach() for name, values in tensors if plain_name(name) in planned}
-    after = digests_of(named.items())
-    values = {name: named[name].to("cpu", torch.float32).contiguous() for name in _wanted(plan, before, after)}
+    named = {plain_name(name): tensor.detach() for name, tensor in tensors if plain_name(name) in planned}
+    after = digests_of(with_other_rows(named.items(), plan.rows), plan.frozen_rows)
+    values = {name: stored(named[name]) for name, stored in _wanted(plan, before, after).items()}
     name = model.config.name_or_path or type(model).__name__  # made of a config, it has no place
     base = Base(name, commit=getattr(model.config, "_commit_hash", None))
     _write(folder, model, plan, values, before, after, base)
 
 
-def _wanted(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
-    """A frozen parameter that changed is stored too, so that the result is this very model."""
-    return {p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]}
+def _wanted(
+    plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Name of each parameter that is stored -> what makes of its values those that are."""
+    rows = _stored_rows(plan, before, after)
+
+    def stored(name: str, values: torch.Tensor) -> torch.Tensor:
+        part = take_rows(values, rows[name]) if name in rows else values
+        return part.to("cpu", torch.float32).contiguous()
+
+    names = [p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]]
+    return {name: partial(stored, name) for name in names}
 
 
 def _write(
@@ -166,22 +180,15 @@ def _write(
     base: Base,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    of_adapters = set(plan.trainable) - set(plan.parts)
+    adapters = {name: values[name] for name in plan.adapters}
     aside = folder / f".{VALUES_FILE}.part"  # renamed when it is whole: a killed process leaves no half file
-    save_file({n: v for n, v in values.items() if n not in of_adapters}, aside, metadata={"format": "pt"})
+    save_file({n: v for n, v in values.items() if n not in adapters}, aside, metadata={"format": "pt"})
     os.replace(aside, folder / VALUES_FILE)
     _write_config(folder, model)
     content = {**_description(plan, before, after, base), "config_sha256": config_digest(folder / "config.json")}
     if plan.adapter is not None:
-        write_adapters(model, folder, {n: v for n, v in values.items() if n in of_adapters}, UNDER_ADAPTERS)
-        sha256 = {name: _sha256(folder / name) for name in ADAPTER_FILES}
-        content["adapters"] = {**plan.adapter.to_json(), "sha256": sha256}
+        content["adapters"] = write_beside_delta(folder, model, plan.adapter, adapters)
     write_json(folder / DELTA_FILE, content)  # last: with it the delta is whole
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
@@ -193,9 +200,16 @@ def _write_config(folder: Path, model: PreTrainedModel) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def _stored_rows(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Rows]:
+    """The matrices of which their rows that train alone are stored: the other rows have kept every bit."""
+    names = {name: other_rows_name(name, rows) for name, rows in plan.rows.items()}
+    return {name: plan.rows[name] for name, other in names.items() if before.get(other) == after.get(other)}
+
+
 def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:
+    rows, adapters = _stored_rows(plan, before, after), set(plan.adapters)
     return {
-        "format": BEFORE_ADAPTERS if plan.adapter is None else FORMAT,
+        "format": FORMAT if rows or plan.adapter else FIRST_FORMAT,
         "partialtune_version": __version__,
         "base": asdict(base),
         "head": plan.head,
@@ -210,10 +224,21 @@ def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str
                 "trainable": parameter.trainable,
                 "sha256_before": before[parameter.name],
                 "sha256_after": after[parameter.name],
+                **_description_of_rows(parameter.name, rows, after),
             }
             for parameter in plan.parameters
-            if plan.adapter is None or not FACTOR.fullmatch(parameter.name)
+            if parameter.name not in adapters
         ],
+    }
+
+
+def _description_of_rows(name: str, rows: Mapping[str, Rows], after: Mapping[str, str]) -> dict[str, Any]:
+    """The keys that only a matrix has of which rows are stored."""
+    if name not in rows:
+        return {}
+    return {
+        "rows": [list(run) for run in rows[name]],
+        "sha256_other_rows": after.get(other_rows_name(name, rows[name])),
     }
 
 
@@ -251,15 +276,22 @@ def read_delta(folder: Path, name: str) -> Delta:
             after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
             stored=frozenset(shapes),
             config=content.get("config_sha256"),
-            adapters=content.get("adapters", {}).get("sha256", {}),
+            rows={e["name"]: as_rows(e["rows"], e["shape"][0]) for e in content["parameters"] if "rows" in e},
+            other_rows={e["name"]: e["sha256_other_rows"] for e in content["parameters"] if "rows" in e},
+            adapters=read_sha256(content),
         )
         _check_texts(delta)
-        declared = {entry["name"]: entry["shape"] for entry in content["parameters"]}
+        declared = {entry["name"]: _stored_shape(delta, entry) for entry in content["parameters"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
     _check_whole(delta, shapes, declared)
-    _check_adapters(delta)
+    check_adapters(folder, name, delta.adapters)
     return delta
+
+
+def _stored_shape(delta: Delta, entry: Mapping[str, Any]) -> list[int]:
+    rows = delta.rows.get(entry["name"])
+    return entry["shape"] if rows is None else [count_rows(rows), *entry["shape"][1:]]
 
 
 def _check_texts(delta: Delta) -> None:
@@ -270,9 +302,8 @@ def _check_texts(delta: Delta) -> None:
     """
     base = delta.base
     texts = [base.model_name_or_path, base.revision, base.commit or "", delta.head]
-    texts += [*delta.before.keys(), *delta.before.values(), *delta.after.values(), *delta.adapters.values()]
-    if not set(delta.adapters) <= set(ADAPTER_FILES):
-        raise TypeError(f"{DELTA_FILE} names other files of adapters than {', '.join(ADAPTER_FILES)}")
+    texts += [*delta.before.keys(), *delta.before.values(), *delta.after.values()]
+    texts += [sha256 for sha256 in delta.other_rows.values() if sha256 is not None]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise TypeError(f"{DELTA_FILE} has {wrong[0]!r:.40} where a text belongs")
@@ -291,31 +322,6 @@ def _check_whole(delta: Delta, shapes: Mapping[str, list[int]], declared: Mappin
             f"{delta.name}: {VALUES_FILE} and {DELTA_FILE} do not belong together, they differ in {wrong[0]}. "
             f"Fetch both again."
         )
-
-
-def _check_adapters(delta: Delta) -> None:
-    """Make sure that the adapters beside a delta are those that trained with it, and that they are all there.
-
-    Raises:
-        ModelError: If not.
-    """
-    for name in ADAPTER_FILES:
-        there, expected = (delta.folder / name).is_file(), delta.adapters.get(name)
-        if there and expected is None:
-            raise ModelError(
-                f"{delta.name} is a delta without adapters, and {name} lies beside it. Move the files adapter_* to a "
-                f"folder of their own."
-            )
-        if expected is not None and not there:
-            raise ModelError(
-                f"{delta.name}: adapters trained beside what this delta holds, and {name} is missing: one without the "
-                f"other is no model. Fetch it again."
-            )
-        if expected is not None and _sha256(delta.folder / name) != expected:
-            raise ModelError(
-                f"{delta.name}: {name} is not the one that trained beside this delta (sha256 in {DELTA_FILE}). "
-                f"Fetch both again."
-            )
 
 
 def check_config(delta: Delta) -> None:
@@ -363,7 +369,7 @@ def check_base(delta: Delta, name: str, found: Mapping[str, str]) -> None:
 
 
 def put_stored(delta: Delta, model: nn.Module) -> None:
-    """Put what a delta stores into a model of its base, in place, and make sure that it is what the run ended with.
+    """Write what a delta stores into a model of its base, in place, and make sure that it is what the run ended with.
 
     Raises:
         ModelError: If a digest differs.
@@ -371,8 +377,8 @@ def put_stored(delta: Delta, model: nn.Module) -> None:
     parameters, learning = dict(named_weights(model)), rows_by_matrix(model)
     with torch.no_grad():
         for name in delta.stored:
-            parameters[name].copy_(delta.read(name))
-            if id(parameters[name]) in learning:  # where only rows of it train
+            delta.put(name, parameters[name])
+            if id(parameters[name]) in learning:  # where rows of it train: these learn through their own parameter
                 learning[id(parameters[name])].read_from(parameters[name])
     check_result(delta, ((name, parameters[name]) for name in delta.stored))
 

@@ -138,6 +138,8 @@ class Row:
         values = self.outcomes[0].values
         words = as_list(values.get("trainable"))
         words += [f"schedule of {len(values['schedule'])}"] if values.get("schedule") else []
+        sampling = values.get("block_sampling")
+        words += [f"{sampling['blocks']} blocks in turn"] if sampling else []
         words += [f"lora: {selector}" for selector in as_list((values.get("lora") or {}).get("target"))]
         return words or ["all"]
 

@@ -19,6 +19,7 @@ from partialtune.errors import RecipeError
 from partialtune.grammar.lora_syntax import Lora, read_lora
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.parameters import uncompiled
+from partialtune.model.rows import count_rows
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, ParameterInfo
 
@@ -46,9 +47,9 @@ class Adapter:
     beside_parts: bool = False
 
     @property
-    def selectors(self) -> list[str]:
+    def selectors(self) -> tuple[str, ...]:
         """The target as a plan shows it: beside parts, whose selectors may be the same, as `lora: attention`."""
-        return [f"lora: {selector}" if self.beside_parts else selector for selector in self.target]
+        return tuple(f"lora: {selector}" if self.beside_parts else selector for selector in self.target)
 
     def to_json(self) -> dict[str, Any]:
         """What `freeze_plan.json` holds. Without parts the plan's `selectors` are the target."""
@@ -197,7 +198,7 @@ def merged_plan(content: Mapping[str, Any], after: Mapping[str, str]) -> dict[st
         for entry in content["parameters"]
         if not FACTOR.fullmatch(entry["name"])
     ]
-    moving = [entry["numel"] for entry in parameters if entry["trainable"]]
+    moving = [_moving(entry) for entry in parameters if entry["trainable"]]
     phases = [
         {
             **phase,
@@ -214,3 +215,9 @@ def merged_plan(content: Mapping[str, Any], after: Mapping[str, str]) -> dict[st
         "parameters": parameters,
     }
     return {"merged_adapters" if key == "adapter" else key: changed.get(key, value) for key, value in content.items()}
+
+
+def _moving(entry: Mapping[str, Any]) -> int:
+    """Number of the values of an entry of `freeze_plan.json` that may move."""
+    rows = entry.get("rows")
+    return entry["numel"] if rows is None else count_rows(rows) * (entry["numel"] // entry["shape"][0])

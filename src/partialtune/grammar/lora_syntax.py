@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from partialtune.grammar.schedule_syntax import converted
 from partialtune.grammar.selector_syntax import check_selector_syntax
-from partialtune.grammar.values import at_least, converted_within, nearest
+from partialtune.grammar.values import at_least, nearest
 
 RANK, ALPHA = 8, 16  # where nothing is said
 KEYS = {  # type and bound
@@ -62,7 +63,7 @@ def read_lora(given: Mapping[str, Any]) -> tuple[Lora, list[str]]:
             problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
         elif value is not None:
             try:
-                values[key] = converted_within(value, *KEYS[key])
+                values[key] = converted(value, *KEYS[key])
             except ValueError as error:
                 problems.append(f"{key}: {error}")
     if not given.get("target"):
