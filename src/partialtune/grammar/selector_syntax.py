@@ -2,9 +2,12 @@ r"""The syntax of selectors: one line of text -> Selector. No model is needed; `
 
 embeddings, embeddings.tokens, embeddings.positions        input embeddings
 blocks[11], blocks[-2:], blocks[0,3:6,-1]                  whole blocks, Python's indices and slices
-blocks[...].attention, .mlp, .mixer, .norms, .biases       a part of those blocks
-attention, mlp, mixer, norms, biases                       that part of every block (norms, biases: final norm too)
+blocks[...].attention, .mlp, .router, .experts,            a part of those blocks
+            .mixer, .norms, .biases
+attention, mlp, router, experts, mixer, norms, biases      that part of every block (norms, biases: final norm too)
 final_norm, head, all                                      as named
+vision, projector, language                                a tower of a model that has several
+language.blocks[-2:], language.attention, ...              any of the above but all, of the language tower
 /transformer\.h\.\d+\.ln_1\..*/                            full dotted names, re.fullmatch
 !selector                                                  taken away from what came before it
 """
@@ -17,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.named_selectors import BLOCK_PARTS, WORD_FOR, WORDS
+from partialtune.grammar.named_selectors import BLOCK_PARTS, LANGUAGE_PARTS, WORD_FOR, WORDS
 
 PATIENCE_SECONDS = 2.0  # for one name; an ordinary pattern takes microseconds
 HOW_BLOCKS_ARE_WRITTEN = (
@@ -79,6 +82,7 @@ class Selector:
     indices: tuple[int | slice, ...] | None = None  # of blocks
     part: str | None = None  # of those blocks, one of BLOCK_PARTS; None for all of a block
     pattern: Pattern | None = None
+    of_language: bool = False  # whether it stands behind "language.", and so asks for a model of several towers
 
 
 def parse_selector(text: str) -> Selector:
@@ -95,13 +99,16 @@ def parse_selector(text: str) -> Selector:
     if body.startswith("/"):
         return Selector(written, removes, pattern=_parse_pattern(written, body))
     body = re.sub(r"\s*([\[\],:.])\s*", r"\1", body)
-    if body in WORDS:
-        return Selector(written, removes, word=body)
+    of_language, body = body.startswith("language."), body.removeprefix("language.")
+    if body in (LANGUAGE_PARTS if of_language else WORDS):
+        return Selector(written, removes, word=body, of_language=of_language)
     blocks = re.fullmatch(r"blocks\[([^\[\]]*)\](?:\.(.*))?", body)
+    if blocks is None and of_language:
+        raise RecipeError(f"unknown selector {written!r}. {_nearest_of_language(body)}")
     if blocks is None:
         raise RecipeError(f"unknown selector {written!r}. {_nearest_selector(body, removes)}")
     indices = tuple(_parse_index(written, item) for item in blocks[1].split(","))
-    return Selector(written, removes, indices=indices, part=_parse_part(written, blocks[2]))
+    return Selector(written, removes, indices=indices, part=_parse_part(written, blocks[2]), of_language=of_language)
 
 
 def check_selector_syntax(selector: str) -> str | None:
@@ -154,6 +161,12 @@ def _nearest_selector(body: str, removes: bool) -> str:
     elif re.fullmatch(r"\w+(\.\w+)+", body):
         hint = f"A parameter's full name goes between slashes: '/{re.escape(body)}/'. "
     return f"{hint}Selectors are {', '.join(WORDS)}, blocks[...] and /regex/, each also with a '!' before it."
+
+
+def _nearest_of_language(body: str) -> str:
+    near = _nearest(body, LANGUAGE_PARTS)
+    hint = f"Did you mean language.{near}? " if near else ""
+    return f"{hint}Behind language. stand {', '.join(LANGUAGE_PARTS)} and blocks[...]."
 
 
 def _nearest(word: str, allowed: tuple[str, ...]) -> str | None:

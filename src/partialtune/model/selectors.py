@@ -97,6 +97,8 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
 
 def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:
     """Whether a selector chooses a parameter by the one of its names that stands at this place."""
+    if selector.of_language and place.tower != "language":
+        return False
     if selector.pattern is not None:
         return selector.pattern.fullmatch(place.name) is not None
     if selector.word is not None:
@@ -149,6 +151,10 @@ def _tie_contradictions(structure: ModelStructure, steps: Sequence[tuple[Selecto
 def _why_no_match(structure: ModelStructure, selector: Selector, blocks: set[int]) -> str:
     if selector.pattern is not None:
         return _nearest_names(structure, selector.pattern)
+    has_towers = any(place.tower for info in structure.parameters for place in info.places)
+    if selector.of_language and not has_towers:
+        lacks = NAMED["language"].in_words
+        return f"{structure.model_name} has no {lacks}. {_what_it_has(structure)}"
     if selector.word is not None:
         lacks = NAMED[selector.word].in_words or selector.word
         return f"{structure.model_name} has no {lacks}. {_what_it_has(structure)}"
