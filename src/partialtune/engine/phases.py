@@ -23,7 +23,7 @@ from partialtune.engine.plan_optimizer import Member, bare_optimizer, members_of
 from partialtune.engine.recomputation import recompute_from
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_learners
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Phases:
 def hold_back(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan, step: int) -> list[Held]:
     """Take out of the optimizer what learns only after this step."""
     begins = {parameter.name: parameter.from_step for parameter in plan.parameters if parameter.from_step is not None}
-    from_step = {id(parameter): begins.get(name, 0) for name, parameter in named_weights(model)}
+    from_step = {id(parameter): begins.get(name, 0) for name, parameter in named_learners(model)}
     held = []
     for number, group in enumerate(optimizer.param_groups):
         members = members_of(group)
@@ -176,6 +176,6 @@ class PhaseCallback(TrainerCallback):
 def phase_words(plan: FreezePlan, phase: Phase) -> str:
     """`trainable 7,089,408 of 124,439,808 (5.7%), backward stops at transformer.h.11.ln_1.weight`."""
     names = set(phase.trainable)
-    count = sum(parameter.numel for parameter in plan.parameters if parameter.name in names)
+    count = sum(parameter.learning for parameter in plan.parameters if parameter.name in names)
     share = count / plan.total_parameters
     return f"trainable {count:,} of {plan.total_parameters:,} ({share:.1%}), backward stops at {phase.backward_from}"

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_learners
 
 WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}  # by their names: neither library need be imported
 KEPT_BY_TORCH = ("param_groups", "state", "defaults")  # of each optimizer
@@ -41,7 +41,7 @@ def apply_beside_optimizer(model: nn.Module, plan: FreezePlan, optimizer: torch.
     Raises:
         RecipeError: If the plan adds parameters that no optimizer can hold that was made before; as `suit_optimizer`.
     """
-    names = {id(parameter): name for name, parameter in named_weights(model)}
+    names = {id(parameter): name for name, parameter in named_learners(model)}
     added = [parameter.name for parameter in plan.parameters if parameter.name not in names.values()]
     if added and (plan.head == "untied" or plan.adapter is not None):
         what = "adapters" if plan.adapter is not None else "a matrix of its own for the head (head: untied)"
@@ -76,7 +76,7 @@ def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Fre
     """
     optimizer = bare_optimizer(optimizer)
     _refuse_unsuitable(optimizer)
-    names = {id(parameter): name for name, parameter in named_weights(model)}
+    names = {id(parameter): name for name, parameter in named_learners(model)}
     _refuse_strangers(optimizer, names)
     planned = {parameter.name: parameter for parameter in plan.parameters if parameter.trainable}
     held = {names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
@@ -238,7 +238,7 @@ def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Remo
     Returns:
         What takes it back: `handle.remove()` of each.
     """
-    name_of = {id(parameter): name for name, parameter in named_weights(model)}
+    name_of = {id(parameter): name for name, parameter in named_learners(model)}
     optimizer = bare_optimizer(optimizer)
     return [
         optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of)),

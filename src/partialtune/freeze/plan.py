@@ -5,6 +5,7 @@ Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and 
      (optimizer, audit, deltas, forecast, report) reads it from the plan.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan_table import plan_html
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
-from partialtune.model.selectors import resolve_selectors
+from partialtune.model.rows import Rows, count_rows
+from partialtune.model.selectors import Chosen, choose
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
 HEAD_CHOICES = ("tied", "untied")
@@ -35,6 +37,7 @@ class PlannedParameter:
             epoch in a plan made before the text is read.
         learning_rate: What that phase says, None where the recipe's holds.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
+        rows: Which of its rows train, None where all of it does.
     """
 
     name: str
@@ -46,11 +49,22 @@ class PlannedParameter:
     from_step: int | None = None
     learning_rate: float | None = None
     fixed: bool = False
+    rows: Rows | None = None
 
     @property
     def trainable(self) -> bool:
-        """Whether any phase of the run trains it."""
+        """Whether any phase of the run trains it, or rows of it."""
         return self.selector is not None
+
+    @property
+    def learning_shape(self) -> tuple[int, ...]:
+        """Shape of what an optimizer holds of it, where it trains: that of its rows, if only these train."""
+        return self.shape if self.rows is None else (count_rows(self.rows), *self.shape[1:])
+
+    @property
+    def learning(self) -> int:
+        """Number of its values that train, 0 where it is frozen."""
+        return math.prod(self.learning_shape) if self.trainable else 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,7 @@ class FreezePlan:
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(parameter.numel for parameter in self.parameters if parameter.trainable)
+        return sum(parameter.learning for parameter in self.parameters)
 
     @property
     def trainable(self) -> list[str]:
@@ -146,6 +160,11 @@ class FreezePlan:
     def frozen(self) -> list[str]:
         """Names of the parameters that no phase trains."""
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """Name of each matrix of which only some rows train -> which ones."""
+        return {parameter.name: parameter.rows for parameter in self.parameters if parameter.rows is not None}
 
     @property
     def fixed(self) -> list[str]:
@@ -219,6 +238,7 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
                 }
@@ -289,18 +309,19 @@ def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_t
     return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
 
 
-def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
-    """Name of each trainable parameter -> the selector that chose it, and which entry is the first that adds it."""
+def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Chosen, int]]:
+    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it."""
     starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
-    trains: dict[str, tuple[str, int]] = {}
+    trains: dict[str, tuple[Chosen, int]] = {}
     for number, addition in enumerate(additions):
         try:
-            chosen = resolve_selectors(structure, addition["trainable"])
+            chosen = choose(structure, addition["trainable"])
+            _refuse_other_rows(chosen, trains)
         except RecipeError as problem:
             where = f"schedule, from {starts[number]}: " if number else ""
             raise RecipeError(f"{where}{problem}") from problem
         # What trains already keeps its phase and its rate, though a later entry names it again.
-        new = {name: (selector, number) for name, selector in chosen.items() if name not in trains}
+        new = {name: (what, number) for name, what in chosen.items() if name not in trains}
         if not new:
             since = starts[max(trains[name][1] for name in chosen)]
             raise RecipeError(
@@ -311,11 +332,21 @@ def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any
     return trains
 
 
+def _refuse_other_rows(chosen: Mapping[str, Chosen], trains: Mapping[str, tuple[Chosen, int]]) -> None:
+    """Raises RecipeError where a later phase chooses other rows of a matrix than train already."""
+    for name, what in chosen.items():
+        if name in trains and trains[name][0].rows is not None and trains[name][0].rows != what.rows:
+            raise RecipeError(
+                f"{what.selector} and {trains[name][0].selector} choose different rows of {name}, which begin at "
+                f"different steps. All rows of a matrix that train begin at one step: name them in one entry."
+            )
+
+
 def _planned_parameters(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Chosen, int]]
 ) -> Iterator[PlannedParameter]:
     for info in structure.parameters:
-        selector, number = chosen.get(info.name, (None, None))
+        what, number = chosen.get(info.name, (None, None))
         addition = {} if number is None else additions[number]
         yield PlannedParameter(
             name=info.name,
@@ -323,15 +354,16 @@ def _planned_parameters(
             numel=info.numel,
             block=info.block,
             component=info.component,
-            selector=selector,
+            selector=None if what is None else what.selector,
             from_step=addition.get("from_step"),
             learning_rate=addition.get("learning_rate"),
             fixed=info.name in structure.fixed,
+            rows=None if what is None else what.rows,
         )
 
 
 def _phases(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Chosen, int]]
 ) -> tuple[Phase, ...]:
     phases: list[Phase] = []
     for number, addition in enumerate(additions):

@@ -44,7 +44,7 @@ def _selector_rows(plan: "FreezePlan") -> Rows:
     chosen: dict[str, int] = {}
     for parameter in plan.parameters:
         if parameter.selector is not None:
-            chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
+            chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.learning
     rows = [
         (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
     ]
@@ -60,7 +60,7 @@ def _place_rows(plan: "FreezePlan") -> Rows:
     runs: list[tuple[str, str, int, int]] = []  # label of the first, label of the last, parameters, trainable
     for label, members in _places(plan):
         total = sum(member.numel for member in members)
-        trainable = sum(member.numel for member in members if member.trainable)
+        trainable = sum(member.learning for member in members)
         if runs and "block" in label and "block" in runs[-1][0] and runs[-1][2:] == (total, trainable):
             runs[-1] = (runs[-1][0], label, total, trainable)
         else:
@@ -81,7 +81,7 @@ def _places(plan: "FreezePlan"):
 
 
 def _phase_rows(plan: "FreezePlan") -> Rows:
-    sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
+    sizes = {parameter.name: parameter.learning for parameter in plan.parameters}
     rows: Rows = [("from", "trainable", "blocks that backward passes")]
     for phase in plan.phases:
         trainable = sum(sizes[name] for name in phase.trainable)

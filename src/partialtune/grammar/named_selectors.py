@@ -46,6 +46,7 @@ class NamedSelector:
         word: As a recipe has it.
         chooses: Whether it chooses a parameter by this one of its names. A tied parameter has several names, and is
             chosen where one of them is.
+        has_rows: Whether rows of it may be chosen: `embeddings.tokens[-4:]`. Those of `experts` are single experts.
         may_follow_blocks: Whether it may also stand behind blocks: `blocks[-1].attention`. It then chooses inside these
             blocks what `chooses` says.
         of_language: Whether it is a part of a language model, so that it may stand behind `language.`.
@@ -58,6 +59,7 @@ class NamedSelector:
     chooses: Callable[[Candidate], bool]
     may_follow_blocks: bool = False
     of_language: bool = True
+    has_rows: bool = False
     in_words: str = ""
     also_written: tuple[str, ...] = ()
 
@@ -78,11 +80,13 @@ NAMED_SELECTORS = (
     NamedSelector(
         "embeddings.tokens",
         _components("embeddings.tokens"),
+        has_rows=True,
         also_written=("wte", "embed_tokens", "word_embeddings", "tokens"),
     ),
     NamedSelector(
         "embeddings.positions",
         _components("embeddings.positions"),
+        has_rows=True,
         in_words="position embeddings",
         also_written=("wpe", "embed_positions", "positions"),
     ),
@@ -104,6 +108,7 @@ NAMED_SELECTORS = (
         "experts",
         lambda place: place.mixture == "experts",
         may_follow_blocks=True,
+        has_rows=True,
         in_words="experts (mixture of experts)",
         also_written=("expert",),
     ),
@@ -127,7 +132,7 @@ NAMED_SELECTORS = (
         in_words="final norm with parameters",
         also_written=("ln_f", "norm_f", "final_layernorm"),
     ),
-    NamedSelector("head", _components("head"), also_written=("lm_head", "embed_out", "output")),
+    NamedSelector("head", _components("head"), has_rows=True, also_written=("lm_head", "embed_out", "output")),
     NamedSelector(
         "vision",
         lambda place: place.tower == "vision",
@@ -154,6 +159,7 @@ NAMED_SELECTORS = (
 
 NAMED = {row.word: row for row in NAMED_SELECTORS}
 WORDS = tuple(NAMED)
+WITH_ROWS = tuple(row.word for row in NAMED_SELECTORS if row.has_rows)
 BLOCK_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.may_follow_blocks)
 LANGUAGE_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.of_language)
 WORD_FOR = {written: row.word for row in NAMED_SELECTORS for written in row.also_written}

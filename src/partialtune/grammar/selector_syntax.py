@@ -1,6 +1,8 @@
 r"""The syntax of selectors: one line of text -> Selector. No model is needed; `model/selectors` applies what is read.
 
 embeddings, embeddings.tokens, embeddings.positions        input embeddings
+embeddings.tokens[50257:], head[-4:]                       rows of a matrix, Python's indices and slices
+experts[3], experts[0,2:4], blocks[-1].experts[3]          single experts of a mixture, likewise
 blocks[11], blocks[-2:], blocks[0,3:6,-1]                  whole blocks, Python's indices and slices
 blocks[...].attention, .mlp, .router, .experts,            a part of those blocks
             .mixer, .norms, .biases
@@ -20,12 +22,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.named_selectors import BLOCK_PARTS, LANGUAGE_PARTS, WORD_FOR, WORDS
+from partialtune.grammar.named_selectors import BLOCK_PARTS, LANGUAGE_PARTS, WITH_ROWS, WORD_FOR, WORDS
 
 PATIENCE_SECONDS = 2.0  # for one name; an ordinary pattern takes microseconds
 HOW_BLOCKS_ARE_WRITTEN = (
     "Blocks are written blocks[11], blocks[-2:], blocks[0,3:6,-1] or blocks[:] (all of them), and a part of them "
     "blocks[-1].attention; attention alone is that of every block."
+)
+
+HOW_ROWS_ARE_WRITTEN = (
+    "Rows are written embeddings.tokens[-4:], embeddings.tokens[50257:], head[0,3:6,-1]: rows of the matrix, counted "
+    "as Python counts."
+)
+HOW_EXPERTS_ARE_WRITTEN = (
+    "Experts are written experts[3], experts[0,2:4] or blocks[-1].experts[3]; experts alone is all of them."
 )
 
 
@@ -82,6 +92,7 @@ class Selector:
     indices: tuple[int | slice, ...] | None = None  # of blocks
     part: str | None = None  # of those blocks, one of BLOCK_PARTS; None for all of a block
     pattern: Pattern | None = None
+    rows: tuple[int | slice, ...] | None = None  # of the matrices that word or part names; None for all of them
     of_language: bool = False  # whether it stands behind "language.", and so asks for a model of several towers
 
 
@@ -100,15 +111,23 @@ def parse_selector(text: str) -> Selector:
         return Selector(written, removes, pattern=_parse_pattern(written, body))
     body = re.sub(r"\s*([\[\],:.])\s*", r"\1", body)
     of_language, body = body.startswith("language."), body.removeprefix("language.")
-    if body in (LANGUAGE_PARTS if of_language else WORDS):
+    words = LANGUAGE_PARTS if of_language else WORDS
+    if body in words:
         return Selector(written, removes, word=body, of_language=of_language)
+    of_word = re.fullmatch(r"([\w.]+)\[([^\[\]]*)\]", body)
+    if of_word is not None and of_word[1] in WITH_ROWS:
+        rows = _parse_rows(written, of_word[1], of_word[2])
+        return Selector(written, removes, word=of_word[1], rows=rows, of_language=of_language)
     blocks = re.fullmatch(r"blocks\[([^\[\]]*)\](?:\.(.*))?", body)
-    if blocks is None and of_language:
-        raise RecipeError(f"unknown selector {written!r}. {_nearest_of_language(body)}")
     if blocks is None:
-        raise RecipeError(f"unknown selector {written!r}. {_nearest_selector(body, removes)}")
+        advice = _nearest_of_language(body) if of_language else _nearest_selector(body, removes)
+        raise RecipeError(f"unknown selector {written!r}. {advice}")
     indices = tuple(_parse_index(written, item) for item in blocks[1].split(","))
-    return Selector(written, removes, indices=indices, part=_parse_part(written, blocks[2]), of_language=of_language)
+    part, rows = blocks[2], None
+    of_part = re.fullmatch(r"(\w+)\[([^\[\]]*)\]", part or "")
+    if of_part is not None and of_part[1] in WITH_ROWS:
+        part, rows = of_part[1], _parse_rows(written, of_part[1], of_part[2])
+    return Selector(written, removes, None, indices, _parse_part(written, part), None, rows, of_language)
 
 
 def check_selector_syntax(selector: str) -> str | None:
@@ -132,15 +151,20 @@ def _parse_pattern(written: str, body: str) -> Pattern:
     return Pattern(written, body[1:-1])
 
 
-def _parse_index(written: str, item: str) -> int | slice:
+def _parse_index(written: str, item: str, how: str = HOW_BLOCKS_ARE_WRITTEN) -> int | slice:
     if not re.fullmatch(r"[+-]?[0-9]{1,9}|([+-]?[0-9]{1,9})?(:([+-]?[0-9]{1,9})?){1,2}", item):
-        raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {HOW_BLOCKS_ARE_WRITTEN}")
+        raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {how}")
     if ":" not in item:
         return int(item)
     numbers = [int(number) if number else None for number in item.split(":")]
     if numbers[2:] == [0]:
-        raise RecipeError(f"{written}: the step of a slice cannot be 0. blocks[::2] is every second block.")
+        raise RecipeError(f"{written}: the step of a slice cannot be 0. [::2] takes every second one.")
     return slice(*numbers)
+
+
+def _parse_rows(written: str, word: str, items: str) -> tuple[int | slice, ...]:
+    how = HOW_EXPERTS_ARE_WRITTEN if word == "experts" else HOW_ROWS_ARE_WRITTEN
+    return tuple(_parse_index(written, item, how) for item in items.split(","))
 
 
 def _parse_part(written: str, part: str | None) -> str | None:

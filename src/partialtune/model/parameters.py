@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from partialtune.distributed import is_main
+from partialtune.model.row_parameters import rows_by_matrix, write_rows
 
 Named = Iterable[tuple[str, torch.Tensor]]
 Result = TypeVar("Result")
@@ -44,9 +45,23 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of `model` once, under its plain name, in the order of `named_parameters()`."""
+    """Every parameter of `model` once, under its plain name, in the order of `named_parameters()`.
+
+    A matrix of which some rows train is one of them, with their newest values; the parameter of these rows is not.
+    """
+    write_rows(model)
+    of_rows = {id(trained.parameter) for trained in rows_by_matrix(model).values()}
     for name, parameter in model.named_parameters():
-        yield plain_name(name), parameter
+        if id(parameter) not in of_rows:
+            yield plain_name(name), parameter
+
+
+def named_learners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `named_weights`, but of a matrix of which some rows train the parameter of these, as an optimizer holds it."""
+    rows = rows_by_matrix(model)
+    for name, parameter in named_weights(model):
+        trained = rows.get(id(parameter))
+        yield name, parameter if trained is None else trained.parameter
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

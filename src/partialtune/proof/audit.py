@@ -21,7 +21,14 @@ from partialtune.errors import FreezeViolation
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
-from partialtune.model.parameters import Named, is_sharded, named_weights, persistent_buffers, whole_on_main
+from partialtune.model.parameters import (
+    Named,
+    is_sharded,
+    named_learners,
+    named_weights,
+    persistent_buffers,
+    whole_on_main,
+)
 from partialtune.proof.audit_result import INTERRUPTED, NOT_REACHED, Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
@@ -112,7 +119,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         """What the present phase trains by name: the parameter, and the optimizer's group that holds it or None."""
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         trainable = set(self._phase.trainable)
-        return {name: (p, group_of.get(id(p))) for name, p in named_weights(model) if name in trainable}
+        return {name: (p, group_of.get(id(p))) for name, p in named_learners(model) if name in trainable}
 
     # ---- what a checkpoint keeps of the audit -----------------------------------------------------------------------
 
