@@ -98,7 +98,8 @@ def test_words_without_a_prefix_mean_the_language_model(structures, model_type):
         if info.name.startswith(("model.language_model.", "lm_head.")) and info.block is None
     }
     vision = r"/model\.vis.*\.0\..*/"
-    assert names(structure, vision) and not names(structure, vision) & names(structure, "language")
+    assert names(structure, vision)
+    assert not names(structure, vision) & names(structure, "language")
     assert names(structure, "all") == {info.name for info in structure.parameters}
 
 
