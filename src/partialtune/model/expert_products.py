@@ -12,17 +12,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+from partialtune.errors import ModelError
+from partialtune.model.rows import row_numbers
 
 
-def pick(weight: Any, key: Any) -> torch.Tensor | None:
-    """`weight[key]` for the number of an expert, or numbers (S,); None for any other key."""
+def refuse_kernels(owner: nn.Module, name: str) -> None:
+    """Kernels of others read a tensor's memory: the gradient of single experts would be lost without a word.
+
+    Raises:
+        ModelError: If a module uses such a kernel for its experts.
+    """
+    chosen = getattr(getattr(owner, "config", None), "_experts_implementation", None)
+    if "Experts" in type(owner).__name__ and chosen not in (None, "eager", "grouped_mm", "batched_mm"):
+        raise ModelError(
+            f"{name}: single experts learn under the experts implementations eager, batched_mm and grouped_mm, and "
+            f"this model has {chosen}. Call model.set_experts_implementation('grouped_mm') before, or train all "
+            f"experts."
+        )
+
+
+# ---- each takes what it stands in for takes, and gives NotImplemented where it does not know what that does --------
+
+
+def _item(weight: Any, key: Any) -> Any:
+    """`weight[key]` for the number of an expert, or numbers (S,)."""
     matrix, trained = weight.matrix, weight.trained
-    if isinstance(key, torch.Tensor) and key.dim() == 1 and not key.is_floating_point() and key.dtype != torch.bool:
+    if weight.is_turned or matrix.dim() < 2:
+        return NotImplemented
+    is_number = isinstance(key, torch.Tensor) and not key.is_floating_point() and key.dtype != torch.bool
+    if is_number and key.dim() == 1:
         return _Gathered.apply(trained.parameter, matrix, key, trained)
-    if isinstance(key, torch.Tensor) and key.dim() == 0 and not key.is_floating_point() and key.dtype != torch.bool:
+    if is_number and key.dim() == 0:
         key = int(key)
     if not isinstance(key, int) or isinstance(key, bool):
-        return None
+        return NotImplemented
     place = int(trained.places(len(matrix), torch.device("cpu"))[key])
     if place < len(trained.parameter):
         weight.is_connected = True
@@ -35,14 +61,37 @@ def pick(weight: Any, key: Any) -> torch.Tensor | None:
     return matrix[key]
 
 
-def grouped(product: Callable[..., torch.Tensor], x: torch.Tensor, weight: Any, offs: torch.Tensor) -> torch.Tensor:
+def _transposed(weight: Any, one: int, other: int) -> Any:
+    if weight.matrix.dim() != 3 or {one % 3, other % 3} != {1, 2}:
+        return NotImplemented
+    return type(weight).over(weight.matrix.transpose(one, other), weight.trained, not weight.is_turned)
+
+
+def _grouped(product: Any) -> Callable[..., Any]:
     """`product(x, weight, offs=offs)`: x (S, in), weight (E, in, out), offs (E,) -> (S, out)."""
-    return _Grouped.apply(x, weight.trained.parameter, weight.matrix, offs, weight.trained, weight.is_turned, product)
+
+    def with_rows(x: Any, weight: Any, offs: torch.Tensor, bias: Any = None, out_dtype: Any = None) -> Any:
+        if not hasattr(weight, "trained") or bias is not None or out_dtype is not None:
+            return NotImplemented
+        parameter, matrix = weight.trained.parameter, weight.matrix
+        return _Grouped.apply(x, parameter, matrix, offs, weight.trained, weight.is_turned, product)
+
+    return with_rows
 
 
-def turned(weight: Any, one: int, other: int) -> bool:
-    """Whether a transposition is that of the two last of three dimensions."""
-    return weight.matrix.dim() == 3 and {one % 3, other % 3} == {1, 2}
+def grouped_fallback(func: Any) -> Callable[..., Any] | None:
+    """For transformers' own product, where torch has none for the device: it is there once its experts are imported."""
+    return _grouped(func) if str(func) == "transformers.grouped_mm_fallback" else None
+
+
+OF_EXPERTS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.__getitem__: _item,
+    torch.Tensor.transpose: _transposed,
+    **{one: _grouped(one) for one in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if one},
+}
+
+
+# ---- gradients of the slices ----------------------------------------------------------------------------------------
 
 
 class _Connected(torch.autograd.Function):
@@ -95,7 +144,7 @@ class _Grouped(torch.autograd.Function):
         x_grad = ctx.product(grad, matrix.transpose(-2, -1), offs=offs) if ctx.needs_input_grad[0] else None
         total = torch.zeros_like(parameter)
         ends = offs.tolist()
-        for place, number in enumerate(ctx.trained.numbers):
+        for place, number in enumerate(row_numbers(ctx.trained.rows)):
             of_expert = slice(ends[number - 1] if number else 0, ends[number])
             left, right = (grad, x) if ctx.is_turned else (x, grad)  # stored as (out, in), or as (in, out)
             total[place] = left[of_expert].T @ right[of_expert]
