@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from partialtune.errors import ModelError
+from partialtune.model.expert_products import OF_EXPERTS, grouped_fallback, refuse_kernels
 from partialtune.model.rows import Rows, row_numbers, take_rows
 
 SUFFIX = "_rows"  # of the parameter's name, behind that of the matrix
@@ -179,11 +180,14 @@ class MatrixWithRows(torch.Tensor):
     parameter: nn.Parameter
     matrix: torch.Tensor
     trained: TrainedRows
+    is_turned: bool  # whether its two last dimensions are those of the parameter the other way round
+    is_connected: bool  # of fused experts: whether the pass gives the parameter a gradient already
 
     @classmethod
-    def over(cls, matrix: torch.Tensor, trained: TrainedRows) -> "MatrixWithRows":
+    def over(cls, matrix: torch.Tensor, trained: TrainedRows, is_turned: bool = False) -> "MatrixWithRows":
         made: Any = matrix.detach().as_subclass(cls)
         made.parameter, made.matrix, made.trained, made._is_param = matrix, matrix.detach(), trained, True
+        made.is_turned, made.is_connected = is_turned, False
         return made
 
     @classmethod
@@ -191,10 +195,11 @@ class MatrixWithRows(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        known = KNOWN.get(func)
+        known = KNOWN.get(func) or grouped_fallback(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if known is not None:
-                return known(*args, **kwargs)
+            found = NotImplemented if known is None else known(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
             result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and func not in READING:  # else its shape, dtype, device
             raise ModelError(
@@ -278,7 +283,7 @@ class _Product(torch.autograd.Function):
 
 
 READING = (torch.Tensor.detach, torch.Tensor.data.__get__)  # what is read is not trained by
-KNOWN: dict[Any, Any] = {F.embedding: _embedding, F.linear: _linear, torch._C._nn.linear: _linear}
+KNOWN: dict[Any, Any] = {F.embedding: _embedding, F.linear: _linear, torch._C._nn.linear: _linear, **OF_EXPERTS}
 
 
 # ---- put into a model -----------------------------------------------------------------------------------------------
@@ -308,10 +313,12 @@ def train_rows(model: nn.Module, rows: Mapping[str, Rows], matrices: Mapping[str
             continue
         if hasattr(matrix, "full_tensor"):  # of DTensor
             raise ModelError(f"Rows of {name} are to train, and it is sharded (FSDP). Launch without it (DDP).")
+        holders = _holders(model, matrix)
+        refuse_kernels(holders[0][0], name)
         trained = TrainedRows(numbers, nn.Parameter(take_rows(matrix.detach(), numbers)))
         trained.written = trained.parameter._version
         matrix.requires_grad_(False)
-        for number, (module, key) in enumerate(_holders(model, matrix)):
+        for number, (module, key) in enumerate(holders):
             _let_hold_rows(module, {**getattr(module, "trained_rows", {}), key: trained})
             if not number:  # once: a tied head shares it
                 module.register_parameter(key + SUFFIX, trained.parameter)
