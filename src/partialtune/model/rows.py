@@ -47,9 +47,10 @@ def count_rows(rows: Rows) -> int:
     return sum(stop - start for start, stop in rows)
 
 
-def rows_in_words(rows: Rows) -> str:
-    """rows_in_words(((3, 5), (7, 8))) -> "3:5,7", as a selector has them between its brackets."""
-    return ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows)
+def rows_in_words(rows: Rows, shown: int | None = None) -> str:
+    """rows_in_words(((3, 5), (7, 8))) -> "3:5,7", as a selector has them between its brackets; `shown` runs of them."""
+    runs = ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows[:shown])
+    return runs if shown is None or len(rows) <= shown else f"{runs},..."
 
 
 def other_rows_name(name: str, rows: Rows) -> str:
