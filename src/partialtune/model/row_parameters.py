@@ -205,6 +205,14 @@ class MatrixWithRows(torch.Tensor):
         return result
 
 
+def matrix_and_rows(weight: torch.Tensor) -> tuple[torch.Tensor, TrainedRows | None]:
+    """The values of what an attribute is, and those rows that are to get a gradient; None where it is no such matrix.
+
+    For code that takes products of its own. In passes without gradients it is never one.
+    """
+    return (weight.matrix, weight.trained) if isinstance(weight, MatrixWithRows) else (weight, None)
+
+
 def _embedding(
     ids: torch.Tensor,
     weight: MatrixWithRows,
@@ -312,7 +320,7 @@ def train_rows(model: nn.Module, rows: Mapping[str, Rows], matrices: Mapping[str
         trained.written = trained.parameter._version
         matrix.requires_grad_(False)
         for number, (module, key) in enumerate(_holders(model, matrix)):
-            _let_hold_rows(module, {**getattr(module, "trained_rows", {}), key: trained})
+            _let_hold_rows(module, {**trained_rows_of(module), key: trained})
             if not number:  # once: a tied head shares it
                 module.register_parameter(key + SUFFIX, trained.parameter)
 
@@ -356,6 +364,16 @@ def _new_with_rows(own: type, attributes: tuple[str, ...]) -> nn.Module:
     """What pickle makes before it fills it."""
     kind = _with_rows(own, attributes)
     return kind.__new__(kind)
+
+
+def class_without_rows(module: nn.Module) -> type:
+    """The class that a module has, or had before rows of it were to train."""
+    return module.own_class if isinstance(module, WithTrainedRows) else type(module)
+
+
+def trained_rows_of(module: nn.Module) -> Mapping[str, TrainedRows]:
+    """The rows of a module that train, by the matrix' attribute; empty for any other module."""
+    return module.trained_rows if isinstance(module, WithTrainedRows) else {}
 
 
 def modules_with_rows(model: nn.Module) -> Iterator[WithTrainedRows]:
