@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from partialtune.errors import ModelError
 from partialtune.model.rows import Rows, row_numbers, take_rows
@@ -182,7 +183,9 @@ class MatrixWithRows(torch.Tensor):
 
     @classmethod
     def over(cls, matrix: torch.Tensor, trained: TrainedRows) -> "MatrixWithRows":
-        made: Any = matrix.detach().as_subclass(cls)
+        # Without memory of its own: a tensor of no values, as of a forecast, can be of one class alone.
+        shape = matrix.shape, matrix.stride()
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, *shape, dtype=matrix.dtype, device=matrix.device)
         made.parameter, made.matrix, made.trained, made._is_param = matrix, matrix.detach(), trained, True
         return made
 
@@ -190,19 +193,23 @@ class MatrixWithRows(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
         known = KNOWN.get(func)
         with torch._C.DisableTorchFunctionSubclass():
             if known is not None:
                 return known(*args, **kwargs)
-            result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and func not in READING:  # else its shape, dtype, device
+            args, kwargs = tree_map_only(MatrixWithRows, lambda one: one.matrix, (args, kwargs))
+            result = NotImplemented if name == "__set__" else func(*args, **kwargs)
+        if result is NotImplemented or (isinstance(result, torch.Tensor) and func not in READING):
             raise ModelError(
-                f"Rows of a matrix are to train, and it is used in {getattr(func, '__name__', func)}, through which "
-                f"their gradient cannot be followed. Train the whole matrix, or none of it. To read its values: "
-                f"weight.detach()."
+                f"Rows of a matrix are to train, and it is used in {name}, through which their gradient cannot be "
+                f"followed. Train the whole matrix, or none of it. To read its values: weight.detach()."
             )
-        return result
+        return result  # its shape, dtype, device, what it is equal to
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        raise ModelError(f"Rows of a matrix are to train, and it is used in {func}, past what follows their gradient.")
 
 
 def matrix_and_rows(weight: torch.Tensor) -> tuple[torch.Tensor, TrainedRows | None]:
