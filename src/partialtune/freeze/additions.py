@@ -14,32 +14,38 @@ def start_words(step: int | None, epoch: float | None) -> str:
     return f"step {step}" if epoch is None else f"epoch {epoch:g}"
 
 
-def additions_of(first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool) -> list[dict[str, Any]]:
+def additions_of(
+    first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool, trains_from_start: bool
+) -> list[dict[str, Any]]:
     """The entries of the schedule, checked, and before them what trains from the start.
 
     Args:
         first: Selectors of what trains from the start.
         schedule: As for `plan_freeze`.
         before_text: Whether entries may begin at an epoch.
+        trains_from_start: Whether something trains before any entry adds to it.
 
     Raises:
         RecipeError: If an entry is wrong in itself.
     """
     # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
-    entries, problems = read_schedule(schedule, trains_from_start=bool(first))
+    entries, problems = read_schedule(schedule, trains_from_start)
     if not before_text and any("from_epoch" in entry for entry in entries):
         problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
     if problems:
         raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
-    return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
+    return [{"from_step": 0, "trainable": first}, *entries] if trains_from_start or not entries else entries
 
 
-def what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Chosen, int]]:
+def what_trains(
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], allow_empty: bool
+) -> dict[str, tuple[Chosen, int]]:
     """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it.
 
     Args:
         structure: The model's parameters.
         additions: Of `additions_of`.
+        allow_empty: Whether the first entry may hold nothing, where adapters train from the start.
 
     Raises:
         RecipeError: If a selector cannot be applied, or an entry adds nothing.
@@ -48,14 +54,14 @@ def what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]
     trains: dict[str, tuple[Chosen, int]] = {}
     for number, addition in enumerate(additions):
         try:
-            chosen = choose(structure, addition["trainable"])
+            chosen = choose(structure, addition["trainable"], allow_empty and not number)
             _refuse_other_rows(chosen, trains)
         except RecipeError as problem:
             where = f"schedule, from {starts[number]}: " if number else ""
             raise RecipeError(f"{where}{problem}") from problem
         # What trains already keeps its phase and its rate, though a later entry names it again.
         new = {name: (what, number) for name, what in chosen.items() if name not in trains}
-        if not new:
+        if not new and addition["trainable"]:
             since = starts[max(trains[name][1] for name in chosen)]
             raise RecipeError(
                 f"schedule, from {starts[number]}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "
