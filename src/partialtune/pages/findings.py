@@ -64,7 +64,7 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
-    weights = [frozen_finding(run), trainable_finding(run), *saved_finding(run)]
+    weights = [frozen_finding(run), *resting_finding(run), trainable_finding(run), *saved_finding(run)]
     return [*weights, *held_out_finding(run), *forgetting_finding(run)]
 
 
@@ -97,6 +97,30 @@ def frozen_finding(run: RunFiles) -> Finding:
     return Finding("good", "Frozen part", f"L2 change {exact}", f"{size} kept every bit.")
 
 
+def resting_finding(run: RunFiles) -> list[Finding]:
+    """Whether blocks that learn in turn kept every bit while they rested; nothing where none do."""
+    if "sampling" not in run.plan:
+        return []
+    from partialtune.freeze.block_sampling import BlockSampling  # here: a page need not wait for torch
+
+    sampling = BlockSampling.from_json(run.plan["sampling"])
+    detail = f"{sampling.words()}."
+    held = sum(parameter["numel"] for parameter in run.plan["parameters"] if parameter.get("in_turn"))
+    if run.record.get("processes", 1) > 1:
+        detail += f" On every process all candidates kept their gradient buckets (DDP): {count(held)} values."
+    changed = changed_at_rest(run)
+    if changed:
+        value = f"{counted(len(changed), 'tensor')} changed at rest"
+        return [Finding("bad", "Blocks in turn", value, f"{detail} While their block rested: {joined(changed, 160)}.")]
+    value = counted(run.draws, "draw") if run.draws is not None else "0 changed at rest"
+    return [Finding("good", "Blocks in turn", value, f"{detail} Blocks at rest kept every bit.")]
+
+
+def changed_at_rest(run: RunFiles) -> list[str]:
+    """Names of parameters that changed while their block rested."""
+    return run.audit.get("resting", {}).get("changed", [])
+
+
 def trainable_finding(run: RunFiles) -> Finding:
     """How far the trainable parameters moved, and which of them could not."""
     trained, audit = run.trained, run.audit["trainable"]
@@ -105,7 +129,7 @@ def trainable_finding(run: RunFiles) -> Finding:
         relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
         detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
     explained = run.audit["frozen"]["changed"] or changed_buffers(run) or any(changed_names(run).values())
-    explained = explained or saved_otherwise(run)
+    explained = explained or saved_otherwise(run) or changed_at_rest(run)
     failed = audit["not_in_optimizer"] or not (run.audit["passed"] or explained)
     warned = audit["unmoved"] or audit["below_precision"] or audit.get("rows_without_gradient")
     level = "bad" if failed else "warning" if warned else "good"
@@ -143,6 +167,7 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
     gone = set(names["missing"])
     return [
         *((name, "is frozen, but changed") for name in frozen["changed"] if name not in gone),
+        *((name, "changed while its block rested") for name in changed_at_rest(run) if name not in gone),
         *(
             (name, "is a buffer, which nothing trains, but changed")
             for name in changed_buffers(run)

@@ -132,14 +132,23 @@ class RunFiles:
 
     @property
     def selectors(self) -> list[str]:
-        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning.
+        """The recipe's `trainable`, and blocks in turn; `all` without both, as it may be for full fine-tuning.
 
         Adapters beside it are shown as the plan shows them: `lora: attention`.
         """
         target = as_list((self.recipe.get("lora") or {}).get("target"))
         if target and self.adapts:
             return target
-        return [*as_list(self.recipe.get("trainable")), *(f"lora: {one}" for one in target)] or ["all"]
+        sampling = self.recipe.get("block_sampling")
+        in_turn = [f"{sampling['blocks']} blocks in turn"] if sampling else []
+        beside = [f"lora: {one}" for one in target]
+        return [*as_list(self.recipe.get("trainable")), *in_turn, *beside] or ["all"]
+
+    @property
+    def draws(self) -> int | None:
+        """How many draws of blocks there were, None where that is not written."""
+        file = self.folder / "block_draws.jsonl"
+        return file.read_text(encoding="utf-8").count("\n") if file.is_file() else None
 
     @property
     def adapts(self) -> bool:

@@ -21,7 +21,7 @@ from partialtune.distributed import from_all, from_main, is_main, raise_disk_err
 from partialtune.errors import FreezeViolation
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
+from partialtune.model.digests import buffer_digests, digests_on_main
 from partialtune.model.parameters import (
     Named,
     is_sharded,
@@ -119,30 +119,20 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._record_draws(args, state)
 
     def _record_draws(self, args, state, anew: bool = False) -> str | None:
-        """Write the draws of the steps so far. Returns why that failed; the next step tries again."""
-        folder = self.folder(args)
-        if self._draws is None or folder is None or not state.is_world_process_zero:
-            return None
-        return (self._draws.begin if anew else self._draws.reach)(folder, state.global_step)
+        folder = self.folder(args) if state.is_world_process_zero else None
+        return None if self._draws is None else self._draws.reach(folder, state.global_step, anew)
 
     def _check_draw(self, args, state, model: nn.Module) -> None:
         """Compare what rested, and what is frozen, with what it came to rest with; then others come to rest.
-
-        Checksums of all of it, since sha256 of a whole model at every draw would cost more than it proves: each block's
-        sha256 is taken when it comes to rest and compared here when it is drawn, at every save and at the end.
 
         Raises:
             FreezeViolation: As `check_frozen`.
         """
         with self._watch:
-            kept, drawn = set(self._kept(state)), set(self.plan.phase_at(state.global_step).trainable)
-            named = [(name, parameter) for name, parameter in named_weights(model) if name in kept]
-            sums = bit_sums(named)
-            changed = {name for name in kept if sums.get(name) != self._sum_that_stays(name)}
-            present = digests_on_main((name, parameter) for name, parameter in named if name in drawn)
-            changed |= {name for name, sha256 in present.items() if sha256 != self._digest_that_stays(name)}
-            found = any(from_all(bool(changed)))
-        if found:
+            kept = set(self._kept(state))
+            parts = [(name, part) for name, part in self._parts(model) if name in kept]
+            changed = self._resting.changed(parts, kept, state.global_step, self.snapshot)
+        if changed:
             self._audit_everything(args, state, model)
         with self._watch:
             self._resting.draw(model, state.global_step)
@@ -245,7 +235,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         """
         result = self.result
         changed = {*result.changed, *(result.changed_at_rest or ()), *result.changed_buffers} if result else set()
-        parameters = {name: self._digest_that_stays(name) for name in self._kept(state) if name not in changed}
+        parameters = {
+            name: self._resting.digest(name, self.digests_before) for name in self._kept(state) if name not in changed
+        }
         return parameters, {name: sha256 for name, sha256 in self.buffers_before.items() if name not in changed}
 
     def conclude_saved(self, args, state, differences: list[SavedDifference]) -> None:
@@ -310,10 +302,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         )
 
     def _kept(self, state) -> list[str]:
-        """Names of the parameters, and of frozen rows, that no step so far was to change, or none since they came to
-        rest."""
-        names = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
-        return list(dict.fromkeys(names))
+        """Names of the parameters, and of frozen rows, that no step was to change, or none since they came to rest."""
+        stay = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
+        return list(dict.fromkeys(stay))
 
     def _parts(self, model: nn.Module) -> Named:
         """Every parameter by name, and each matrix of which some rows train by the name of its frozen rows too."""
@@ -321,16 +312,6 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _digests(self, parts: Named) -> dict[str, str]:
         return digests_on_main(parts, self.plan.frozen_rows)
-
-    def _digest_that_stays(self, name: str) -> str | None:
-        """sha256 of a parameter that no step may change, of when it came to rest or of the start."""
-        return self._resting.digests.get(name, self.digests_before.get(name))
-
-    def _sum_that_stays(self, name: str) -> int | None:
-        """The same of its checksum on this process; None where that is not known."""
-        if name in self._resting.digests:
-            return self._resting.sums.get(name)
-        return self.snapshot.bit_sums.get(name) if self.snapshot else None
 
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
@@ -346,14 +327,11 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             present: Their digests now, on the main process.
         """
         if is_main():
-            changed = {name for name in kept if present.get(name) != self._digest_that_stays(name)}
+            changed = {name for name in kept if present.get(name) != self._resting.digest(name, self.digests_before)}
         else:  # shards were gathered, and digested on the main process; a replica may differ here alone
             names = set(kept)
             replicas = [(n, p) for n, p in self._parts(model) if n in names and not is_sharded(p)]
-            # of what rested in the best model, which was loaded at the end, no checksum is known here
-            known = [(n, p) for n, p in replicas if n not in self._resting.digests or n in self._resting.sums]
-            totals = bit_sums(known, self.plan.frozen_rows)
-            changed = {name for name, total in totals.items() if total != self._sum_that_stays(name)}
+            changed = self._resting.other_sums(replicas, self.snapshot)
         anywhere = set().union(*from_all(changed))
         return [name for name in kept if name in anywhere]
 

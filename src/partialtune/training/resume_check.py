@@ -272,6 +272,7 @@ class RunOrigin:
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
         rates: `layer_decay`, and in their order `part_learning_rates`; None where the recipe has neither.
+        sampling: The plan's, where blocks learn in turn.
     """
 
     base: BaseOrigin
@@ -280,6 +281,7 @@ class RunOrigin:
     phases: list[PhaseOrigin]
     choices: Choices
     rates: dict[str, Any] | None = None
+    sampling: dict[str, Any] | None = None
 
 
 def origin_of(
@@ -314,6 +316,7 @@ def origin_of(
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
         _rates_of(plan),
+        None if plan.sampling is None else plan.sampling.to_json(),
     )
 
 
@@ -333,8 +336,9 @@ def _sample(windows: Dataset) -> dict[str, Any]:
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
     content = {} if origin is None else asdict(origin)
-    if content.get("rates") is None:  # as it was before there were rates of parts
-        content.pop("rates", None)
+    for key in ("rates", "sampling"):  # as it was before there were such
+        if content.get(key) is None:
+            content.pop(key, None)
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -388,6 +392,7 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
         *_window_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
         *_rate_differences(saved.rates or {}, present.rates or {}),
+        *_window_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
     ]
     if found:
         raise InputError(

@@ -13,6 +13,7 @@ from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
+from partialtune.verify.draws import read_draws
 from partialtune.verify.open_checkpoint import Adapters
 
 
@@ -29,6 +30,7 @@ class Claim:
         after: The same for the adapted checkpoint.
         head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
         scale: For LoRA, alpha / rank of the run; None if unknown.
+        faults: Sentences on what the run's own record says against itself.
     """
 
     text: str
@@ -38,6 +40,7 @@ class Claim:
     after: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     scale: float | None = None
+    faults: tuple[str, ...] = ()
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -58,7 +61,7 @@ def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> C
 def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     """That only what a run's `freeze_plan.json` trains moved, from its digests before to its digests after.
 
-    Parameters that the plan does not list are frozen.
+    Parameters that the plan does not list are frozen. Where blocks learnt in turn, so are those that were never drawn.
 
     Args:
         structure: Of both checkpoints.
@@ -85,14 +88,17 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
             if named[name].get(key):
                 found[other_rows_name(name, trained)] = named[name][key]
     digests = f"{len(before):,} digests before and {len(after):,} after"
+    draws = read_draws(file.parent, read_json(file), adapted)
+    never = {structure.by_name[name].name for name in draws.never}
     return Claim(
-        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
+        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says{draws.words}",
         # `is True`: a damaged plan's "false" is a text, and must not let a parameter move
-        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
+        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True) - never,
         rows=rows,
         before=before,
         after=after,
         head=read_json(file).get("head"),
+        faults=draws.faults,
     )
 
 

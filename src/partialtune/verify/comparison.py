@@ -92,6 +92,7 @@ class Comparison:
         not_the_base: Parameters of the base that are not what the run says it started from.
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
         notes: What else a reader should know.
+        faults_of_the_record: Sentences on what the run's own files say against each other.
     """
 
     base: str
@@ -103,6 +104,7 @@ class Comparison:
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    faults_of_the_record: tuple[str, ...] = ()
 
     @property
     def moved(self) -> list[ComparedParameter]:
@@ -146,7 +148,7 @@ class Comparison:
             if differing:
                 where = f"in {counted(len(differing), 'parameter')}: {joined(differing, 160)}"
                 sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
-        return sentences
+        return [*sentences, *self.faults_of_the_record]
 
     @property
     def passed(self) -> bool | None:
