@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -29,6 +29,8 @@ from partialtune.engine.checkpoint_files import (
     clear_aside,
     disk_errors,
     finish_checkpoint,
+    has_other_names,
+    load_by_files_names,
     read_with_care,
     rotate_checkpoints,
     with_ties,
@@ -249,19 +251,26 @@ class TunedTrainer(Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
-        # Without, adapters are not loaded, and a damaged file ends in a traceback and exit code 1.
+        # Without, adapters are not loaded, nor weights under the names of their origin (experts, vision-language
+        # models), and a damaged file ends in a traceback and exit code 1.
         with read_with_care(Path(resume_from_checkpoint)):
-            if self.tuning.plan.adapter is None:
+            if self.tuning.plan.adapter is None and self._has_other_names(resume_from_checkpoint):
+                load_by_files_names(Path(resume_from_checkpoint), self.model)
+            elif self.tuning.plan.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
                 load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
+
+    def _has_other_names(self, checkpoint: str | None) -> bool:
+        is_one = checkpoint is not None and isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
+        return is_one and has_other_names(Path(checkpoint or "."), self.model)
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""
         # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
         # the best model by what the last steps did, and find fault with parameters that went back to the base.
         best = self.state.best_model_checkpoint
-        if self.tuning.plan.adapter is None:
+        if self.tuning.plan.adapter is None and not self._has_other_names(best):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
