@@ -1,4 +1,4 @@
-"""Single experts learn: slices of fused tensors, with gradients and optimizer of their size; the others keep each bit."""
+"""Single experts learn: slices of fused tensors, gradients and optimizer of their size; the others keep each bit."""
 
 import json
 

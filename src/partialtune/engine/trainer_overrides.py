@@ -254,23 +254,19 @@ class TunedTrainer(Base):
         # Without, adapters are not loaded, nor weights under the names of their origin (experts, vision-language
         # models), and a damaged file ends in a traceback and exit code 1.
         with read_with_care(Path(resume_from_checkpoint)):
-            if self.tuning.plan.adapter is None and self._has_other_names(resume_from_checkpoint):
+            if self.tuning.plan.adapter is None and _is_by_other_names(self, resume_from_checkpoint):
                 load_by_files_names(Path(resume_from_checkpoint), self.model)
             elif self.tuning.plan.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
                 load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
 
-    def _has_other_names(self, checkpoint: str | None) -> bool:
-        is_one = checkpoint is not None and isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
-        return is_one and has_other_names(Path(checkpoint or "."), self.model)
-
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""
         # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
         # the best model by what the last steps did, and find fault with parameters that went back to the base.
         best = self.state.best_model_checkpoint
-        if self.tuning.plan.adapter is None and not self._has_other_names(best):
+        if self.tuning.plan.adapter is None and not _is_by_other_names(self, best):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
@@ -285,6 +281,12 @@ class TunedTrainer(Base):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):
             super()._load_rng_state(checkpoint)
+
+
+def _is_by_other_names(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether Trainer would not find a checkpoint's weights by the model's names."""
+    is_whole = isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled
+    return is_whole and checkpoint is not None and has_other_names(Path(checkpoint), trainer.model)
 
 
 def override(trainer: Trainer, tuning: Tuning, changes: TrainerChanges) -> None:
