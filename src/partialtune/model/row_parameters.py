@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from partialtune.errors import ModelError
 from partialtune.model.expert_products import OF_EXPERTS, grouped_fallback, refuse_kernels
@@ -185,7 +186,9 @@ class MatrixWithRows(torch.Tensor):
 
     @classmethod
     def over(cls, matrix: torch.Tensor, trained: TrainedRows, is_turned: bool = False) -> "MatrixWithRows":
-        made: Any = matrix.detach().as_subclass(cls)
+        # Without memory of its own: a tensor of no values, as of a forecast, can be of one class alone.
+        shape = matrix.shape, matrix.stride()
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, *shape, dtype=matrix.dtype, device=matrix.device)
         made.parameter, made.matrix, made.trained, made._is_param = matrix, matrix.detach(), trained, True
         made.is_turned, made.is_connected = is_turned, False
         return made
@@ -194,20 +197,32 @@ class MatrixWithRows(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
         known = KNOWN.get(func) or grouped_fallback(func)
         with torch._C.DisableTorchFunctionSubclass():
             found = NotImplemented if known is None else known(*args, **kwargs)
             if found is not NotImplemented:
                 return found
-            result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and func not in READING:  # else its shape, dtype, device
+            args, kwargs = tree_map_only(MatrixWithRows, lambda one: one.matrix, (args, kwargs))
+            result = NotImplemented if name == "__set__" else func(*args, **kwargs)
+        if result is NotImplemented or (isinstance(result, torch.Tensor) and func not in READING):  # else its shape ...
             raise ModelError(
-                f"Rows of a matrix are to train, and it is used in {getattr(func, '__name__', func)}, through which "
-                f"their gradient cannot be followed. Train the whole matrix, or none of it. To read its values: "
-                f"weight.detach()."
+                f"Rows of a matrix are to train, and it is used in {name}, through which their gradient cannot be "
+                f"followed. Train the whole matrix, or none of it. To read its values: weight.detach()."
             )
-        return result
+        return result  # its shape, dtype, device, what it is equal to
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        raise ModelError(f"Rows of a matrix are to train, and it is used in {func}, past what follows their gradient.")
+
+
+def matrix_and_rows(weight: torch.Tensor) -> tuple[torch.Tensor, TrainedRows | None]:
+    """The values of what an attribute is, and those rows that are to get a gradient; None where it is no such matrix.
+
+    For code that takes products of its own. In passes without gradients it is never one.
+    """
+    return (weight.matrix, weight.trained) if isinstance(weight, MatrixWithRows) else (weight, None)
 
 
 def _embedding(
@@ -319,7 +334,7 @@ def train_rows(model: nn.Module, rows: Mapping[str, Rows], matrices: Mapping[str
         trained.written = trained.parameter._version
         matrix.requires_grad_(False)
         for number, (module, key) in enumerate(holders):
-            _let_hold_rows(module, {**getattr(module, "trained_rows", {}), key: trained})
+            _let_hold_rows(module, {**trained_rows_of(module), key: trained})
             if not number:  # once: a tied head shares it
                 module.register_parameter(key + SUFFIX, trained.parameter)
 
@@ -355,14 +370,25 @@ def _with_rows(own: type, attributes: tuple[str, ...]) -> type:
     def matrix(attribute: str) -> property:
         return property(lambda module: module._with_rows(attribute), lambda module, value: module._replace(value))
 
-    members = {"__module__": own.__module__, "__doc__": own.__doc__, "own_class": own}
-    return type(own.__name__, (WithTrainedRows, own), members | {name: matrix(name) for name in attributes})
+    members: dict[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__, "own_class": own}
+    members |= {name: matrix(name) for name in attributes}
+    return type(own.__name__, (WithTrainedRows, own), members)
 
 
 def _new_with_rows(own: type, attributes: tuple[str, ...]) -> nn.Module:
     """What pickle makes before it fills it."""
     kind = _with_rows(own, attributes)
     return kind.__new__(kind)
+
+
+def class_without_rows(module: nn.Module) -> type:
+    """The class that a module has, or had before rows of it were to train."""
+    return module.own_class if isinstance(module, WithTrainedRows) else type(module)
+
+
+def trained_rows_of(module: nn.Module) -> Mapping[str, TrainedRows]:
+    """The rows of a module that train, by the matrix' attribute; empty for any other module."""
+    return module.trained_rows if isinstance(module, WithTrainedRows) else {}
 
 
 def modules_with_rows(model: nn.Module) -> Iterator[WithTrainedRows]:

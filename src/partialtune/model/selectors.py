@@ -183,6 +183,7 @@ def match(structure: ModelStructure, selector: Selector) -> Matches:
         info.name: names
         for info in structure.parameters
         if (names := {place.name for place in info.places if _is_match(selector, blocks, place)})
+        and not (selector.word == "head" and selector.rows and len(info.shape) < 2)  # its bias, which has no rows
     }
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
