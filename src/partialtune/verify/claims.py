@@ -81,9 +81,9 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
     rows = _rows(structure, named, file, adapted)
     for name, trained in rows.items():
-        for known, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
+        for found, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
             if named[name].get(key):
-                known[other_rows_name(name, trained)] = named[name][key]
+                found[other_rows_name(name, trained)] = named[name][key]
     digests = f"{len(before):,} digests before and {len(after):,} after"
     return Claim(
         text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
