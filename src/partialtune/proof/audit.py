@@ -28,15 +28,14 @@ from partialtune.model.parameters import (
     named_learners,
     named_weights,
     persistent_buffers,
-    whole_on_main,
     with_other_rows,
 )
-from partialtune.model.rows import Rows, take_rows
-from partialtune.proof.audit_result import INTERRUPTED, NEVER_DRAWN, NOT_REACHED, Audit, SavedDifference
+from partialtune.proof.audit_result import Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.resting import DrawsRecord, RestingParameters
 from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
+from partialtune.proof.what_moved import rounded_away, unmoved
 
 logger = logging.getLogger(__name__)
 
@@ -277,9 +276,14 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.changed_buffers = self._changed_buffers(model)
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))
-            audit.stuck, audit.unmoved = self._unmoved(state)
-            audit.rows_without_gradient = self._rows_without_gradient(state, audit)
-            audit.below_precision = self._rounded_away(model)
+            unreached, interrupted = self._unreached(state), state.global_step if self.interrupted() else None
+            digests = self.digests_before, self.digests_after
+            audit.stuck, audit.unmoved = unmoved(self.plan, *digests, self._updates, unreached, interrupted)
+            if self.plan.rows:
+                known = {*unreached, *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
+                found = {} if interrupted is not None else self._updates.rows.without()
+                audit.rows_without_gradient = {name: rows for name, rows in found.items() if name not in known}
+            audit.below_precision = rounded_away(model, self.plan, self.snapshot, self._updates.had_gradient)
             audit = from_main(audit)  # copies and their distances are known there only
         self.log({"audit/passed": float(audit.passed)}, state)
         self._conclude(args, state, audit)
@@ -343,49 +347,6 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         """L2 distance of all that trains from the start; None where that of one parameter is unknown."""
         moves = {delta.name: delta.l2_delta for delta in measure_deltas(model, self.snapshot)}
         return together([moves.get(name) for name in self.plan.trainable])
-
-    def _unmoved(self, state) -> tuple[list[str], dict[str, str]]:
-        """Trainable parameters that kept every bit: those that were due to move, and the others with the reason."""
-        unreached, interrupted = self._unreached(state), self.interrupted()
-        before, after = self.digests_before, self.digests_after
-        stuck, reasons = [], {}
-        for name in self.plan.trainable:
-            if name not in after or after[name] != before.get(name):
-                continue
-            if name in unreached:
-                words = NOT_REACHED if self.plan.sampling is None else NEVER_DRAWN
-                reasons[name] = words.format(step=unreached[name])
-            elif interrupted:
-                reasons[name] = INTERRUPTED.format(step=state.global_step)
-            elif name in self._updates.due:
-                stuck.append(name)
-            else:
-                reasons[name] = self._updates.why_not_due(name)
-        return stuck, reasons
-
-    def _rows_without_gradient(self, state, audit: Audit) -> dict[str, Rows] | None:
-        """Of each matrix of which some rows train those that never had a gradient; None where there is no such matrix.
-
-        What is not known yet, or said of all of the rows already, is left out.
-        """
-        if not self.plan.rows:
-            return None
-        known = {*self._unreached(state), *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
-        found = {} if self.interrupted() else self._updates.rows.without()
-        return {name: rows for name, rows in found.items() if name not in known}
-
-    def _rounded_away(self, model: nn.Module) -> list[str]:
-        """Trainable parameters held in 16 bits of which fewer than half of the values moved."""
-        names = []
-        for name, parameter in named_weights(model):
-            if name in self._updates.had_gradient and parameter.element_size() == 2 and parameter.is_floating_point():
-                values, start = whole_on_main(parameter), self.snapshot.copies.get(name)
-                if values is not None and name in self.plan.rows:
-                    values = take_rows(values, self.plan.rows[name])
-                if values is not None and start is not None and values.shape == start.shape:
-                    moved = int(torch.count_nonzero(values.cpu() != start))
-                    names += [name] if moved < values.numel() / 2 else []
-        return names
 
     # ---- the verdict ------------------------------------------------------------------------------------------------
 
