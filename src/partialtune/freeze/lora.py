@@ -20,7 +20,6 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.errors import HOW_TO_INSTALL_PEFT, ModelError, RecipeError, is_peft_installed
 from partialtune.freeze.plan import Adapter, FreezePlan, Phase, PlannedParameter
 from partialtune.freeze.rates import with_rates
-from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import model_location
 from partialtune.model.selectors import resolve_selectors
@@ -64,13 +63,11 @@ def plan_lora(
     _check_every_selector_adapts(model, structure, selectors)
     if not chosen:
         raise RecipeError(f"trainable [{', '.join(selectors)}]: no matrix is left to adapt.")
-    parameters = with_rates(
-        tuple(_with_adapters(model, structure, chosen, rank)), structure, part_learning_rates, layer_decay
-    )
+    parameters = tuple(_with_adapters(model, structure, chosen, rank))
     learning = [parameter for parameter in parameters if parameter.trainable]
     first_block = min(parameter.block for parameter in learning if parameter.block is not None)
     first = next(parameter for parameter in learning if parameter.block == first_block)
-    return FreezePlan(
+    plan = FreezePlan(
         model_name=structure.model_name,
         selectors=tuple(selectors),
         head="tied",
@@ -79,9 +76,8 @@ def plan_lora(
         ties=tuple(structure.ties),
         phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first_block),),
         adapter=Adapter(rank, alpha, tuple(chosen), seed),
-        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
-        layer_decay=read_layer_decay(layer_decay)[0],
     )
+    return with_rates(plan, structure, part_learning_rates, layer_decay)
 
 
 def _adaptable(model: nn.Module, info: ParameterInfo) -> str | None:

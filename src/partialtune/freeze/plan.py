@@ -15,9 +15,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan_table import plan_html
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
-from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
-from partialtune.model.rows import Rows, count_rows
+from partialtune.model.rows import Rows, count_rows, other_rows_name
 from partialtune.model.selectors import Chosen, choose
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
@@ -182,6 +181,11 @@ class FreezePlan:
         return bool(self.part_learning_rates) or self.layer_decay is not None
 
     @property
+    def frozen_rows(self) -> dict[str, Rows]:
+        """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
+        return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
+
+    @property
     def fixed(self) -> list[str]:
         """Names of the frozen parameters that the model's own code never trains: no selector adds them."""
         return [parameter.name for parameter in self.parameters if parameter.fixed]
@@ -223,7 +227,8 @@ class FreezePlan:
         """The content of `freeze_plan.json`.
 
         Args:
-            before: sha256 digest by parameter name at the start; empty where no weights were read.
+            before: sha256 digest by parameter name at the start, and of the frozen rows of a matrix by their name in
+                `frozen_rows`; empty where no weights were read.
             after: The same at the end.
         """
         return {
@@ -258,10 +263,21 @@ class FreezePlan:
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
+                    **_digests_of_other_rows(parameter, before, after),
                 }
                 for parameter in self.parameters
             ],
         }
+
+
+def _digests_of_other_rows(
+    parameter: PlannedParameter, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The keys of `freeze_plan.json` that only a matrix of which some rows train has."""
+    if parameter.rows is None:
+        return {}
+    name = other_rows_name(parameter.name, parameter.rows)
+    return {"sha256_other_rows_before": before.get(name), "sha256_other_rows_after": after.get(name)}
 
 
 def plan_freeze(
@@ -305,18 +321,16 @@ def plan_freeze(
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
     chosen = _what_trains(structure, additions)
-    parameters = tuple(_planned_parameters(structure, additions, chosen))
-    return FreezePlan(
+    plan = FreezePlan(
         model_name=structure.model_name,
         selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
+        parameters=tuple(_planned_parameters(structure, additions, chosen)),
         ties=tuple(structure.ties),
         phases=_phases(structure, additions, chosen),
-        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
-        layer_decay=read_layer_decay(layer_decay)[0],
     )
+    return with_rates(plan, structure, part_learning_rates, layer_decay)
 
 
 def _start_words(step: int | None, epoch: float | None) -> str:
