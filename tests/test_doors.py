@@ -53,6 +53,7 @@ def policies():
 POLICIES = policies()
 QUICK = {
     "gpt2/gradual_unfreezing.yaml",
+    "gpt2/layer_decay.yaml",
     "gpt2/notebook.yaml",
     "gpt2/lora.yaml",
     "llama/last_2_blocks.yaml",

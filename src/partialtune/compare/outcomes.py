@@ -137,7 +137,10 @@ class Row:
         values = self.outcomes[0].values
         words = as_list(values.get("trainable"))
         words += [f"schedule of {len(values['schedule'])}"] if values.get("schedule") else []
-        return words or ["all"]
+        parts = values.get("part_learning_rates") or {}
+        rates = [f"{selector} at {rate:g}" for selector, rate in parts.items()]
+        rates += [f"layer_decay {values['layer_decay']:g}"] if values.get("layer_decay") else []
+        return [*(words or ["all"]), *rates]
 
     def spread(self, measure: str) -> Spread | None:
         """A field of `Measures` over the runs that ended well."""
