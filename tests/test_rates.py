@@ -208,6 +208,10 @@ def test_adapters_have_the_rates_of_the_matrices_beside_which_they_stand():
     for name, rate in found.items():
         below = layers_below_the_head(name)
         assert rate == ((1e-3, 1.0) if below == 3 else (None, 0.5**below)), name
+    plan = plan_lora(model(), ["attention"], part_learning_rates={"/.*lora_B.*/": 1e-2})
+    assert {name: rate for name, (rate, _) in rates_in(plan).items() if rate} == {
+        name: 1e-2 for name in plan.trainable if "lora_B" in name
+    }
 
 
 def test_the_plan_shows_rates_by_place_in_text_and_html_and_json():

@@ -100,7 +100,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     model = empty_model(config, base.trust_remote_code)
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
-    plan = plan_before_text(model, recipe.freeze)
+    plan = plan_before_text(model, recipe.freeze, recipe.seed)
     rate = recipe.training.get("learning_rate", training_defaults()["learning_rate"])
     cost = _forecast(recipe, model, plan)
     if known.json:

@@ -67,10 +67,9 @@ def with_rates(
     if not rates and decay is None:
         return plan
     parameters = plan.parameters
-    infos = {parameter.name: _info_of(structure, parameter) for parameter in parameters if parameter.trainable}
-    named = _named_parts(parameters, structure, infos, rates)
+    named = _named_parts(parameters, structure, rates)
     by_layer = [parameter for parameter in parameters if parameter.trainable and parameter.name not in named]
-    layers = {parameter.name: _layer(infos[parameter.name], structure) for parameter in by_layer}
+    layers = {parameter.name: _layer(structure.by_name[parameter.name], structure) for parameter in by_layer}
     if decay is not None and not by_layer:
         logger.warning("layer_decay changes nothing: part_learning_rates names all that trains")
     names = _names(by_layer, layers, structure.block_count, in_layers=decay is not None)
@@ -110,12 +109,6 @@ def rate_to_json(plan: "FreezePlan", parameter: "PlannedParameter") -> dict[str,
     return {"learning_rate": parameter.learning_rate, "rate_factor": factor}
 
 
-def _info_of(structure: ModelStructure, parameter: "PlannedParameter") -> ParameterInfo:
-    """Of an adapter, that of the matrix beside which it stands."""
-    beside = f"{parameter.name.partition('.lora_')[0]}.weight"
-    return structure.by_name.get(parameter.name) or structure.by_name[beside]
-
-
 def _layer(info: ParameterInfo, structure: ModelStructure) -> int:
     """0 before the blocks, 1 + index in a block, one more above them. A tied tensor's is the lowest of its places."""
     return min(info.forward_rank, structure.block_count + 1)
@@ -124,17 +117,9 @@ def _layer(info: ParameterInfo, structure: ModelStructure) -> int:
 # ---- which selector names what --------------------------------------------------------------------------------------
 
 
-def _named_parts(
-    parameters: Parameters,
-    structure: ModelStructure,
-    infos: Mapping[str, ParameterInfo],
-    rates: Mapping[str, float],
-) -> dict[str, str]:
+def _named_parts(parameters: Parameters, structure: ModelStructure, rates: Mapping[str, float]) -> dict[str, str]:
     """Name of each parameter that trains and that a selector names -> the last such selector."""
-    trains = {infos[parameter.name].name: parameter for parameter in parameters if parameter.trainable}
-    adapters: dict[str, list[str]] = {}  # two of them stand beside one matrix
-    for name, info in infos.items():
-        adapters.setdefault(info.name, []).append(name)
+    trains = {parameter.name: parameter for parameter in parameters if parameter.trainable}
     named: dict[str, str] = {}
     matches: dict[str, Matches] = {}
     problems: list[str] = []
@@ -148,7 +133,7 @@ def _named_parts(
         if not found:
             problems.append(_names_nothing(text, [parameter.selector or "" for parameter in trains.values()]))
         problems += [_some_rows(text, name) for name in found if _leaves_rows(matches[text], trains[name], name)]
-        named |= {name: text for info in found for name in adapters[info]}
+        named |= dict.fromkeys(found, text)
     problems += _two_rates_of_a_tie(structure, matches, rates)
     if problems:
         raise RecipeError("\n".join(problems))

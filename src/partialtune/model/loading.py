@@ -79,7 +79,8 @@ def load_config(
     """
     with _loading(name, revision):
         location = model_location(name)
-        refuse_adapter(name, location, revision)
+        if not is_delta(Path(location)):  # adapters beside a delta belong to it: `read_delta` sees to that
+            refuse_adapter(name, location, revision)
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
         config.get_text_config()  # MusicGen has two, and no causal language model is made of it
     if not trust_remote_code and not _is_causal(config):

@@ -94,7 +94,7 @@ class WithTrainedRows(nn.Module):
 
     trained_rows: dict[str, TrainedRows]
     own_class: type
-    _standing: Mapping[str, "MatrixWithRows"] = {}  # noqa: RUF012
+    _standing: Mapping[str, "MatrixWithRows"] = {}
 
     # A lookup or a product by itself: nothing that a graph could join to others, and it would hold one step's values.
     @torch.compiler.disable

@@ -94,7 +94,7 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     """Rank the blocks and parts of a recipe's base by their gradients on a few batches of its training text.
 
     Args:
-        recipe: Its `trainable`, `schedule` and `method` do not matter.
+        recipe: Its `trainable`, `schedule`, `block_sampling` and `method` do not matter.
         batches: Of `per_device_train_batch_size` windows each, drawn from the training windows by the recipe's seed.
         top: How many blocks to choose, see `rank`.
 

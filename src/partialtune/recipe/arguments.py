@@ -121,6 +121,14 @@ class FreezeArguments:
             "lr_scheduler_type changes both alike, over the whole run."
         },
     )
+    block_sampling: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Blocks that learn in turn, beside what `trainable` says: {blocks: 2, every: 20, order: random "
+            "(LISA), ascending or descending (as BAdam), keep_state: false, candidates: 'blocks[2:]'}. Every so many "
+            "steps others are drawn, from `seed`; those that rest lose their optimizer state, or keep it."
+        },
+    )
     part_learning_rates: dict = field(
         default_factory=dict,
         metadata={
@@ -144,6 +152,14 @@ class FreezeArguments:
         metadata={
             "help": "partial trains what `trainable` selects. As baselines, full trains everything, and lora trains "
             "adapters (through peft) beside the matrices that `trainable` selects in the blocks."
+        },
+    )
+    lora: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Adapters (through peft) beside what `trainable` selects: {target, rank?, alpha?}. Every matrix in "
+            "a block that the selectors in `target` choose gets one; rank is 8 and alpha 16 where they are not said. "
+            "method: lora is short for it, with nothing else that trains."
         },
     )
     lora_rank: int = field(
