@@ -889,3 +889,43 @@ def test_the_code_of_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     assert names["tuning"].rates == pytest.approx({"learning_rate/embeddings": 5e-6, "learning_rate/blocks[-1]": 5e-5})
     exec(compile(second, "docs/what-may-learn.md, Rates", "exec"), names)
     assert names["tuning"].rates["learning_rate/block_03"] == pytest.approx(5e-5 * 0.9 * 0.5)
+
+
+# ---- beside what else may learn -------------------------------------------------------------------------------------
+
+
+def test_adapters_beside_trained_parts_and_rows_have_rates_of_their_own(tmp_path):
+    trained, watch = model(), Watch()
+    rates = {"attention": 2e-3, "embeddings.tokens": 1e-4}
+    said = {"lora": {"target": ["attention"], "rank": 2}, "part_learning_rates": rates, "layer_decay": 0.5}
+    plan = plan_freeze(trained, ["embeddings.tokens[-4:]", "final_norm", "blocks[0].mlp"], **said)
+    args = training_arguments({**SETTINGS, "output_dir": str(tmp_path), "max_steps": 3})
+    trainer = attached_trainer(plan=plan, model=trained, args=args, train_dataset=some_windows()).trainer
+    trainer.add_callback(watch)
+    trainer.train()
+    found = set(watch.rates[1].values())
+    assert found == {2e-3 / 2, 1e-4 / 2, RATE / 2, RATE * 0.125 / 2}
+    assert sum(rate == 2e-3 / 2 for rate in watch.rates[1].values()) == 12
+    assert watch.told[1].keys() == {
+        *("learning_rate", "learning_rate/attention", "learning_rate/embeddings.tokens"),
+        *("learning_rate/block_00", "learning_rate/final_norm"),
+    }
+    assert trainer.tuning.audit.passed
+
+
+@pytest.mark.parametrize("keep_state", [False, True])
+def test_blocks_that_learn_in_turn_have_the_rates_of_their_layers(tmp_path, keep_state):
+    trained, watch = model(), Watch()
+    sampling = {"blocks": 1, "every": 2, "order": "ascending", "keep_state": keep_state}
+    plan = plan_freeze(trained, ["final_norm"], block_sampling=sampling, layer_decay=0.5)
+    args = training_arguments(
+        {**SETTINGS, "output_dir": str(tmp_path), "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    )
+    trainer = attached_trainer(plan=plan, model=trained, args=args, train_dataset=some_windows(36)).trainer
+    trainer.add_callback(watch)
+    trainer.train()
+    blocks = [{int(name.split(".")[2]) for name in rates if ".h." in name} for rates in watch.rates]
+    assert blocks == [{0}, {0}, {1}, {1}, {2}, {2}, {0}, {0}, {1}]
+    for rates in watch.rates:
+        assert rates == {name: decayed(name) for name in rates}
+    assert trainer.tuning.audit.passed
