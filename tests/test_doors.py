@@ -53,6 +53,7 @@ def policies():
 POLICIES = policies()
 QUICK = {
     "gpt2/gradual_unfreezing.yaml",
+    "gpt2/layer_decay.yaml",
     "gpt2/notebook.yaml",
     "gpt2/lora.yaml",
     "llama/last_2_blocks.yaml",
@@ -152,7 +153,9 @@ def through_attach(recipe, folder):
         plan = plan_lora(model, values["trainable"], values["lora_rank"], values["lora_alpha"], args.seed)
     else:
         trainable = ["all"] if values.get("method") == "full" else values["trainable"]
-        plan = pt.plan_freeze(model, trainable, head=values.get("head", "tied"), schedule=recipe.freeze.schedule)
+        rates = {key: values.get(key) for key in ("part_learning_rates", "layer_decay")}
+        schedule = recipe.freeze.schedule
+        plan = pt.plan_freeze(model, trainable, head=values.get("head", "tied"), schedule=schedule, **rates)
     watch = Phases()
     set_seed(args.seed)
     trainer = Trainer(

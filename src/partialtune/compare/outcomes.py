@@ -141,7 +141,10 @@ class Row:
         sampling = values.get("block_sampling")
         words += [f"{sampling['blocks']} blocks in turn"] if sampling else []
         words += [f"lora: {selector}" for selector in as_list((values.get("lora") or {}).get("target"))]
-        return words or ["all"]
+        parts = values.get("part_learning_rates") or {}
+        rates = [f"{selector} at {rate:g}" for selector, rate in parts.items()]
+        rates += [f"layer_decay {values['layer_decay']:g}"] if values.get("layer_decay") else []
+        return [*(words or ["all"]), *rates]
 
     def spread(self, measure: str) -> Spread | None:
         """A field of `Measures` over the runs that ended well."""

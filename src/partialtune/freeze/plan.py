@@ -20,7 +20,6 @@ from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampl
 from partialtune.freeze.plan_table import plan_html
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
 from partialtune.grammar.lora_syntax import Lora
-from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
 from partialtune.grammar.schedule_syntax import STARTS
 from partialtune.model.rows import Rows, count_rows, other_rows_name, take_rows
@@ -354,7 +353,7 @@ def plan_freeze(
         seed: Of random draws of blocks, and of the start values of adapters.
         part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
             matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own. An
-            adapter has the rate of the matrix that it adapts.
+            adapter answers to the selectors of the matrix that it adapts, and to expressions for its own name.
         layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
@@ -393,19 +392,18 @@ def plan_freeze(
         phases: tuple[Phase, ...] = (_phase_of([p for p in parameters if p.trainable], 0, structure.block_count),)
     else:
         sampling, phases = None, _phases(structure, additions, chosen)
-    return FreezePlan(
+    plan = FreezePlan(
         model_name=structure.model_name,
         selectors=selectors,
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
+        parameters=parameters,
         ties=tuple(structure.ties),
         phases=phases,
         adapter=adapter,
         sampling=sampling,
-        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
-        layer_decay=read_layer_decay(layer_decay)[0],
     )
+    return with_rates(plan, structure, part_learning_rates, layer_decay)
 
 
 def _planned_parameters(

@@ -31,6 +31,7 @@ from partialtune.engine.plan_optimizer import saved_groups
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.rates import rates_in_words
 from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
 from partialtune.model.rows import name_with_rows
@@ -137,10 +138,8 @@ def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _is_same(key: str, old: Any, new: Any) -> bool:
-    if (
-        key == "part_learning_rates" and isinstance(old, dict) and isinstance(new, dict)
-    ):  # the last that matches wins: their order counts
-        return list(old.items()) == list(new.items())
+    if key == "part_learning_rates":  # the last that matches wins: their order counts
+        return old == new and [*old] == [*new]
     return old == new or (key in SOURCE_KEYS and same_sources(old, new))
 
 
@@ -271,7 +270,7 @@ class RunOrigin:
         base, text, phases, choices: As in their classes.
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
-        rates: `layer_decay`, and in their order `part_learning_rates`; None where the recipe has neither.
+        rates: `part_learning_rates` and `layer_decay` in words; None where the recipe has neither.
         sampling: The plan's, where blocks learn in turn.
     """
 
@@ -280,7 +279,7 @@ class RunOrigin:
     windows: dict[str, Any]
     phases: list[PhaseOrigin]
     choices: Choices
-    rates: dict[str, Any] | None = None
+    rates: dict[str, str] | None = None
     sampling: dict[str, Any] | None = None
 
 
@@ -315,15 +314,9 @@ def origin_of(
         },
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
-        _rates_of(plan),
+        rates_in_words(plan) or None,
         None if plan.sampling is None else plan.sampling.to_json(),
     )
-
-
-def _rates_of(plan: FreezePlan) -> dict[str, Any] | None:
-    rates: dict[str, Any] = {"part_learning_rates": [list(pair) for pair in plan.part_learning_rates]}
-    rates["layer_decay"] = plan.layer_decay
-    return {key: value for key, value in rates.items() if value} or None
 
 
 def _sample(windows: Dataset) -> dict[str, Any]:
@@ -335,10 +328,7 @@ def _sample(windows: Dataset) -> dict[str, Any]:
 
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
-    content = {} if origin is None else asdict(origin)
-    for key in ("rates", "sampling"):  # as it was before there were such
-        if content.get(key) is None:
-            content.pop(key, None)
+    content = {} if origin is None else {key: value for key, value in asdict(origin).items() if value is not None}
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -389,10 +379,10 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
     found = [
         *_base_differences(saved.base, present.base),
         *_text_differences(saved.text, present.text),
-        *_window_differences(saved.windows, present.windows),
+        *_setting_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
-        *_rate_differences(saved.rates or {}, present.rates or {}),
-        *_window_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
+        *_setting_differences(saved.rates or {}, dict.fromkeys(saved.rates or {}) | (present.rates or {})),
+        *_setting_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
     ]
     if found:
         raise InputError(
@@ -422,26 +412,13 @@ def _text_differences(then: Sequence[SourceOrigin], now: Sequence[SourceOrigin])
             yield f"text: {new.name} has another content than {old.name} had (sha256)"
 
 
-def _window_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _setting_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for key, value in now.items():
         if key == "tokens":
             if then.get(key) != value:
                 yield "windows: their tokens (another tokenizer, text or version of partialtune)"
         elif then.get(key) != value:
             yield f"{key}: {then.get(key)} then, {value} now"
-
-
-def _rate_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for key in {**then, **now}:
-        if then.get(key) != now.get(key):
-            yield f"{key}: {_rates_in_words(then.get(key))} then, {_rates_in_words(now.get(key))} now"
-
-
-def _rates_in_words(rates: Any) -> str:
-    """[["embeddings", 1e-05]] -> "embeddings 1e-05"; 0.9 -> "0.9"; None -> "none"."""
-    if isinstance(rates, list):
-        return ", ".join(f"{selector} {rate:g}" for selector, rate in rates)
-    return "none" if rates is None else f"{rates:g}"
 
 
 def _phase_differences(then: Sequence[PhaseOrigin], now: Sequence[PhaseOrigin]) -> Iterator[str]:
