@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from partialtune.distributed import decided_by_main, shards_parameters
 from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
+from partialtune.engine.part_rates import RateCallback
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
@@ -103,7 +104,7 @@ def attach(
     override(trainer, tuning, changes)
     # A phase begins first: the others measure what learns in the step. All of them before the trackers, which close
     # their files at the end of training: by then the verdict is logged.
-    put_in_front(trainer, [PhaseCallback(plan, fast), deltas, audit])
+    put_in_front(trainer, [PhaseCallback(plan, fast), RateCallback(tuning.part_rates), deltas, audit])
     deltas.attach(trainer)
     audit.attach(trainer)
     for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
@@ -153,6 +154,16 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
         raise RecipeError(
             f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2."
+        )
+    if plan.names_rates and trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "attach: FSDP shards the parameters, and the groups of part_learning_rates and layer_decay are made of "
+            "whole ones. Launch without it (DDP), or take them out."
+        )
+    if plan.names_rates and trainer.args.lr_scheduler_type == "greedy":
+        raise RecipeError(
+            "attach: the scheduler greedy holds all rates above one bound, so that part_learning_rates and layer_decay "
+            "would not keep their ratios. Take another lr_scheduler_type, such as cosine."
         )
     if trainer.is_fsdp_enabled and plan.changes_on_the_way:
         raise RecipeError(

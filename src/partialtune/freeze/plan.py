@@ -16,7 +16,9 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.adapter_plan import FACTOR, Adapter, checked_lora, with_adapters
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import plan_html
+from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
 from partialtune.grammar.lora_syntax import Lora
+from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.rows import Rows, count_rows, other_rows_name
@@ -39,7 +41,9 @@ class PlannedParameter:
         selector: The selector that chose it, None where it is frozen.
         from_step: First step of the phase that adds it, or of the first draw of its block. None where it is frozen, and
             where that phase begins at an epoch in a plan made before the text is read.
-        learning_rate: What that phase says, None where the recipe's holds.
+        learning_rate: Of its own or of that phase, None where the recipe's holds.
+        rate_factor: What the one that holds is multiplied with.
+        rate_name: Of its rate in the log, where the plan has rates of parts; empty for the recipe's own.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
         rows: Which of its rows train, None where all of it does.
         in_turn: Whether it learns only while its block is drawn.
@@ -56,6 +60,8 @@ class PlannedParameter:
     fixed: bool = False
     rows: Rows | None = None
     in_turn: bool = False
+    rate_factor: float = 1.0
+    rate_name: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -120,9 +126,11 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
-             that may learn; what learns at one time says `phase_at`.
+            that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what trains, alone or beside parts of the base.
         sampling: The blocks that learn in turn; None where none do.
+        part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
+        layer_decay: Factor of the rate from one layer to the one below it.
     """
 
     model_name: str
@@ -134,6 +142,8 @@ class FreezePlan:
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
     sampling: BlockSampling | None = None
+    part_learning_rates: tuple[tuple[str, float], ...] = ()
+    layer_decay: float | None = None
     _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
@@ -173,6 +183,11 @@ class FreezePlan:
     def frozen_rows(self) -> dict[str, Rows]:
         """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
         return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
+
+    @property
+    def names_rates(self) -> bool:
+        """Whether parts of it have rates of their own, which are then logged by name."""
+        return bool(self.part_learning_rates) or self.layer_decay is not None
 
     @property
     def fixed(self) -> list[str]:
@@ -257,6 +272,7 @@ class FreezePlan:
             "fixed": self.fixed,
             **({"adapter": self.adapter.to_json()} if self.adapter else {}),
             **({"sampling": self.sampling.to_json()} if self.sampling else {}),
+            **rates_to_json(self),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -275,6 +291,7 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **rate_to_json(self, parameter),
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
@@ -301,9 +318,12 @@ def plan_freeze(
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
+    *,
     lora: Mapping[str, Any] | Lora | None = None,
     block_sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
+    part_learning_rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
@@ -325,13 +345,18 @@ def plan_freeze(
             `{"blocks": 2, "every": 20, "order": "random", "keep_state": False, "candidates": ["blocks[2:]"]}`. Not
             together with a schedule, nor with lora.
         seed: Of random draws of blocks, and of the start values of adapters.
+        part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
+            matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own.
+            An adapter has the rate of the matrix that it adapts.
+        layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
         The plan; `apply_plan` carries it out.
 
     Raises:
         RecipeError: If a selector matches nothing that can train, contradicts a tie, or nothing is left to train; if a
-            phase adds nothing or is wrong in itself; if there are fewer blocks to draw from than are drawn.
+            phase adds nothing or is wrong in itself; if there are fewer blocks to draw from than are drawn; if a rate
+            is wrong, or names nothing that trains.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
@@ -347,7 +372,7 @@ def plan_freeze(
     unties = head == "untied" and structure.total != read_structure(model).total
     chosen = _what_trains(structure, additions, lora is not None) if first or not block_sampling else {}
     selectors = tuple(selector for addition in additions for selector in addition["trainable"])
-    adapter = None
+    adapter, of_base = None, structure
     if lora is not None:
         structure, adapter, adapters = with_adapters(model, structure, lora, seed, beside_parts=bool(chosen))
         chosen |= {name: (Chosen(selector), 0) for name, selector in adapters.items()}
@@ -365,11 +390,13 @@ def plan_freeze(
         selectors=selectors,
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=parameters,
+        parameters=with_rates(parameters, of_base, part_learning_rates, layer_decay),
         ties=tuple(structure.ties),
         phases=phases,
         adapter=adapter,
         sampling=sampling,
+        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
+        layer_decay=read_layer_decay(layer_decay)[0],
     )
 
 

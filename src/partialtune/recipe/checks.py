@@ -11,6 +11,7 @@ from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
 from partialtune.grammar.lora_syntax import read_lora
+from partialtune.grammar.rate_syntax import read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA, read_block_sampling
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
@@ -78,6 +79,9 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
     if values.get("block_sampling"):
         values["block_sampling"], wrong = read_block_sampling(values["block_sampling"])
         problems += [Problem(given["block_sampling"].origin, "block_sampling", message) for message in wrong]
+    if "part_learning_rates" in values:
+        values["part_learning_rates"], wrong = read_part_rates(values["part_learning_rates"])
+        problems += [Problem(given["part_learning_rates"].origin, "part_learning_rates", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
     # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
@@ -162,6 +166,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _wrong_beside_a_schedule(values)
     if values.get("block_sampling"):
         yield from _wrong_beside_block_sampling(values)
+    if values.get("part_learning_rates") or values.get("layer_decay") is not None:
+        yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
@@ -216,6 +222,15 @@ def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[st
     if values.get("prefix_cache") == "memory":
         message = "memory does not go with block_sampling: blocks below those that learn change from draw to draw"
         yield "prefix_cache", f"{message}. Say prefix_cache: auto, or off."
+
+
+def _wrong_beside_part_rates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    keys = " and ".join(key for key in ("part_learning_rates", "layer_decay") if values.get(key))
+    if values.get("fsdp"):
+        yield "fsdp", f"the groups of {keys} are made of whole parameters, and it shards them. Leave one of them out."
+    if values.get("lr_scheduler_type") == "greedy":
+        message = f"greedy holds all rates above one bound, so that {keys} would not keep their ratios"
+        yield "lr_scheduler_type", f"{message}. Take another one, such as cosine."
 
 
 def _adapters_alone(values: Mapping[str, Any]) -> bool:
