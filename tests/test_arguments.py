@@ -24,6 +24,7 @@ KEYS_AND_DEFAULTS = {
     "validation_share": 0.1,
     "trainable": [],
     "schedule": [],
+    "block_sampling": {},
     "part_learning_rates": {},
     "layer_decay": None,
     "head": "tied",

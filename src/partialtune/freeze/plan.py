@@ -131,7 +131,7 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
-             that may learn; what learns at one time says `phase_at`.
+            that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what trains, alone or beside parts of the base.
         sampling: The blocks that learn in turn; None where none do.
         part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
