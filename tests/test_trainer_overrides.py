@@ -13,6 +13,7 @@ pytestmark = pytest.mark.contract
 PRIVATE = {
     "_determine_best_metric": {"metrics", "trial"},
     "_get_output_dir": {"trial"},
+    "_get_train_sampler": set(),
     "_load_best_model": set(),
     "_load_from_checkpoint": {"resume_from_checkpoint", "model"},
     "_load_optimizer_and_scheduler": {"checkpoint"},
@@ -27,6 +28,7 @@ PUBLIC = {
     "get_decay_parameter_names": {"model"},
     "get_eval_dataloader": set(),
     "get_train_dataloader": set(),
+    "num_examples": {"dataloader"},
     "prediction_step": {"model", "inputs", "prediction_loss_only"},
     "save_model": {"output_dir", "_internal_call"},
     "save_state": set(),

@@ -22,7 +22,7 @@ from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
 from partialtune.model.parameters import Named, is_sharded, named_weights, persistent_buffers, whole_on_main
-from partialtune.proof.audit_result import INTERRUPTED, NOT_REACHED, Audit, SavedDifference
+from partialtune.proof.audit_result import GONE_BACK, INTERRUPTED, NOT_REACHED, Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
@@ -51,6 +51,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             start, though its phase begins later.
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
+        ended: Whether training has come to its end: at its last step, or where a callback such as early stopping has
+            ended it, and not a signal.
         digests_before: sha256 of every parameter at the start.
         buffers_before, buffers_after: sha256 of every persistent buffer at the start, and at the end of training.
         digests_after: sha256 of every parameter at the end of training.
@@ -63,6 +65,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         super().__init__(plan, output_dir)
         self.stop_on_violation = stop_on_violation
         self.interrupted: Callable[[], bool] = lambda: False
+        self.ended = False
         self.missing_at_start: list[str] = []
         self.result: Audit | None = None
         self.digests_after: dict[str, str] = {}
@@ -71,6 +74,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._not_in_optimizer: list[str] = []
         self._phase: Phase | None = None
         self._checked_at: int | None = None
+        self._weights_of: int | None = None  # the step of the checkpoint that was gone back to after the last step
 
     @property
     def digests_before(self) -> Mapping[str, str]:
@@ -83,6 +87,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the start, and where a phase begins ---------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.ended, self._weights_of = False, None
         if self.snapshot is None:  # added after the Trainer was made
             self.take_snapshot(args, state, model)
         if state.global_step:  # the run goes on from a checkpoint
@@ -132,6 +137,15 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         saved = dict(state.stateful_callbacks or {}).get(type(self).__name__)
         if saved:
             self._updates.go_back_to(saved.get("attributes") if isinstance(saved, dict) else saved)
+
+    def end_with(self, state) -> None:
+        """Judge the weights of the best checkpoint, which was loaded after the last step.
+
+        Args:
+            state: Its `TrainerState`.
+        """
+        self.go_back_to(state)
+        self._weights_of = state.global_step
 
     # ---- around each optimizer step ---------------------------------------------------------------------------------
 
@@ -207,6 +221,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the end -------------------------------------------------------------------------------------------------
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.ended = not self.interrupted()
         if optimizer is not None:  # a parameter that was put in another one's place during the run is not in it
             trained = self._trained(model, optimizer).items()
             self._not_in_optimizer = [name for name, (p, group) in trained if not (group or is_sharded(p))]
@@ -250,7 +265,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
-        reached = self.plan.phase_at(state.global_step - 1).from_step
+        last = state.global_step if self._weights_of is None else self._weights_of
+        reached = self.plan.phase_at(last - 1).from_step
         return {p.name: p.from_step for p in self.plan.parameters if p.trainable and p.from_step > reached}
 
     def _changed(self, model: nn.Module, kept: Iterable[str], present: Mapping[str, str]) -> list[str]:
@@ -289,7 +305,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             if name not in after or after[name] != before.get(name):
                 continue
             if name in unreached:
-                reasons[name] = NOT_REACHED.format(step=unreached[name])
+                words = NOT_REACHED if state.global_step <= unreached[name] else GONE_BACK
+                reasons[name] = words.format(step=unreached[name], back=self._weights_of)
             elif interrupted:
                 reasons[name] = INTERRUPTED.format(step=state.global_step)
             elif name in self._updates.due:
@@ -321,7 +338,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             if self.stop_on_violation:
                 raise FreezeViolation(message)
             logger.error(message)
-        if state.global_step >= state.max_steps:  # an audit of an earlier step is followed by another
+        if self.ended or state.global_step >= state.max_steps:  # an audit of an earlier step is followed by another
             raise_disk_error(disk_error)
 
     def _keep(self, args, state, audit: Audit) -> str | None:

@@ -14,6 +14,7 @@ from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.arguments import argument_fields, default_of
+from partialtune.recipe.early_stopping import wrong_about_early_stopping
 from partialtune.recipe.key_rules import (
     ALIASES,
     LENGTHS,
@@ -26,6 +27,7 @@ from partialtune.recipe.key_rules import (
     unknown_key,
 )
 from partialtune.recipe.parsing import Entry, Problem, Words, word_value
+from partialtune.recipe.replay_key import read_replay, wrong_beside_replay
 from partialtune.recipe.trainer_checks import training_problems
 from partialtune.text.sources import SOURCE_FORMS
 
@@ -69,6 +71,9 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         from_start = bool(values.get("trainable", "trainable" in given))
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    if "replay" in values:
+        values["replay"], wrong = read_replay(values["replay"])
+        problems += [Problem(given["replay"].origin, "replay", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
     # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
@@ -149,6 +154,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
     yield from _wrong_about_lora(values)
+    yield from wrong_beside_replay(values)
+    yield from wrong_about_early_stopping(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
 
