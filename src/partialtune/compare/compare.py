@@ -238,6 +238,13 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
         own = [entry for entry in row.outcomes[0].values.get("schedule") or [] if "learning_rate" in entry]
         if own and row.trials:
             notes.append(f"{row.name}: {len(own)} phases of its schedule kept the learning rates that they name.")
+    for row in rows:
+        for outcome in row.outcomes:
+            stopped = outcome.facts["stopped_early"]
+            if stopped:
+                notes.append(
+                    f"{row.name}, seed {outcome.seed}: stopped early at step {stopped['step']} of {stopped['of']}."
+                )
     different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
     if different:
         notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")

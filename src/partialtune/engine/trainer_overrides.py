@@ -236,8 +236,7 @@ class TunedTrainer(Base):
             found = self.tuning.read_back(run / ASIDE / name, *audit.known_digests(self.state))
             if found:
                 audit.conclude_saved(self.args, self.state, found)
-            best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-            self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+            self.state.best_model_checkpoint = self._best_checkpoint(run, name)
             done_together(lambda: self._finish_checkpoint(name))
         except Exception:
             if self.args.should_save:
@@ -248,6 +247,17 @@ class TunedTrainer(Base):
         if self.args.should_save:
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _best_checkpoint(self, run: Path, present: str) -> str | None:
+        """That of the best evaluation, if it is there or `present`, which is being written; it may lie in the folder
+        of a run that this one goes on from."""
+        if not self.state.best_global_step:
+            return None
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        earlier = Path(self.state.best_model_checkpoint or best)
+        if best.is_dir() or best.name == present:
+            return str(best)
+        return str(earlier) if earlier.name == best.name and earlier.is_dir() else None
 
     def _write_checkpoint(self, name: str, model: nn.Module, trial) -> None:
         with disk_errors(name, Path(self.args.output_dir)):
