@@ -135,7 +135,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "window_stride", "is for window_sampling: chunked; random windows have no stride. Leave one of them out."
     if values.get("eval_strategy", "no") != "no" and values.get("validation_share") == 0:
         yield "eval_strategy", "needs held-out text, and validation_share is 0. Set validation_share to 0.1, say."
-    names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
+    names_metric = any(
+        values.get(key) for key in ("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience")
+    )
     if values.get("save_strategy") == "best" and not names_metric:
         yield "save_strategy", "best needs metric_for_best_model: loss."
     # Reentrant checkpointing passes no gradient on in a block whose input requires none: the embeddings' output would
