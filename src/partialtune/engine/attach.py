@@ -52,7 +52,7 @@ def attach(
 
     Args:
         trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Where the plan has
-            several phases, its `args` become a copy with `ddp_find_unused_parameters`.
+            several phases, or blocks that learn in turn, its `args` become a copy with `ddp_find_unused_parameters`.
         plan: Made for this model as it is now, after peft has wrapped it. It is applied here.
         delta_steps: Steps between two reports of the weight deltas.
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; the Trainer's where absent.
@@ -86,7 +86,7 @@ def attach(
         apply_plan(model, plan)
     else:  # a user's own: the Trainer was made with it
         missing = apply_beside_optimizer(model, plan, trainer.optimizer)
-    if len(plan.phases) > 1:
+    if plan.changes_on_the_way:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
         trainer.args = copy.copy(trainer.args)
@@ -154,8 +154,10 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2."
         )
-    if trainer.is_fsdp_enabled and len(plan.phases) > 1:
-        raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+    if trainer.is_fsdp_enabled and plan.changes_on_the_way:
+        raise RecipeError(
+            f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
+        )
     if trainer.is_deepspeed_enabled:
         raise RecipeError("attach: DeepSpeed holds weights and optimizer in a form of its own. Take FSDP2 or DDP.")
 

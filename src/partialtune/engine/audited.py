@@ -248,7 +248,7 @@ class AuditedLoop(Tuning):
         self._is_skipped = bool(getattr(optimizer, "found_inf", 0))
         if not self._is_skipped:
             scale = getattr(optimizer, "grad_scale", None)
-            self.audit_callback.before_step(1.0 if scale is None else float(scale))
+            self.audit_callback.before_step(1.0 if scale is None else float(scale), self.model)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -265,10 +265,10 @@ class AuditedLoop(Tuning):
     def _check_processes(self) -> None:
         """Raises RecipeError where a later phase would learn on each process by itself."""
         wrapped = isinstance(self._given, DistributedDataParallel)
-        if len(self.plan.phases) > 1 and rank_and_processes()[1] > 1 and not wrapped:
+        if self.plan.changes_on_the_way and rank_and_processes()[1] > 1 and not wrapped:
             raise RecipeError(
-                "schedule: DDP synchronises only what learns when it wraps the model, and this model was not wrapped "
-                "yet. Call apply_plan(model, plan) and wrap it (accelerator.prepare) before audited."
+                f"{self.plan.what_changes}: DDP synchronises only what learns when it wraps the model, and this model "
+                "was not wrapped yet. Call apply_plan(model, plan) and wrap it (accelerator.prepare) before audited."
             )
 
     def _with_fast_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -279,9 +279,11 @@ class AuditedLoop(Tuning):
 
 def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None:
     """Raises RecipeError where the model is wrapped or sharded in a way that the plan does not bear."""
-    several = len(plan.phases) > 1
+    several = plan.changes_on_the_way
     if several and any(is_sharded(parameter) for parameter in inner.parameters()):
-        raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+        raise RecipeError(
+            f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
+        )
     if not isinstance(model, DistributedDataParallel):
         return
     learning = sum(parameter.requires_grad for parameter in inner.parameters())
@@ -292,7 +294,8 @@ def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None
         )
     if several and not model.find_unused_parameters:
         raise RecipeError(
-            "schedule: what later phases train has no gradient yet, and DDP would wait for it. Wrap the model with "
+            f"{plan.what_changes}: what learns in other steps has no gradient, and DDP would wait for it. Wrap the "
+            "model with "
             "find_unused_parameters=True (accelerate: kwargs_handlers=[DistributedDataParallelKwargs(...)])."
         )
 

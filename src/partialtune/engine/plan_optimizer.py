@@ -7,6 +7,7 @@ PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of
 shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,9 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_learners
 
 WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}  # by their names: neither library need be imported
+# A key of `optimizer.state` beside those of parameters: name -> state of each parameter that rests and keeps its state.
+# torch hands on what is under a key that is no parameter ("copied as is", in `Optimizer.load_state_dict`), so that it
+# is saved and loaded with the optimizer, by whatever does it.
+RESTING = "resting"
 KEPT_BY_TORCH = ("param_groups", "state", "defaults")  # of each optimizer
 
 
@@ -41,7 +46,7 @@ def apply_beside_optimizer(model: nn.Module, plan: FreezePlan, optimizer: torch.
     Raises:
         RecipeError: If the plan adds parameters that no optimizer can hold that was made before; as `suit_optimizer`.
     """
-    names = {id(parameter): name for name, parameter in named_weights(model)}
+    names = {id(parameter): name for name, parameter in named_learners(model)}
     added = [parameter.name for parameter in plan.parameters if parameter.name not in names.values()]
     if added and (plan.head == "untied" or plan.adapter is not None):
         what = "adapters" if plan.adapter is not None else "a matrix of its own for the head (head: untied)"
@@ -76,7 +81,7 @@ def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Fre
     """
     optimizer = bare_optimizer(optimizer)
     _refuse_unsuitable(optimizer)
-    names = {id(parameter): name for name, parameter in named_weights(model)}
+    names = {id(parameter): name for name, parameter in named_learners(model)}
     _refuse_strangers(optimizer, names)
     planned = {parameter.name: parameter for parameter in plan.parameters if parameter.trainable}
     held = {names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
@@ -122,6 +127,29 @@ def set_members(group: dict[str, Any], members: list[Member]) -> None:
     group["params"][:] = [member.parameter for member in members]
     if "param_names" in group:
         group["param_names"][:] = [member.name for member in members]
+
+
+def first_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], member: Member) -> Any:
+    """The state with which a parameter enters that has none: what the optimizer's constructor makes of it, or None.
+
+    Of the optimizers that are known here Adagrad alone does not make it in the first step that it takes.
+    """
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return None
+    made = torch.optim.Adagrad([member.parameter], initial_accumulator_value=group["initial_accumulator_value"])
+    return made.state[member.parameter]
+
+
+def on_its_device(state: Mapping[str, Any], group: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """A state that may have been loaded on another device, where the optimizer's step looks for it."""
+    # torch leaves the number of steps on the CPU, but for kernels that read it on the device
+    all_there = group.get("fused") or group.get("capturable")
+    return {
+        key: value.to(member.parameter.device)
+        if isinstance(value, torch.Tensor) and (value.ndim or all_there)
+        else value
+        for key, value in state.items()
+    }
 
 
 def _rate_that_stays(by_rate: Mapping[float | None, list[Member]]) -> float | None:
@@ -238,7 +266,7 @@ def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Remo
     Returns:
         What takes it back: `handle.remove()` of each.
     """
-    name_of = {id(parameter): name for name, parameter in named_weights(model)}
+    name_of = {id(parameter): name for name, parameter in named_learners(model)}
     optimizer = bare_optimizer(optimizer)
     return [
         optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of)),
@@ -251,7 +279,9 @@ def _places_to_names(
 ) -> dict[str, Any]:
     names = [name for group in _names_by_group(name_of, optimizer) for name in group]
     groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
-    return {"state": {names[place]: state for place, state in state_dict["state"].items()}, "param_groups": groups}
+    states = dict(state_dict["state"])
+    resting = {RESTING: states.pop(RESTING)} if RESTING in states else {}
+    return {"state": {**{names[place]: states[place] for place in states}, **resting}, "param_groups": groups}
 
 
 def _names_to_places(
@@ -265,12 +295,24 @@ def _names_to_places(
             "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
         )
     kept = state_dict.get("state")
+    resting = {}
+    if isinstance(kept, Mapping) and RESTING in kept:
+        # a copy, as torch makes of the others: what rests now will learn again
+        resting = {RESTING: copy.deepcopy(_checked_resting(kept[RESTING], name_of))}
+        kept = {name: state for name, state in kept.items() if name != RESTING}
     if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
         raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
     place_of = {name: place for place, name in enumerate(name for group in names for name in group)}
-    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | dict(kept)
+    present = {name_of[id(one)]: state for one, state in optimizer.state.items() if isinstance(one, torch.Tensor)}
+    states = present | dict(kept)
     groups = [{**old, "params": [place_of[name] for name in new]} for old, new in zip(saved, names, strict=True)]
-    return {"state": {place_of[name]: state for name, state in states.items()}, "param_groups": groups}
+    return {"state": {**{place_of[name]: state for name, state in states.items()}, **resting}, "param_groups": groups}
+
+
+def _checked_resting(resting: Any, name_of: Mapping[int, str]) -> Mapping[str, Any]:
+    if not (isinstance(resting, Mapping) and resting.keys() <= set(name_of.values())):
+        raise ValueError("its optimizer holds the state of resting parameters that are not the model's")
+    return resting
 
 
 def saved_groups(saved: Any) -> list[Mapping[str, Any]]:

@@ -1,20 +1,24 @@
 """The freeze plan: model + selectors -> data that says what trains, from when on, and why.
 
-In:  a model, best on the meta device; selectors, and a schedule of further ones.
+In:  a model, best on the meta device; selectors, and a schedule of further ones or blocks that learn in turn.
 Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and everything that has to know what trains
      (optimizer, audit, deltas, forecast, report) reads it from the plan.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import plan_html
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
-from partialtune.model.selectors import resolve_selectors
+from partialtune.model.rows import Rows, count_rows, other_rows_name
+from partialtune.model.selectors import Chosen, choose
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
 HEAD_CHOICES = ("tied", "untied")
@@ -31,10 +35,12 @@ class PlannedParameter:
         block: Index of its decoder block, None outside the blocks.
         component: Its part of the model, see `layout.COMPONENTS`.
         selector: The selector that chose it, None where it is frozen.
-        from_step: First step of the phase that adds it. None where it is frozen, and where that phase begins at an
-            epoch in a plan made before the text is read.
+        from_step: First step of the phase that adds it, or of the first draw of its block. None where it is frozen, and
+            where that phase begins at an epoch in a plan made before the text is read.
         learning_rate: What that phase says, None where the recipe's holds.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
+        rows: Which of its rows train, None where all of it does.
+        in_turn: Whether it learns only while its block is drawn.
     """
 
     name: str
@@ -46,11 +52,23 @@ class PlannedParameter:
     from_step: int | None = None
     learning_rate: float | None = None
     fixed: bool = False
+    rows: Rows | None = None
+    in_turn: bool = False
 
     @property
     def trainable(self) -> bool:
-        """Whether any phase of the run trains it."""
+        """Whether any phase of the run trains it, or rows of it."""
         return self.selector is not None
+
+    @property
+    def learning_shape(self) -> tuple[int, ...]:
+        """Shape of what an optimizer holds of it, where it trains: that of its rows, if only these train."""
+        return self.shape if self.rows is None else (count_rows(self.rows), *self.shape[1:])
+
+    @property
+    def learning(self) -> int:
+        """Number of its values that train, 0 where it is frozen."""
+        return math.prod(self.learning_shape) if self.trainable else 0
 
 
 @dataclass(frozen=True)
@@ -116,8 +134,10 @@ class FreezePlan:
         block_count: Number of decoder blocks.
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
-        phases: What trains from which step on; the first starts at step 0.
+        phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
+            that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
+        sampling: The blocks that learn in turn; None where none do.
     """
 
     model_name: str
@@ -128,6 +148,8 @@ class FreezePlan:
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
+    sampling: BlockSampling | None = None
+    _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
     def total_parameters(self) -> int:
@@ -135,7 +157,7 @@ class FreezePlan:
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(parameter.numel for parameter in self.parameters if parameter.trainable)
+        return sum(parameter.learning for parameter in self.parameters)
 
     @property
     def trainable(self) -> list[str]:
@@ -146,6 +168,16 @@ class FreezePlan:
     def frozen(self) -> list[str]:
         """Names of the parameters that no phase trains."""
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """Name of each matrix of which only some rows train -> which ones."""
+        return {parameter.name: parameter.rows for parameter in self.parameters if parameter.rows is not None}
+
+    @property
+    def frozen_rows(self) -> dict[str, Rows]:
+        """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
+        return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
 
     @property
     def fixed(self) -> list[str]:
@@ -168,9 +200,36 @@ class FreezePlan:
         trained = {parameter.block for parameter in self.parameters if parameter.trainable}
         return [block for block in self.blocks_passed if block not in trained]
 
+    @property
+    def changes_on_the_way(self) -> bool:
+        """Whether what learns is not the same in every step: there is a schedule, or blocks learn in turn."""
+        return len(self.phases) > 1 or self.sampling is not None
+
+    @property
+    def what_changes(self) -> str:
+        """The setting that lets other parameters learn later on, for messages."""
+        return "schedule" if self.sampling is None else "block_sampling"
+
+    @property
+    def always(self) -> list[str]:
+        """Names of the parameters that learn whatever block is drawn; all that trains where none are drawn."""
+        return [parameter.name for parameter in self.parameters if parameter.trainable and not parameter.in_turn]
+
     def phase_at(self, step: int) -> Phase:
-        """The phase that step number `step`, counted from 0, belongs to; the first for a negative number."""
+        """The phase that step number `step`, counted from 0, belongs to; the first for a negative number.
+
+        Where blocks learn in turn it is a draw. Of one draw it is the same object each time.
+        """
+        if self.sampling is not None:
+            return self._drawn(self.sampling.number_at(step), self.sampling)
         return next((phase for phase in reversed(self.phases) if phase.first_step <= step), self.phases[0])
+
+    def _drawn(self, number: int, sampling: BlockSampling) -> Phase:
+        if number not in self._draws:
+            blocks = sampling.draw(number)
+            learning = [p for p in self.parameters if p.trainable and (not p.in_turn or p.block in blocks)]
+            self._draws[number] = _phase_of(learning, number * sampling.every, self.block_count)
+        return self._draws[number]
 
     def groups(self) -> dict[str, list[PlannedParameter]]:
         """Parameters by place, in the plan's order: `block_07/attention` in blocks, `final_norm` outside them."""
@@ -189,7 +248,8 @@ class FreezePlan:
         """The content of `freeze_plan.json`.
 
         Args:
-            before: sha256 digest by parameter name at the start; empty where no weights were read.
+            before: sha256 digest by parameter name at the start, and of the frozen rows of a matrix by their name in
+                `frozen_rows`; empty where no weights were read.
             after: The same at the end.
         """
         return {
@@ -201,6 +261,7 @@ class FreezePlan:
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
             **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
+            **({"sampling": self.sampling.to_json()} if self.sampling else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -219,12 +280,24 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
+                    **_digests_of_other_rows(parameter, before, after),
                 }
                 for parameter in self.parameters
             ],
         }
+
+
+def _digests_of_other_rows(
+    parameter: PlannedParameter, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The keys of `freeze_plan.json` that only a matrix of which some rows train has."""
+    if parameter.rows is None:
+        return {}
+    name = other_rows_name(parameter.name, parameter.rows)
+    return {"sha256_other_rows_before": before.get(name), "sha256_other_rows_after": after.get(name)}
 
 
 def plan_freeze(
@@ -233,43 +306,62 @@ def plan_freeze(
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
+    block_sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
     Args:
         model: A causal language model.
         trainable: Selectors, read from left to right: `embeddings`, `blocks[-2:]`, `final_norm`, `head`, `all`,
-            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0. What the model's own
-            code never trains (sinusoidal tables, biases of routers) stays frozen under all of them.
+            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0, or blocks learn in
+            turn. What the model's own code never trains (sinusoidal tables, biases of routers) stays frozen under all
+            of them.
         head: `untied` gives the head a matrix of its own where the model ties it to the token embedding.
         schedule: Later phases, `{"from_step": 40, "trainable": [...], "learning_rate": 1e-5}`: each adds to what
             trains; in its list `!selector` takes away from what that list adds.
         before_text: Whether phases may begin at `from_epoch`, for a plan that is shown and not carried out: how many
             steps an epoch has is known once the text is read.
+        block_sampling: Blocks that learn in turn, beside `trainable`, which learns in every step:
+            `{"blocks": 2, "every": 20, "order": "random", "keep_state": False, "candidates": ["blocks[2:]"]}`. Not
+            together with a schedule.
+        seed: Of random draws of blocks.
 
     Returns:
         The plan; `apply_plan` carries it out.
 
     Raises:
         RecipeError: If a selector matches nothing that can train, contradicts a tie, or nothing is left to train; if a
-            phase adds nothing or is wrong in itself.
+            phase adds nothing or is wrong in itself; if there are fewer blocks to draw from than are drawn.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
     first = [trainable] if isinstance(trainable, str) else list(trainable)
+    if block_sampling and schedule:
+        raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
     additions = _additions(first, schedule, before_text)
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    chosen = _what_trains(structure, additions)
+    chosen = _what_trains(structure, additions) if first or not block_sampling else {}
+    parameters = tuple(_planned_parameters(structure, additions, chosen))
+    selectors = tuple(selector for addition in additions for selector in addition["trainable"])
+    if block_sampling:
+        sampling, drawn = plan_sampling(structure, block_sampling, chosen, seed)
+        parameters = tuple(in_turn(parameters, sampling, drawn))
+        selectors += tuple(dict.fromkeys(drawn.values()))
+        phases: tuple[Phase, ...] = (_phase_of([p for p in parameters if p.trainable], 0, structure.block_count),)
+    else:
+        sampling, phases = None, _phases(structure, additions, chosen)
     return FreezePlan(
         model_name=structure.model_name,
-        selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
+        selectors=selectors,
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=tuple(_planned_parameters(structure, additions, chosen)),
+        parameters=parameters,
         ties=tuple(structure.ties),
-        phases=_phases(structure, additions, chosen),
+        phases=phases,
+        sampling=sampling,
     )
 
 
@@ -289,18 +381,19 @@ def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_t
     return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
 
 
-def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, int]]:
-    """Name of each trainable parameter -> the selector that chose it, and which entry is the first that adds it."""
+def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Chosen, int]]:
+    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it."""
     starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
-    trains: dict[str, tuple[str, int]] = {}
+    trains: dict[str, tuple[Chosen, int]] = {}
     for number, addition in enumerate(additions):
         try:
-            chosen = resolve_selectors(structure, addition["trainable"])
+            chosen = choose(structure, addition["trainable"])
+            _refuse_other_rows(chosen, trains)
         except RecipeError as problem:
             where = f"schedule, from {starts[number]}: " if number else ""
             raise RecipeError(f"{where}{problem}") from problem
         # What trains already keeps its phase and its rate, though a later entry names it again.
-        new = {name: (selector, number) for name, selector in chosen.items() if name not in trains}
+        new = {name: (what, number) for name, what in chosen.items() if name not in trains}
         if not new:
             since = starts[max(trains[name][1] for name in chosen)]
             raise RecipeError(
@@ -311,11 +404,21 @@ def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any
     return trains
 
 
+def _refuse_other_rows(chosen: Mapping[str, Chosen], trains: Mapping[str, tuple[Chosen, int]]) -> None:
+    """Raises RecipeError where a later phase chooses other rows of a matrix than train already."""
+    for name, what in chosen.items():
+        if name in trains and trains[name][0].rows is not None and trains[name][0].rows != what.rows:
+            raise RecipeError(
+                f"{what.selector} and {trains[name][0].selector} choose different rows of {name}, which begin at "
+                f"different steps. All rows of a matrix that train begin at one step: name them in one entry."
+            )
+
+
 def _planned_parameters(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Chosen, int]]
 ) -> Iterator[PlannedParameter]:
     for info in structure.parameters:
-        selector, number = chosen.get(info.name, (None, None))
+        what, number = chosen.get(info.name, (None, None))
         addition = {} if number is None else additions[number]
         yield PlannedParameter(
             name=info.name,
@@ -323,15 +426,16 @@ def _planned_parameters(
             numel=info.numel,
             block=info.block,
             component=info.component,
-            selector=selector,
+            selector=None if what is None else what.selector,
             from_step=addition.get("from_step"),
             learning_rate=addition.get("learning_rate"),
             fixed=info.name in structure.fixed,
+            rows=None if what is None else what.rows,
         )
 
 
 def _phases(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[str, int]]
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], chosen: Mapping[str, tuple[Chosen, int]]
 ) -> tuple[Phase, ...]:
     phases: list[Phase] = []
     for number, addition in enumerate(additions):
@@ -344,3 +448,18 @@ def _phases(
             phases.pop()
         phases.append(Phase(addition.get("from_step"), names, backward_from, first_block, addition.get("from_epoch")))
     return tuple(phases)
+
+
+def _phase_of(learning: Sequence[PlannedParameter], from_step: int, block_count: int) -> Phase:
+    """The phase in which these parameters learn, which are in the order of the plan."""
+
+    def rank(
+        parameter: PlannedParameter,
+    ) -> int:  # of ParameterInfo.forward_rank: 0 before the blocks, 1 + index in one
+        if parameter.block is not None:
+            return 1 + parameter.block
+        return {"final_norm": 1 + block_count, "head": 2 + block_count}.get(parameter.component, 0)
+
+    first = min(learning, key=rank)
+    first_block = min(max(rank(first) - 1, 0), block_count)
+    return Phase(from_step, tuple(parameter.name for parameter in learning), first.name, first_block)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from partialtune.freeze.block_sampling import blocks_words
 from partialtune.tables import draw_table, html_table
 
 if TYPE_CHECKING:
@@ -16,9 +17,11 @@ def plan_summary(plan: "FreezePlan") -> str:
     """One line: `trainable 39,385,344 of 124,439,808 (31.7%): embeddings, final_norm, head`."""
     percent = 100 * plan.trainable_parameters / plan.total_parameters
     share = f"{percent:.1f}" if percent >= 0.1 else f"{percent:.2g}"
-    return (
-        f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share}%): {', '.join(plan.selectors)}"
-    )
+    chosen = plan.selectors
+    if plan.sampling is not None:
+        in_turn = {parameter.selector for parameter in plan.parameters if parameter.in_turn}
+        chosen = (*(one for one in chosen if one not in in_turn), plan.sampling.words())
+    return f"trainable {plan.trainable_parameters:,} of {plan.total_parameters:,} ({share}%): {', '.join(chosen)}"
 
 
 def plan_table(plan: "FreezePlan") -> str:
@@ -44,7 +47,7 @@ def _selector_rows(plan: "FreezePlan") -> Rows:
     chosen: dict[str, int] = {}
     for parameter in plan.parameters:
         if parameter.selector is not None:
-            chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.numel
+            chosen[parameter.selector] = chosen.get(parameter.selector, 0) + parameter.learning
     rows = [
         (selector, f"{chosen[selector]:,}" if selector in chosen else _unused(selector)) for selector in plan.selectors
     ]
@@ -60,7 +63,7 @@ def _place_rows(plan: "FreezePlan") -> Rows:
     runs: list[tuple[str, str, int, int]] = []  # label of the first, label of the last, parameters, trainable
     for label, members in _places(plan):
         total = sum(member.numel for member in members)
-        trainable = sum(member.numel for member in members if member.trainable)
+        trainable = sum(member.learning for member in members)
         if runs and "block" in label and "block" in runs[-1][0] and runs[-1][2:] == (total, trainable):
             runs[-1] = (runs[-1][0], label, total, trainable)
         else:
@@ -81,7 +84,7 @@ def _places(plan: "FreezePlan"):
 
 
 def _phase_rows(plan: "FreezePlan") -> Rows:
-    sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
+    sizes = {parameter.name: parameter.learning for parameter in plan.parameters}
     rows: Rows = [("from", "trainable", "blocks that backward passes")]
     for phase in plan.phases:
         trainable = sum(sizes[name] for name in phase.trainable)
@@ -90,7 +93,7 @@ def _phase_rows(plan: "FreezePlan") -> Rows:
 
 
 def _closing_lines(plan: "FreezePlan") -> list[str]:
-    return [*_tie_and_fixed_lines(plan), _backward_line(plan)]
+    return [*_tie_and_fixed_lines(plan), *_sampling_lines(plan), _backward_line(plan)]
 
 
 def _tie_and_fixed_lines(plan: "FreezePlan") -> list[str]:
@@ -105,7 +108,39 @@ def _tie_and_fixed_lines(plan: "FreezePlan") -> list[str]:
     return lines
 
 
+def _sampling_lines(plan: "FreezePlan") -> list[str]:
+    """Which blocks learn in turn, what learns at one time, and what several processes hold for those that rest."""
+    if plan.sampling is None:
+        return []
+    sampling = plan.sampling
+    sizes = {parameter.name: parameter.learning for parameter in plan.parameters}
+    always = sum(sizes[name] for name in plan.always)
+    in_turn: dict[int, int] = {}
+    for parameter in plan.parameters:
+        if parameter.in_turn and parameter.block is not None:
+            in_turn[parameter.block] = in_turn.get(parameter.block, 0) + parameter.learning
+    largest = always + sum(sorted(in_turn.values())[-sampling.blocks :])
+    wholly = {p.block for p in plan.parameters if p.block is not None}
+    wholly -= {p.block for p in plan.parameters if p.in_turn or not p.trainable}
+    rests = "keeps" if sampling.keep_state else "loses"
+    lines = [
+        f"{sampling.words()}; a block that rests {rests} its optimizer state",
+        f"{always:,} values learn in every step, at most {largest:,} at one time",
+    ]
+    if wholly:
+        lines.append(f"no candidates, since they train in every step: {blocks_words(wholly)}")
+    if len(in_turn) > sampling.blocks:
+        lines.append(
+            f"on several processes (DDP) all candidates keep their gradient buckets: {sum(in_turn.values()):,} values "
+            f"of 4 bytes on each"
+        )
+    return lines
+
+
 def _backward_line(plan: "FreezePlan") -> str:
     passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
     held = f", {frozen} of them frozen" if frozen else ""
-    return f"backward reaches {plan.backward_from} and runs through {passed} of {plan.block_count} blocks{held}"
+    at_most = " at most" if plan.sampling else ""
+    return (
+        f"backward reaches {plan.backward_from} and runs through{at_most} {passed} of {plan.block_count} blocks{held}"
+    )

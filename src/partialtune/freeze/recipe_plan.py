@@ -34,7 +34,7 @@ def plan_of_recipe(
         model: A causal language model.
         freeze: The recipe's arguments; `method: full` has `trainable: [all]` by now.
         schedule: The recipe's, in steps.
-        seed: Of the start values of adapters.
+        seed: Of the start values of adapters, and of random draws of blocks.
         before_text: As in `plan_freeze`.
 
     Raises:
@@ -42,16 +42,24 @@ def plan_of_recipe(
     """
     if freeze.method == "lora":
         return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed)
-    return plan_freeze(model, freeze.trainable, head=freeze.head, schedule=schedule, before_text=before_text)
+    return plan_freeze(
+        model,
+        freeze.trainable,
+        head=freeze.head,
+        schedule=schedule,
+        before_text=before_text,
+        block_sampling=freeze.block_sampling,
+        seed=seed,
+    )
 
 
-def plan_before_text(model: nn.Module, freeze: FreezeArguments) -> FreezePlan:
+def plan_before_text(model: nn.Module, freeze: FreezeArguments, seed: int = 0) -> FreezePlan:
     """The plan of a recipe whose text was not read: a phase that begins at an epoch has no step yet.
 
     Raises:
         RecipeError: As `plan_of_recipe`.
     """
-    return plan_of_recipe(model, freeze, freeze.schedule, before_text=True)
+    return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True)
 
 
 def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps: int) -> list[dict[str, Any]]:

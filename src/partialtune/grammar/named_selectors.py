@@ -38,6 +38,7 @@ class NamedSelector:
         word: As a recipe has it.
         chooses: Whether it chooses a parameter by this one of its names. A tied parameter has several names, and is
             chosen where one of them is.
+        has_rows: Whether rows of it may be chosen: `embeddings.tokens[-4:]`.
         may_follow_blocks: Whether it may also stand behind blocks: `blocks[-1].attention`. It then chooses inside these
             blocks what `chooses` says.
         in_words: What an error says that a model does not have; the word itself where it is empty.
@@ -48,6 +49,7 @@ class NamedSelector:
     word: str
     chooses: Callable[[Candidate], bool]
     may_follow_blocks: bool = False
+    has_rows: bool = False
     in_words: str = ""
     also_written: tuple[str, ...] = ()
 
@@ -68,11 +70,13 @@ NAMED_SELECTORS = (
     NamedSelector(
         "embeddings.tokens",
         _components("embeddings.tokens"),
+        has_rows=True,
         also_written=("wte", "embed_tokens", "word_embeddings", "tokens"),
     ),
     NamedSelector(
         "embeddings.positions",
         _components("embeddings.positions"),
+        has_rows=True,
         in_words="position embeddings",
         also_written=("wpe", "embed_positions", "positions"),
     ),
@@ -103,11 +107,12 @@ NAMED_SELECTORS = (
         in_words="final norm with parameters",
         also_written=("ln_f", "norm_f", "final_layernorm"),
     ),
-    NamedSelector("head", _components("head"), also_written=("lm_head", "embed_out", "output")),
+    NamedSelector("head", _components("head"), has_rows=True, also_written=("lm_head", "embed_out", "output")),
     NamedSelector("all", lambda place: True),
 )
 
 NAMED = {row.word: row for row in NAMED_SELECTORS}
 WORDS = tuple(NAMED)
+WITH_ROWS = tuple(row.word for row in NAMED_SELECTORS if row.has_rows)
 BLOCK_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.may_follow_blocks)
 WORD_FOR = {written: row.word for row in NAMED_SELECTORS for written in row.also_written}

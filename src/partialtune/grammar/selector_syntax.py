@@ -1,6 +1,7 @@
 r"""The syntax of selectors: one line of text -> Selector. No model is needed; `model/selectors` applies what is read.
 
 embeddings, embeddings.tokens, embeddings.positions        input embeddings
+embeddings.tokens[50257:], head[-4:]                       rows of a matrix, Python's indices and slices
 blocks[11], blocks[-2:], blocks[0,3:6,-1]                  whole blocks, Python's indices and slices
 blocks[...].attention, .mlp, .mixer, .norms, .biases       a part of those blocks
 attention, mlp, mixer, norms, biases                       that part of every block (norms, biases: final norm too)
@@ -17,12 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.named_selectors import BLOCK_PARTS, WORD_FOR, WORDS
+from partialtune.grammar.named_selectors import BLOCK_PARTS, WITH_ROWS, WORD_FOR, WORDS
 
 PATIENCE_SECONDS = 2.0  # for one name; an ordinary pattern takes microseconds
 HOW_BLOCKS_ARE_WRITTEN = (
     "Blocks are written blocks[11], blocks[-2:], blocks[0,3:6,-1] or blocks[:] (all of them), and a part of them "
     "blocks[-1].attention; attention alone is that of every block."
+)
+
+HOW_ROWS_ARE_WRITTEN = (
+    "Rows are written embeddings.tokens[-4:], embeddings.tokens[50257:], head[0,3:6,-1]: rows of the matrix, counted "
+    "as Python counts."
 )
 
 
@@ -71,7 +77,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Selector:
-    """One selector as it was read. Exactly one of `word`, `indices` and `pattern` is set."""
+    """One selector as it was read. Exactly one of `word`, `indices` and `pattern` is set; `rows` only with `word`."""
 
     text: str  # as written, with its "!"
     removes: bool  # whether it has a "!"
@@ -79,6 +85,7 @@ class Selector:
     indices: tuple[int | slice, ...] | None = None  # of blocks
     part: str | None = None  # of those blocks, one of BLOCK_PARTS; None for all of a block
     pattern: Pattern | None = None
+    rows: tuple[int | slice, ...] | None = None  # of the matrices that the word names; None for all of them
 
 
 def parse_selector(text: str) -> Selector:
@@ -97,6 +104,10 @@ def parse_selector(text: str) -> Selector:
     body = re.sub(r"\s*([\[\],:.])\s*", r"\1", body)
     if body in WORDS:
         return Selector(written, removes, word=body)
+    of_word = re.fullmatch(r"([\w.]+)\[([^\[\]]*)\]", body)
+    if of_word is not None and of_word[1] in WITH_ROWS:
+        rows = tuple(_parse_index(written, item, HOW_ROWS_ARE_WRITTEN) for item in of_word[2].split(","))
+        return Selector(written, removes, word=of_word[1], rows=rows)
     blocks = re.fullmatch(r"blocks\[([^\[\]]*)\](?:\.(.*))?", body)
     if blocks is None:
         raise RecipeError(f"unknown selector {written!r}. {_nearest_selector(body, removes)}")
@@ -125,14 +136,14 @@ def _parse_pattern(written: str, body: str) -> Pattern:
     return Pattern(written, body[1:-1])
 
 
-def _parse_index(written: str, item: str) -> int | slice:
+def _parse_index(written: str, item: str, how: str = HOW_BLOCKS_ARE_WRITTEN) -> int | slice:
     if not re.fullmatch(r"[+-]?[0-9]{1,9}|([+-]?[0-9]{1,9})?(:([+-]?[0-9]{1,9})?){1,2}", item):
-        raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {HOW_BLOCKS_ARE_WRITTEN}")
+        raise RecipeError(f"{written}: {item!r} is neither an index nor a slice. {how}")
     if ":" not in item:
         return int(item)
     numbers = [int(number) if number else None for number in item.split(":")]
     if numbers[2:] == [0]:
-        raise RecipeError(f"{written}: the step of a slice cannot be 0. blocks[::2] is every second block.")
+        raise RecipeError(f"{written}: the step of a slice cannot be 0. [::2] takes every second one.")
     return slice(*numbers)
 
 

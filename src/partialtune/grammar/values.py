@@ -49,21 +49,6 @@ def convert_value(value: Any, hint: Any) -> Any:
         raise ValueError(show(got) + "".join(path)) from error
 
 
-def convert_entry(value: Any, hint: Any, bound: Bound | None) -> Any:
-    """One value of a mapping within a recipe, as a phase of `schedule`, converted and within its bound.
-
-    Raises:
-        ValueError: If it cannot be; the message says what was got and what is allowed.
-    """
-    try:
-        converted = convert_value(value, hint)
-    except ValueError as error:
-        raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{quoting_advice(value, hint)}") from error
-    if bound and not bound.holds(converted):
-        raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.")
-    return converted
-
-
 def show(value: Any) -> str:
     """A value as a recipe would have it, cut to a line."""
     if isinstance(value, bool) or value is None:

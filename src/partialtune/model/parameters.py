@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from partialtune.distributed import is_main
+from partialtune.model.row_parameters import rows_by_matrix, write_rows
+from partialtune.model.rows import Rows, other_rows_name
 
 Named = Iterable[tuple[str, torch.Tensor]]
 Result = TypeVar("Result")
@@ -44,9 +46,36 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of `model` once, under its plain name, in the order of `named_parameters()`."""
+    """Every parameter of `model` once, under its plain name, in the order of `named_parameters()`.
+
+    A matrix of which some rows train is one of them, with their newest values; the parameter of these rows is not.
+    """
+    write_rows(model)
+    of_rows = {id(trained.parameter) for trained in rows_by_matrix(model).values()}
     for name, parameter in model.named_parameters():
-        yield plain_name(name), parameter
+        if id(parameter) not in of_rows:
+            yield plain_name(name), parameter
+
+
+def named_learners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `named_weights`, but of a matrix of which some rows train the parameter of these, as an optimizer holds it."""
+    rows = rows_by_matrix(model)
+    for name, parameter in named_weights(model):
+        trained = rows.get(id(parameter))
+        yield name, parameter if trained is None else trained.parameter
+
+
+def with_other_rows(named: Named, rows: Mapping[str, Rows]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Beside each matrix of which some rows train the same matrix under the name of its other rows.
+
+    Args:
+        named: Whole matrices.
+        rows: By name of the matrix, which of its rows train.
+    """
+    for name, values in named:
+        yield name, values
+        if name in rows:
+            yield other_rows_name(name, rows[name]), values
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

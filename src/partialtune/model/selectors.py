@@ -9,11 +9,13 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from partialtune.errors import RecipeError
 from partialtune.grammar.named_selectors import BLOCK_PARTS, NAMED, WORDS
 from partialtune.grammar.selector_syntax import Pattern, Selector, parse_selector, slice_as_written
 from partialtune.model.layout import Place
+from partialtune.model.rows import Rows, as_runs, row_numbers
 from partialtune.model.structure import ModelStructure
 
 logger = logging.getLogger(__name__)
@@ -22,10 +24,43 @@ logger = logging.getLogger(__name__)
 ONE_NAME_OF_A_TIE = ("head", "embeddings", "embeddings.tokens")
 
 
+class Chosen(NamedTuple):
+    """What selectors have chosen of one parameter.
+
+    Attributes:
+        selector: The first that chose it.
+        rows: Which of its rows, None for all of it.
+    """
+
+    selector: str
+    rows: Rows | None = None
+
+
+class Matches(NamedTuple):
+    """What one selector matches.
+
+    Attributes:
+        names: First name of each parameter -> those of its names that the selector matches.
+        rows: First name -> which of its rows, absent for all of it.
+    """
+
+    names: dict[str, set[str]]
+    rows: dict[str, Rows]
+
+
 def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow_empty: bool = False) -> dict[str, str]:
-    """Apply selectors in their order: each adds parameters, one with "!" takes away from those before it.
+    """As `choose`, without rows: first name of each trainable parameter -> the first selector that chose it.
 
     resolve_selectors(gpt2, ["final_norm", "!biases"]) -> {"transformer.ln_f.weight": "final_norm"}
+    """
+    return {name: chosen.selector for name, chosen in choose(structure, selectors, allow_empty).items()}
+
+
+def choose(structure: ModelStructure, selectors: Sequence[str], allow_empty: bool = False) -> dict[str, Chosen]:
+    """Apply selectors in their order: each adds parameters, one with "!" takes away from those before it.
+
+    choose(gpt2, ["final_norm", "!biases"]) -> {"transformer.ln_f.weight": Chosen("final_norm")}
+    choose(gpt2, ["head[-2:]"]) -> {"transformer.wte.weight": Chosen("head[-2:]", ((50255, 50257),))}
 
     Args:
         structure: The model's parameters, from `read_structure`.
@@ -33,7 +68,7 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
         allow_empty: Whether the list may be empty (a schedule may begin with nothing that trains).
 
     Returns:
-        First name of each trainable parameter -> the first selector that chose it, in the structure's order.
+        First name of each trainable parameter -> what was chosen of it, in the structure's order.
 
     Raises:
         RecipeError: With all problems at once: selectors that cannot be read, are out of range, match no parameter
@@ -42,7 +77,7 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
     texts = [selectors] if isinstance(selectors, str) else list(selectors)
     if not texts and not allow_empty:
         raise RecipeError(f"trainable is empty: nothing would train. {_what_it_has(structure)}")
-    steps: list[tuple[Selector, dict[str, set[str]]]] = []
+    steps: list[tuple[Selector, Matches]] = []
     problems: list[str] = []
     for text in texts:
         try:
@@ -50,30 +85,88 @@ def resolve_selectors(structure: ModelStructure, selectors: Sequence[str], allow
             steps.append((selector, _matches(structure, selector)))
         except RecipeError as problem:
             problems.append(str(problem))
-    problems += _tie_contradictions(structure, steps)
+    problems += _tie_contradictions(structure, [(selector, matches.names) for selector, matches in steps])
     if problems:
         raise RecipeError("\n".join(problems))
-    chosen = _add_and_remove(steps)
+    chosen = _add_and_remove(structure, steps)
     if texts and not chosen:
         raise RecipeError(f"trainable [{', '.join(texts)}] takes away all that it adds: nothing is left to train.")
     return {info.name: chosen[info.name] for info in structure.parameters if info.name in chosen}
 
 
-def _add_and_remove(steps: Iterable[tuple[Selector, dict[str, set[str]]]]) -> dict[str, str]:
-    """First name of each parameter that is left -> the selector that chose it first."""
-    chosen: dict[str, str] = {}
+def _add_and_remove(structure: ModelStructure, steps: Iterable[tuple[Selector, Matches]]) -> dict[str, Chosen]:
+    """First name of each parameter that is left -> what is left of it, and the selector that chose it first."""
+    chosen: dict[str, Chosen] = {}
     for selector, matches in steps:
-        if not selector.removes:
-            chosen = dict.fromkeys(matches, selector.text) | chosen  # on the right what was there: the first one stays
-            continue
-        if not matches.keys() & chosen.keys():  # the order counts: `['!biases', all]` trains the biases
+        if selector.removes and not matches.names.keys() & chosen.keys():
+            # the order counts: `['!biases', all]` trains the biases
             logger.warning("%s takes nothing away: no selector before it chose what it names", selector.text)
-        chosen = {name: text for name, text in chosen.items() if name not in matches}
+        for name in matches.names:
+            before, named = chosen.pop(name, None), matches.rows.get(name)
+            length = structure.by_name[name].shape[0] if structure.by_name[name].shape else 0
+            if not selector.removes:
+                rows = _united(before.rows, named) if before else named
+                chosen[name] = Chosen(before.selector if before else selector.text, _all_or(rows, length))
+            elif before is not None and named is not None:  # a part is taken away
+                rows = _without(before.rows, named, length)
+                if rows:
+                    chosen[name] = Chosen(before.selector, _all_or(rows, length))
     return chosen
 
 
-def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str]]:
-    """First name of each parameter that a selector matches -> those of the parameter's names that it matches."""
+def _united(one: Rows | None, other: Rows | None) -> Rows | None:
+    return None if one is None or other is None else as_runs([*row_numbers(one), *row_numbers(other)])
+
+
+def _without(rows: Rows | None, taken: Rows, length: int) -> Rows:
+    numbers = range(length) if rows is None else row_numbers(rows)
+    return as_runs(set(numbers).difference(row_numbers(taken)))
+
+
+def _all_or(rows: Rows | None, length: int) -> Rows | None:
+    """Rows that are all of a matrix are the matrix itself."""
+    return None if rows == ((0, length),) else rows
+
+
+def _rows_of(structure: ModelStructure, selector: Selector, names: Iterable[str]) -> dict[str, Rows]:
+    """Which rows of these parameters a selector names; nothing where it names no rows.
+
+    Raises:
+        RecipeError: If a row is out of range, a slice holds none, or a parameter has no rows.
+    """
+    return {} if selector.rows is None else {name: _rows(structure, selector, name) for name in names}
+
+
+def _rows(structure: ModelStructure, selector: Selector, name: str) -> Rows:
+    shape = structure.by_name[name].shape
+    numbers: set[int] = set()
+    if len(shape) < 2:
+        raise RecipeError(
+            f"{selector.text}: {name} is a vector of {structure.by_name[name].numel} values and has no rows. "
+            f"Take '/{re.escape(name)}/' away before it, or choose {selector.word} as a whole."
+        )
+    length = shape[0]
+    for index in selector.rows or ():
+        if isinstance(index, slice):
+            chosen = range(length)[index]
+            if not chosen:
+                raise RecipeError(
+                    f"{selector.text}: the slice {slice_as_written(index)} holds no row. {name} has {length:,} rows, "
+                    f"0 to {length - 1}, and a slice ends before its second number."
+                )
+            numbers.update(chosen)
+        elif not -length <= index < length:
+            raise RecipeError(
+                f"{selector.text}: row {index} is out of range. {name} has {length:,} rows, 0 to {length - 1}; the "
+                f"last one is {selector.word}[-1]."
+            )
+        else:
+            numbers.add(index % length)
+    return as_runs(numbers)
+
+
+def _matches(structure: ModelStructure, selector: Selector) -> Matches:
+    """What a selector matches."""
     blocks = _numbers_of_blocks(structure, selector)
     matches = {
         info.name: names
@@ -83,7 +176,7 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
     if selector.removes:  # what is fixed may be named, and is not there to be taken away
-        return matches
+        return Matches(matches, _rows_of(structure, selector, matches))
     added = {name: names for name, names in matches.items() if name not in structure.fixed}
     if not added:
         first, count = next(iter(matches)), len(matches)
@@ -92,7 +185,7 @@ def _matches(structure: ModelStructure, selector: Selector) -> dict[str, set[str
             f"{first if count == 1 else f'{count} parameters, {first} first'}: its code makes such tables and biases "
             f"without requires_grad, and they never train. Take {selector.text} out."
         )
-    return added
+    return Matches(added, _rows_of(structure, selector, added))
 
 
 def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:

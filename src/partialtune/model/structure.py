@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.layout import Layout, Place
 from partialtune.model.parameters import plain_name, uncompiled
+from partialtune.model.row_parameters import rows_by_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,10 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
         logger.info("beside the blocks in %s there are %s; they count as `other`", layout.blocks, layout.towers)
 
     tensors: dict[tuple[int, bool], tuple[nn.Parameter, list[Place]]] = {}
+    of_rows = {id(trained.parameter) for trained in rows_by_matrix(model).values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in of_rows:  # of a matrix that is described as a whole
+            continue
         place = replace(layout.place(name), name=plain_name(name))
         key = (id(parameter), head == "untied" and place.component == "head")  # True: will be a tensor of its own
         tensors.setdefault(key, (parameter, []))[1].append(place)

@@ -1,13 +1,16 @@
 """What a freeze audit found: its reasons, its verdict, `audit.json`, and the sentences of log and page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from partialtune.model.rows import Rows, count_rows, rows_in_words
 
 # Why a trainable parameter kept every bit: a warning but for KEPT_EVERY_BIT, which is a violation.
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
 NOT_REACHED = "the run ended before step {step}, from which its phase trains it"
 GONE_BACK = "the weights are those of step {back}, from before step {step}, from which its phase trains it"
+NEVER_DRAWN = "the run ended before step {step}, at which its block is drawn for the first time"
 ONLY_SKIPPED = "had a gradient only in steps that were skipped, because a gradient overflowed in fp16"
 TOO_SMALL = (
     "no update large enough was due: where its gradients were largest, at most {update:.2g}, and half the spacing of "
@@ -27,10 +30,11 @@ class Audit:
     """What the audit found, as in `audit.json`.
 
     Attributes:
-        frozen_parameters: Number of frozen tensors.
-        trainable_parameters: Number of trainable tensors.
+        frozen_parameters: Number of tensors that are frozen as a whole.
+        trainable_parameters: Number of tensors that train, or of which rows train.
         buffers: Number of persistent buffers. No selector lets them learn, so all of them have to stay.
-        changed: Names of frozen tensors whose digest changed, or that are no longer there: a violation.
+        changed: Names of frozen tensors whose digest changed, or that are no longer there: a violation. The frozen rows
+            of a matrix of which some train are one of them, under the name that `rows.other_rows_name` gives.
         changed_buffers: Likewise of persistent buffers.
         missing: Names of parameters of the plan that are not in the model: a violation.
         new: Names of parameters in the model that the plan does not know: a violation.
@@ -40,7 +44,11 @@ class Audit:
         below_precision: Trainable tensors in 16 bits, most of whose values kept every bit: a warning.
         not_in_optimizer: Trainable tensors that the optimizer does not hold: a violation.
         trainable_l2_delta: Distance of all trainable tensors from the start.
+        rows_without_gradient: Matrices of which some rows train -> those of them that never had a gradient: a warning.
+            None where there is no such matrix.
         saved: What the saved files, read back, hold otherwise than was audited: a violation. None where none were read.
+        changed_at_rest: Names of trainable tensors that changed while their block rested: a violation. None where no
+            blocks learn in turn.
     """
 
     frozen_parameters: int
@@ -57,7 +65,9 @@ class Audit:
     below_precision: list[str] = field(default_factory=list)
     not_in_optimizer: list[str] = field(default_factory=list)
     trainable_l2_delta: float | None = 0.0
+    rows_without_gradient: dict[str, Rows] | None = None
     saved: "list[SavedDifference] | None" = None
+    changed_at_rest: list[str] | None = None
 
     @property
     def other_names(self) -> list[str]:
@@ -66,7 +76,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        changed = self.changed or self.changed_buffers or self.other_names or self.saved
+        changed = self.changed or self.changed_at_rest or self.changed_buffers or self.other_names or self.saved
         return not (changed or self.stuck or self.not_in_optimizer)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,10 +98,21 @@ class Audit:
                 "below_precision": self.below_precision,
                 "not_in_optimizer": self.not_in_optimizer,
                 "l2_delta": self.trainable_l2_delta,
+                **self._json_of_rows(),
             },
+            **({} if self.changed_at_rest is None else {"resting": {"changed": self.changed_at_rest}}),
             "buffers": {"persistent": self.buffers, "changed": self.changed_buffers},
             "names": {"missing": self.missing + self.missing_buffers, "new": self.new + self.new_buffers},
         }
+
+    def _json_of_rows(self) -> dict[str, Any]:
+        """A key that only a run with rows that train has."""
+        if self.rows_without_gradient is None:
+            return {}
+        entries = [
+            {"name": name, "rows": [list(run) for run in rows]} for name, rows in self.rows_without_gradient.items()
+        ]
+        return {"rows_without_gradient": entries}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Audit":
@@ -117,7 +138,9 @@ class Audit:
             below_precision=trainable["below_precision"],
             not_in_optimizer=trainable["not_in_optimizer"],
             trainable_l2_delta=trainable["l2_delta"],
+            rows_without_gradient=_rows_of_json(trainable.get("rows_without_gradient")),
             saved=[SavedDifference(**entry) for entry in saved["different"]] if saved.get("read_back") else None,
+            changed_at_rest=content.get("resting", {}).get("changed"),
         )
 
     def verdict(self) -> str:
@@ -128,6 +151,10 @@ class Audit:
         """The violations in words, empty if there are none."""
         parts = [  # what has gone counts as changed too, and is named once
             ("frozen parameters changed", [name for name in self.changed if name not in self.missing]),
+            (
+                "parameters changed while their block rested",
+                [name for name in self.changed_at_rest or () if name not in self.missing],
+            ),
             ("persistent buffers changed", [n for n in self.changed_buffers if n not in self.missing_buffers]),
             ("parameters of the plan are not in the model", self.missing),
             ("persistent buffers are no longer in the model", self.missing_buffers),
@@ -154,7 +181,22 @@ class Audit:
                 f"{len(self.below_precision)} trainable parameters are held in 16 bits and most of their updates "
                 f"round away: {some(self.below_precision)}. Load the model in fp32."
             )
+        for name, rows in (self.rows_without_gradient or {}).items():
+            sentences.append(
+                f"{count_rows(rows)} of the rows of {name} that train {NEVER_A_GRADIENT}: {_shortened(rows)}. Of an "
+                f"embedding these are tokens that the text does not hold; only weight decay moved them."
+            )
         return sentences
+
+
+def _rows_of_json(entries: Iterable[Mapping[str, Any]] | None) -> dict[str, Rows] | None:
+    if entries is None:
+        return None
+    return {entry["name"]: tuple((start, stop) for start, stop in entry["rows"]) for entry in entries}
+
+
+def _shortened(rows: Rows, shown: int = 8) -> str:
+    return rows_in_words(rows[:shown]) + ("" if len(rows) <= shown else ", ...")
 
 
 @dataclass(frozen=True)

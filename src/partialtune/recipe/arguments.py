@@ -129,6 +129,14 @@ class FreezeArguments:
             "lr_scheduler_type changes both alike, over the whole run."
         },
     )
+    block_sampling: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Blocks that learn in turn, beside what `trainable` says: {blocks: 2, every: 20, order: random "
+            "(LISA), ascending or descending (as BAdam), keep_state: false, candidates: 'blocks[2:]'}. Every so many "
+            "steps others are drawn, from `seed`; those that rest lose their optimizer state, or keep it."
+        },
+    )
     head: Literal["tied", "untied"] = field(
         default="tied", metadata={"help": "What to do where the model ties its head to the token embedding."}
     )

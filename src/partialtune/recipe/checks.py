@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, read_block_sampling
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.net.addresses import without_secrets
@@ -74,6 +75,9 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
     if "replay" in values:
         values["replay"], wrong = read_replay(values["replay"])
         problems += [Problem(given["replay"].origin, "replay", message) for message in wrong]
+    if values.get("block_sampling"):
+        values["block_sampling"], wrong = read_block_sampling(values["block_sampling"])
+        problems += [Problem(given["block_sampling"].origin, "block_sampling", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
     # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
@@ -119,6 +123,7 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in given or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in given and values.get("schedule") != []
+    scheduled = scheduled or ("block_sampling" in given and values.get("block_sampling") != {})
     if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
@@ -155,6 +160,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
+    if values.get("block_sampling"):
+        yield from _wrong_beside_block_sampling(values)
     yield from _wrong_about_lora(values)
     yield from wrong_beside_replay(values)
     yield from wrong_about_early_stopping(values)
@@ -191,6 +198,24 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with a schedule: until their phase parameters have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
+
+
+def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    key = "block_sampling"
+    if values.get("schedule"):
+        yield key, NOT_WITH_A_SCHEDULE
+    if values.get("method") == "full":
+        yield key, "method full trains everything in every step. Leave it out, or take method: partial."
+    if values.get("method") == "lora":
+        yield key, "method lora trains its adapters in every step. Leave it out, or take method: partial."
+    if values.get("fsdp"):
+        yield "fsdp", "shards what trains before the first step, and block_sampling draws later. Leave one of them out."
+    if values.get("ddp_find_unused_parameters") is False:
+        message = "false does not go with block_sampling: parameters of blocks that rest have no gradient"
+        yield "ddp_find_unused_parameters", f"{message}. Take it out."
+    if values.get("prefix_cache") == "memory":
+        message = "memory does not go with block_sampling: blocks below those that learn change from draw to draw"
+        yield "prefix_cache", f"{message}. Say prefix_cache: auto, or off."
 
 
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

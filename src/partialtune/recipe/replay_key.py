@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from partialtune.grammar.values import Bound, convert_entry, nearest
+from partialtune.grammar.schedule_syntax import converted
+from partialtune.grammar.values import Bound, nearest
 from partialtune.recipe.arguments import NOT_EMPTY, SOURCES
 
 NAME = "replay"  # of the text in evaluation.json
@@ -38,7 +39,7 @@ def read_replay(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
         elif value is not None:
             try:
-                replay[key] = convert_entry(value, *KEYS[key])
+                replay[key] = converted(value, *KEYS[key])
             except ValueError as error:
                 problems.append(f"{key}: {error}")
     missing = [key for key in REQUIRED if given.get(key) is None]
