@@ -15,7 +15,10 @@ from partialtune.model.model_checks import check_fit
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
-POLICY_KEYS = ("method", "trainable", "schedule", "block_sampling", "head", "lora_rank", "lora_alpha", "prefix_cache")
+POLICY_KEYS = (
+    *("method", "trainable", "schedule", "block_sampling", "head", "lora", "lora_rank", "lora_alpha", "prefix_cache"),
+    *("part_learning_rates", "layer_decay"),
+)
 # The keys of what a run writes, sends, evaluates, and of its length: a measurement sets these itself.
 RUN_KEYS = (
     *("output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),

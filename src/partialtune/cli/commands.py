@@ -90,6 +90,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.freeze.recipe_plan import plan_before_text
         from partialtune.model.loading import empty_model, load_config, quiet_libraries
         from partialtune.model.train_mode import stop_layer_drop
+        from partialtune.recipe.key_rules import training_defaults
         from partialtune.recipe.recipe import read_recipe
 
     quiet_libraries()
@@ -100,12 +101,13 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     plan = plan_before_text(model, recipe.freeze, recipe.seed)
+    rate = recipe.training.get("learning_rate", training_defaults()["learning_rate"])
     cost = _forecast(recipe, model, plan)
     if known.json:
         content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        print("\n\n".join([plan_table(plan), *([forecast_table(cost)] if cost else [])]))
+        print("\n\n".join([plan_table(plan, rate), *([forecast_table(cost)] if cost else [])]))
 
 
 def _forecast(recipe: "Recipe", model: "PreTrainedModel", plan: "FreezePlan") -> "Forecast | None":

@@ -17,9 +17,11 @@ from transformers import Trainer, TrainerCallback
 
 from partialtune.distributed import decided_by_main, shards_parameters
 from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
+from partialtune.engine.part_rates import RateCallback
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
+from partialtune.engine.row_checks import check_rows_fit_launch, check_rows_get_gradients
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.trl_head import has_frozen_trl_head
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
@@ -86,6 +88,7 @@ def attach(
         apply_plan(model, plan)
     else:  # a user's own: the Trainer was made with it
         missing = apply_beside_optimizer(model, plan, trainer.optimizer)
+    check_rows_get_gradients(uncompiled(model))
     if plan.changes_on_the_way:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
@@ -103,7 +106,7 @@ def attach(
     override(trainer, tuning, changes)
     # A phase begins first: the others measure what learns in the step. All of them before the trackers, which close
     # their files at the end of training: by then the verdict is logged.
-    put_in_front(trainer, [PhaseCallback(plan, fast), deltas, audit])
+    put_in_front(trainer, [PhaseCallback(plan, fast), RateCallback(tuning.part_rates), deltas, audit])
     deltas.attach(trainer)
     audit.attach(trainer)
     for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
@@ -154,10 +157,21 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2."
         )
+    if plan.names_rates and trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "attach: FSDP shards the parameters, and the groups of part_learning_rates and layer_decay are made of "
+            "whole ones. Launch without it (DDP), or take them out."
+        )
+    if plan.names_rates and trainer.args.lr_scheduler_type == "greedy":
+        raise RecipeError(
+            "attach: the scheduler greedy holds all rates above one bound, so that part_learning_rates and layer_decay "
+            "would not keep their ratios. Take another lr_scheduler_type, such as cosine."
+        )
     if trainer.is_fsdp_enabled and plan.changes_on_the_way:
         raise RecipeError(
             f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
         )
+    check_rows_fit_launch(plan, trainer.is_fsdp_enabled, trainer.args.n_gpu > 1)
     if trainer.is_deepspeed_enabled:
         raise RecipeError("attach: DeepSpeed holds weights and optimizer in a form of its own. Take FSDP2 or DDP.")
 

@@ -31,6 +31,7 @@ from partialtune.engine.forward_stack import put_on
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name
 from partialtune.engine.prefix_choice import choose_prefix
+from partialtune.engine.row_checks import check_rows_fit_launch, check_rows_get_gradients
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
 from partialtune.freeze.plan import FreezePlan, Phase
@@ -64,7 +65,7 @@ def audited(
             the causal language model within the module.
         plan: Made for this model as it is now, after peft has wrapped it. Applied to it already or not.
         optimizer: Of the model, made already; accelerate's or Lightning's wrapper of it too. A learning rate scheduler
-            may exist, unless a phase has a learning rate of its own.
+            may exist, unless a phase or a part has a learning rate of its own.
         delta_steps: Optimizer steps between two reports of the weight deltas.
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; nowhere where absent.
         stop_on_violation: Whether a violation of the freeze audit raises FreezeViolation, or is only logged.
@@ -94,6 +95,7 @@ def audited(
     _reshard(inner)
     _check_wrapped(model, inner, plan)
     missing = apply_beside_optimizer(inner, plan, optimizer)
+    check_rows_get_gradients(inner)
     audit = FreezeAuditCallback(plan, output_dir, stop_on_violation)
     audit.missing_at_start = missing
     deltas = WeightDeltaCallback(plan, delta_steps, output_dir)
@@ -130,6 +132,7 @@ class AuditedLoop(Tuning):
         self._state, self._control = TrainerState(global_step=first_step), TrainerControl()
         self._held: ExitStack | None = None
         self._is_skipped = False
+        self._rates_logged_at = first_step
 
     @property
     def phase(self) -> Phase | None:
@@ -143,7 +146,10 @@ class AuditedLoop(Tuning):
 
     @property
     def log(self) -> list[dict[str, float]]:
-        """The groups' deltas at each report, `delta/trainable_l2` and so on, and `audit/passed`, each with its step."""
+        """The groups' deltas at each report, `delta/trainable_l2` and so on, and `audit/passed`, each with its step.
+
+        Where parts have rates of their own, `learning_rate` and `learning_rate/embeddings` and so on at each report.
+        """
         return self._state.log_history
 
     def step(self) -> None:
@@ -196,7 +202,14 @@ class AuditedLoop(Tuning):
         elif not isinstance(error, FreezeViolation) and rank_and_processes()[1] == 1:  # else others may not be here
             self._conclude_after_error()
 
+    def _log_rates(self) -> None:
+        """As Trainer logs them: the rate of the optimizer's first group, and those of the parts by name."""
+        if self.rates and self.steps != self._rates_logged_at:
+            self.log.append({"learning_rate": self.part_rates.own, **self.rates, "step": self.steps})
+            self._rates_logged_at = self.steps
+
     def _conclude(self) -> None:
+        self._log_rates()
         _reshard(self.model)
         self._state.max_steps = self._state.global_step
         self._tell("on_train_end")
@@ -224,6 +237,7 @@ class AuditedLoop(Tuning):
         Args:
             args: Of `step`, which begin with the optimizer.
         """
+        self.part_rates.note(optimizer)
         closure = kwargs["closure"] if "closure" in kwargs else next(iter(args[1:]), None)
         if closure is None:
             self._note(optimizer)
@@ -257,6 +271,8 @@ class AuditedLoop(Tuning):
         self._state.global_step += 1
         self.audit_callback.after_step()
         self._tell("on_step_end")
+        if self.steps % self.delta_callback.delta_steps == 0:
+            self._log_rates()
         if self.plan.phase_at(self.steps) is not self.phase:
             self._check_processes()
         self._phases.step_begins(self.steps)
@@ -280,7 +296,9 @@ class AuditedLoop(Tuning):
 def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None:
     """Raises RecipeError where the model is wrapped or sharded in a way that the plan does not bear."""
     several = plan.changes_on_the_way
-    if several and any(is_sharded(parameter) for parameter in inner.parameters()):
+    sharded = any(is_sharded(parameter) for parameter in inner.parameters())
+    check_rows_fit_launch(plan, sharded, isinstance(model, nn.DataParallel))
+    if several and sharded:
         raise RecipeError(
             f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
         )

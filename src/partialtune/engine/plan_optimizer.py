@@ -16,10 +16,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from partialtune.engine.part_rates import MARK, OWN, Rate, rate_of, same_rates
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.parameters import named_learners
+from partialtune.model.parameters import named_learners, named_weights, rows_by_name
+from partialtune.model.row_parameters import rows_by_matrix
+from partialtune.model.rows import name_with_rows
 
 WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}  # by their names: neither library need be imported
 # A key of `optimizer.state` beside those of parameters: name -> state of each parameter that rests and keeps its state.
@@ -54,10 +57,14 @@ def apply_beside_optimizer(model: nn.Module, plan: FreezePlan, optimizer: torch.
             f"The plan adds {what}, {added[0]}, and the optimizer was made before. Call apply_plan(model, plan) first, "
             f"and make the optimizer after it."
         )
+    _refuse_old_rows(model, plan)
     _refuse_unsuitable(bare_optimizer(optimizer))  # before the model is touched
     _refuse_strangers(bare_optimizer(optimizer), names)
     apply_plan(model, plan)
     return suit_optimizer(optimizer, model, plan)
+
+
+MAKE_IT_AFTER = "Call apply_plan(model, plan) first, and make the optimizer after it."
 
 
 def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan) -> list[str]:
@@ -83,20 +90,21 @@ def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Fre
     _refuse_unsuitable(optimizer)
     names = {id(parameter): name for name, parameter in named_learners(model)}
     _refuse_strangers(optimizer, names)
+    _refuse_whole_matrices(optimizer, model)
     planned = {parameter.name: parameter for parameter in plan.parameters if parameter.trainable}
     held = {names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name in planned if name not in held]
     _refuse_old_head(plan, missing, held)
-    staying: list[dict[float | None, list[Member]]] = []
+    staying: list[ByRate] = []
     for group in optimizer.param_groups:
-        by_rate: dict[float | None, list[Member]] = {}
+        by_rate: ByRate = {}
         for member in members_of(group):
             entry = planned.get(names.get(id(member.parameter), ""))
             if entry is not None:
-                by_rate.setdefault(entry.learning_rate, []).append(member)
+                by_rate.setdefault(Rate.of(entry), []).append(member)
         staying.append(by_rate)
-    _refuse_new_rates(optimizer, staying)
-    _regroup(optimizer, staying)
+    _refuse_new_rates(optimizer, staying, plan)
+    _regroup(optimizer, staying, plan.names_rates)
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in [parameter for parameter in optimizer.state if id(parameter) not in learning]:
         del optimizer.state[parameter]
@@ -114,6 +122,9 @@ class Member(NamedTuple):
 
     parameter: nn.Parameter
     name: str | None
+
+
+ByRate = dict[Rate, list[Member]]  # of one group
 
 
 def members_of(group: Mapping[str, Any]) -> list[Member]:
@@ -152,23 +163,32 @@ def on_its_device(state: Mapping[str, Any], group: Mapping[str, Any], member: Me
     }
 
 
-def _rate_that_stays(by_rate: Mapping[float | None, list[Member]]) -> float | None:
-    """Of the members of a group: the rate of those that stay in it, None where that is the group's own."""
-    return None if None in by_rate else next(iter(by_rate), None)
+def _rate_that_stays(group: Mapping[str, Any], by_rate: ByRate, names_rates: bool) -> Rate:
+    """Of the members of a group: the rate of those that stay in it, `OWN` where that is the group's own."""
+    if names_rates:  # the group keeps its own, though it be empty: Trainer logs that of the first one for all
+        return rate_of(group) or OWN
+    return OWN if OWN in by_rate else next(iter(by_rate), OWN)
 
 
-def _regroup(optimizer: torch.optim.Optimizer, staying: list[dict[float | None, list[Member]]]) -> None:
-    for group, by_rate in zip(list(optimizer.param_groups), staying, strict=True):
-        stays = _rate_that_stays(by_rate)
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+def _regroup(optimizer: torch.optim.Optimizer, staying: list[ByRate], names_rates: bool) -> None:
+    # Two rates do not share a name, though the user's groups have rates of their own.
+    several = names_rates and len({float(group["lr"]) for group in optimizer.param_groups if MARK not in group}) > 1
+    for number, (group, by_rate) in enumerate(zip(list(optimizer.param_groups), staying, strict=True)):
+        stays, own = _rate_that_stays(group, by_rate, names_rates), group["lr"]
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names", MARK)}
         set_members(group, by_rate.get(stays, []))
-        if stays is not None:
-            group["lr"] = _like(group["lr"], stays)
+        if names_rates:
+            group.setdefault(MARK, OWN.mark(own, ""))
+        elif stays != OWN:
+            group["lr"] = _like(own, stays.value(own))
         for rate, members in by_rate.items():
-            if rate is not None and rate != stays:
+            if rate not in (OWN, stays):
+                name = f"{rate.name}/group_{number}" if several and rate.learning_rate is None else rate.name
+                mark = {MARK: rate.mark(own, name)} if names_rates else {}
                 named = "param_names" in group
                 members_or_pairs = [(name, p) if named else p for p, name in members]
-                optimizer.add_param_group({**settings, "lr": _like(group["lr"], rate), "params": members_or_pairs})
+                lr = _like(own, rate.value(own))
+                optimizer.add_param_group({**settings, **mark, "lr": lr, "params": members_or_pairs})
 
 
 def _like(present: Any, rate: float) -> Any:
@@ -235,23 +255,56 @@ def _refuse_old_head(plan: FreezePlan, missing: list[str], held: set[str | None]
         )
 
 
-def _refuse_new_rates(optimizer: torch.optim.Optimizer, staying: list[dict[float | None, list[Member]]]) -> None:
+def _refuse_old_rows(model: nn.Module, plan: FreezePlan) -> None:
+    """An optimizer that was made before these rows had a parameter of their own cannot hold it."""
+    present = {name: trained.rows for name, trained in rows_by_name(model).items()}
+    if others := [name for name in plan.rows.keys() | present.keys() if plan.rows.get(name) != present.get(name)]:
+        name = min(others)
+        what = name_with_rows(name, plan.rows[name]) if name in plan.rows else f"the whole of {name}"
+        raise RecipeError(
+            f"The plan says how {what} is to learn, and rows learn through a parameter of their own, which an "
+            f"optimizer that was made before does not fit. {MAKE_IT_AFTER}"
+        )
+
+
+def _refuse_whole_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """An optimizer that was made before apply_plan holds a matrix whole of which rows train."""
+    matrices = {id(parameter): name for name, parameter in named_weights(model)}
+    with_rows = {key: name for key, name in matrices.items() if key in rows_by_matrix(model)}
+    held = [with_rows.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+    if found := next(filter(None, held), None):
+        raise RecipeError(
+            f"The optimizer holds the whole of {found}, of which only rows train: it was made before, and would learn "
+            f"nothing of it. {MAKE_IT_AFTER}"
+        )
+
+
+def _refuse_new_rates(optimizer: torch.optim.Optimizer, staying: list[ByRate], plan: FreezePlan) -> None:
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch's schedulers mark it so
     for group, by_rate in zip(optimizer.param_groups, staying, strict=True):
-        rates = [rate for rate in by_rate if rate is not None]
-        if not rates:
+        if rate_of(group) is not None and set(by_rate) - {rate_of(group)}:
+            raise RecipeError(
+                "The optimizer has the learning rates of another plan, whose part_learning_rates or layer_decay "
+                "differ. Make a new optimizer."
+            )
+        rates = [rate for rate in by_rate if rate != OWN]
+        if not rates or rate_of(group) is not None:
             continue
-        own = f"The schedule gives parameters a learning_rate of their own ({rates[0]:g}), and "
+        gives, words = "The schedule gives parameters a learning_rate", "take learning_rate out of the schedule"
+        if plan.names_rates:
+            gives = f"{'part_learning_rates' if plan.part_learning_rates else 'layer_decay'} gives parameters a rate"
+            words = "take part_learning_rates and layer_decay out of the plan"
+        gives = f"{gives} of their own ({rates[0].words()}), and "
         if group.get("relative_step"):
             raise RecipeError(
-                f"{own}{type(optimizer).__name__} with relative_step chooses its rates itself. Say "
-                f"relative_step=False, or take learning_rate out of the schedule."
+                f"{gives}{type(optimizer).__name__} with relative_step chooses its rates itself. Say "
+                f"relative_step=False, or {words}."
             )
-        is_so = len(by_rate) == 1 and float(group.get("initial_lr", group["lr"])) == rates[0]
-        if not is_so and (scheduled or "initial_lr" in group):
+        is_so = len(by_rate) == 1 and float(group.get("initial_lr", group["lr"])) == rates[0].learning_rate
+        if (plan.names_rates or not is_so) and (scheduled or "initial_lr" in group):
             raise RecipeError(
-                f"{own}the optimizer has a learning rate scheduler already, which keeps a rate for each of its groups. "
-                f"Make the scheduler after attach or audited, or take learning_rate out of the schedule."
+                f"{gives}the optimizer has a learning rate scheduler already, which keeps a rate for each of its "
+                f"groups. Make the scheduler after attach or audited, or {words}."
             )
 
 
@@ -266,7 +319,9 @@ def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Remo
     Returns:
         What takes it back: `handle.remove()` of each.
     """
-    name_of = {id(parameter): name for name, parameter in named_learners(model)}
+    rows = {name: trained.rows for name, trained in rows_by_name(model).items()}
+    # With the rows in the name: the moments of other rows, though as many, do not load.
+    name_of = {id(parameter): name_with_rows(name, rows.get(name)) for name, parameter in named_learners(model)}
     optimizer = bare_optimizer(optimizer)
     return [
         optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of)),
@@ -291,8 +346,14 @@ def _names_to_places(
     names, saved = _names_by_group(name_of, optimizer), saved_groups(state_dict)
     if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
         raise InputError(
-            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on` or "
-            "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
+            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on`, `schedule`, "
+            "`part_learning_rates`, `layer_decay` or the rows that train differ. Go on with the recipe of that run, or "
+            "start in a new output_dir."
+        )
+    if not all(same_rates(old, new) for old, new in zip(saved, optimizer.param_groups, strict=True)):
+        raise InputError(
+            "The checkpoint's optimizer has other learning rates of parts than this run's: `part_learning_rates` or "
+            "`layer_decay` differ. Go on with the recipe of that run, or start in a new output_dir."
         )
     kept = state_dict.get("state")
     resting = {}

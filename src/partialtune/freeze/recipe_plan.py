@@ -40,16 +40,22 @@ def plan_of_recipe(
     Raises:
         RecipeError: As `plan_freeze` and `plan_lora`.
     """
+    rates: dict[str, Any] = {
+        "part_learning_rates": freeze.part_learning_rates,
+        "layer_decay": freeze.layer_decay,
+    }
     if freeze.method == "lora":
-        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed)
+        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
     return plan_freeze(
         model,
         freeze.trainable,
         head=freeze.head,
         schedule=schedule,
         before_text=before_text,
+        lora=freeze.lora or None,
         block_sampling=freeze.block_sampling,
         seed=seed,
+        **rates,
     )
 
 

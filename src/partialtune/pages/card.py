@@ -84,7 +84,7 @@ def render_card(run: RunFiles) -> str:
             replayed_share=replayed_share(run),
             stopped=length_finding(run),
             versions=run.record.get("versions", {}),
-            frozen_values=sum(parameter["numel"] for parameter in run.frozen),
+            frozen_values=run.frozen_values,
         )
     )
 

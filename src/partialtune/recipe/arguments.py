@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
+from partialtune.grammar.rate_syntax import DECAY
 from partialtune.grammar.values import Bound, allowed, at_least
 from partialtune.text.sources import SOURCE_HELP
 
@@ -137,6 +138,21 @@ class FreezeArguments:
             "steps others are drawn, from `seed`; those that rest lose their optimizer state, or keep it."
         },
     )
+    part_learning_rates: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Selector -> learning rate of what it names: {embeddings: 1.0e-5, 'blocks[-1]': 1.0e-4}. The last "
+            "that matches wins; what none names has learning_rate, or its phase's. lr_scheduler_type changes all alike."
+        },
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the learning rate from each layer to the one below it, from the head (factor 1) through "
+            "the blocks to the embeddings. It leaves the rates of part_learning_rates as they are.",
+            "bound": DECAY,
+        },
+    )
     head: Literal["tied", "untied"] = field(
         default="tied", metadata={"help": "What to do where the model ties its head to the token embedding."}
     )
@@ -145,6 +161,14 @@ class FreezeArguments:
         metadata={
             "help": "partial trains what `trainable` selects. As baselines, full trains everything, and lora trains "
             "adapters (through peft) beside the matrices that `trainable` selects in the blocks."
+        },
+    )
+    lora: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Adapters (through peft) beside what `trainable` selects: {target, rank?, alpha?}. Every matrix in "
+            "a block that the selectors in `target` choose gets one; rank is 8 and alpha 16 where they are not said. "
+            "method: lora is short for it, with nothing else that trains."
         },
     )
     lora_rank: int = field(

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
-from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, read_block_sampling
+from partialtune.grammar.lora_syntax import read_lora
+from partialtune.grammar.rate_syntax import read_part_rates
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA, read_block_sampling
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
 from partialtune.net.addresses import without_secrets
@@ -69,15 +71,22 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        from_start = bool(values.get("trainable", "trainable" in given))
+        from_start = bool(values.get("trainable", "trainable" in given)) or "lora" in given
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
     if "replay" in values:
         values["replay"], wrong = read_replay(values["replay"])
         problems += [Problem(given["replay"].origin, "replay", message) for message in wrong]
+    if "lora" in values:
+        lora, wrong = read_lora(values["lora"])
+        values["lora"] = {"target": list(lora.target), "rank": lora.rank, "alpha": lora.alpha}
+        problems += [Problem(given["lora"].origin, "lora", message) for message in wrong]
     if values.get("block_sampling"):
         values["block_sampling"], wrong = read_block_sampling(values["block_sampling"])
         problems += [Problem(given["block_sampling"].origin, "block_sampling", message) for message in wrong]
+    if "part_learning_rates" in values:
+        values["part_learning_rates"], wrong = read_part_rates(values["part_learning_rates"])
+        problems += [Problem(given["part_learning_rates"].origin, "part_learning_rates", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
     # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
@@ -123,7 +132,8 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in given or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in given and values.get("schedule") != []
-    scheduled = scheduled or ("block_sampling" in given and values.get("block_sampling") != {})
+    adapted = "lora" in given and values.get("method") != "lora"
+    scheduled = scheduled or adapted or ("block_sampling" in given and values.get("block_sampling") != {})
     if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
@@ -155,13 +165,16 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("checkpoint_format") == "delta" and values.get("trust_remote_code"):
         message = "delta: a model whose code comes with it is not made whole again without that code"
         yield "checkpoint_format", f"{message}. Leave it out."
-    if values.get("checkpoint_format") == "delta" and values.get("method") == "lora":
-        yield "checkpoint_format", "delta: adapters are all that method lora saves. Leave it out."
+    if values.get("checkpoint_format") == "delta" and _adapters_alone(values):
+        method = "method lora" if values.get("method") == "lora" else "a run with lora and no trainable"
+        yield "checkpoint_format", f"delta: adapters are all that {method} saves. Leave it out."
     yield from _wrong_selectors(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
     if values.get("block_sampling"):
         yield from _wrong_beside_block_sampling(values)
+    if values.get("part_learning_rates") or values.get("layer_decay") is not None:
+        yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
     yield from wrong_beside_replay(values)
     yield from wrong_about_early_stopping(values)
@@ -208,6 +221,8 @@ def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[st
         yield key, "method full trains everything in every step. Leave it out, or take method: partial."
     if values.get("method") == "lora":
         yield key, "method lora trains its adapters in every step. Leave it out, or take method: partial."
+    if values.get("lora"):
+        yield key, NOT_WITH_LORA
     if values.get("fsdp"):
         yield "fsdp", "shards what trains before the first step, and block_sampling draws later. Leave one of them out."
     if values.get("ddp_find_unused_parameters") is False:
@@ -218,18 +233,44 @@ def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[st
         yield "prefix_cache", f"{message}. Say prefix_cache: auto, or off."
 
 
+def _wrong_beside_part_rates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    keys = " and ".join(key for key in ("part_learning_rates", "layer_decay") if values.get(key))
+    if values.get("fsdp"):
+        yield "fsdp", f"the groups of {keys} are made of whole parameters, and it shards them. Leave one of them out."
+    if values.get("lr_scheduler_type") == "greedy":
+        message = f"greedy holds all rates above one bound, so that {keys} would not keep their ratios"
+        yield "lr_scheduler_type", f"{message}. Take another one, such as cosine."
+
+
+def _adapters_alone(values: Mapping[str, Any]) -> bool:
+    """Whether adapters train, and nothing beside them."""
+    beside = values.get("trainable") or values.get("schedule")
+    return values.get("method") == "lora" or ("lora" in values and not beside)
+
+
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if values.get("method") != "lora":
-        for key in ("lora_rank", "lora_alpha"):
-            if key in values:
-                yield key, f"is for method: lora, and method is {values.get('method', 'partial')}. Take it out."
+    method, lora = values.get("method", "partial"), values.get("lora")
+    for key in ("lora_rank", "lora_alpha"):
+        if key in values and method != "lora":
+            instead = f"Say {key.removeprefix('lora_')} in lora" if lora else "Take it out"
+            yield key, f"is for method: lora, and method is {method}. {instead}."
+    if lora and method == "lora":
+        trained = values.get("trainable") or ["attention"]
+        message = f"method: lora is short for lora: {{target: [{', '.join(trained)}]}} with nothing else that trains"
+        yield "lora", f"{message}. Keep one of the two; beside lora, trainable says what else trains."
+    elif lora and method == "full":
+        yield "lora", "method full trains every matrix itself. Leave lora out, or take method: partial."
+    if not lora and method != "lora":
         return
     if not is_peft_installed():
-        yield "method", HOW_TO_INSTALL_PEFT
-    if values.get("schedule"):
+        yield ("lora" if lora else "method"), HOW_TO_INSTALL_PEFT
+    if method == "lora" and values.get("schedule"):
         yield "schedule", "method lora trains its adapters from the first step. Leave it out, or take method: partial."
-    if values.get("head") == "untied":
+    if values.get("head") == "untied" and _adapters_alone(values):
         yield "head", "an adapter stands beside its base as it is, tied. Leave it out, or take method: partial."
+    if values.get("trust_remote_code") and not _adapters_alone(values):
+        message = "with trainable it saves a delta, and a model whose code comes with it is not made whole again of one"
+        yield "lora", f"{message}. Leave one of the two out."
 
 
 def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:

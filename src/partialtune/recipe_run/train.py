@@ -119,7 +119,7 @@ def begin_folder(start: RunStart) -> None:
         if history.is_file():
             shutil.copyfile(history, folder / DELTAS_FILE)
     record_run(start)
-    print(plan_table(start.plan), flush=True)
+    print(plan_table(start.plan, start.args.learning_rate), flush=True)
     logger.info(prefix_words(start.prefix))
     logger.info("Loss: %s.", start.conformance.loss_words())
 

@@ -30,6 +30,7 @@ from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
+from partialtune.model.rows import name_with_rows
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
 from partialtune.recipe.early_stopping import implied_by_early_stopping
@@ -132,6 +133,10 @@ def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _is_same(key: str, old: Any, new: Any) -> bool:
+    if (
+        key == "part_learning_rates" and isinstance(old, dict) and isinstance(new, dict)
+    ):  # the last that matches wins: their order counts
+        return list(old.items()) == list(new.items())
     return old == new or (key in SOURCE_KEYS and same_sources(old, new))
 
 
@@ -197,7 +202,7 @@ def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     with read_with_care(checkpoint):
         groups = saved_groups(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         held = {str(name) for group in groups for name in group["params"]}
-    trained = set(plan.phase_at(step - 1).trainable)
+    trained = {name_with_rows(name, plan.rows.get(name)) for name in plan.phase_at(step - 1).trainable}
     if held != trained:
         both = {"not in the plan": sorted(held - trained), "not in the checkpoint": sorted(trained - held)}
         differences = "; ".join(f"{len(names)} {where}, as {names[0]}" for where, names in both.items() if names)
@@ -263,6 +268,7 @@ class RunOrigin:
         base, text, phases, choices: As in their classes.
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
+        rates: `layer_decay`, and in their order `part_learning_rates`; None where the recipe has neither.
     """
 
     base: BaseOrigin
@@ -270,6 +276,7 @@ class RunOrigin:
     windows: dict[str, Any]
     phases: list[PhaseOrigin]
     choices: Choices
+    rates: dict[str, Any] | None = None
 
 
 def origin_of(
@@ -303,12 +310,21 @@ def origin_of(
         },
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
+        _rates_of(plan),
     )
+
+
+def _rates_of(plan: FreezePlan) -> dict[str, Any] | None:
+    rates: dict[str, Any] = {"part_learning_rates": [list(pair) for pair in plan.part_learning_rates]}
+    rates["layer_decay"] = plan.layer_decay
+    return {key: value for key, value in rates.items() if value} or None
 
 
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
     content = {} if origin is None else asdict(origin)
+    if content.get("rates") is None:  # as it was before there were rates of parts
+        content.pop("rates", None)
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -361,6 +377,7 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
         *_text_differences(saved.text, present.text),
         *_window_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
+        *_rate_differences(saved.rates or {}, present.rates or {}),
     ]
     if found:
         raise InputError(
@@ -398,6 +415,19 @@ def _window_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
                 yield "windows: their tokens (another tokenizer, text or version of partialtune)"
         elif then.get(key) != value:
             yield f"{key}: {then.get(key)} then, {value} now"
+
+
+def _rate_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in {**then, **now}:
+        if then.get(key) != now.get(key):
+            yield f"{key}: {_rates_in_words(then.get(key))} then, {_rates_in_words(now.get(key))} now"
+
+
+def _rates_in_words(rates: Any) -> str:
+    """[["embeddings", 1e-05]] -> "embeddings 1e-05"; 0.9 -> "0.9"; None -> "none"."""
+    if isinstance(rates, list):
+        return ", ".join(f"{selector} {rate:g}" for selector, rate in rates)
+    return "none" if rates is None else f"{rates:g}"
 
 
 def _phase_differences(then: Sequence[PhaseOrigin], now: Sequence[PhaseOrigin]) -> Iterator[str]:

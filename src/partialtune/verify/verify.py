@@ -14,21 +14,28 @@ import torch
 from partialtune.errors import ModelError
 from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.model.config_keys import config_differences
-from partialtune.model.digests import digest, same_bits
+from partialtune.model.digests import digest, digest_of_other_rows, same_bits
 from partialtune.model.parameters import chunks_of
+from partialtune.model.rows import Rows, other_runs, take_rows
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
 from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
-from partialtune.verify.claims import Claim, claim_of_adapters, claim_of_plan, claim_of_selectors
+from partialtune.run_folder import is_delta
+from partialtune.verify.claims import AdaptedBase, Claim, claim_of_adapters, claim_of_plan, claim_of_selectors
 from partialtune.verify.comparison import ComparedParameter, Comparison, notes_on
-from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_adapters, open_checkpoint
+from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_adapters, open_checkpoint, open_delta
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
+SHOWN_ROWS = 5
 ADAPTERS_NOTE = (
     "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
     "merged into it."
+)
+BESIDE_DELTA_NOTE = (
+    "{name} holds adapters beside a delta. What moved of a matrix that they adapt is what they make of it when they "
+    "are merged into it."
 )
 
 
@@ -49,11 +56,14 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    before, after, adapters = _open_both(base, adapted)
+    before, after, adapted_base = _open_both(base, adapted)
+    adapters = adapted_base.adapters if adapted_base else None
     structure = _common_structure(before, after)
-    claim, other_adapters = _claim(structure, before, after, adapters, trainable)
+    claim, others = _claim(structure, before, after, adapted_base, trainable)
     parameters, rounded, digests_before, digests_after = _compare_all(structure, before, after, claim)
-    changed_config = _changed_adapters(adapters, claim) if adapters else _changed_config(before, after, claim)
+    changed_config = _changed_adapters(adapters, claim) if adapters else []
+    if adapters is None or is_delta(adapters.folder):
+        changed_config += _changed_config(before, after, claim)
     comparison = Comparison(
         base=before.name,
         adapted=after.name,
@@ -62,22 +72,26 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         changed_buffers=_changed_buffers(before, after),
         changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
-        not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
+        not_the_result=others if claim is None else (*others, *_other_than(claim.after, digests_after)),
     )
     notes = notes_on(comparison, before, after, rounded)
-    return replace(comparison, notes=(*([ADAPTERS_NOTE.format(name=after.name)] if adapters else []), *notes))
+    if adapters:
+        note = BESIDE_DELTA_NOTE if is_delta(adapters.folder) else ADAPTERS_NOTE
+        notes = [note.format(name=after.name), *notes]
+    return replace(comparison, notes=tuple(notes))
 
 
-def _open_both(base: str, adapted: str) -> tuple[Weights, Weights, Adapters | None]:
-    """Base and adapted checkpoint, and the adapters that make the second of the first, where it is made so."""
+def _open_both(base: str, adapted: str) -> tuple[Weights, Weights, AdaptedBase | None]:
+    """Base and adapted checkpoint, and what makes the second of the first where adapters do."""
     with _as("BASE"):
         before = open_checkpoint(*checkpoint_folder(base))
     with _as("ADAPTED"):
         folder, name = checkpoint_folder(adapted)
         if not holds_adapters(folder):
             return before, open_checkpoint(folder, name, before), None
-        adapters = open_adapters(folder, name, before)
-        return before, adapters.merged_into(before), adapters
+        under = open_delta(folder, name, before) if is_delta(folder) else before
+        adapters = open_adapters(folder, name, under)
+        return before, adapters.merged_into(under), AdaptedBase(under, adapters)
 
 
 def _compare_all(
@@ -87,8 +101,12 @@ def _compare_all(
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
-        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable)
+        rows = claim.rows.get(info.name) if claim is not None else None
+        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable, rows)
         parameters.append(parameter)
+        if has_digests and rows is not None:
+            digests_after[parameter.frozen_name] = digest_of_other_rows(new, rows)
+            digests_before[parameter.frozen_name] = digest_of_other_rows(old, rows)
         if has_digests:
             digests_after[info.name] = digest(new)
             # What is equal once widened has equal digests: what is frozen is hashed once.
@@ -162,13 +180,13 @@ def _claim(
     structure: ModelStructure,
     before: Weights,
     after: Weights,
-    adapters: Adapters | None,
+    adapted: AdaptedBase | None,
     trainable: Sequence[str] | None,
 ) -> tuple[Claim | None, tuple[str, ...]]:
-    """What may have moved, and names of adapters that are not those that the run ended with."""
+    """What may have moved, and names of what under an adapter, or in it, is not what the run ended with."""
     plan = after.folder / PLAN_FILE
-    if adapters:
-        return claim_of_adapters(before, adapters, plan, trainable)
+    if adapted:
+        return claim_of_adapters(structure, before, adapted, plan, trainable)
     if trainable is not None:
         return claim_of_selectors(structure, trainable), ()
     return claim_of_plan(structure, plan, after.name) if plan.is_file() else None, ()
@@ -185,8 +203,14 @@ def _pairs(
             bar.update(info.numel)
 
 
-def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None) -> ComparedParameter:
-    changed, norm = changed_values(now, before), l2_norm(before)
+def _compare(
+    info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None, rows: Rows | None
+) -> ComparedParameter:
+    changed = changed_values(now, before)
+    of_others, other_rows = _changed_other_rows(now, before, rows) if changed and rows is not None else (0, ())
+    if rows is not None and not of_others:
+        before, now = take_rows(before, rows), take_rows(now, rows)
+    norm = l2_norm(before)
     kept = ParameterDelta(info.name, 0.0, 0.0 if norm else None, 0.0)
     delta = delta_between(info.name, now, before, norm) if changed else kept
     return ComparedParameter(
@@ -200,7 +224,23 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
         relative_delta=delta.relative_delta,
         max_abs_delta=delta.max_abs_delta,
         allowed=allowed,
+        rows=rows,
+        changed_other_values=of_others,
+        changed_other_rows=other_rows,
     )
+
+
+def _changed_other_rows(now: torch.Tensor, before: torch.Tensor, rows: Rows) -> tuple[int, tuple[int, ...]]:
+    """How many values differ outside of these rows, and the first rows there that do."""
+    values, numbers = 0, list[int]()
+    for start, stop in other_runs(rows, len(now)):
+        values += changed_values(now[start:stop], before[start:stop])
+        for number in range(start, stop):
+            if len(numbers) == SHOWN_ROWS:
+                break
+            if changed_values(now[number], before[number]):
+                numbers.append(number)
+    return values, tuple(numbers)
 
 
 def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
