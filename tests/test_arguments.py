@@ -22,6 +22,7 @@ KEYS_AND_DEFAULTS = {
     "window_stride": None,
     "window_sampling": "chunked",
     "validation_share": 0.1,
+    "replay": {},
     "trainable": [],
     "schedule": [],
     "block_sampling": {},
@@ -37,6 +38,8 @@ KEYS_AND_DEFAULTS = {
     "checkpoint_format": "full",
     "allow_failed_audit": False,
     "eval_texts": {},
+    "early_stopping_patience": None,
+    "early_stopping_threshold": 0.0,
     "prefix_cache": "auto",
     "fast_paths": ["loss", "gelu", "casts"],
 }

@@ -259,6 +259,13 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
         if parts and row.trials:
             kept = ", ".join(f"{selector} {rate:g}" for selector, rate in parts.items())
             notes.append(f"{row.name}: its part_learning_rates were kept in every trial ({kept}).")
+    for row in rows:
+        for outcome in row.outcomes:
+            stopped = outcome.facts["stopped_early"]
+            if stopped:
+                notes.append(
+                    f"{row.name}, seed {outcome.seed}: stopped early at step {stopped['step']} of {stopped['of']}."
+                )
     different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
     if different:
         notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")

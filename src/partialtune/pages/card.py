@@ -13,7 +13,15 @@ from partialtune.files import write_whole
 from partialtune.metrics import IN_CARD_METADATA, METRICS
 from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
-from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.findings import (
+    audit_problems,
+    length_finding,
+    replayed_share,
+    score_changes,
+    text_label,
+    trained_share,
+    verdict,
+)
 from partialtune.pages.html import page_environment
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.run_folder import is_delta
@@ -73,6 +81,8 @@ def render_card(run: RunFiles) -> str:
             prompts=run.evaluation.get("prompts", []),
             figures=describe_figures(run),
             sources=run.record.get("sources", []),
+            replayed_share=replayed_share(run),
+            stopped=length_finding(run),
             versions=run.record.get("versions", {}),
             frozen_values=run.frozen_values,
         )

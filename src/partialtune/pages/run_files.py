@@ -162,8 +162,18 @@ class RunFiles:
         return bool(self.recipe.get("lora")) and not self.adapts
 
     @property
+    def replays(self) -> bool:
+        """Whether a second text was mixed into the steps, so that the scored text `replay` is that one."""
+        return bool(self.recipe.get("replay"))
+
+    @property
+    def replayed_sources(self) -> list[Mapping[str, Any]]:
+        """What was recorded of the text that was replayed."""
+        return list((self.record.get("replay") or {}).get("sources", []))
+
+    @property
     def texts(self) -> dict[str, Mapping[str, Any]]:
-        """Scored texts of `evaluation.json`: held-out text first, then training text, then the recipe's eval_texts."""
+        """Scored texts of `evaluation.json`: held-out text first, then training text, then the others."""
         scored = {name: entry for name, entry in self.evaluation.items() if name != "prompts"}
         first = [name for name in ("validation", "training") if name in scored]
         return {name: scored[name] for name in [*first, *(name for name in scored if name not in first)]}
