@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.plan_table import plan_html
+from partialtune.freeze.plan_table import padded_matrices, plan_html
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
+from partialtune.model.new_tokens import NewTokens, new_tokens_of
 from partialtune.model.rows import Rows, count_rows
 from partialtune.model.selectors import Chosen, choose
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
@@ -132,6 +133,8 @@ class FreezePlan:
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0.
         adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
+        new_tokens: What `add_tokens` gave to the model before the plan was made.
+        tokenizer_length: Tokens of the model's tokenizer, where they are known.
     """
 
     model_name: str
@@ -142,6 +145,8 @@ class FreezePlan:
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
+    new_tokens: NewTokens | None = None
+    tokenizer_length: int | None = None
 
     @property
     def total_parameters(self) -> int:
@@ -220,6 +225,8 @@ class FreezePlan:
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
             **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
+            **({"tokenizer_length": self.tokenizer_length} if padded_matrices(self) else {}),
+            **({"new_tokens": self.new_tokens.to_json()} if self.new_tokens else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -241,6 +248,7 @@ class FreezePlan:
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
+                    **(self.new_tokens.of_base(parameter.name) if self.new_tokens else {}),
                 }
                 for parameter in self.parameters
             ],
@@ -277,6 +285,9 @@ def plan_freeze(
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
     first = [trainable] if isinstance(trainable, str) else list(trainable)
+    new_tokens = new_tokens_of(model)
+    if new_tokens is not None and head == "untied" and new_tokens.in_embedding in first:
+        first = list(dict.fromkeys([*first, new_tokens.in_head]))  # `add_tokens` could not know
     additions = _additions(first, schedule, before_text)
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
@@ -290,6 +301,8 @@ def plan_freeze(
         parameters=tuple(_planned_parameters(structure, additions, chosen)),
         ties=tuple(structure.ties),
         phases=_phases(structure, additions, chosen),
+        new_tokens=new_tokens,
+        tokenizer_length=None if new_tokens is None else new_tokens.tokenizer_length,
     )
 
 

@@ -11,7 +11,15 @@ from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
 from partialtune.grammar.schedule_syntax import read_schedule
-from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
+from partialtune.grammar.values import (
+    allowed,
+    convert_value,
+    nearest,
+    nearest_choice,
+    quoting_advice,
+    show,
+    wrong_new_tokens,
+)
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.arguments import argument_fields, default_of
 from partialtune.recipe.key_rules import (
@@ -66,7 +74,7 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        from_start = bool(values.get("trainable", "trainable" in given))
+        from_start = bool(values.get("trainable", "trainable" in given)) or bool(values.get("new_tokens"))
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
@@ -114,7 +122,8 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in given or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in given and values.get("schedule") != []
-    if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
+    given_tokens = "new_tokens" in given and values.get("new_tokens") != [] and values.get("method") != "lora"
+    if partial and not scheduled and not given_tokens and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
 
@@ -146,6 +155,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("checkpoint_format") == "delta" and values.get("method") == "lora":
         yield "checkpoint_format", "delta: adapters are all that method lora saves. Leave it out."
     yield from _wrong_selectors(values)
+    if "new_tokens" in values or "new_tokens_init" in values:
+        yield from _wrong_about_tokens(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
     yield from _wrong_about_lora(values)
@@ -164,6 +175,14 @@ def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         problem = check_selector_syntax(selector)
         if problem:
             yield "trainable", f"entry {number}, {selector!r}: {problem}"
+
+
+def _wrong_about_tokens(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    tokens, init = values.get("new_tokens", []), values.get("new_tokens_init", {})
+    if tokens or init:
+        yield from wrong_new_tokens(tokens, init)
+    if tokens and values.get("method") == "lora":
+        yield "new_tokens", "method lora trains adapters alone, and new tokens train rows. Leave one of them out."
 
 
 def _wrong_beside_a_kept_prefix(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.engine.attach import attach, put_in_front
@@ -78,6 +78,7 @@ def make_trainer(
     prefix: Sequence[PrefixPhase],
     conformance: Conformance,
     origin: RunOrigin | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RecipeTrainer:
     """The Trainer of the run.
 
@@ -88,6 +89,7 @@ def make_trainer(
         prefix: Of `prefix_phases`.
         conformance: Of `check_conformance`.
         origin: What the run began with, for its checkpoints; None where nothing will go on from them.
+        tokenizer: Is put into its checkpoints where the run has added tokens to it: the base's would not fit them.
     """
     return attached_trainer(
         plan=plan,
@@ -97,6 +99,7 @@ def make_trainer(
         fast_paths=recipe.speed.fast_paths,
         prefix=prefix,
         origin=origin,
+        tokenizer=tokenizer if plan.new_tokens else None,
         conformance=conformance,
         tokens_per_byte=tokens_per_byte(args, data),
         model=model,
@@ -120,6 +123,7 @@ def attached_trainer(
     fast_paths: Collection[str] = (),
     prefix: Sequence[PrefixPhase] = (),
     origin: RunOrigin | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     conformance: Conformance | None = None,
     tokens_per_byte: float | None = None,
     data_collator: Callable[..., Any] = collate_windows,
@@ -130,6 +134,7 @@ def attached_trainer(
         plan, delta_steps, stop_on_violation, weight_decay_on, fast_paths: As for `attach`.
         prefix: What each phase does with its frozen prefix; nothing is kept where it is absent.
         origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
+        tokenizer: Is put into each checkpoint; None for none.
         conformance: Whether the model's own loss is used, and the values of its config that the run changed.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
         model, args, train_dataset, eval_dataset, data_collator: As for the Trainer.
@@ -148,6 +153,12 @@ def attached_trainer(
     if conformance.loss_fault:
         trainer.model_accepts_loss_kwargs = False  # its forward pass takes no loss: the number of targets is ours
     stop = StopOnSignal()
+
+    def write_beside(folder: Path) -> None:
+        write_origin(folder, origin)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
     tuning = attach(
         trainer,
         plan,
@@ -157,7 +168,7 @@ def attached_trainer(
         prefix_cache=prefix or "off",
         weight_decay_on=weight_decay_on,
         whole_checkpoints=True,
-        write_beside=lambda folder: write_origin(folder, origin),
+        write_beside=write_beside,
         save_now=lambda: stop.agreed,
     )
     tuning.config_as_loaded = config_as_loaded

@@ -266,6 +266,7 @@ class RunOrigin:
         base, text, phases, choices: As in their classes.
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
+        new_tokens: What was added to the tokenizer, as in `freeze_plan.json`.
     """
 
     base: BaseOrigin
@@ -273,6 +274,7 @@ class RunOrigin:
     windows: dict[str, Any]
     phases: list[PhaseOrigin]
     choices: Choices
+    new_tokens: list[dict[str, Any]] = field(default_factory=list)
 
 
 def origin_of(
@@ -306,6 +308,7 @@ def origin_of(
         },
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
+        plan.new_tokens.to_json() if plan.new_tokens else [],
     )
 
 
@@ -319,6 +322,8 @@ def _sample(windows: Dataset) -> dict[str, Any]:
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
     content = {} if origin is None else asdict(origin)
+    if not content.get("new_tokens"):
+        content.pop("new_tokens", None)  # a run without them writes what it always wrote
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -366,7 +371,9 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
     Raises:
         InputError: If base, text, windows or trainable parameters differ; names every difference.
     """
+    tokens = [[f"{one['token']} from {one['init']}" for one in origin.new_tokens] for origin in (saved, present)]
     found = [
+        *([f"new_tokens: {tokens[0]} then, {tokens[1]} now"] if tokens[0] != tokens[1] else []),
         *_base_differences(saved.base, present.base),
         *_text_differences(saved.text, present.text),
         *_window_differences(saved.windows, present.windows),
