@@ -13,7 +13,14 @@ from partialtune.files import write_whole
 from partialtune.metrics import IN_CARD_METADATA, METRICS
 from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
-from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.findings import (
+    audit_problems,
+    new_tokens_words,
+    score_changes,
+    text_label,
+    trained_share,
+    verdict,
+)
 from partialtune.pages.html import page_environment
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.run_folder import is_delta
@@ -66,6 +73,7 @@ def render_card(run: RunFiles) -> str:
             revision=run.recipe.get("hub_revision"),
             verifiable_base=verifiable_base(run),
             share=trained_share(run),
+            new_tokens=new_tokens_words(run),
             is_delta=is_delta(run.folder),
             findings=verdict(run),
             problems=audit_problems(run),

@@ -112,7 +112,11 @@ class RunFiles:
 
     @property
     def selectors(self) -> list[str]:
-        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning."""
+        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning. With new tokens the
+        plan's, which has the selectors of their rows.
+        """
+        if self.plan.get("new_tokens"):
+            return as_list(self.plan.get("selectors"))
         return as_list(self.recipe.get("trainable")) or ["all"]
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from partialtune.errors import ModelError
 from partialtune.model.digests import digest
+from partialtune.model.rows import Rows, as_runs
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
@@ -25,6 +26,8 @@ class Claim:
         after: The same for the adapted checkpoint.
         head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
         scale: For LoRA, alpha / rank of the run; None if unknown.
+        lengths: Of each tensor that new tokens changed, by name: how long it is in the base, and in the result.
+        new_rows: Rows of the new tokens.
     """
 
     text: str
@@ -33,6 +36,8 @@ class Claim:
     after: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     scale: float | None = None
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    new_rows: Rows = ()
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -68,8 +73,18 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
         )
     # a plan may list a tied parameter under another of its names
     named = {structure.by_name[name].name: entry for name, entry in entries.items()}
-    before = {name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]}
+    # what new tokens changed began with other values than the base's: of these the plan has the base's digest, too
+    begun = {name: entry.get("sha256_base") or entry["sha256_before"] for name, entry in named.items()}
+    before = {name: sha256 for name, sha256 in begun.items() if sha256}
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
+    content = read_json(file)
+    try:
+        lengths = {
+            name: (entry["base_shape"][0], entry["shape"][0]) for name, entry in named.items() if "base_shape" in entry
+        }
+        new_rows = as_runs(token["row"] for token in content.get("new_tokens", []))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ModelError(f"{adapted}: its {file.name} is damaged, in what it says of new tokens ({error}).") from error
     digests = f"{len(before):,} digests before and {len(after):,} after"
     return Claim(
         text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
@@ -77,7 +92,9 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
         trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
         before=before,
         after=after,
-        head=read_json(file).get("head"),
+        head=content.get("head"),
+        lengths=lengths,
+        new_rows=new_rows,
     )
 
 

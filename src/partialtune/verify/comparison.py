@@ -26,6 +26,7 @@ class ComparedParameter:
         relative_delta: l2_delta / norm_before, None where the norm is 0 or either is unknown.
         max_abs_delta: Largest change of one value, None as l2_delta.
         allowed: Whether the claim lets it move, None without a claim.
+        new_rows: How many rows it has beyond those of the base; all else here is about the base's.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ComparedParameter:
     relative_delta: float | None
     max_abs_delta: float | None
     allowed: bool | None
+    new_rows: int = 0
 
     @property
     def changed(self) -> bool:
@@ -57,6 +59,7 @@ class Comparison:
         changed_config: Keys of config.json in which the two stand for other functions, as `n_head (2 -> 4)`.
         not_the_base: Parameters of the base that are not what the run says it started from.
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
+        new_rows_unclaimed: Parameters with more rows than the base's, or other ones, than a plan says of new tokens.
         notes: What else a reader should know.
     """
 
@@ -69,6 +72,7 @@ class Comparison:
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    new_rows_unclaimed: tuple[str, ...] = ()
 
     @property
     def moved(self) -> list[ComparedParameter]:
@@ -83,7 +87,11 @@ class Comparison:
     @property
     def unmoved(self) -> list[ComparedParameter]:
         """Parameters that may move and kept every bit."""
-        return [parameter for parameter in self.parameters if parameter.allowed and not parameter.changed]
+        return [
+            parameter
+            for parameter in self.parameters
+            if parameter.allowed and not (parameter.changed or parameter.new_rows)
+        ]
 
     @property
     def violations(self) -> list[str]:
@@ -92,6 +100,11 @@ class Comparison:
         if self.changed_though_frozen:
             changed = [f"{p.name} ({p.changed_values:,} of {p.numel:,} values)" for p in self.changed_though_frozen]
             sentences.append(f"{counted(len(changed), 'frozen parameter')} changed: {joined(changed, 240)}.")
+        if self.new_rows_unclaimed:
+            sentences.append(
+                f"{self.adapted} has rows that the base does not have, and no freeze plan says new_tokens of so many: "
+                f"{joined(self.new_rows_unclaimed, 240)}."
+            )
         if self.claim is not None and self.changed_buffers:
             names = joined(self.changed_buffers, 160)
             sentences.append(f"{counted(len(self.changed_buffers), 'buffer')} changed, which nothing trains: {names}.")
@@ -144,8 +157,13 @@ class Comparison:
             "not_the_result": list(self.not_the_result),
             "violations": self.violations,
             "notes": list(self.notes),
-            "parameters": [{**asdict(parameter), "changed": parameter.changed} for parameter in self.parameters],
+            "parameters": [_as_json(parameter) for parameter in self.parameters],
         }
+
+
+def _as_json(parameter: ComparedParameter) -> dict[str, Any]:
+    content = {**asdict(parameter), "changed": parameter.changed}
+    return content if parameter.new_rows else {key: value for key, value in content.items() if key != "new_rows"}
 
 
 def relative_change(parameters: Sequence[ComparedParameter]) -> float | None:
@@ -176,6 +194,9 @@ def notes_on(comparison: Comparison, before: Weights, after: Weights, rounded: S
     unmoved = [parameter.name for parameter in comparison.unmoved]
     if unmoved:
         notes.append(f"{counted(len(unmoved), 'parameter')} may move and kept every bit: {joined(unmoved, 160)}.")
+    grown = [f"{p.name} ({p.new_rows:,})" for p in comparison.parameters if p.new_rows]
+    if grown and not comparison.new_rows_unclaimed:
+        notes.append(f"Rows of new tokens, which the base does not have: {joined(grown, 160)}.")
     if rounded:
         notes.append(
             f"{counted(len(rounded), 'parameter')} of {after.name} equal the base rounded to fewer bits: "
