@@ -209,8 +209,8 @@ def test_damaged_deltas_are_refused_in_words(tmp_path, gpt2):
     for content in ("{", "[]", "{}", "5", "null", "[" * 100_000, '{"base":' * 100_000, *contents):
         (delta / "delta.json").write_text(content)
         refused("the delta is damaged", delta)
-    (delta / "delta.json").write_text(json.dumps({**description, "format": 2}))
-    refused("of format 2", delta)
+    (delta / "delta.json").write_text(json.dumps({**description, "format": 3}))
+    refused("of format 3", delta)
 
 
 def change_config(delta, **changes):

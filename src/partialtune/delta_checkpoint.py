@@ -1,14 +1,15 @@
 """A trained model <-> `delta.safetensors` and `delta.json`: the values that moved, and what they belong to.
 
 `delta.safetensors` holds trained parameters whole, in fp32, under the names of `named_parameters()`; it holds results,
-not differences, so that no rounding stands between a delta and its model. `delta.json` names the base and holds
-sha256 digests of all its parameters and of the result's: another base is refused, and the result is checked.
+not differences, so that no rounding stands between a delta and its model. Of a matrix of which some rows were trained
+it holds these rows, (n, width), and `delta.json` says which they are. `delta.json` names the base and holds sha256
+digests of all its parameters and of the result's: another base is refused, and the result is checked.
 """
 
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
 from partialtune.model.parameters import named_weights
+from partialtune.model.rows import Rows, as_rows, count_rows, other_rows_name, put_rows, take_rows
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
 from partialtune.words import joined
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of both files; later ones are refused
+FORMAT = 2  # of both files; later ones are refused
+WITHOUT_ROWS = 1  # what is written where whole parameters alone are stored, for versions that know no rows
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Delta:
         stored: Names of the parameters in `delta.safetensors`.
         config: sha256 of the result's config.json, see `config_keys.config_digest`; None in older deltas, which have
             none.
+        rows: Of parameters of which rows alone are stored, which ones; all of the others is the base's.
+        other_rows: sha256 of the other rows of each of these, the same before and after; None where it was not known.
     """
 
     folder: Path
@@ -79,9 +84,18 @@ class Delta:
     after: Mapping[str, str]
     stored: frozenset[str]
     config: str | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    other_rows: Mapping[str, str | None] = field(default_factory=dict)
+
+    def put(self, parameter: str, values: torch.Tensor) -> None:
+        """Write what is stored of a parameter into its values of the base, in place."""
+        if parameter in self.rows:
+            put_rows(values, self.rows[parameter], self.read(parameter).to(values.device, values.dtype))
+        else:
+            values.copy_(self.read(parameter))
 
     def read(self, parameter: str) -> torch.Tensor:
-        """The values of a stored parameter, fp32."""
+        """What is stored of a parameter, fp32: all of its values, or its `rows`."""
         with safe_open(self.folder / VALUES_FILE, framework="pt", backend="pread") as file:
             return file.get_tensor(parameter)
 
@@ -100,13 +114,16 @@ def write_delta(
         folder: Where to.
         model: Trained. Sharded parameters are gathered.
         plan: What was trained.
-        before: sha256 of every parameter at the start, as the audit has it.
-        after: At the end. A frozen parameter that changed is stored too, so that the result is this very model.
+        before: sha256 of every parameter at the start, as the audit has it, and of frozen rows.
+        after: At the end. A frozen parameter that changed is stored too, and a matrix whole where a frozen row changed,
+            so that the result is this very model.
         base: The model that was loaded.
     """
     wanted = {p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]}
+    rows = _stored_rows(plan, before, after)
     gathered = ((name, whole_on_main(parameter)) for name, parameter in named_weights(model) if name in wanted)
-    values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in gathered if tensor is not None}
+    parts = ((name, take_rows(t, rows[name]) if name in rows else t) for name, t in gathered if t is not None)
+    values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in parts}
     if not is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)  # after the gathering, which every process must reach
@@ -127,9 +144,16 @@ def _write_config(folder: Path, model: PreTrainedModel) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+def _stored_rows(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Rows]:
+    """The matrices of which their rows that train alone are stored: the other rows have kept every bit."""
+    names = {name: other_rows_name(name, rows) for name, rows in plan.rows.items()}
+    return {name: plan.rows[name] for name, other in names.items() if before.get(other) == after.get(other)}
+
+
 def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:
+    rows = _stored_rows(plan, before, after)
     return {
-        "format": FORMAT,
+        "format": FORMAT if rows else WITHOUT_ROWS,
         "partialtune_version": __version__,
         "base": asdict(base),
         "head": plan.head,
@@ -144,9 +168,20 @@ def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str
                 "trainable": parameter.trainable,
                 "sha256_before": before[parameter.name],
                 "sha256_after": after[parameter.name],
+                **_description_of_rows(parameter.name, rows, after),
             }
             for parameter in plan.parameters
         ],
+    }
+
+
+def _description_of_rows(name: str, rows: Mapping[str, Rows], after: Mapping[str, str]) -> dict[str, Any]:
+    """The keys that only a matrix has of which rows are stored."""
+    if name not in rows:
+        return {}
+    return {
+        "rows": [list(run) for run in rows[name]],
+        "sha256_other_rows": after.get(other_rows_name(name, rows[name])),
     }
 
 
@@ -184,13 +219,20 @@ def read_delta(folder: Path, name: str) -> Delta:
             after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
             stored=frozenset(shapes),
             config=content.get("config_sha256"),
+            rows={e["name"]: as_rows(e["rows"], e["shape"][0]) for e in content["parameters"] if "rows" in e},
+            other_rows={e["name"]: e["sha256_other_rows"] for e in content["parameters"] if "rows" in e},
         )
         _check_texts(delta)
-        declared = {entry["name"]: entry["shape"] for entry in content["parameters"]}
+        declared = {entry["name"]: _stored_shape(delta, entry) for entry in content["parameters"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
     _check_whole(delta, shapes, declared)
     return delta
+
+
+def _stored_shape(delta: Delta, entry: Mapping[str, Any]) -> list[int]:
+    rows = delta.rows.get(entry["name"])
+    return entry["shape"] if rows is None else [count_rows(rows), *entry["shape"][1:]]
 
 
 def _check_texts(delta: Delta) -> None:
@@ -202,6 +244,7 @@ def _check_texts(delta: Delta) -> None:
     base = delta.base
     texts = [base.model_name_or_path, base.revision, base.commit or "", delta.head]
     texts += [*delta.before.keys(), *delta.before.values(), *delta.after.values()]
+    texts += [sha256 for sha256 in delta.other_rows.values() if sha256 is not None]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise TypeError(f"{DELTA_FILE} has {wrong[0]!r:.40} where a text belongs")

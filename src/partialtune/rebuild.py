@@ -118,7 +118,7 @@ def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in delta.stored:
-            parameters[name].copy_(delta.read(name))
+            delta.put(name, parameters[name])
     check_result(delta, ((name, parameters[name]) for name in delta.stored))
     model.config.name_or_path = delta.name
     return model

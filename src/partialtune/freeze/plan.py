@@ -16,7 +16,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.plan_table import padded_matrices, plan_html
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.new_tokens import NewTokens, new_tokens_of
-from partialtune.model.rows import Rows, count_rows
+from partialtune.model.rows import Rows, count_rows, other_rows_name
 from partialtune.model.selectors import Chosen, choose
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
@@ -172,6 +172,11 @@ class FreezePlan:
         return {parameter.name: parameter.rows for parameter in self.parameters if parameter.rows is not None}
 
     @property
+    def frozen_rows(self) -> dict[str, Rows]:
+        """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
+        return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
+
+    @property
     def fixed(self) -> list[str]:
         """Names of the frozen parameters that the model's own code never trains: no selector adds them."""
         return [parameter.name for parameter in self.parameters if parameter.fixed]
@@ -213,7 +218,8 @@ class FreezePlan:
         """The content of `freeze_plan.json`.
 
         Args:
-            before: sha256 digest by parameter name at the start; empty where no weights were read.
+            before: sha256 digest by parameter name at the start, and of the frozen rows of a matrix by their name in
+                `frozen_rows`; empty where no weights were read.
             after: The same at the end.
         """
         return {
@@ -248,11 +254,22 @@ class FreezePlan:
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
+                    **_digests_of_other_rows(parameter, before, after),
                     **(self.new_tokens.of_base(parameter.name) if self.new_tokens else {}),
                 }
                 for parameter in self.parameters
             ],
         }
+
+
+def _digests_of_other_rows(
+    parameter: PlannedParameter, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str | None]:
+    """The keys of `freeze_plan.json` that only a matrix of which some rows train has."""
+    if parameter.rows is None:
+        return {}
+    name = other_rows_name(parameter.name, parameter.rows)
+    return {"sha256_other_rows_before": before.get(name), "sha256_other_rows_after": after.get(name)}
 
 
 def plan_freeze(

@@ -1,7 +1,10 @@
-"""Parameter or buffer -> its sha256, which proves that no bit changed, and a quick checksum that shows if one did."""
+"""Parameter or buffer -> its sha256, which proves that no bit changed, and a quick checksum that shows if one did.
+
+Of a matrix of which some rows train, the other rows have a digest and a checksum of their own.
+"""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ from partialtune.model.parameters import (
     whole,
     whole_on_main,
 )
+from partialtune.model.rows import Rows, other_runs, take_other_rows, with_rows
 
 # Beside floats below 64 bits. Whole numbers of 32 bits are not among them: fp32 has 24 bits for its digits.
 HELD_BY_FP32 = frozenset({torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16})
@@ -44,11 +48,31 @@ def digest(parameter: torch.Tensor) -> str:
     return _digest_of_whole(whole(parameter))
 
 
+def digest_of_other_rows(values: torch.Tensor, rows: Rows) -> str:
+    """`digest` of all other rows of a matrix than these, run after run, as if they alone were the matrix."""
+    return _digest_of_others(whole(values), rows)
+
+
+def digest_with_rows(values: torch.Tensor, rows: Rows, new: torch.Tensor) -> str:
+    """`digest` of a matrix with `new`, (n, ...), in the place of these rows."""
+    pieces = with_rows(whole(values), rows, new)
+    return _digest_of_pieces(pieces, fp32_holds(values) and fp32_holds(new))
+
+
 def _digest_of_whole(values: torch.Tensor) -> str:
-    sha, narrow = hashlib.sha256(), fp32_holds(values)
-    for piece in chunks_of(values):
-        array = piece.to("cpu", torch.float32 if narrow else piece.dtype).resolve_conj().contiguous().numpy()
-        sha.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return _digest_of_pieces([values], fp32_holds(values))
+
+
+def _digest_of_others(values: torch.Tensor, rows: Rows) -> str:
+    return _digest_of_pieces(take_other_rows(values, rows), fp32_holds(values))
+
+
+def _digest_of_pieces(pieces: Iterable[torch.Tensor], narrow: bool) -> str:
+    sha = hashlib.sha256()
+    for values in pieces:
+        for piece in chunks_of(values):
+            array = piece.to("cpu", torch.float32 if narrow else piece.dtype).resolve_conj().contiguous().numpy()
+            sha.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
     return sha.hexdigest()
 
 
@@ -81,16 +105,25 @@ def digests(model: nn.Module) -> dict[str, str]:
     return digests_of(named_weights(model))
 
 
-def digests_of(named: Named) -> dict[str, str]:
-    """`digest` of each tensor by name."""
+def digests_of(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict[str, str]:
+    """`digest` of each tensor by name.
+
+    Args:
+        named: The tensors.
+        left_out: By name, for what stands for a part of a matrix: rows that are left out, see `digest_of_other_rows`.
+    """
+
+    def hashed(name: str, values: torch.Tensor) -> str:
+        return _digest_of_others(values, left_out[name]) if left_out and name in left_out else _digest_of_whole(values)
+
     # Gathered here, one after another, and hashed in threads: collective operations have to be called in one order.
-    return in_threads(lambda name, values: _digest_of_whole(values), ((name, whole(tensor)) for name, tensor in named))
+    return in_threads(hashed, ((name, whole(tensor)) for name, tensor in named))
 
 
-def digests_on_main(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """sha256 by name on the main process, nothing on others, which only take part where a tensor is gathered."""
+def digests_on_main(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict[str, str]:
+    """`digests_of` on the main process, nothing on others, which only take part where a tensor is gathered."""
     gathered = ((name, whole_on_main(tensor)) for name, tensor in named)
-    return digests_of((name, values) for name, values in gathered if values is not None)
+    return digests_of(((name, values) for name, values in gathered if values is not None), left_out)
 
 
 def buffer_digests(model: nn.Module) -> dict[str, str]:
@@ -110,13 +143,19 @@ def bit_sum(parameter: torch.Tensor) -> int:
     return bit_sums([("", parameter)])[""]
 
 
-def bit_sums(named: Named) -> dict[str, int]:
+def bit_sums(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict[str, int]:
     """`bit_sum` of each tensor by name, with one transfer from a device for all of them.
 
     Where one is sharded, every process of its mesh has to call this together.
+
+    Args:
+        named: The tensors.
+        left_out: By name, for what stands for a part of a matrix: rows that are not summed. The others keep the weights
+            of their places.
     """
-    parts = {name: _local_part(tensor) for name, tensor in named}
-    sums = in_threads(lambda name, part: _weighted_sum(part.integers, part.start), parts.items())
+    left_out = left_out or {}
+    parts = {name: _local_part(whole(tensor) if name in left_out else tensor) for name, tensor in named}
+    sums = in_threads(lambda name, part: _sum_of(part, left_out.get(name)), parts.items())
     for name, part in parts.items():
         for group in part.groups:
             dist.all_reduce(sums[name], group=group)
@@ -124,10 +163,14 @@ def bit_sums(named: Named) -> dict[str, int]:
 
 
 class _Part(NamedTuple):
-    """What a process sums of a tensor: integers (n,), the place of the first in the whole, and who has the rest."""
+    """What a process sums of a tensor: integers (n,), the place of the first in the whole, and who has the rest.
+
+    `rows` is the length of the tensor, which counts where some rows are left out.
+    """
 
     integers: torch.Tensor
     start: int
+    rows: int
     groups: Sequence[dist.ProcessGroup] = ()
 
 
@@ -154,7 +197,16 @@ def _local_part(tensor: torch.Tensor) -> _Part:
     flat = values.contiguous().reshape(-1)
     integers = flat.view(INTEGERS.get(flat.element_size(), torch.int32))
     integers_a_value = integers.numel() // max(1, values.numel())  # fp64 counts as two
-    return _Part(integers, start * integers_a_value, groups)
+    return _Part(integers, start * integers_a_value, len(tensor) if tensor.ndim else 1, groups)
+
+
+def _sum_of(part: _Part, left_out: Rows | None) -> torch.Tensor:
+    """The sum of all of a part, or, of a whole matrix, of its other rows than these, each at its place."""
+    if left_out is None:
+        return _weighted_sum(part.integers, part.start)
+    width = part.integers.numel() // part.rows
+    runs = [(start * width, stop * width) for start, stop in other_runs(left_out, part.rows)]
+    return torch.stack([_weighted_sum(part.integers[start:stop], start) for start, stop in runs]).sum()
 
 
 def _weighted_sum(integers: torch.Tensor, start: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from partialtune.distributed import is_main
 from partialtune.model.row_parameters import rows_by_matrix, write_rows
+from partialtune.model.rows import Rows, other_rows_name
 
 Named = Iterable[tuple[str, torch.Tensor]]
 Result = TypeVar("Result")
@@ -62,6 +63,19 @@ def named_learners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in named_weights(model):
         trained = rows.get(id(parameter))
         yield name, parameter if trained is None else trained.parameter
+
+
+def with_other_rows(named: Named, rows: Mapping[str, Rows]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Beside each matrix of which some rows train the same matrix under the name of its other rows.
+
+    Args:
+        named: Whole matrices.
+        rows: By name of the matrix, which of its rows train.
+    """
+    for name, values in named:
+        yield name, values
+        if name in rows:
+            yield other_rows_name(name, rows[name]), values
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

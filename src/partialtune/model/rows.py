@@ -4,6 +4,8 @@ A run is [start, stop), as a slice of Python; runs are in order, apart from each
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -21,6 +23,21 @@ def as_runs(numbers: Iterable[int]) -> Rows:
     return tuple((start, stop) for start, stop in runs)
 
 
+def as_rows(runs: Any, length: int) -> Rows:
+    """What a file holds, [[3, 5], [7, 8]], as rows of a tensor with `length` of them.
+
+    Raises:
+        TypeError, ValueError: If it is no list of runs, in order, apart, not empty and within the tensor.
+    """
+    rows = tuple((start, stop) for start, stop in runs)
+    edges = [edge for run in rows for edge in run]
+    if not all(type(edge) is int for edge in edges):
+        raise TypeError(f"rows are {runs!r:.60}, not whole numbers")
+    if not edges or edges[0] < 0 or edges[-1] > length or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"rows are {runs!r:.60}, not runs in order of {length} rows")
+    return rows
+
+
 def row_numbers(rows: Rows) -> list[int]:
     """row_numbers(((3, 5), (7, 8))) -> [3, 4, 7]."""
     return [number for start, stop in rows for number in range(start, stop)]
@@ -30,9 +47,18 @@ def count_rows(rows: Rows) -> int:
     return sum(stop - start for start, stop in rows)
 
 
-def rows_in_words(rows: Rows) -> str:
-    """rows_in_words(((3, 5), (7, 8))) -> "3:5,7", as a selector has them between its brackets."""
-    return ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows)
+def rows_in_words(rows: Rows, shown: int | None = None) -> str:
+    """rows_in_words(((3, 5), (7, 8))) -> "3:5,7", as a selector has them between its brackets; `shown` runs of them."""
+    runs = ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows[:shown])
+    return runs if shown is None or len(rows) <= shown else f"{runs},..."
+
+
+def other_rows_name(name: str, rows: Rows) -> str:
+    """What the frozen rows of a matrix are called, by themselves, in digests, audits and messages.
+
+    other_rows_name("transformer.wte.weight", ((95, 99),)) -> "transformer.wte.weight (rows other than 95:99)"
+    """
+    return f"{name} (rows other than {rows_in_words(rows)})"
 
 
 def take_rows(values: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -57,3 +83,13 @@ def other_runs(rows: Rows, length: int) -> Rows:
 def take_other_rows(values: torch.Tensor, rows: Rows) -> Iterator[torch.Tensor]:
     """All other rows than these, run after run, without a copy."""
     return (values[start:stop] for start, stop in other_runs(rows, len(values)))
+
+
+def with_rows(values: torch.Tensor, rows: Rows, new: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor `values` with `new`, (n, ...), in the place of these rows, run after run, without a copy."""
+    at = done = 0
+    for start, stop in rows:
+        yield values[done:start]
+        yield new[at : at + stop - start]
+        at, done = at + stop - start, stop
+    yield values[done:]

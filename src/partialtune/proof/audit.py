@@ -28,7 +28,9 @@ from partialtune.model.parameters import (
     named_weights,
     persistent_buffers,
     whole_on_main,
+    with_other_rows,
 )
+from partialtune.model.rows import Rows, take_rows
 from partialtune.proof.audit_result import INTERRUPTED, NOT_REACHED, Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
@@ -42,7 +44,8 @@ AUDIT_FILE = "audit.json"
 class FreezeAuditCallback(SnapshotCallback, ExportableState):
     """Compares digests with those from before the first step, at every save and at the end, and writes `audit.json`.
 
-    Frozen parameters and persistent buffers have to keep every bit, trainable parameters have to be able to learn.
+    Frozen parameters, the frozen rows of a matrix of which others train, and persistent buffers have to keep every bit,
+    trainable parameters have to be able to learn.
     Of several processes the main one digests; the others compare checksums of what they hold a replica of.
 
     Works in any `transformers.Trainer`: `Trainer(..., callbacks=[FreezeAuditCallback(plan)])`.
@@ -58,9 +61,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             start, though its phase begins later.
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
-        digests_before: sha256 of every parameter at the start.
+        digests_before: sha256 of every parameter at the start, and of frozen rows by their name in `plan.frozen_rows`.
         buffers_before, buffers_after: sha256 of every persistent buffer at the start, and at the end of training.
-        digests_after: sha256 of every parameter at the end of training.
+        digests_after: The same at the end of training.
         snapshot, seconds: As in `SnapshotCallback`.
     """
 
@@ -108,7 +111,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         in_optimizer = {name: (parameter, group) for name, (parameter, group) in trained.items() if group is not None}
         # Replicas get the same updates on every process, so the main one watches for all; of shards each has its own.
         mine = {name: pair for name, pair in in_optimizer.items() if is_main() or is_sharded(pair[0])}
-        self._updates.watch(mine, optimizer, self.snapshot.bit_sums)
+        self._updates.watch(mine, optimizer, self.snapshot.learner_sums(), self.plan.rows)
         self._not_in_optimizer = [name for name in trained if name not in in_optimizer]
         self._not_in_optimizer += [name for name in self.missing_at_start if name not in trained]
         audit = self._names_and_optimizer(model)
@@ -180,7 +183,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._checked_at = state.global_step
         with self._watch:
             kept = self._kept(state)
-            present = digests_on_main((name, parameter) for name, parameter in named_weights(model) if name in kept)
+            present = self._digests((name, parameter) for name, parameter in self._parts(model) if name in kept)
             faults = self._changed(model, kept, present) + self._changed_buffers(model)
             faults += self._names_and_optimizer(model).other_names
         if faults:
@@ -221,7 +224,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _audit_everything(self, args, state, model: nn.Module) -> None:
         with self._watch:
-            self.digests_after = from_main(digests_on_main(named_weights(model)))
+            self.digests_after = from_main(self._digests(self._parts(model)))
             audit = self._names_and_optimizer(model)
             audit.changed = self._changed(model, self._kept(state), self.digests_after)
             self.buffers_after = from_main(buffer_digests(model))
@@ -229,6 +232,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))
             audit.stuck, audit.unmoved = self._unmoved(state)
+            audit.rows_without_gradient = self._rows_without_gradient(state, audit)
             audit.below_precision = self._rounded_away(model)
             audit = from_main(audit)  # copies and their distances are known there only
         self.log({"audit/passed": float(audit.passed)}, state)
@@ -252,8 +256,15 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         )
 
     def _kept(self, state) -> list[str]:
-        """Names of the parameters that no step so far was to change."""
-        return [*self.plan.frozen, *self._unreached(state)]
+        """Names of the parameters, and of frozen rows, that no step so far was to change."""
+        return [*self.plan.frozen, *self.plan.frozen_rows, *self._unreached(state)]
+
+    def _parts(self, model: nn.Module) -> Named:
+        """Every parameter by name, and each matrix of which some rows train by the name of its frozen rows too."""
+        return with_other_rows(named_weights(model), self.plan.rows)
+
+    def _digests(self, parts: Named) -> dict[str, str]:
+        return digests_on_main(parts, self.plan.frozen_rows)
 
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
@@ -265,16 +276,16 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
         Args:
             model: Of this process.
-            kept: Names of parameters.
+            kept: Names of parameters and of frozen rows.
             present: Their digests now, on the main process.
         """
         if is_main():
             changed = {name for name in kept if present.get(name) != self.digests_before.get(name)}
         else:  # shards were gathered, and digested on the main process; a replica may differ here alone
             names = set(kept)
-            replicas = [(n, p) for n, p in named_weights(model) if n in names and not is_sharded(p)]
-            start = self.snapshot.bit_sums
-            changed = {name for name, total in bit_sums(replicas).items() if total != start.get(name)}
+            replicas = [(n, p) for n, p in self._parts(model) if n in names and not is_sharded(p)]
+            totals, start = bit_sums(replicas, self.plan.frozen_rows), self.snapshot.bit_sums
+            changed = {name for name, total in totals.items() if total != start.get(name)}
         anywhere = set().union(*from_all(changed))
         return [name for name in kept if name in anywhere]
 
@@ -305,12 +316,25 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
                 reasons[name] = self._updates.why_not_due(name)
         return stuck, reasons
 
+    def _rows_without_gradient(self, state, audit: Audit) -> dict[str, Rows] | None:
+        """Of each matrix of which some rows train those that never had a gradient; None where there is no such matrix.
+
+        What is not known yet, or said of all of the rows already, is left out.
+        """
+        if not self.plan.rows:
+            return None
+        known = {*self._unreached(state), *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
+        found = {} if self.interrupted() else self._updates.rows.without()
+        return {name: rows for name, rows in found.items() if name not in known}
+
     def _rounded_away(self, model: nn.Module) -> list[str]:
         """Trainable parameters held in 16 bits of which fewer than half of the values moved."""
         names = []
         for name, parameter in named_weights(model):
             if name in self._updates.had_gradient and parameter.element_size() == 2 and parameter.is_floating_point():
                 values, start = whole_on_main(parameter), self.snapshot.copies.get(name)
+                if values is not None and name in self.plan.rows:
+                    values = take_rows(values, self.plan.rows[name])
                 if values is not None and start is not None and values.shape == start.shape:
                     moved = int(torch.count_nonzero(values.cpu() != start))
                     names += [name] if moved < values.numel() / 2 else []

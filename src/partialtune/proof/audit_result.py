@@ -1,8 +1,10 @@
 """What a freeze audit found: its reasons, its verdict, `audit.json`, and the sentences of log and page."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from partialtune.model.rows import Rows, count_rows, rows_in_words
 
 # Why a trainable parameter kept every bit: a warning but for KEPT_EVERY_BIT, which is a violation.
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
@@ -26,10 +28,11 @@ class Audit:
     """What the audit found, as in `audit.json`.
 
     Attributes:
-        frozen_parameters: Number of frozen tensors.
-        trainable_parameters: Number of trainable tensors.
+        frozen_parameters: Number of tensors that are frozen as a whole.
+        trainable_parameters: Number of tensors that train, or of which rows train.
         buffers: Number of persistent buffers. No selector lets them learn, so all of them have to stay.
-        changed: Names of frozen tensors whose digest changed, or that are no longer there: a violation.
+        changed: Names of frozen tensors whose digest changed, or that are no longer there: a violation. The frozen rows
+            of a matrix of which some train are one of them, under the name that `rows.other_rows_name` gives.
         changed_buffers: Likewise of persistent buffers.
         missing: Names of parameters of the plan that are not in the model: a violation.
         new: Names of parameters in the model that the plan does not know: a violation.
@@ -39,6 +42,8 @@ class Audit:
         below_precision: Trainable tensors in 16 bits, most of whose values kept every bit: a warning.
         not_in_optimizer: Trainable tensors that the optimizer does not hold: a violation.
         trainable_l2_delta: Distance of all trainable tensors from the start.
+        rows_without_gradient: Matrices of which some rows train -> those of them that never had a gradient: a warning.
+            None where there is no such matrix.
         saved: What the saved files, read back, hold otherwise than was audited: a violation. None where none were read.
     """
 
@@ -56,6 +61,7 @@ class Audit:
     below_precision: list[str] = field(default_factory=list)
     not_in_optimizer: list[str] = field(default_factory=list)
     trainable_l2_delta: float | None = 0.0
+    rows_without_gradient: dict[str, Rows] | None = None
     saved: "list[SavedDifference] | None" = None
 
     @property
@@ -87,10 +93,20 @@ class Audit:
                 "below_precision": self.below_precision,
                 "not_in_optimizer": self.not_in_optimizer,
                 "l2_delta": self.trainable_l2_delta,
+                **self._json_of_rows(),
             },
             "buffers": {"persistent": self.buffers, "changed": self.changed_buffers},
             "names": {"missing": self.missing + self.missing_buffers, "new": self.new + self.new_buffers},
         }
+
+    def _json_of_rows(self) -> dict[str, Any]:
+        """A key that only a run with rows that train has."""
+        if self.rows_without_gradient is None:
+            return {}
+        entries = [
+            {"name": name, "rows": [list(run) for run in rows]} for name, rows in self.rows_without_gradient.items()
+        ]
+        return {"rows_without_gradient": entries}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Audit":
@@ -116,6 +132,7 @@ class Audit:
             below_precision=trainable["below_precision"],
             not_in_optimizer=trainable["not_in_optimizer"],
             trainable_l2_delta=trainable["l2_delta"],
+            rows_without_gradient=_rows_of_json(trainable.get("rows_without_gradient")),
             saved=[SavedDifference(**entry) for entry in saved["different"]] if saved.get("read_back") else None,
         )
 
@@ -153,7 +170,18 @@ class Audit:
                 f"{len(self.below_precision)} trainable parameters are held in 16 bits and most of their updates "
                 f"round away: {some(self.below_precision)}. Load the model in fp32."
             )
+        for name, rows in (self.rows_without_gradient or {}).items():
+            sentences.append(
+                f"{count_rows(rows)} of the rows of {name} that train {NEVER_A_GRADIENT}: {rows_in_words(rows, 8)}. "
+                f"Of an embedding these are tokens that the text does not hold; only weight decay moved them."
+            )
         return sentences
+
+
+def _rows_of_json(entries: Iterable[Mapping[str, Any]] | None) -> dict[str, Rows] | None:
+    if entries is None:
+        return None
+    return {entry["name"]: tuple((start, stop) for start, stop in entry["rows"]) for entry in entries}
 
 
 @dataclass(frozen=True)

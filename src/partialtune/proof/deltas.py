@@ -24,6 +24,7 @@ class WeightDeltaCallback(SnapshotCallback):
     Every `delta_steps` steps and at the end it appends a line a parameter to `weight_deltas.jsonl`:
     `step, name, block, component, trainable, l2_delta, relative_delta, max_abs_delta`, and puts the L2 deltas of the
     groups into the log: `delta/frozen_l2`, `delta/trainable_l2`, `delta/block_07/attention`, `delta/final_norm`, ...
+    Of a matrix of which some rows train these are measured, and `relative_delta` is a share of their own norm.
 
     Works in any `transformers.Trainer`: `Trainer(..., callbacks=[WeightDeltaCallback(plan)])`. Trackers such as
     TensorBoard see the values where `attach(trainer)` was called, since Trainer calls them before other callbacks.
@@ -166,7 +167,10 @@ class WeightDeltaCallback(SnapshotCallback):
         groups |= {"frozen_l2": self.plan.frozen, "trainable_l2": self.plan.trainable}
         values = {}
         for group, names in groups.items():
-            distance = together([deltas[name].l2_delta for name in names])
+            distances = [deltas[name].l2_delta for name in names]
+            if group == "frozen_l2":  # frozen rows of a matrix whose distance is unknown may have moved
+                distances += [None for name in self.plan.rows if deltas[name].l2_delta is None]
+            distance = together(distances)
             if distance is not None:
                 values[f"delta/{group}"] = distance
         return values

@@ -19,7 +19,9 @@ from torch import nn
 from partialtune.errors import InputError
 from partialtune.model.digests import bit_sums, same_bits
 from partialtune.model.parameters import is_sharded, numbers, piece_size
+from partialtune.model.rows import Rows
 from partialtune.proof.audit_result import CANNOT_BE_TOLD, NEVER_A_GRADIENT, ONLY_SKIPPED, TOO_SMALL
+from partialtune.proof.row_gradients import RowGradients
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +76,11 @@ class DueUpdates:
         due: Names of those that moved, or were due to move.
         largest: For the others, where it can be told, the update that came closest to moving them.
         optimizer_name: Class of the optimizer.
+        rows: Which rows, of matrices of which some train, have had a gradient.
     """
 
     def __init__(self) -> None:
+        self.rows = RowGradients()
         self.had_gradient: set[str] = set()
         self.skipped: set[str] = set()
         self.due: set[str] = set()
@@ -93,6 +97,7 @@ class DueUpdates:
         learning: Mapping[str, tuple[nn.Parameter, dict[str, Any]]],
         optimizer: torch.optim.Optimizer,
         start: Mapping[str, int],
+        rows: Mapping[str, Rows] | None = None,
     ) -> None:
         """Watch these from now on.
 
@@ -100,8 +105,10 @@ class DueUpdates:
             learning: By name: the parameter, and the optimizer's group that holds it.
             optimizer: May be accelerate's wrapper.
             start: `bit_sum` of each at the start of the run.
+            rows: By name of a matrix of which some rows train, which ones: the parameter is these.
         """
         self.after_step()
+        self.rows.watch(learning, rows or {})
         self._optimizer, self._start = optimizer, start
         self.optimizer_name = type(_plain(optimizer)).__name__
         self._watched = {name: pair for name, pair in learning.items() if name not in self.due}
@@ -113,6 +120,7 @@ class DueUpdates:
             scale: What the gradients are still multiplied with, as under fp16 without clipping.
         """
         self.after_step()
+        self.rows.before_step()
         for name, (parameter, group) in self._watched.items():
             rate = group.get("lr")
             # At rate 0, as in the first step of a warm-up, nothing moves. A shard may be empty.
@@ -125,10 +133,12 @@ class DueUpdates:
         It is called again before the next step and at saves, since not every loop calls it after each step.
         """
         noted, self._noted = self._noted, {}
+        skipped = getattr(self._optimizer, "step_was_skipped", False)
+        self.rows.after_step(skipped)
         if not noted:
             return
         with_gradient = _names(noted, lambda name: noted[name].gradient.any())
-        if getattr(self._optimizer, "step_was_skipped", False):
+        if skipped:
             self.skipped |= with_gradient
             return
         self.had_gradient |= with_gradient
@@ -154,6 +164,7 @@ class DueUpdates:
             "skipped": sorted(self.skipped),
             "due": sorted(self.due),
             "largest": {name: list(due) for name, due in sorted(self.largest.items())},
+            **self.rows.state(),
         }
 
     def go_back_to(self, state: Mapping[str, Any]) -> None:
@@ -168,6 +179,7 @@ class DueUpdates:
                 set(state.get(key, ())) for key in ("had_gradient", "skipped", "due")
             )
             self.largest = {name: Due(*map(float, due)) for name, due in state.get("largest", {}).items()}
+            self.rows.take_over([state], anew=True)
         except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"The checkpoint's trainer_state.json is damaged: its freeze audit ({error}).") from error
 
@@ -181,6 +193,8 @@ class DueUpdates:
 
     def merge(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Take over what all processes found, each on its own shards."""
+        states = list(states)
+        self.rows.take_over(states)
         for state in states:
             for known, key in ((self.had_gradient, "had_gradient"), (self.skipped, "skipped"), (self.due, "due")):
                 known.update(state[key])

@@ -15,9 +15,10 @@ from partialtune.delta_checkpoint import check_config, read_delta
 from partialtune.errors import ModelError, is_disk_fault
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_differences
-from partialtune.model.digests import buffer_digest, digests_of
+from partialtune.model.digests import buffer_digest, digest_with_rows, digests_of
 from partialtune.model.loading import load_config
 from partialtune.model.parameters import named_weights, plain_name
+from partialtune.model.rows import other_rows_name
 from partialtune.model.weight_files import TensorFiles, Weights, open_weights
 from partialtune.proof.audit_result import SavedDifference
 from partialtune.run_folder import VALUES_FILE, is_delta, read_json
@@ -42,20 +43,21 @@ def saved_differences(
     Args:
         folder: Holds the model as safetensors files, as a delta, or as adapters.
         model: That was saved.
-        digests: sha256 by name of the parameters to compare: all of them, or, at a checkpoint, the frozen ones.
+        digests: sha256 by name of the parameters to compare: all of them, or, at a checkpoint, the frozen ones. The
+            frozen rows of a matrix are among them by their name in `plan.frozen_rows`.
         buffers: sha256 by name of the persistent buffers, see `digests.buffer_digest`.
-        plan: Of the run, where there is one; says whether there are adapters.
+        plan: Of the run, where there is one; says whether there are adapters, and of which matrices rows train.
     """
     remote_code = any(one.__module__.startswith(REMOTE) for one in type(model).__mro__)
     try:
         if is_delta(folder):
             saved = load_config(str(folder), trust_remote_code=remote_code)
-            return [*_delta_differences(folder, digests), *_config_differences(model.config, saved)]
+            return [*_delta_differences(folder, model, digests, plan), *_config_differences(model.config, saved)]
         if plan is not None and plan.adapter is not None:
             return [*_adapter_differences(folder, plan, digests)]
         weights = open_weights(folder, folder.name, remote_code)
         return [
-            *_weight_differences(weights, digests),
+            *_weight_differences(weights, digests, plan),
             *_buffer_differences(weights, buffers),
             *_not_of_the_model(weights, model),
             *_config_differences(model.config, weights.config),
@@ -66,10 +68,14 @@ def saved_differences(
         return [SavedDifference(folder.name, f"cannot be read back: {error}")]
 
 
-def _weight_differences(weights: Weights, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
-    known = [name for name in digests if name in weights.structure.by_name]
-    found = digests_of((name, weights.read(name)) for name in known)
-    yield from _compared(digests, found)
+def _weight_differences(
+    weights: Weights, digests: Mapping[str, str], plan: FreezePlan | None
+) -> Iterator[SavedDifference]:
+    rows = plan.rows if plan is not None else {}
+    matrix_of = {other_rows_name(name, rows[name]): name for name in rows}
+    known = ((name, matrix_of.get(name, name)) for name in digests)
+    tensors = ((name, weights.read(stored)) for name, stored in known if stored in weights.structure.by_name)
+    yield from _compared(digests, digests_of(tensors, plan.frozen_rows if plan is not None else {}))
 
 
 def _compared(digests: Mapping[str, str], found: Mapping[str, str]) -> Iterator[SavedDifference]:
@@ -100,19 +106,30 @@ def _config_differences(audited: PretrainedConfig, saved: PretrainedConfig) -> I
         yield SavedDifference("config.json", f"is of another model: {difference}")
 
 
-def _delta_differences(folder: Path, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
+def _delta_differences(
+    folder: Path, model: PreTrainedModel, digests: Mapping[str, str], plan: FreezePlan | None
+) -> Iterator[SavedDifference]:
     """What is stored, by its values; the rest by the base's digests in `delta.json`, which each load compares."""
     delta = read_delta(folder, folder.name)
     check_config(delta)
     values = TensorFiles([folder / VALUES_FILE])
-    stored = digests_of((name, values.read(name)) for name in delta.stored)
+    stored = digests_of((name, values.read(name)) for name in delta.stored - delta.rows.keys())
+    # Of a matrix of which rows are stored: of these, with the other rows of the model, whose digest the audit has.
+    present = {name: parameter for name, parameter in named_weights(model) if name in delta.rows}
+    for name, parameter in present.items():
+        stored[name] = digest_with_rows(parameter, delta.rows[name], values.read(name))
     of_base = {name: sha256 for name, sha256 in delta.before.items() if name not in stored}
-    yield from _compared(digests, {**of_base, **stored})
-    for name in delta.after.keys() - digests.keys():
+    whole = {name: sha256 for name, sha256 in digests.items() if plan is None or name not in plan.frozen_rows}
+    yield from _compared(whole, {**of_base, **stored})
+    for name in delta.after.keys() - whole.keys():
         yield SavedDifference(name, NOT_OF_THE_MODEL)
-    for name, sha256 in digests.items():
+    for name, sha256 in whole.items():
         if delta.after.get(name) != sha256:
             yield SavedDifference(name, "has another sha256_after in delta.json than it had when it was audited")
+    for name, rows in delta.rows.items():
+        other = other_rows_name(name, rows)
+        if digests.get(other) != delta.other_rows.get(name):
+            yield SavedDifference(other, "have another sha256_other_rows in delta.json than when they were audited")
 
 
 def _adapter_differences(folder: Path, plan: FreezePlan, digests: Mapping[str, str]) -> Iterator[SavedDifference]:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -22,8 +22,16 @@ from transformers import Trainer, TrainerCallback
 
 from partialtune.distributed import from_main, is_main
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
-from partialtune.model.parameters import in_threads, is_sharded, named_weights, numbers, whole_on_main
+from partialtune.model.digests import bit_sum, bit_sums, buffer_digests, digests_on_main
+from partialtune.model.parameters import (
+    in_threads,
+    is_sharded,
+    named_weights,
+    numbers,
+    whole_on_main,
+    with_other_rows,
+)
+from partialtune.model.rows import Rows, other_rows_name, take_rows
 from partialtune.proof.distances import ParameterDelta, change_sums, delta_from_sums, l2_norm, unknown
 
 logger = logging.getLogger(__name__)
@@ -123,13 +131,15 @@ class Snapshot:
     """The start of a run: what every later state is compared with.
 
     Attributes:
-        digests: sha256 by parameter name.
-        bit_sums: Quick checksum of each parameter, see `digests.bit_sum`.
+        digests: sha256 by parameter name; also of the frozen rows of a matrix of which some train, by their name in
+            `FreezePlan.frozen_rows`.
+        bit_sums: Quick checksum of each of these, see `digests.bit_sum`.
         buffers: sha256 by name of each persistent buffer, see `digests.buffer_digest`.
         trainable: Names of what trains.
         copies: A real copy of each trainable parameter, on the CPU in its own dtype, in memory or in a file; empty on
-            other processes than the main one.
+            other processes than the main one. Of a matrix of which some rows train, of these rows alone.
         norms: L2 norm of each copy.
+        rows: Name of each matrix of which some rows train -> which ones.
     """
 
     digests: Mapping[str, str]
@@ -138,6 +148,12 @@ class Snapshot:
     trainable: frozenset[str]
     copies: Mapping[str, torch.Tensor]
     norms: Mapping[str, float]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+
+    def learner_sums(self) -> dict[str, int]:
+        """`bit_sum` of each parameter at the start, as an optimizer holds it: of some rows of a matrix these alone."""
+        of_rows = {name: bit_sum(self.copies[name]) for name in self.rows if name in self.copies}
+        return {**self.bit_sums, **of_rows}
 
 
 def take_snapshot(
@@ -152,29 +168,39 @@ def take_snapshot(
         known: An earlier snapshot, which is returned where it still is the model's and of the same plan.
     """
     trainable = frozenset(plan.trainable)
-    sums = from_main(bit_sums((name, p) for name, p in named_weights(model) if is_main() or is_sharded(p)))
+    parts = list(with_other_rows(named_weights(model), plan.rows))
+    sums = from_main(bit_sums(((n, p) for n, p in parts if is_main() or is_sharded(p)), plan.frozen_rows))
     buffers = from_main(buffer_digests(model))
+    # the sums tell the rows too: frozen ones are known by a name that says which
     if known is not None and (known.trainable, known.bit_sums, known.buffers) == (trainable, sums, buffers):
         return known
-    copies = _copies(model, trainable, folder)
+    copies = _copies(model, plan, folder)
     return Snapshot(
-        digests=from_main(digests_on_main(named_weights(model))),
+        digests=from_main(digests_on_main(parts, plan.frozen_rows)),
         bit_sums=sums,
         buffers=buffers,
         trainable=trainable,
         copies=copies,
         norms={name: l2_norm(copies[name]) for name in copies},
+        rows=plan.rows,
     )
 
 
-def _copies(model: nn.Module, trainable: frozenset[str], folder: Path | None) -> Mapping[str, torch.Tensor]:
-    learning = [(name, parameter) for name, parameter in named_weights(model) if name in trainable]
-    copies = room_for_copies(sum(p.numel() * p.element_size() for _, p in learning) if is_main() else 0, folder)
+def _copies(model: nn.Module, plan: FreezePlan, folder: Path | None) -> Mapping[str, torch.Tensor]:
+    values_of = {parameter.name: parameter.learning for parameter in plan.parameters if parameter.trainable}
+    learning = [(name, parameter) for name, parameter in named_weights(model) if name in values_of]
+    size = sum(values_of[name] * p.element_size() for name, p in learning) if is_main() else 0
+    copies = room_for_copies(size, folder)
     for name, parameter in learning:
         values = whole_on_main(parameter)
         if values is not None:
-            copies[name] = values
+            copies[name] = _learning_part(name, values, plan.rows)
     return copies
+
+
+def _learning_part(name: str, values: torch.Tensor, rows: Mapping[str, Rows]) -> torch.Tensor:
+    """The rows of a matrix that train, (n, ...); all of a parameter that trains as a whole."""
+    return take_rows(values, rows[name]) if name in rows else values
 
 
 def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDelta]:
@@ -182,24 +208,39 @@ def measure_deltas(model: nn.Module, snapshot: Snapshot) -> Iterator[ParameterDe
 
     All processes of a run have to call this together. What trains is measured on the main one and unknown on others.
     So is what the snapshot does not know or knows in another shape; what is no longer there comes last, unknown too.
+
+    Of a matrix of which some rows train these are measured: their distance is that of the matrix, since the other rows
+    keep every bit, and `relative_delta` is a share of the norm of these rows. Where another row changed, both are
+    unknown.
     """
     named = list(named_weights(model))
+    left_out = {other_rows_name(name, rows): rows for name, rows in snapshot.rows.items()}
     # What is frozen is not copied: an equal checksum is a distance of 0, another one an unknown distance.
-    present = bit_sums((name, parameter) for name, parameter in named if name not in snapshot.trainable)
-    learning = ((name, whole_on_main(parameter)) for name, parameter in named if name in snapshot.trainable)
-    on_main = ((name, v) for name, v in learning if v is not None and _shape_of(snapshot, name) == v.shape)
+    frozen = ((n, p) for n, p in with_other_rows(named, snapshot.rows) if n not in snapshot.trainable)
+    present = bit_sums(frozen, left_out)
+    moved = {
+        name for name, rows in snapshot.rows.items() if not _is_kept(other_rows_name(name, rows), present, snapshot)
+    }
+    learning = ((n, whole_on_main(parameter)) for n, parameter in named if n in snapshot.trainable and n not in moved)
+    parts = ((name, _learning_part(name, v, snapshot.rows)) for name, v in learning if v is not None)
+    on_main = ((name, values) for name, values in parts if _shape_of(snapshot, name) == values.shape)
     changes = in_threads(lambda name, values: change_sums(values, snapshot.copies[name]), on_main)
     measured = dict(zip(changes, numbers(changes.values()), strict=True))
     for name, parameter in named:
         if name in measured:
             square_sum, largest = measured[name]
             yield delta_from_sums(name, square_sum, largest, snapshot.norms[name])
-        elif name in present and present[name] == snapshot.bit_sums.get(name):
+        elif _is_kept(name, present, snapshot):
             yield ParameterDelta(name, 0.0, 0.0 if parameter.numel() else None, 0.0)
         else:
             yield unknown(name)
-    names = {name for name, _ in named}
+    names = {name for name, _ in named}.union(left_out)
     yield from (unknown(name) for name in snapshot.bit_sums if name not in names)
+
+
+def _is_kept(name: str, present: Mapping[str, int], snapshot: Snapshot) -> bool:
+    """Whether a frozen parameter, or the frozen rows of a matrix, has the checksum that it had at the start."""
+    return name in present and present[name] == snapshot.bit_sums.get(name)
 
 
 def _shape_of(snapshot: Snapshot, name: str) -> torch.Size | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from partialtune.errors import ModelError
 from partialtune.model.digests import digest
-from partialtune.model.rows import Rows, as_runs
-from partialtune.model.selectors import resolve_selectors
+from partialtune.model.rows import Rows, as_rows, as_runs, other_rows_name
+from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
@@ -22,7 +22,9 @@ class Claim:
     Attributes:
         text: The claim in words.
         trainable: Names of the parameters that may move.
-        before: sha256 of parameters of the base by name, as far as the claim states them.
+        rows: Of those of which some rows alone may move, which ones.
+        before: sha256 of parameters of the base by name, as far as the claim states them, and of the rows that may not
+            move by the name that `rows.other_rows_name` gives.
         after: The same for the adapted checkpoint.
         head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
         scale: For LoRA, alpha / rank of the run; None if unknown.
@@ -32,6 +34,7 @@ class Claim:
 
     text: str
     trainable: frozenset[str]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
     before: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
@@ -47,8 +50,12 @@ def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> C
         RecipeError: If a selector cannot be applied.
     """
     selectors = [trainable] if isinstance(trainable, str) else list(trainable)
-    chosen = resolve_selectors(structure, selectors, allow_empty=True)
-    return Claim(f"only {', '.join(selectors) or 'nothing'} may move", frozenset(chosen))
+    chosen = choose(structure, selectors, allow_empty=True)
+    return Claim(
+        text=f"only {', '.join(selectors) or 'nothing'} may move",
+        trainable=frozenset(chosen),
+        rows={name: what.rows for name, what in chosen.items() if what.rows is not None},
+    )
 
 
 def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
@@ -77,6 +84,11 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     begun = {name: entry.get("sha256_base") or entry["sha256_before"] for name, entry in named.items()}
     before = {name: sha256 for name, sha256 in begun.items() if sha256}
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
+    rows = _rows(structure, named, file, adapted)
+    for name, trained in rows.items():
+        for digests_of, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
+            if named[name].get(key):
+                digests_of[other_rows_name(name, trained)] = named[name][key]
     content = read_json(file)
     try:
         lengths = {
@@ -90,12 +102,26 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
         text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
         # `is True`: a damaged plan's "false" is a text, and must not let a parameter move
         trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
+        rows=rows,
         before=before,
         after=after,
         head=content.get("head"),
         lengths=lengths,
         new_rows=new_rows,
     )
+
+
+def _rows(
+    structure: ModelStructure, entries: Mapping[str, Mapping[str, Any]], file: Path, adapted: str
+) -> dict[str, Rows]:
+    """Which rows alone train, by name of the matrix."""
+    with_rows = {name: entry["rows"] for name, entry in entries.items() if entry.get("rows") is not None}
+    try:
+        return {name: as_rows(runs, structure.by_name[name].shape[0]) for name, runs in with_rows.items()}
+    except (ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{adapted}: its {file.name} cannot be read as a freeze plan ({error}). Say with --trainable what may move."
+        ) from error
 
 
 def _entries(file: Path, adapted: str) -> dict[str, dict[str, Any]]:

@@ -54,7 +54,11 @@ def _open_delta(folder: Path, name: str, at_hand: Weights | None) -> Weights:
         # A tied parameter may be stored under any of its names.
         others = [place.name for place in structure_of[wanted].places] if wanted in structure_of else []
         stored = next((one for one in (wanted, *others) if one in delta.stored), None)
-        return base.read(wanted) if stored is None else delta.read(stored)
+        if stored is None or stored not in delta.rows:
+            return base.read(wanted) if stored is None else delta.read(stored)
+        values = base.read(wanted).to(torch.float32, copy=True)  # 16 bits widened, which is exact
+        delta.put(stored, values)
+        return values
 
     return Weights(folder, name, config, structure, base.buffers, base.unused, streamed=base.streamed, read=read)
 

@@ -14,9 +14,13 @@ import torch
 from partialtune.errors import ModelError
 from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.model.config_keys import config_differences
-from partialtune.model.digests import digest, same_bits
+from partialtune.model.digests import digest, digest_of_other_rows, same_bits
 from partialtune.model.parameters import chunks_of
+<<<<<<< HEAD
 from partialtune.model.rows import take_other_rows
+=======
+from partialtune.model.rows import Rows, other_runs, take_rows
+>>>>>>> rowsproof
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
@@ -27,7 +31,11 @@ from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_ad
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
+<<<<<<< HEAD
 WITH_ROWS_OF_TOKENS = ("embeddings.tokens", "head")  # the components that new tokens make longer
+=======
+SHOWN_ROWS = 5
+>>>>>>> rowsproof
 ADAPTERS_NOTE = (
     "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
     "merged into it."
@@ -94,10 +102,18 @@ def _compare_all(
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
+<<<<<<< HEAD
         common = new[: len(old)] if old.shape != new.shape else new  # else it has rows of new tokens, too
         parameter = _compare(info, old, common, None if claim is None else _may_move(info, old, common, claim))
         parameter = replace(parameter, new_rows=0 if common is new else len(new) - len(old))
+=======
+        rows = claim.rows.get(info.name) if claim is not None else None
+        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable, rows)
+>>>>>>> rowsproof
         parameters.append(parameter)
+        if has_digests and rows is not None:
+            digests_after[parameter.frozen_name] = digest_of_other_rows(new, rows)
+            digests_before[parameter.frozen_name] = digest_of_other_rows(old, rows)
         if has_digests:
             digests_after[info.name] = digest(new)
             # What is equal once widened has equal digests: what is frozen is hashed once.
@@ -220,8 +236,14 @@ def _pairs(
             bar.update(info.numel)
 
 
-def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None) -> ComparedParameter:
-    changed, norm = changed_values(now, before), l2_norm(before)
+def _compare(
+    info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None, rows: Rows | None
+) -> ComparedParameter:
+    changed = changed_values(now, before)
+    of_others, other_rows = _changed_other_rows(now, before, rows) if changed and rows is not None else (0, ())
+    if rows is not None and not of_others:
+        before, now = take_rows(before, rows), take_rows(now, rows)
+    norm = l2_norm(before)
     kept = ParameterDelta(info.name, 0.0, 0.0 if norm else None, 0.0)
     delta = delta_between(info.name, now, before, norm) if changed else kept
     return ComparedParameter(
@@ -235,7 +257,23 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
         relative_delta=delta.relative_delta,
         max_abs_delta=delta.max_abs_delta,
         allowed=allowed,
+        rows=rows,
+        changed_other_values=of_others,
+        changed_other_rows=other_rows,
     )
+
+
+def _changed_other_rows(now: torch.Tensor, before: torch.Tensor, rows: Rows) -> tuple[int, tuple[int, ...]]:
+    """How many values differ outside of these rows, and the first rows there that do."""
+    values, numbers = 0, list[int]()
+    for start, stop in other_runs(rows, len(now)):
+        values += changed_values(now[start:stop], before[start:stop])
+        for number in range(start, stop):
+            if len(numbers) == SHOWN_ROWS:
+                break
+            if changed_values(now[number], before[number]):
+                numbers.append(number)
+    return values, tuple(numbers)
 
 
 def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
