@@ -77,6 +77,8 @@ class ComparedParameter:
         entry = {**asdict(self), "changed": self.changed}
         if self.rows is None:
             del entry["rows"], entry["changed_other_values"], entry["changed_other_rows"]
+        if not self.new_rows:
+            del entry["new_rows"]
         return entry
 
 
@@ -193,11 +195,6 @@ class Comparison:
             "notes": list(self.notes),
             "parameters": [parameter.to_json() for parameter in self.parameters],
         }
-
-
-def _as_json(parameter: ComparedParameter) -> dict[str, Any]:
-    content = {**asdict(parameter), "changed": parameter.changed}
-    return content if parameter.new_rows else {key: value for key, value in content.items() if key != "new_rows"}
 
 
 def relative_change(parameters: Sequence[ComparedParameter]) -> float | None:

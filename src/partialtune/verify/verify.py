@@ -16,11 +16,7 @@ from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.model.config_keys import config_differences
 from partialtune.model.digests import digest, digest_of_other_rows, same_bits
 from partialtune.model.parameters import chunks_of
-<<<<<<< HEAD
-from partialtune.model.rows import take_other_rows
-=======
-from partialtune.model.rows import Rows, other_runs, take_rows
->>>>>>> rowsproof
+from partialtune.model.rows import Rows, other_runs, rows_within, take_other_rows, take_rows
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
@@ -31,11 +27,8 @@ from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_ad
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
-<<<<<<< HEAD
 WITH_ROWS_OF_TOKENS = ("embeddings.tokens", "head")  # the components that new tokens make longer
-=======
 SHOWN_ROWS = 5
->>>>>>> rowsproof
 ADAPTERS_NOTE = (
     "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
     "merged into it."
@@ -102,18 +95,17 @@ def _compare_all(
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
-<<<<<<< HEAD
-        common = new[: len(old)] if old.shape != new.shape else new  # else it has rows of new tokens, too
-        parameter = _compare(info, old, common, None if claim is None else _may_move(info, old, common, claim))
-        parameter = replace(parameter, new_rows=0 if common is new else len(new) - len(old))
-=======
         rows = claim.rows.get(info.name) if claim is not None else None
-        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable, rows)
->>>>>>> rowsproof
+        common = new[: len(old)] if old.shape != new.shape else new  # else it has rows of new tokens, too
+        allowed = None if claim is None else _may_move(info, old, common, claim)
+        parameter = _compare(info, old, common, allowed, None if rows is None else rows_within(rows, len(old)))
+        parameter = replace(parameter, rows=rows, new_rows=0 if common is new else len(new) - len(old))
         parameters.append(parameter)
         if has_digests and rows is not None:
             digests_after[parameter.frozen_name] = digest_of_other_rows(new, rows)
-            digests_before[parameter.frozen_name] = digest_of_other_rows(old, rows)
+            # rows that the base does not have, of tokens that are not the run's new ones, are those of the result
+            whole = old if common is new else torch.cat([old.to(new.dtype), new[len(old) :]])
+            digests_before[parameter.frozen_name] = digest_of_other_rows(whole, rows)
         if has_digests:
             digests_after[info.name] = digest(new)
             # What is equal once widened has equal digests: what is frozen is hashed once.
@@ -241,7 +233,7 @@ def _compare(
 ) -> ComparedParameter:
     changed = changed_values(now, before)
     of_others, other_rows = _changed_other_rows(now, before, rows) if changed and rows is not None else (0, ())
-    if rows is not None and not of_others:
+    if rows and not of_others:
         before, now = take_rows(before, rows), take_rows(now, rows)
     norm = l2_norm(before)
     kept = ParameterDelta(info.name, 0.0, 0.0 if norm else None, 0.0)
