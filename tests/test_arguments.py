@@ -26,6 +26,8 @@ KEYS_AND_DEFAULTS = {
     "validation_share": 0.1,
     "trainable": [],
     "schedule": [],
+    "part_learning_rates": {},
+    "layer_decay": None,
     "head": "tied",
     "method": "partial",
     "lora_rank": 8,

@@ -12,10 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from conftest import some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
+from partialtune.cost.dry_step import dry_step
+from partialtune.freeze.plan import plan_freeze
 from partialtune.model.digests import digests
+from partialtune.model.loading import empty_model
+from partialtune.rank.choice_cost import costs_of
 from partialtune.rank.probe import draw_windows, probe
 from partialtune.rank.ranking import rank, ranking_table
 from partialtune.rank.ranking_figure import draw_ranking
+from partialtune.rank.signal_to_noise import rank_weights, signal_and_noise, weight_table
 from partialtune.recipe.recipe import read_recipe
 from test_modeling import rename_to_hub
 from test_plan import marian
@@ -67,8 +72,6 @@ def test_blocks_and_parts_are_ordered_by_their_ratio():
 
 
 def test_every_selector_of_the_ranking_chooses_as_many_parameters_as_it_says():
-    from partialtune.freeze.plan import plan_freeze
-
     ranking = rank(probe(tiny_gpt2(), some_windows(4), 4, head="untied"))
     entries = [*ranking.blocks, *ranking.parts]
     for entry in entries:
@@ -119,6 +122,82 @@ def test_windows_are_drawn_by_the_seed_and_none_twice():
     assert len(draw_windows(windows, 99, 0)) == 24
 
 
+# ---- what a choice costs ---------------------------------------------------------------------------------------------
+
+
+def test_each_choice_has_its_cost_beside_its_score():
+    model = tiny_gpt2()
+    costs = costs_of(empty_model(model.config), ["blocks[0]", "blocks[2]", "final_norm", "embeddings", "all"], 32)
+    passed = {selector: cost.backward_blocks for selector, cost in costs.items()}
+    assert passed == {"blocks[0]": 3, "blocks[2]": 1, "final_norm": 0, "embeddings": 3, "all": 3}
+    assert costs["all"].of_full == 1.0 == costs["all"].of_full_kept
+    assert 1 > costs["blocks[0]"].of_full > costs["blocks[2]"].of_full > costs["final_norm"].of_full
+    products = dry_step(empty_model(model.config), plan_freeze(model, ["blocks[2]"]), 1, 32).products
+    full = dry_step(empty_model(model.config), plan_freeze(model, ["all"]), 1, 32).products
+    kept = costs["blocks[2]"].of_full - costs["blocks[2]"].of_full_kept
+    assert kept == pytest.approx(products.prefix / (full.total + full.attention))
+
+
+# ---- by the weights alone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (200, 600), (600, 200)])
+@pytest.mark.parametrize("spread", [0.02, 3.0])
+def test_noise_has_no_signal_and_what_is_added_to_it_is_counted(shape, spread):
+    random = torch.Generator().manual_seed(1)
+    noise = spread * torch.randn(shape, generator=random)
+    signal, rest, above = signal_and_noise(noise)
+    assert above <= 1  # the largest one lies on the edge
+    values = torch.linalg.svdvals(noise.double())
+    assert signal + rest == pytest.approx(float(values.sum()), rel=1e-6)
+    directions = torch.randn(shape[0], 3, generator=random) @ torch.randn(3, shape[1], generator=random)
+    learnt = noise + spread * directions
+    signal, rest, above = signal_and_noise(learnt)
+    assert above - 3 in (0, 1)
+    assert signal == pytest.approx(float(torch.linalg.svdvals(learnt.double())[:above].sum()))
+    assert signal_and_noise(learnt.T) == pytest.approx((signal, rest, above))  # Conv1D's way
+
+
+def test_the_weights_are_ranked_kind_by_kind_without_a_text_or_a_model_in_memory(folder, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", None)
+    found = json.loads(ranked(folder, capsys, "--by", "snr", "--json", "--text", "/nowhere"))
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert set(found["kinds"]) == {f"{kind}.weight" for kind in kinds}
+    for kind, matrices in found["kinds"].items():
+        assert sorted(matrix["block"] for matrix in matrices) == [0, 1, 2], kind
+        ratios = [matrix["ratio"] for matrix in matrices]
+        assert ratios == sorted(ratios, reverse=True)
+    chosen = set(plan_freeze(tiny_gpt2(), found["trainable"]).trainable)
+    assert chosen == {matrices[0]["name"] for matrices in found["kinds"].values()}
+    assert found["lowest_block"] == min(matrices[0]["block"] for matrices in found["kinds"].values())
+
+
+def test_what_was_learnt_comes_first(tmp_path):
+    model = tiny_gpt2()
+    with torch.no_grad():
+        one = model.transformer.h[1].mlp.c_fc.weight
+        one += 0.5 * torch.outer(torch.randn(len(one)), torch.randn(one.shape[1]))
+    model.save_pretrained(tmp_path)
+    ranking = rank_weights(str(tmp_path), top=2)
+    assert ranking.kinds["mlp.c_fc.weight"][0].block == 1
+    assert len(plan_freeze(model, ranking.selectors).trainable) == 4 * 2
+    assert "To train the first 2 of each kind" in weight_table(ranking)
+
+
+def test_each_expert_of_a_fused_tensor_is_a_matrix_by_itself(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(**shape, vocab_size=128, num_local_experts=4, num_key_value_heads=2, pad_token_id=None)
+    )
+    model.save_pretrained(tmp_path)
+    kinds = rank_weights(str(tmp_path)).kinds
+    matrix = next(matrix for matrix in kinds["mlp.experts.down_proj"] if matrix.block == 0)
+    experts = [signal_and_noise(expert) for expert in model.model.layers[0].mlp.experts.down_proj.detach()]
+    assert matrix.signal == pytest.approx(sum(expert[0] for expert in experts))
+    assert matrix.noise == pytest.approx(sum(expert[1] for expert in experts))
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +235,7 @@ def test_a_base_with_the_hubs_file_names_is_ranked_the_same(folder, capsys):
     ours = json.loads(ranked(folder, capsys, "--json"))
     theirs = json.loads(ranked(folder, capsys, "--json", "--model_name_or_path", str(folder / "hub")))
     assert ours.pop("model_name") != theirs.pop("model_name")
+    assert ours.pop("full_step_seconds") > 0 < theirs.pop("full_step_seconds")  # as long as the probe took
     assert ours == theirs
     assert ours["windows"] == 4 * 8
     assert ours["trainable"] == [f"blocks[{ours['blocks'][0]['block']}]", "final_norm"]
@@ -184,6 +264,7 @@ def test_what_it_writes_is_a_recipe_that_train_accepts_and_runs(folder, capsys, 
     [
         (["--write", "{taken}"], "exists already"),
         (["--figure", "/nowhere/x.png"], "there is no folder /nowhere"),
+        (["--by", "snr", "--figure", "{taken}.png"], "--figure draws the ranking by gradient"),
         (["--batches", "0"], "--batches is 0; allowed: a whole number, 1 or more"),
         (["--text", "/nowhere/x.txt"], "/nowhere/x.txt"),
     ],

@@ -15,7 +15,10 @@ from partialtune.model.new_tokens import empty_base
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
-POLICY_KEYS = ("method", "trainable", "schedule", "head", "lora_rank", "lora_alpha", "prefix_cache")
+POLICY_KEYS = (
+    *("method", "trainable", "schedule", "block_sampling", "head", "lora_rank", "lora_alpha", "prefix_cache"),
+    *("part_learning_rates", "layer_decay"),
+)
 # The keys of what a run writes, sends, evaluates, and of its length: a measurement sets these itself.
 RUN_KEYS = (
     *("output_dir", "resume_from_checkpoint", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),
@@ -79,7 +82,7 @@ def own_variants(label: str, recipe: Recipe) -> list[tuple[str, dict[str, Any]]]
     """
     _, plan = plan_of(recipe)
     values = {key: value for key, value in recipe.values.items() if key not in RUN_KEYS}
-    if recipe.speed.prefix_cache != "auto" or not plan.phases[0].first_block:
+    if recipe.speed.prefix_cache != "auto" or not plan.phases[0].first_block or plan.sampling is not None:
         return [(label, values)]
     kept = {**values, "prefix_cache": "memory"}
     try:
@@ -121,10 +124,12 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
     base = recipe.model
     model = empty_base(base)
     check_fit(base.model_name_or_path, model.config, recipe.text.block_size, vocabulary=0)
-    return model, last_phase(plan_before_text(model, recipe.freeze))
+    return model, last_phase(plan_before_text(model, recipe.freeze, recipe.seed))
 
 
 def last_phase(plan: FreezePlan) -> FreezePlan:
-    """The plan in which all that any phase trains does so from the first step on."""
+    """The plan in which all that any phase trains does so from the first step on; that of blocks in turn itself."""
+    if plan.sampling is not None:
+        return plan
     parameters = tuple(replace(p, from_step=0) if p.trainable else p for p in plan.parameters)
     return replace(plan, parameters=parameters, phases=(replace(plan.phases[-1], from_step=0, from_epoch=None),))

@@ -91,6 +91,7 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.model.loading import load_tokenizer, quiet_libraries
         from partialtune.model.new_tokens import empty_base
         from partialtune.model.train_mode import stop_layer_drop
+        from partialtune.recipe.key_rules import training_defaults
         from partialtune.recipe.recipe import read_recipe
 
     quiet_libraries()
@@ -102,13 +103,14 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     tokens = None
     if names_rows(recipe.freeze) and not base.new_tokens:  # else the plan knows it
         tokens = len(load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code))
-    plan = plan_before_text(model, recipe.freeze, tokens)
+    plan = plan_before_text(model, recipe.freeze, recipe.seed, tokens)
+    rate = recipe.training.get("learning_rate", training_defaults()["learning_rate"])
     cost = _forecast(recipe, model, plan)
     if known.json:
         content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        print("\n\n".join([plan_table(plan), *([forecast_table(cost)] if cost else [])]))
+        print("\n\n".join([plan_table(plan, rate), *([forecast_table(cost)] if cost else [])]))
 
 
 def _forecast(recipe: "Recipe", model: "PreTrainedModel", plan: "FreezePlan") -> "Forecast | None":
@@ -287,6 +289,12 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
         "--batches", type=int, default=4, metavar="N", help="batches of the text to look at (default 4)"
     )
     parser.add_argument("--top", type=int, metavar="N", help="blocks to choose (default: a quarter of them)")
+    parser.add_argument(
+        "--by",
+        choices=("gradient", "snr"),
+        default="gradient",
+        help="gradient on the text beside weights; or signal to noise of the weights alone, matrix by matrix",
+    )
     _add_json(parser)
 
 
@@ -295,6 +303,7 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.model.loading import quiet_libraries
         from partialtune.rank.ranking import rank_recipe, ranking_table, recipe_of
         from partialtune.rank.ranking_figure import draw_ranking
+        from partialtune.rank.signal_to_noise import rank_weights, weight_table
         from partialtune.recipe.recipe import read_recipe, write_recipe
         from partialtune.training.launch import use_all_cores
 
@@ -306,10 +315,22 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     figure = Path(known.figure) if known.figure else written.with_suffix(".png") if written else None
     for file in filter(None, (written, figure)):
         _check_new(file)
+    if known.by == "snr":
+        if known.figure:
+            raise InputError("--figure draws the ranking by gradient. Leave it out with --by snr.")
+        base = recipe.model
+        at = "" if base.model_revision == "main" else f"@{base.model_revision}"
+        by_weights = rank_weights(base.model_name_or_path + at, known.top, base.trust_remote_code)
+        if written:
+            write_recipe(written, recipe_of(recipe.values, by_weights.selectors), {"rank": {"ranked": known.recipe}})
+        print(json.dumps(by_weights.to_json(), indent=2, allow_nan=False) if known.json else weight_table(by_weights))
+        if written and not known.json:
+            print(f"\nWritten: {written}")
+        return
     ranking = rank_recipe(recipe, known.batches, known.top)
     if written:
         record = {"ranked": known.recipe, "windows": ranking.windows}
-        write_recipe(written, recipe_of(recipe.values, ranking), {"rank": record})
+        write_recipe(written, recipe_of(recipe.values, ranking.selectors), {"rank": record})
     if figure:
         draw_ranking(ranking, figure)
     print(json.dumps(ranking.to_json(), indent=2, allow_nan=False) if known.json else ranking_table(ranking))

@@ -137,6 +137,8 @@ class Row:
         values = self.outcomes[0].values
         words = as_list(values.get("trainable"))
         words += [f"schedule of {len(values['schedule'])}"] if values.get("schedule") else []
+        sampling = values.get("block_sampling")
+        words += [f"{sampling['blocks']} blocks in turn"] if sampling else []
         return words or ["all"]
 
     def spread(self, measure: str) -> Spread | None:

@@ -166,7 +166,7 @@ def needed_products(
     Returns:
         None where it is unknown: it changes from phase to phase, or the model takes no step without its weights.
     """
-    if len(plan.phases) > 1:
+    if plan.changes_on_the_way:
         return None
     try:
         products = dry_step(model, plan, batch_size, block_size, accumulation).products

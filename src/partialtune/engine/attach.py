@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from partialtune.distributed import decided_by_main, shards_parameters
 from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
+from partialtune.engine.part_rates import RateCallback
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
@@ -52,7 +53,7 @@ def attach(
 
     Args:
         trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Where the plan has
-            several phases, its `args` become a copy with `ddp_find_unused_parameters`.
+            several phases, or blocks that learn in turn, its `args` become a copy with `ddp_find_unused_parameters`.
         plan: Made for this model as it is now, after peft has wrapped it. It is applied here.
         delta_steps: Steps between two reports of the weight deltas.
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; the Trainer's where absent.
@@ -86,7 +87,7 @@ def attach(
         apply_plan(model, plan)
     else:  # a user's own: the Trainer was made with it
         missing = apply_beside_optimizer(model, plan, trainer.optimizer)
-    if len(plan.phases) > 1:
+    if plan.changes_on_the_way:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
         trainer.args = copy.copy(trainer.args)
@@ -103,7 +104,7 @@ def attach(
     override(trainer, tuning, changes)
     # A phase begins first: the others measure what learns in the step. All of them before the trackers, which close
     # their files at the end of training: by then the verdict is logged.
-    put_in_front(trainer, [PhaseCallback(plan, fast), deltas, audit])
+    put_in_front(trainer, [PhaseCallback(plan, fast), RateCallback(tuning.part_rates), deltas, audit])
     deltas.attach(trainer)
     audit.attach(trainer)
     for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
@@ -154,8 +155,20 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2."
         )
-    if trainer.is_fsdp_enabled and len(plan.phases) > 1:
-        raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+    if plan.names_rates and trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "attach: FSDP shards the parameters, and the groups of part_learning_rates and layer_decay are made of "
+            "whole ones. Launch without it (DDP), or take them out."
+        )
+    if plan.names_rates and trainer.args.lr_scheduler_type == "greedy":
+        raise RecipeError(
+            "attach: the scheduler greedy holds all rates above one bound, so that part_learning_rates and layer_decay "
+            "would not keep their ratios. Take another lr_scheduler_type, such as cosine."
+        )
+    if trainer.is_fsdp_enabled and plan.changes_on_the_way:
+        raise RecipeError(
+            f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
+        )
     if trainer.is_deepspeed_enabled:
         raise RecipeError("attach: DeepSpeed holds weights and optimizer in a form of its own. Take FSDP2 or DDP.")
 

@@ -64,7 +64,7 @@ def audited(
             the causal language model within the module.
         plan: Made for this model as it is now, after peft has wrapped it. Applied to it already or not.
         optimizer: Of the model, made already; accelerate's or Lightning's wrapper of it too. A learning rate scheduler
-            may exist, unless a phase has a learning rate of its own.
+            may exist, unless a phase or a part has a learning rate of its own.
         delta_steps: Optimizer steps between two reports of the weight deltas.
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; nowhere where absent.
         stop_on_violation: Whether a violation of the freeze audit raises FreezeViolation, or is only logged.
@@ -130,6 +130,7 @@ class AuditedLoop(Tuning):
         self._state, self._control = TrainerState(global_step=first_step), TrainerControl()
         self._held: ExitStack | None = None
         self._is_skipped = False
+        self._rates_logged_at = first_step
 
     @property
     def phase(self) -> Phase | None:
@@ -143,7 +144,10 @@ class AuditedLoop(Tuning):
 
     @property
     def log(self) -> list[dict[str, float]]:
-        """The groups' deltas at each report, `delta/trainable_l2` and so on, and `audit/passed`, each with its step."""
+        """The groups' deltas at each report, `delta/trainable_l2` and so on, and `audit/passed`, each with its step.
+
+        Where parts have rates of their own, `learning_rate` and `learning_rate/embeddings` and so on at each report.
+        """
         return self._state.log_history
 
     def step(self) -> None:
@@ -196,7 +200,14 @@ class AuditedLoop(Tuning):
         elif not isinstance(error, FreezeViolation) and rank_and_processes()[1] == 1:  # else others may not be here
             self._conclude_after_error()
 
+    def _log_rates(self) -> None:
+        """As Trainer logs them: the rate of the optimizer's first group, and those of the parts by name."""
+        if self.rates and self.steps != self._rates_logged_at:
+            self.log.append({"learning_rate": self.part_rates.own, **self.rates, "step": self.steps})
+            self._rates_logged_at = self.steps
+
     def _conclude(self) -> None:
+        self._log_rates()
         _reshard(self.model)
         self._state.max_steps = self._state.global_step
         self._tell("on_train_end")
@@ -224,6 +235,7 @@ class AuditedLoop(Tuning):
         Args:
             args: Of `step`, which begin with the optimizer.
         """
+        self.part_rates.note(optimizer)
         closure = kwargs["closure"] if "closure" in kwargs else next(iter(args[1:]), None)
         if closure is None:
             self._note(optimizer)
@@ -248,7 +260,7 @@ class AuditedLoop(Tuning):
         self._is_skipped = bool(getattr(optimizer, "found_inf", 0))
         if not self._is_skipped:
             scale = getattr(optimizer, "grad_scale", None)
-            self.audit_callback.before_step(1.0 if scale is None else float(scale))
+            self.audit_callback.before_step(1.0 if scale is None else float(scale), self.model)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -257,6 +269,8 @@ class AuditedLoop(Tuning):
         self._state.global_step += 1
         self.audit_callback.after_step()
         self._tell("on_step_end")
+        if self.steps % self.delta_callback.delta_steps == 0:
+            self._log_rates()
         if self.plan.phase_at(self.steps) is not self.phase:
             self._check_processes()
         self._phases.step_begins(self.steps)
@@ -265,10 +279,10 @@ class AuditedLoop(Tuning):
     def _check_processes(self) -> None:
         """Raises RecipeError where a later phase would learn on each process by itself."""
         wrapped = isinstance(self._given, DistributedDataParallel)
-        if len(self.plan.phases) > 1 and rank_and_processes()[1] > 1 and not wrapped:
+        if self.plan.changes_on_the_way and rank_and_processes()[1] > 1 and not wrapped:
             raise RecipeError(
-                "schedule: DDP synchronises only what learns when it wraps the model, and this model was not wrapped "
-                "yet. Call apply_plan(model, plan) and wrap it (accelerator.prepare) before audited."
+                f"{self.plan.what_changes}: DDP synchronises only what learns when it wraps the model, and this model "
+                "was not wrapped yet. Call apply_plan(model, plan) and wrap it (accelerator.prepare) before audited."
             )
 
     def _with_fast_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -279,9 +293,11 @@ class AuditedLoop(Tuning):
 
 def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None:
     """Raises RecipeError where the model is wrapped or sharded in a way that the plan does not bear."""
-    several = len(plan.phases) > 1
+    several = plan.changes_on_the_way
     if several and any(is_sharded(parameter) for parameter in inner.parameters()):
-        raise RecipeError("schedule: FSDP shards what trains before the first step. Launch without it (DDP).")
+        raise RecipeError(
+            f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
+        )
     if not isinstance(model, DistributedDataParallel):
         return
     learning = sum(parameter.requires_grad for parameter in inner.parameters())
@@ -292,7 +308,8 @@ def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None
         )
     if several and not model.find_unused_parameters:
         raise RecipeError(
-            "schedule: what later phases train has no gradient yet, and DDP would wait for it. Wrap the model with "
+            f"{plan.what_changes}: what learns in other steps has no gradient, and DDP would wait for it. Wrap the "
+            "model with "
             "find_unused_parameters=True (accelerate: kwargs_handlers=[DistributedDataParallelKwargs(...)])."
         )
 

@@ -8,9 +8,13 @@
 All that any phase trains requires gradients when the model is wrapped for several processes, since DDP never
 synchronises what is thawed later, and the optimizer is made with all of it, so that its groups and the learning rate
 scheduler are complete. Only then is what belongs to later phases taken out again, until its phase begins.
+
+Where blocks learn in turn, each draw is a phase: blocks that come to rest leave the optimizer, and those that are drawn
+enter it. Outside of it neither weight decay nor momentum moves them.
 """
 
 import logging
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +23,18 @@ from transformers import TrainerCallback
 
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.forward_stack import Worn
-from partialtune.engine.plan_optimizer import Member, bare_optimizer, members_of, set_members
+from partialtune.engine.plan_optimizer import (
+    RESTING,
+    Member,
+    bare_optimizer,
+    first_state,
+    members_of,
+    on_its_device,
+    set_members,
+)
 from partialtune.engine.recomputation import recompute_from
 from partialtune.freeze.apply import let_learn
+from partialtune.freeze.block_sampling import blocks_words
 from partialtune.freeze.plan import FreezePlan, Phase
 from partialtune.model.parameters import named_learners
 
@@ -34,14 +47,15 @@ class Held(NamedTuple):
     Attributes:
         group: Place of its group in the optimizer: `load_state_dict` exchanges the groups themselves.
         member: The parameter.
-        from_step: First step in which it learns.
-        state: Of the parameter: Adagrad has some from the start. None where there is none.
+        name: Its name in the plan.
+        state: Of the parameter: Adagrad has some from the start. None where there is none, where a resting block has
+            lost it, and where the optimizer keeps it under `RESTING`.
     """
 
     group: int
     member: Member
-    from_step: int
-    state: Any
+    name: str
+    state: Any = None
 
 
 class Phases:
@@ -78,14 +92,21 @@ class Phases:
         Args:
             step: Number of steps that were taken already: 0, or those of a checkpoint, which is loaded by now.
         """
-        self._held = hold_back(self._optimizer, self.model, self.plan, step)
-        self._begin(self.plan.phase_at(step))
+        self._held = []
+        phase = self.plan.phase_at(step)
+        if self.plan.sampling is not None:
+            # A checkpoint of the last step of a draw holds the optimizer of that draw: what is drawn now rested in it.
+            self._take_out(step - 1)
+        self._take_out(step)
+        self._let_in(phase.trainable)
+        self._begin(phase)
 
     def step_begins(self, step: int) -> None:
         """Begin the phase of this step, if another one than the present."""
         phase = self.plan.phase_at(step)
         if phase is not self.phase:
-            self._let_in(phase.first_step)
+            self._take_out(step)  # first, so that both never have their state at one time
+            self._let_in(phase.trainable)
             self._begin(phase)
 
     def end(self) -> None:
@@ -93,7 +114,7 @@ class Phases:
         them, with all phases in them: another training may begin."""
         if self.phase is None:
             return
-        self._let_in(self.plan.phases[-1].first_step)
+        self._let_in(self.plan.trainable)
         self.phase = None
         self._leave()
 
@@ -105,15 +126,38 @@ class Phases:
         self._recomputed = []
         let_learn(self.model, self.plan.trainable)
 
-    def _let_in(self, step: int) -> None:
-        """Put back what learns in this step."""
-        due = [held for held in self._held if held.from_step <= step]
-        self._held = [held for held in self._held if held.from_step > step]
+    def _take_out(self, step: int) -> None:
+        """Take out what does not learn in this step; of blocks that rest, state and gradient as well."""
+        out = hold_back(self._optimizer, self.model, self.plan, step)
+        if self.plan.sampling is not None:
+            for held in out:
+                # A loop's own `zero_grad` reaches no parameter that is out of the optimizer: its last gradient would
+                # count when gradients are clipped, and be added to when the block is drawn again.
+                held.member.parameter.grad = None
+                if self.plan.sampling.keep_state and held.state is not None:
+                    # a checkpoint that was loaded may have brought the state of this one already
+                    self._optimizer.state.setdefault(RESTING, {}).setdefault(held.name, held.state)
+            out = [held._replace(state=None) for held in out]
+        self._held += out
+
+    def _let_in(self, learning: Collection[str]) -> None:
+        """Put back what learns from now on."""
+        names = set(learning)
+        due = [held for held in self._held if held.name in names]
+        self._held = [held for held in self._held if held.name not in names]
+        resting = self._optimizer.state.get(RESTING, {})
         for held in due:
             group = self._optimizer.param_groups[held.group]
             set_members(group, [*members_of(group), held.member])
-            if held.state is not None:
-                self._optimizer.state[held.member.parameter] = held.state
+            state = held.state
+            if self.plan.sampling is not None:
+                kept = resting.pop(held.name, None)
+                of_member = (self._optimizer, group, held.member)
+                state = first_state(*of_member) if kept is None else on_its_device(kept, group, held.member)
+            if state is not None:
+                self._optimizer.state[held.member.parameter] = state
+        if not resting:
+            self._optimizer.state.pop(RESTING, None)
 
     def _begin(self, phase: Phase) -> None:
         self.phase = phase
@@ -122,23 +166,23 @@ class Phases:
         if self.recompute:
             self._recomputed = recompute_from(self.model, phase.first_block)
         self.fast.begin(phase.first_step)
-        if len(self.plan.phases) > 1:
+        if self.plan.changes_on_the_way:
             logger.info("From step %d: %s", phase.first_step, phase_words(self.plan, phase))
 
 
 def hold_back(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan, step: int) -> list[Held]:
-    """Take out of the optimizer what learns only after this step."""
-    begins = {parameter.name: parameter.from_step for parameter in plan.parameters if parameter.from_step is not None}
-    from_step = {id(parameter): begins.get(name, 0) for name, parameter in named_learners(model)}
-    held = []
+    """Take out of the optimizer what does not learn in this step, but in another one."""
+    waiting = set(plan.trainable) - set(plan.phase_at(step).trainable)
+    name_of = {id(parameter): name for name, parameter in named_learners(model) if name in waiting}
+    out = []
     for number, group in enumerate(optimizer.param_groups):
         members = members_of(group)
         for member in members:
-            begin = from_step.get(id(member.parameter), 0)
-            if begin > step:
-                held.append(Held(number, member, begin, optimizer.state.pop(member.parameter, None)))
-        set_members(group, [m for m in members if from_step.get(id(m.parameter), 0) <= step])
-    return held
+            name = name_of.get(id(member.parameter))
+            if name is not None:
+                out.append(Held(number, member, name, optimizer.state.pop(member.parameter, None)))
+        set_members(group, [member for member in members if id(member.parameter) not in name_of])
+    return out
 
 
 class PhaseCallback(TrainerCallback):
@@ -176,6 +220,10 @@ class PhaseCallback(TrainerCallback):
 def phase_words(plan: FreezePlan, phase: Phase) -> str:
     """`trainable 7,089,408 of 124,439,808 (5.7%), backward stops at transformer.h.11.ln_1.weight`."""
     names = set(phase.trainable)
+    drawn = ""
+    if plan.sampling is not None:
+        drawn = f"{blocks_words(plan.sampling.draw(plan.sampling.number_at(phase.first_step)))} drawn, "
     count = sum(parameter.learning for parameter in plan.parameters if parameter.name in names)
     share = count / plan.total_parameters
-    return f"trainable {count:,} of {plan.total_parameters:,} ({share:.1%}), backward stops at {phase.backward_from}"
+    learns = f"{drawn}trainable {count:,} of {plan.total_parameters:,} ({share:.1%})"
+    return f"{learns}, backward stops at {phase.backward_from}"

@@ -7,6 +7,7 @@ PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of
 shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,12 +16,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from partialtune.engine.part_rates import MARK, OWN, Rate, rate_of, same_rates
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.parameters import named_learners
 
 WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}  # by their names: neither library need be imported
+# A key of `optimizer.state` beside those of parameters: name -> state of each parameter that rests and keeps its state.
+# torch hands on what is under a key that is no parameter ("copied as is", in `Optimizer.load_state_dict`), so that it
+# is saved and loaded with the optimizer, by whatever does it.
+RESTING = "resting"
 KEPT_BY_TORCH = ("param_groups", "state", "defaults")  # of each optimizer
 
 
@@ -82,16 +88,16 @@ def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Fre
     held = {names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name in planned if name not in held]
     _refuse_old_head(plan, missing, held)
-    staying: list[dict[float | None, list[Member]]] = []
+    staying: list[ByRate] = []
     for group in optimizer.param_groups:
-        by_rate: dict[float | None, list[Member]] = {}
+        by_rate: ByRate = {}
         for member in members_of(group):
             entry = planned.get(names.get(id(member.parameter), ""))
             if entry is not None:
-                by_rate.setdefault(entry.learning_rate, []).append(member)
+                by_rate.setdefault(Rate.of(entry), []).append(member)
         staying.append(by_rate)
-    _refuse_new_rates(optimizer, staying)
-    _regroup(optimizer, staying)
+    _refuse_new_rates(optimizer, staying, plan)
+    _regroup(optimizer, staying, plan.names_rates)
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in [parameter for parameter in optimizer.state if id(parameter) not in learning]:
         del optimizer.state[parameter]
@@ -111,6 +117,9 @@ class Member(NamedTuple):
     name: str | None
 
 
+ByRate = dict[Rate, list[Member]]  # of one group
+
+
 def members_of(group: Mapping[str, Any]) -> list[Member]:
     """The parameters of a group, in its order."""
     names = group.get("param_names") or [None] * len(group["params"])
@@ -124,23 +133,55 @@ def set_members(group: dict[str, Any], members: list[Member]) -> None:
         group["param_names"][:] = [member.name for member in members]
 
 
-def _rate_that_stays(by_rate: Mapping[float | None, list[Member]]) -> float | None:
-    """Of the members of a group: the rate of those that stay in it, None where that is the group's own."""
-    return None if None in by_rate else next(iter(by_rate), None)
+def first_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], member: Member) -> Any:
+    """The state with which a parameter enters that has none: what the optimizer's constructor makes of it, or None.
+
+    Of the optimizers that are known here Adagrad alone does not make it in the first step that it takes.
+    """
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return None
+    made = torch.optim.Adagrad([member.parameter], initial_accumulator_value=group["initial_accumulator_value"])
+    return made.state[member.parameter]
 
 
-def _regroup(optimizer: torch.optim.Optimizer, staying: list[dict[float | None, list[Member]]]) -> None:
-    for group, by_rate in zip(list(optimizer.param_groups), staying, strict=True):
-        stays = _rate_that_stays(by_rate)
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+def on_its_device(state: Mapping[str, Any], group: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    """A state that may have been loaded on another device, where the optimizer's step looks for it."""
+    # torch leaves the number of steps on the CPU, but for kernels that read it on the device
+    all_there = group.get("fused") or group.get("capturable")
+    return {
+        key: value.to(member.parameter.device)
+        if isinstance(value, torch.Tensor) and (value.ndim or all_there)
+        else value
+        for key, value in state.items()
+    }
+
+
+def _rate_that_stays(group: Mapping[str, Any], by_rate: ByRate, names_rates: bool) -> Rate:
+    """Of the members of a group: the rate of those that stay in it, `OWN` where that is the group's own."""
+    if names_rates:  # the group keeps its own, though it be empty: Trainer logs that of the first one for all
+        return rate_of(group) or OWN
+    return OWN if OWN in by_rate else next(iter(by_rate), OWN)
+
+
+def _regroup(optimizer: torch.optim.Optimizer, staying: list[ByRate], names_rates: bool) -> None:
+    # Two rates do not share a name, though the user's groups have rates of their own.
+    several = names_rates and len({float(group["lr"]) for group in optimizer.param_groups if MARK not in group}) > 1
+    for number, (group, by_rate) in enumerate(zip(list(optimizer.param_groups), staying, strict=True)):
+        stays, own = _rate_that_stays(group, by_rate, names_rates), group["lr"]
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names", MARK)}
         set_members(group, by_rate.get(stays, []))
-        if stays is not None:
-            group["lr"] = _like(group["lr"], stays)
+        if names_rates:
+            group.setdefault(MARK, OWN.mark(own, ""))
+        elif stays != OWN:
+            group["lr"] = _like(own, stays.value(own))
         for rate, members in by_rate.items():
-            if rate is not None and rate != stays:
+            if rate not in (OWN, stays):
+                name = f"{rate.name}/group_{number}" if several and rate.learning_rate is None else rate.name
+                mark = {MARK: rate.mark(own, name)} if names_rates else {}
                 named = "param_names" in group
                 members_or_pairs = [(name, p) if named else p for p, name in members]
-                optimizer.add_param_group({**settings, "lr": _like(group["lr"], rate), "params": members_or_pairs})
+                lr = _like(own, rate.value(own))
+                optimizer.add_param_group({**settings, **mark, "lr": lr, "params": members_or_pairs})
 
 
 def _like(present: Any, rate: float) -> Any:
@@ -207,23 +248,32 @@ def _refuse_old_head(plan: FreezePlan, missing: list[str], held: set[str | None]
         )
 
 
-def _refuse_new_rates(optimizer: torch.optim.Optimizer, staying: list[dict[float | None, list[Member]]]) -> None:
+def _refuse_new_rates(optimizer: torch.optim.Optimizer, staying: list[ByRate], plan: FreezePlan) -> None:
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch's schedulers mark it so
     for group, by_rate in zip(optimizer.param_groups, staying, strict=True):
-        rates = [rate for rate in by_rate if rate is not None]
-        if not rates:
+        if rate_of(group) is not None and set(by_rate) - {rate_of(group)}:
+            raise RecipeError(
+                "The optimizer has the learning rates of another plan, whose part_learning_rates or layer_decay "
+                "differ. Make a new optimizer."
+            )
+        rates = [rate for rate in by_rate if rate != OWN]
+        if not rates or rate_of(group) is not None:
             continue
-        own = f"The schedule gives parameters a learning_rate of their own ({rates[0]:g}), and "
+        gives, words = "The schedule gives parameters a learning_rate", "take learning_rate out of the schedule"
+        if plan.names_rates:
+            gives = f"{'part_learning_rates' if plan.part_learning_rates else 'layer_decay'} gives parameters a rate"
+            words = "take part_learning_rates and layer_decay out of the plan"
+        gives = f"{gives} of their own ({rates[0].words()}), and "
         if group.get("relative_step"):
             raise RecipeError(
-                f"{own}{type(optimizer).__name__} with relative_step chooses its rates itself. Say "
-                f"relative_step=False, or take learning_rate out of the schedule."
+                f"{gives}{type(optimizer).__name__} with relative_step chooses its rates itself. Say "
+                f"relative_step=False, or {words}."
             )
-        is_so = len(by_rate) == 1 and float(group.get("initial_lr", group["lr"])) == rates[0]
-        if not is_so and (scheduled or "initial_lr" in group):
+        is_so = len(by_rate) == 1 and float(group.get("initial_lr", group["lr"])) == rates[0].learning_rate
+        if (plan.names_rates or not is_so) and (scheduled or "initial_lr" in group):
             raise RecipeError(
-                f"{own}the optimizer has a learning rate scheduler already, which keeps a rate for each of its groups. "
-                f"Make the scheduler after attach or audited, or take learning_rate out of the schedule."
+                f"{gives}the optimizer has a learning rate scheduler already, which keeps a rate for each of its "
+                f"groups. Make the scheduler after attach or audited, or {words}."
             )
 
 
@@ -251,7 +301,9 @@ def _places_to_names(
 ) -> dict[str, Any]:
     names = [name for group in _names_by_group(name_of, optimizer) for name in group]
     groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
-    return {"state": {names[place]: state for place, state in state_dict["state"].items()}, "param_groups": groups}
+    states = dict(state_dict["state"])
+    resting = {RESTING: states.pop(RESTING)} if RESTING in states else {}
+    return {"state": {**{names[place]: states[place] for place in states}, **resting}, "param_groups": groups}
 
 
 def _names_to_places(
@@ -261,16 +313,34 @@ def _names_to_places(
     names, saved = _names_by_group(name_of, optimizer), saved_groups(state_dict)
     if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
         raise InputError(
-            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on` or "
-            "`schedule` differ. Go on with the recipe of that run, or start in a new output_dir."
+            "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on`, `schedule`, "
+            "`part_learning_rates` or `layer_decay` differ. Go on with the recipe of that run, or start in a new "
+            "output_dir."
+        )
+    if not all(same_rates(old, new) for old, new in zip(saved, optimizer.param_groups, strict=True)):
+        raise InputError(
+            "The checkpoint's optimizer has other learning rates of parts than this run's: `part_learning_rates` or "
+            "`layer_decay` differ. Go on with the recipe of that run, or start in a new output_dir."
         )
     kept = state_dict.get("state")
+    resting = {}
+    if isinstance(kept, Mapping) and RESTING in kept:
+        # a copy, as torch makes of the others: what rests now will learn again
+        resting = {RESTING: copy.deepcopy(_checked_resting(kept[RESTING], name_of))}
+        kept = {name: state for name, state in kept.items() if name != RESTING}
     if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
         raise ValueError("its optimizer holds the state of parameters that are in none of its groups")
     place_of = {name: place for place, name in enumerate(name for group in names for name in group)}
-    states = {name_of[id(parameter)]: state for parameter, state in optimizer.state.items()} | dict(kept)
+    present = {name_of[id(one)]: state for one, state in optimizer.state.items() if isinstance(one, torch.Tensor)}
+    states = present | dict(kept)
     groups = [{**old, "params": [place_of[name] for name in new]} for old, new in zip(saved, names, strict=True)]
-    return {"state": {place_of[name]: state for name, state in states.items()}, "param_groups": groups}
+    return {"state": {**{place_of[name]: state for name, state in states.items()}, **resting}, "param_groups": groups}
+
+
+def _checked_resting(resting: Any, name_of: Mapping[int, str]) -> Mapping[str, Any]:
+    if not (isinstance(resting, Mapping) and resting.keys() <= set(name_of.values())):
+        raise ValueError("its optimizer holds the state of resting parameters that are not the model's")
+    return resting
 
 
 def saved_groups(saved: Any) -> list[Mapping[str, Any]]:

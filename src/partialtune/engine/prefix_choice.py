@@ -71,6 +71,11 @@ def choose_prefix(
         raise RecipeError(f"prefix_cache is {wanted!r}; allowed are {', '.join(WANTED)}.")
     if wanted == "off":
         return [PrefixPhase(phase.first_step, 0, "prefix_cache is off") for phase in plan.phases]
+    if plan.sampling is not None:
+        reason = "blocks learn in turn, so that the blocks below those that learn change from draw to draw"
+        if wanted == "memory":
+            raise RecipeError(f"prefix_cache: memory is impossible here: {reason}. Say prefix_cache: auto.")
+        return [PrefixPhase(0, 0, reason)]
     model = uncompiled(model)
     lengths = sorted({phase.first_block for phase in plan.phases if phase.first_block}, reverse=True)
     obstacle = _obstacle_of_the_run(args, model) if lengths else ""

@@ -105,6 +105,10 @@ class TunedTrainer(Base):
                 self._state_by_name = key_by_name(optimizer, self.model)
         return optimizer
 
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Beside `learning_rate`, which is that of the optimizer's first group, the rates of the plan's parts."""
+        super().log({**logs, **self.tuning.rates} if "learning_rate" in logs else logs, *args, **kwargs)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.changes.decay_everything:
             return [name for name, _ in model.named_parameters()]

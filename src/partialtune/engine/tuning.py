@@ -12,6 +12,7 @@ from torch import nn
 
 from partialtune.distributed import decided_by_main
 from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
+from partialtune.engine.part_rates import PartRates
 from partialtune.engine.prefix_choice import WANTED
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
@@ -41,6 +42,7 @@ class Tuning:
 
     Attributes:
         config_as_loaded: Values of the model's config that training changes and that are saved as they were.
+        part_rates: The rates of the parts in the newest step.
         reading_back: Time in which saved files were read back and compared with the audit's digests.
     """
 
@@ -56,6 +58,7 @@ class Tuning:
         self.audit_callback, self.delta_callback = audit_callback, delta_callback
         self.config_as_loaded: dict[str, Any] = {}
         self.reading_back = Stopwatch()
+        self.part_rates = PartRates(plan)
         self._going_on = True
         _TUNED[model] = weakref.ref(self)
 
@@ -75,6 +78,14 @@ class Tuning:
         Of several processes the main one knows the distances; on the others they are None.
         """
         return self.delta_callback.newest
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rate of each part in the newest step: {"learning_rate/embeddings": 1e-05}.
+
+        Empty before the first step, and where the plan has neither part_learning_rates nor a layer_decay.
+        """
+        return self.part_rates.newest
 
     @property
     def seconds(self) -> float:

@@ -10,7 +10,7 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.parameters import named_learners, named_weights, uncompiled
-from partialtune.model.row_parameters import train_rows
+from partialtune.model.row_parameters import forget_rows, train_rows
 from partialtune.model.train_mode import stop_layer_drop
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
                 f"{planned_shape[name]} and has {tuple(parameter.shape)}. Make a plan for this model with plan_freeze, "
                 f"after all that changes its parameters (get_peft_model, resize_token_embeddings)."
             )
-    train_rows(model, plan.rows)
+    train_rows(model, plan.rows, dict(named_weights(model)))
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     # On the instance: Trainer calls model.train() at every step and after every evaluation. Not a method of a class of
@@ -87,8 +87,9 @@ def untie_head(model: nn.Module) -> None:
     `from_pretrained(tie_word_embeddings=False)` would leave the new head randomly initialised.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
+    if head is None or head._parameters.get("weight") is not embedding._parameters.get("weight"):
         return
+    forget_rows(model, id(embedding._parameters["weight"]))  # those of an earlier plan, which were both modules'
     head.weight = nn.Parameter(embedding.weight.detach().clone())
     # Both: of a composite model the text part has a config of its own, which its own code reads.
     model.config.tie_word_embeddings = False

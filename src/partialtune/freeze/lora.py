@@ -7,7 +7,7 @@ Names in the plan are the base's own for its weights, whose digests are then tho
 `transformer.h.0.attn.c_attn.lora_A.weight`: as in `adapter_model.safetensors`, less `base_model.model.`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, ModelError, RecipeError, is_peft_installed
 from partialtune.freeze.plan import Adapter, FreezePlan, Phase, PlannedParameter
+from partialtune.freeze.rates import with_rates
+from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import model_location
 from partialtune.model.selectors import resolve_selectors
@@ -28,7 +30,16 @@ ADAPTER = "default"  # peft's name for the only one
 IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensors`
 
 
-def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: int = 16, seed: int = 0) -> FreezePlan:
+def plan_lora(
+    model: nn.Module,
+    trainable: Sequence[str],
+    rank: int = 8,
+    alpha: int = 16,
+    seed: int = 0,
+    *,
+    part_learning_rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
+) -> FreezePlan:
     """Decide which matrices of `model` get adapters. The model is not touched and may lie on the meta device.
 
     plan_lora(gpt2, ["attention"]).trainable -> ["transformer.h.0.attn.c_attn.lora_A.weight", ...]
@@ -38,9 +49,10 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
         trainable: Selectors, as for `plan_freeze`: every matrix in a block that they choose gets an adapter. What they
             choose beside these (norms, biases) stays frozen.
         rank, alpha, seed: As in `Adapter`.
+        part_learning_rates, layer_decay: As for `plan_freeze`. An adapter has the rate of the matrix that it adapts.
 
     Raises:
-        RecipeError: If a selector chooses no matrix in a block.
+        RecipeError: If a selector chooses no matrix in a block, or a rate is wrong.
     """
     selectors = [trainable] if isinstance(trainable, str) else list(trainable)
     structure = with_fixed(read_structure(model), model)
@@ -52,7 +64,9 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
     _check_every_selector_adapts(model, structure, selectors)
     if not chosen:
         raise RecipeError(f"trainable [{', '.join(selectors)}]: no matrix is left to adapt.")
-    parameters = tuple(_with_adapters(model, structure, chosen, rank))
+    parameters = with_rates(
+        tuple(_with_adapters(model, structure, chosen, rank)), structure, part_learning_rates, layer_decay
+    )
     learning = [parameter for parameter in parameters if parameter.trainable]
     first_block = min(parameter.block for parameter in learning if parameter.block is not None)
     first = next(parameter for parameter in learning if parameter.block == first_block)
@@ -65,6 +79,8 @@ def plan_lora(model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: 
         ties=tuple(structure.ties),
         phases=(Phase(0, tuple(parameter.name for parameter in learning), first.name, first_block),),
         adapter=Adapter(rank, alpha, tuple(chosen), seed),
+        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
+        layer_decay=read_layer_decay(layer_decay)[0],
     )
 
 

@@ -1,19 +1,23 @@
 """The freeze plan: model + selectors -> data that says what trains, from when on, and why.
 
-In:  a model, best on the meta device; selectors, and a schedule of further ones.
+In:  a model, best on the meta device; selectors, and a schedule of further ones or blocks that learn in turn.
 Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and everything that has to know what trains
      (optimizer, audit, deltas, forecast, report) reads it from the plan.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import padded_matrices, plan_html
+from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
+from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.new_tokens import NewTokens, new_tokens_of
 from partialtune.model.rows import Rows, count_rows, other_rows_name
@@ -34,11 +38,14 @@ class PlannedParameter:
         block: Index of its decoder block, None outside the blocks.
         component: Its part of the model, see `layout.COMPONENTS`.
         selector: The selector that chose it, None where it is frozen.
-        from_step: First step of the phase that adds it. None where it is frozen, and where that phase begins at an
-            epoch in a plan made before the text is read.
-        learning_rate: What that phase says, None where the recipe's holds.
+        from_step: First step of the phase that adds it, or of the first draw of its block. None where it is frozen, and
+            where that phase begins at an epoch in a plan made before the text is read.
+        learning_rate: Of its own or of that phase, None where the recipe's holds.
+        rate_factor: What the one that holds is multiplied with.
+        rate_name: Of its rate in the log, where the plan has rates of parts; empty for the recipe's own.
         fixed: Whether the model's own code never trains it, so that no selector adds it.
         rows: Which of its rows train, None where all of it does.
+        in_turn: Whether it learns only while its block is drawn.
     """
 
     name: str
@@ -51,6 +58,9 @@ class PlannedParameter:
     learning_rate: float | None = None
     fixed: bool = False
     rows: Rows | None = None
+    in_turn: bool = False
+    rate_factor: float = 1.0
+    rate_name: str = ""
 
     @property
     def trainable(self) -> bool:
@@ -131,8 +141,12 @@ class FreezePlan:
         block_count: Number of decoder blocks.
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
-        phases: What trains from which step on; the first starts at step 0.
+        phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
+            that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
+        sampling: The blocks that learn in turn; None where none do.
+        part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
+        layer_decay: Factor of the rate from one layer to the one below it.
         new_tokens: What `add_tokens` gave to the model before the plan was made.
         tokenizer_length: Tokens of the model's tokenizer, where they are known.
     """
@@ -145,8 +159,12 @@ class FreezePlan:
     ties: tuple[tuple[str, str], ...]
     phases: tuple[Phase, ...]
     adapter: Adapter | None = None
+    sampling: BlockSampling | None = None
+    part_learning_rates: tuple[tuple[str, float], ...] = ()
+    layer_decay: float | None = None
     new_tokens: NewTokens | None = None
     tokenizer_length: int | None = None
+    _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
     def total_parameters(self) -> int:
@@ -177,6 +195,11 @@ class FreezePlan:
         return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
 
     @property
+    def names_rates(self) -> bool:
+        """Whether parts of it have rates of their own, which are then logged by name."""
+        return bool(self.part_learning_rates) or self.layer_decay is not None
+
+    @property
     def fixed(self) -> list[str]:
         """Names of the frozen parameters that the model's own code never trains: no selector adds them."""
         return [parameter.name for parameter in self.parameters if parameter.fixed]
@@ -197,9 +220,36 @@ class FreezePlan:
         trained = {parameter.block for parameter in self.parameters if parameter.trainable}
         return [block for block in self.blocks_passed if block not in trained]
 
+    @property
+    def changes_on_the_way(self) -> bool:
+        """Whether what learns is not the same in every step: there is a schedule, or blocks learn in turn."""
+        return len(self.phases) > 1 or self.sampling is not None
+
+    @property
+    def what_changes(self) -> str:
+        """The setting that lets other parameters learn later on, for messages."""
+        return "schedule" if self.sampling is None else "block_sampling"
+
+    @property
+    def always(self) -> list[str]:
+        """Names of the parameters that learn whatever block is drawn; all that trains where none are drawn."""
+        return [parameter.name for parameter in self.parameters if parameter.trainable and not parameter.in_turn]
+
     def phase_at(self, step: int) -> Phase:
-        """The phase that step number `step`, counted from 0, belongs to; the first for a negative number."""
+        """The phase that step number `step`, counted from 0, belongs to; the first for a negative number.
+
+        Where blocks learn in turn it is a draw. Of one draw it is the same object each time.
+        """
+        if self.sampling is not None:
+            return self._drawn(self.sampling.number_at(step), self.sampling)
         return next((phase for phase in reversed(self.phases) if phase.first_step <= step), self.phases[0])
+
+    def _drawn(self, number: int, sampling: BlockSampling) -> Phase:
+        if number not in self._draws:
+            blocks = sampling.draw(number)
+            learning = [p for p in self.parameters if p.trainable and (not p.in_turn or p.block in blocks)]
+            self._draws[number] = _phase_of(learning, number * sampling.every, self.block_count)
+        return self._draws[number]
 
     def groups(self) -> dict[str, list[PlannedParameter]]:
         """Parameters by place, in the plan's order: `block_07/attention` in blocks, `final_norm` outside them."""
@@ -231,6 +281,8 @@ class FreezePlan:
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
             **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
+            **({"sampling": self.sampling.to_json()} if self.sampling else {}),
+            **rates_to_json(self),
             **({"tokenizer_length": self.tokenizer_length} if padded_matrices(self) else {}),
             **({"new_tokens": self.new_tokens.to_json()} if self.new_tokens else {}),
             "phases": [
@@ -251,6 +303,7 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **rate_to_json(self, parameter),
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
@@ -278,30 +331,46 @@ def plan_freeze(
     head: str = "tied",
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
+    *,
+    block_sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    part_learning_rates: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
     Args:
         model: A causal language model.
         trainable: Selectors, read from left to right: `embeddings`, `blocks[-2:]`, `final_norm`, `head`, `all`,
-            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0. What the model's own
-            code never trains (sinusoidal tables, biases of routers) stays frozen under all of them.
+            `/regex/`, `!selector`, ... May be empty where the schedule adds something at step 0, or blocks learn in
+            turn. What the model's own code never trains (sinusoidal tables, biases of routers) stays frozen under all
+            of them.
         head: `untied` gives the head a matrix of its own where the model ties it to the token embedding.
         schedule: Later phases, `{"from_step": 40, "trainable": [...], "learning_rate": 1e-5}`: each adds to what
             trains; in its list `!selector` takes away from what that list adds.
         before_text: Whether phases may begin at `from_epoch`, for a plan that is shown and not carried out: how many
             steps an epoch has is known once the text is read.
+        block_sampling: Blocks that learn in turn, beside `trainable`, which learns in every step:
+            `{"blocks": 2, "every": 20, "order": "random", "keep_state": False, "candidates": ["blocks[2:]"]}`. Not
+            together with a schedule.
+        seed: Of random draws of blocks.
+        part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
+            matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own.
+        layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
         The plan; `apply_plan` carries it out.
 
     Raises:
         RecipeError: If a selector matches nothing that can train, contradicts a tie, or nothing is left to train; if a
-            phase adds nothing or is wrong in itself.
+            phase adds nothing or is wrong in itself; if there are fewer blocks to draw from than are drawn; if a rate
+            is wrong, or names nothing that trains.
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
     first = [trainable] if isinstance(trainable, str) else list(trainable)
+    if block_sampling and schedule:
+        raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
     new_tokens = new_tokens_of(model)
     if new_tokens is not None and head == "untied" and new_tokens.in_embedding in first:
         first = list(dict.fromkeys([*first, new_tokens.in_head]))  # `add_tokens` could not know
@@ -309,15 +378,27 @@ def plan_freeze(
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    chosen = _what_trains(structure, additions)
+    chosen = _what_trains(structure, additions) if first or not block_sampling else {}
+    parameters = tuple(_planned_parameters(structure, additions, chosen))
+    selectors = tuple(selector for addition in additions for selector in addition["trainable"])
+    if block_sampling:
+        sampling, drawn = plan_sampling(structure, block_sampling, chosen, seed)
+        parameters = tuple(in_turn(parameters, sampling, drawn))
+        selectors += tuple(dict.fromkeys(drawn.values()))
+        phases: tuple[Phase, ...] = (_phase_of([p for p in parameters if p.trainable], 0, structure.block_count),)
+    else:
+        sampling, phases = None, _phases(structure, additions, chosen)
     return FreezePlan(
         model_name=structure.model_name,
-        selectors=tuple(selector for addition in additions for selector in addition["trainable"]),
+        selectors=selectors,
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=tuple(_planned_parameters(structure, additions, chosen)),
+        parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
         ties=tuple(structure.ties),
-        phases=_phases(structure, additions, chosen),
+        phases=phases,
+        sampling=sampling,
+        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
+        layer_decay=read_layer_decay(layer_decay)[0],
         new_tokens=new_tokens,
         tokenizer_length=None if new_tokens is None else new_tokens.tokenizer_length,
     )
@@ -406,3 +487,18 @@ def _phases(
             phases.pop()
         phases.append(Phase(addition.get("from_step"), names, backward_from, first_block, addition.get("from_epoch")))
     return tuple(phases)
+
+
+def _phase_of(learning: Sequence[PlannedParameter], from_step: int, block_count: int) -> Phase:
+    """The phase in which these parameters learn, which are in the order of the plan."""
+
+    def rank(
+        parameter: PlannedParameter,
+    ) -> int:  # of ParameterInfo.forward_rank: 0 before the blocks, 1 + index in one
+        if parameter.block is not None:
+            return 1 + parameter.block
+        return {"final_norm": 1 + block_count, "head": 2 + block_count}.get(parameter.component, 0)
+
+    first = min(learning, key=rank)
+    first_block = min(max(rank(first) - 1, 0), block_count)
+    return Phase(from_step, tuple(parameter.name for parameter in learning), first.name, first_block)

@@ -38,18 +38,30 @@ def plan_of_recipe(
         model: A causal language model, which has the recipe's new tokens by now.
         freeze: The recipe's arguments; `method: full` has `trainable: [all]` by now.
         schedule: The recipe's, in steps.
-        seed: Of the start values of adapters.
+        seed: Of the start values of adapters, and of random draws of blocks.
         before_text: As in `plan_freeze`.
         tokenizer_length: Tokens of the model's tokenizer, which are said beside the rows of a padded matrix.
 
     Raises:
         RecipeError: As `plan_freeze` and `plan_lora`.
     """
+    rates: dict[str, Any] = {
+        "part_learning_rates": freeze.part_learning_rates,
+        "layer_decay": freeze.layer_decay,
+    }
     if freeze.method == "lora":
-        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed)
+        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
     new_tokens = new_tokens_of(model)
-    trainable = [*freeze.trainable, *(new_tokens.selectors if new_tokens else [])]
-    plan = plan_freeze(model, trainable, head=freeze.head, schedule=schedule, before_text=before_text)
+    plan = plan_freeze(
+        model,
+        [*freeze.trainable, *(new_tokens.selectors if new_tokens else [])],
+        head=freeze.head,
+        schedule=schedule,
+        before_text=before_text,
+        block_sampling=freeze.block_sampling,
+        seed=seed,
+        **rates,
+    )
     return plan if tokenizer_length is None else replace(plan, tokenizer_length=tokenizer_length)
 
 
@@ -61,13 +73,15 @@ def names_rows(freeze: FreezeArguments) -> bool:
     )
 
 
-def plan_before_text(model: nn.Module, freeze: FreezeArguments, tokenizer_length: int | None = None) -> FreezePlan:
+def plan_before_text(
+    model: nn.Module, freeze: FreezeArguments, seed: int = 0, tokenizer_length: int | None = None
+) -> FreezePlan:
     """The plan of a recipe whose text was not read: a phase that begins at an epoch has no step yet.
 
     Raises:
         RecipeError: As `plan_of_recipe`.
     """
-    return plan_of_recipe(model, freeze, freeze.schedule, before_text=True, tokenizer_length=tokenizer_length)
+    return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True, tokenizer_length=tokenizer_length)
 
 
 def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps: int) -> list[dict[str, Any]]:

@@ -5,7 +5,16 @@ from itertools import pairwise
 from typing import Any
 
 from partialtune.grammar.selector_syntax import check_selector_syntax
-from partialtune.grammar.values import MORE_THAN_ZERO, allowed, at_least, convert_value, nearest, quoting_advice, show
+from partialtune.grammar.values import (
+    MORE_THAN_ZERO,
+    allowed,
+    at_least,
+    convert_value,
+    nearest,
+    nearest_choice,
+    quoting_advice,
+    show,
+)
 
 STARTS = ("from_step", "from_epoch")
 KEYS = {  # of an entry -> type and bound
@@ -48,7 +57,7 @@ def _read_entry(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
         elif value is not None:
             try:
-                entry[key] = _converted(value, *KEYS[key])
+                entry[key] = converted(value, *KEYS[key])
             except ValueError as error:
                 problems.append(f"{key}: {error}")
     starts = [key for key in STARTS if given.get(key) is not None]
@@ -64,14 +73,20 @@ def _read_entry(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return entry, problems
 
 
-def _converted(value: Any, hint: Any, bound: Any) -> Any:
+def converted(value: Any, hint: Any, bound: Any) -> Any:
+    """The value of an entry's key as its type.
+
+    Raises:
+        ValueError: If it cannot be, or is out of bounds: what was got, what is allowed.
+    """
     try:
-        converted = convert_value(value, hint)
+        found = convert_value(value, hint)
     except ValueError as error:
-        raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{quoting_advice(value, hint)}") from error
-    if bound and not bound.holds(converted):
+        advice = nearest_choice(value, hint) or quoting_advice(value, hint)
+        raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{advice}") from error
+    if bound and not bound.holds(found):
         raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.")
-    return converted
+    return found
 
 
 def _wrong_starts(entries: Sequence[Mapping[str, Any]], trains_from_start: bool) -> Iterator[str]:

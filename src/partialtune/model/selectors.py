@@ -82,7 +82,7 @@ def choose(structure: ModelStructure, selectors: Sequence[str], allow_empty: boo
     for text in texts:
         try:
             selector = parse_selector(text)
-            steps.append((selector, _matches(structure, selector)))
+            steps.append((selector, match(structure, selector)))
         except RecipeError as problem:
             problems.append(str(problem))
     problems += _tie_contradictions(structure, [(selector, matches.names) for selector, matches in steps])
@@ -165,8 +165,12 @@ def _rows(structure: ModelStructure, selector: Selector, name: str) -> Rows:
     return as_runs(numbers)
 
 
-def _matches(structure: ModelStructure, selector: Selector) -> Matches:
-    """What a selector matches."""
+def match(structure: ModelStructure, selector: Selector) -> Matches:
+    """What a selector matches.
+
+    Raises:
+        RecipeError: If it is nothing, or only what the model keeps fixed; if blocks or rows are out of range.
+    """
     blocks = _numbers_of_blocks(structure, selector)
     matches = {
         info.name: names

@@ -2,7 +2,8 @@
 
 In the order of a run: a snapshot of the start; each phase's parameters looked up in the optimizer; each step watched
 until what trains has moved; the frozen weights compared at every save, and everything at the end; then the verdict,
-which is kept, written to `audit.json`, and raised where it is a violation.
+which is kept, written to `audit.json`, and raised where it is a violation. Where blocks learn in turn, those that rest
+are compared too, at every draw, with what they came to rest with.
 """
 
 import json
@@ -31,9 +32,10 @@ from partialtune.model.parameters import (
     with_other_rows,
 )
 from partialtune.model.rows import Rows, take_rows
-from partialtune.proof.audit_result import INTERRUPTED, NOT_REACHED, Audit, SavedDifference
+from partialtune.proof.audit_result import INTERRUPTED, NEVER_DRAWN, NOT_REACHED, Audit, SavedDifference
 from partialtune.proof.distances import together
 from partialtune.proof.due_updates import DueUpdates
+from partialtune.proof.resting import DrawsRecord, RestingParameters
 from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self.digests_after: dict[str, str] = {}
         self.buffers_after: dict[str, str] = {}
         self._updates = DueUpdates()
+        self._resting = RestingParameters(plan)
+        self._draws = None if plan.sampling is None else DrawsRecord(plan.sampling)
         self._not_in_optimizer: list[str] = []
         self._phase: Phase | None = None
         self._checked_at: int | None = None
@@ -97,12 +101,51 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             self.take_snapshot(args, state, model)
         if state.global_step:  # the run goes on from a checkpoint
             self.go_back_to(state)
+        if self.plan.sampling is not None:
+            with self._watch:
+                self._resting.start(model, state.global_step, self.snapshot)
+        self._record_draws(args, state, anew=True)
         self._begin_phase(args, state, model, optimizer)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.plan.phase_at(state.global_step) is not self._phase:
-            self.check_frozen(args, state, model)  # a last time for what this phase begins to train
+            if self.plan.sampling is None:
+                self.check_frozen(args, state, model)  # a last time for what this phase begins to train
+            else:
+                self._check_draw(args, state, model)
             self._begin_phase(args, state, model, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._record_draws(args, state)
+
+    def _record_draws(self, args, state, anew: bool = False) -> str | None:
+        """Write the draws of the steps so far. Returns why that failed; the next step tries again."""
+        folder = self.folder(args)
+        if self._draws is None or folder is None or not state.is_world_process_zero:
+            return None
+        return (self._draws.begin if anew else self._draws.reach)(folder, state.global_step)
+
+    def _check_draw(self, args, state, model: nn.Module) -> None:
+        """Compare what rested, and what is frozen, with what it came to rest with; then others come to rest.
+
+        Checksums of all of it, since sha256 of a whole model at every draw would cost more than it proves: each block's
+        sha256 is taken when it comes to rest and compared here when it is drawn, at every save and at the end.
+
+        Raises:
+            FreezeViolation: As `check_frozen`.
+        """
+        with self._watch:
+            kept, drawn = set(self._kept(state)), set(self.plan.phase_at(state.global_step).trainable)
+            named = [(name, parameter) for name, parameter in named_weights(model) if name in kept]
+            sums = bit_sums(named)
+            changed = {name for name in kept if sums.get(name) != self._sum_that_stays(name)}
+            present = digests_on_main((name, parameter) for name, parameter in named if name in drawn)
+            changed |= {name for name, sha256 in present.items() if sha256 != self._digest_that_stays(name)}
+            found = any(from_all(bool(changed)))
+        if found:
+            self._audit_everything(args, state, model)
+        with self._watch:
+            self._resting.draw(model, state.global_step)
 
     def _begin_phase(self, args, state, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Look up what the present phase trains in the optimizer, and watch it until it has moved."""
@@ -128,7 +171,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Which parameters have had a gradient, and have moved or were due to: Trainer saves it (`ExportableState`)."""
-        return {"args": {}, "attributes": self._updates.state()}
+        resting = {} if self.plan.sampling is None else {"resting": self._resting.digests}
+        return {"args": {}, "attributes": {**self._updates.state(), **resting}}
 
     def go_back_to(self, state) -> None:
         """Take over what a checkpoint keeps: one to go on from, or the best one, which is loaded at the end.
@@ -141,25 +185,30 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         """
         saved = dict(state.stateful_callbacks or {}).get(type(self).__name__)
         if saved:
-            self._updates.go_back_to(saved.get("attributes") if isinstance(saved, dict) else saved)
+            attributes = saved.get("attributes") if isinstance(saved, dict) else saved
+            self._updates.go_back_to(attributes)
+            if self.plan.sampling is not None:
+                self._resting.go_back_to(attributes.get("resting", {}))
 
     # ---- around each optimizer step ---------------------------------------------------------------------------------
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         scaler = getattr(optimizer, "scaler", None)  # of fp16; clipping has divided the gradients by its scale
         unclipped = scaler is not None and not getattr(args, "max_grad_norm", 1.0)
-        self.before_step(scaler.get_scale() if unclipped else 1.0)
+        self.before_step(scaler.get_scale() if unclipped else 1.0, model)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.after_step()
 
-    def before_step(self, scale: float = 1.0) -> None:
+    def before_step(self, scale: float = 1.0, model: nn.Module | None = None) -> None:
         """Note what the optimizer's step needs; its gradients are final.
 
         Args:
             scale: What the gradients are still multiplied with, as under fp16 without clipping.
+            model: Where blocks learn in turn: the model, whose weights are loaded by now.
         """
         with self._watch:
+            self._resting.step_begins(model)
             self._updates.before_step(scale)
 
     def after_step(self) -> None:
@@ -194,8 +243,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
         Those that have changed, in a run that a violation does not stop, are left out: the audit names them already.
         """
-        changed = {*self.result.changed, *self.result.changed_buffers} if self.result else set()
-        parameters = {name: self.digests_before[name] for name in self._kept(state) if name not in changed}
+        result = self.result
+        changed = {*result.changed, *(result.changed_at_rest or ()), *result.changed_buffers} if result else set()
+        parameters = {name: self._digest_that_stays(name) for name in self._kept(state) if name not in changed}
         return parameters, {name: sha256 for name, sha256 in self.buffers_before.items() if name not in changed}
 
     def conclude_saved(self, args, state, differences: list[SavedDifference]) -> None:
@@ -226,7 +276,11 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         with self._watch:
             self.digests_after = from_main(self._digests(self._parts(model)))
             audit = self._names_and_optimizer(model)
-            audit.changed = self._changed(model, self._kept(state), self.digests_after)
+            changed = self._changed(model, self._kept(state), self.digests_after)
+            frozen = {*self.plan.frozen, *self.plan.frozen_rows} | (set() if self.plan.sampling else set(changed))
+            audit.changed = [name for name in changed if name in frozen]
+            if self.plan.sampling is not None:
+                audit.changed_at_rest = [name for name in changed if name not in frozen]
             self.buffers_after = from_main(buffer_digests(model))
             audit.changed_buffers = self._changed_buffers(model)
             audit.trainable_l2_delta = self._trainable_distance(model)
@@ -256,8 +310,10 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         )
 
     def _kept(self, state) -> list[str]:
-        """Names of the parameters, and of frozen rows, that no step so far was to change."""
-        return [*self.plan.frozen, *self.plan.frozen_rows, *self._unreached(state)]
+        """Names of the parameters, and of frozen rows, that no step so far was to change, or none since they came to
+        rest."""
+        names = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
+        return list(dict.fromkeys(names))
 
     def _parts(self, model: nn.Module) -> Named:
         """Every parameter by name, and each matrix of which some rows train by the name of its frozen rows too."""
@@ -265,6 +321,16 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _digests(self, parts: Named) -> dict[str, str]:
         return digests_on_main(parts, self.plan.frozen_rows)
+
+    def _digest_that_stays(self, name: str) -> str | None:
+        """sha256 of a parameter that no step may change, of when it came to rest or of the start."""
+        return self._resting.digests.get(name, self.digests_before.get(name))
+
+    def _sum_that_stays(self, name: str) -> int | None:
+        """The same of its checksum on this process; None where that is not known."""
+        if name in self._resting.digests:
+            return self._resting.sums.get(name)
+        return self.snapshot.bit_sums.get(name) if self.snapshot else None
 
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
@@ -280,12 +346,14 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             present: Their digests now, on the main process.
         """
         if is_main():
-            changed = {name for name in kept if present.get(name) != self.digests_before.get(name)}
+            changed = {name for name in kept if present.get(name) != self._digest_that_stays(name)}
         else:  # shards were gathered, and digested on the main process; a replica may differ here alone
             names = set(kept)
             replicas = [(n, p) for n, p in self._parts(model) if n in names and not is_sharded(p)]
-            totals, start = bit_sums(replicas, self.plan.frozen_rows), self.snapshot.bit_sums
-            changed = {name for name, total in totals.items() if total != start.get(name)}
+            # of what rested in the best model, which was loaded at the end, no checksum is known here
+            known = [(n, p) for n, p in replicas if n not in self._resting.digests or n in self._resting.sums]
+            totals = bit_sums(known, self.plan.frozen_rows)
+            changed = {name for name, total in totals.items() if total != self._sum_that_stays(name)}
         anywhere = set().union(*from_all(changed))
         return [name for name in kept if name in anywhere]
 
@@ -307,7 +375,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             if name not in after or after[name] != before.get(name):
                 continue
             if name in unreached:
-                reasons[name] = NOT_REACHED.format(step=unreached[name])
+                words = NOT_REACHED if self.plan.sampling is None else NEVER_DRAWN
+                reasons[name] = words.format(step=unreached[name])
             elif interrupted:
                 reasons[name] = INTERRUPTED.format(step=state.global_step)
             elif name in self._updates.due:
@@ -344,7 +413,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _conclude(self, args, state, audit: Audit) -> None:
         """Keep and write the result, log what is wrong, and stop the run if it must stop."""
-        disk_error = self._keep(args, state, audit)
+        disk_error = self._keep(args, state, audit) or self._record_draws(args, state)
         for sentence in audit.warnings():
             logger.warning("%s", sentence)
         if not audit.passed:

@@ -9,6 +9,7 @@ from partialtune.model.rows import Rows, count_rows, rows_in_words
 # Why a trainable parameter kept every bit: a warning but for KEPT_EVERY_BIT, which is a violation.
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
 NOT_REACHED = "the run ended before step {step}, from which its phase trains it"
+NEVER_DRAWN = "the run ended before step {step}, at which its block is drawn for the first time"
 ONLY_SKIPPED = "had a gradient only in steps that were skipped, because a gradient overflowed in fp16"
 TOO_SMALL = (
     "no update large enough was due: where its gradients were largest, at most {update:.2g}, and half the spacing of "
@@ -45,6 +46,8 @@ class Audit:
         rows_without_gradient: Matrices of which some rows train -> those of them that never had a gradient: a warning.
             None where there is no such matrix.
         saved: What the saved files, read back, hold otherwise than was audited: a violation. None where none were read.
+        changed_at_rest: Names of trainable tensors that changed while their block rested: a violation. None where no
+            blocks learn in turn.
     """
 
     frozen_parameters: int
@@ -63,6 +66,7 @@ class Audit:
     trainable_l2_delta: float | None = 0.0
     rows_without_gradient: dict[str, Rows] | None = None
     saved: "list[SavedDifference] | None" = None
+    changed_at_rest: list[str] | None = None
 
     @property
     def other_names(self) -> list[str]:
@@ -71,7 +75,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        changed = self.changed or self.changed_buffers or self.other_names or self.saved
+        changed = self.changed or self.changed_at_rest or self.changed_buffers or self.other_names or self.saved
         return not (changed or self.stuck or self.not_in_optimizer)
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class Audit:
                 "l2_delta": self.trainable_l2_delta,
                 **self._json_of_rows(),
             },
+            **({} if self.changed_at_rest is None else {"resting": {"changed": self.changed_at_rest}}),
             "buffers": {"persistent": self.buffers, "changed": self.changed_buffers},
             "names": {"missing": self.missing + self.missing_buffers, "new": self.new + self.new_buffers},
         }
@@ -134,6 +139,7 @@ class Audit:
             trainable_l2_delta=trainable["l2_delta"],
             rows_without_gradient=_rows_of_json(trainable.get("rows_without_gradient")),
             saved=[SavedDifference(**entry) for entry in saved["different"]] if saved.get("read_back") else None,
+            changed_at_rest=content.get("resting", {}).get("changed"),
         )
 
     def verdict(self) -> str:
@@ -144,6 +150,10 @@ class Audit:
         """The violations in words, empty if there are none."""
         parts = [  # what has gone counts as changed too, and is named once
             ("frozen parameters changed", [name for name in self.changed if name not in self.missing]),
+            (
+                "parameters changed while their block rested",
+                [name for name in self.changed_at_rest or () if name not in self.missing],
+            ),
             ("persistent buffers changed", [n for n in self.changed_buffers if n not in self.missing_buffers]),
             ("parameters of the plan are not in the model", self.missing),
             ("persistent buffers are no longer in the model", self.missing_buffers),

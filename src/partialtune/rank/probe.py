@@ -1,5 +1,6 @@
 """A short probe: model + windows of a text -> for every parameter the norms of its gradient and of its weights."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class Probe:
         weight_norms: Name -> norm of the weights.
         windows: How many windows the loss is a mean of.
         loss: That loss, in nats a token.
+        window_seconds: Forward and backward of one window, through all of the model and with all gradients.
     """
 
     plan: FreezePlan
@@ -33,6 +35,7 @@ class Probe:
     weight_norms: dict[str, float]
     windows: int
     loss: float
+    window_seconds: float
 
 
 def draw_windows(windows: Dataset, count: int, seed: int) -> Dataset:
@@ -53,12 +56,14 @@ def probe(model: PreTrainedModel, windows: Dataset, batch_size: int, head: str =
     plan = plan_freeze(model, ["all"], head=head)  # a frozen parameter would get no gradient to rank by
     apply_plan(model, plan)
     model.eval()  # dropout off: the gradient of the text, not of chance
+    start = time.perf_counter()
     loss = sum(_losses(model, windows, batch_size))
+    seconds = time.perf_counter() - start
     weights = dict(named_weights(model))
     gradient_norms = {name: 0.0 if p.grad is None else l2_norm(p.grad) for name, p in weights.items()}
     model.zero_grad(set_to_none=True)
     weight_norms = {name: l2_norm(parameter.detach()) for name, parameter in weights.items()}
-    return Probe(plan, gradient_norms, weight_norms, len(windows), loss)
+    return Probe(plan, gradient_norms, weight_norms, len(windows), loss, seconds / max(1, len(windows)))
 
 
 def _losses(model: PreTrainedModel, windows: Dataset, batch_size: int) -> Iterator[float]:

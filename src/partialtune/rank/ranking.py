@@ -7,10 +7,11 @@ https://arxiv.org/abs/2210.11466, section 4 (Auto-RGN).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
@@ -18,9 +19,10 @@ from partialtune.freeze.plan import PlannedParameter
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.layout import COMPONENTS
-from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.loading import empty_model, load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
 from partialtune.model.new_tokens import config_with, give_rows, tokens_of_recipe
+from partialtune.rank.choice_cost import ChoiceCost, costs_of
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.recipe import Recipe
 from partialtune.tables import draw_table
@@ -44,6 +46,7 @@ class Ranked:
         ratio: gradient_norm / weight_norm; None where every weight is 0.
         block: Its block, None outside the blocks.
         component: Its component, None for a whole block.
+        cost: Of training it alone; None where that was not asked for or cannot be told.
     """
 
     selector: str
@@ -53,6 +56,7 @@ class Ranked:
     ratio: float | None
     block: int | None
     component: str | None
+    cost: ChoiceCost | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Ranking:
         blocks: Every block.
         parts: Every part of every block that a selector names, and what is outside the blocks.
         chosen: Indices of the blocks to train, ascending.
+        full_step_seconds: Forward and backward of a batch where everything trains, as long as the probe took.
     """
 
     model_name: str
@@ -73,6 +78,7 @@ class Ranking:
     blocks: tuple[Ranked, ...]
     parts: tuple[Ranked, ...]
     chosen: tuple[int, ...]
+    full_step_seconds: float = 0.0
 
     @property
     def selectors(self) -> list[str]:
@@ -89,7 +95,7 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     """Rank the blocks and parts of a recipe's base by their gradients on a few batches of its training text.
 
     Args:
-        recipe: Its `trainable`, `schedule` and `method` do not matter.
+        recipe: Its `trainable`, `schedule`, `block_sampling` and `method` do not matter.
         batches: Of `per_device_train_batch_size` windows each, drawn from the training windows by the recipe's seed.
         top: How many blocks to choose, see `rank`.
 
@@ -113,15 +119,32 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     check_conformance(model, recipe.text.block_size)
     set_seed(seed)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    return rank(probe(model, windows, batch_size, recipe.freeze.head), top)
+    found = rank(probe(model, windows, batch_size, recipe.freeze.head), top, batch_size)
+    return with_costs(found, recipe, empty_model(grown))
 
 
-def rank(probe: Probe, top: int | None = None) -> Ranking:
+def with_costs(ranking: Ranking, recipe: Recipe, model: nn.Module) -> Ranking:
+    """The same ranking, each entry with what training it alone costs.
+
+    Args:
+        ranking: Without costs.
+        recipe: Its `block_size` and `head` count.
+        model: On the meta device.
+    """
+    entries = [*ranking.blocks, *ranking.parts]
+    costs = costs_of(model, [entry.selector for entry in entries], recipe.text.block_size, recipe.freeze.head)
+    groups = (ranking.blocks, ranking.parts)
+    priced = [tuple(replace(one, cost=costs[one.selector]) for one in group) for group in groups]
+    return replace(ranking, blocks=priced[0], parts=priced[1])
+
+
+def rank(probe: Probe, top: int | None = None, batch_size: int = 1) -> Ranking:
     """Order blocks and parts.
 
     Args:
         probe: Of the model on the recipe's text.
         top: How many blocks to choose; if None, a quarter of them, at least one.
+        batch_size: Windows of a step.
     """
     plan = probe.plan
     count = min(top or max(1, round(plan.block_count / USUAL_SHARE)), plan.block_count)
@@ -133,6 +156,7 @@ def rank(probe: Probe, top: int | None = None) -> Ranking:
         blocks=blocks,
         parts=_ordered(probe, _part_of),
         chosen=tuple(sorted(entry.block for entry in blocks[:count] if entry.block is not None)),
+        full_step_seconds=probe.window_seconds * batch_size,
     )
 
 
@@ -180,11 +204,24 @@ def ranking_table(ranking: Ranking, most_parts: int = 12) -> str:
     shown = ranking.parts[:most_parts]
     more = [f"... and {len(ranking.parts) - most_parts} more (--json lists them)"] if ranking.parts[most_parts:] else []
     paste = [f"To train the first {len(ranking.chosen)}:", f"  trainable: {as_yaml(ranking.selectors)}"]
-    return "\n".join([head, "", _rows("block", ranking.blocks), "", _rows("part", shown), *more, "", *paste])
+    seconds = ranking.full_step_seconds
+    tables = [_rows("block", ranking.blocks, seconds), "", _rows("part", shown, seconds)]
+    return "\n".join([head, "", *tables, *more, *_about_costs(ranking), "", *paste])
 
 
-def _rows(kind: str, entries: Sequence[Ranked]) -> str:
-    header = (kind, "parameters", "||gradient||", "||weights||", "ratio")
+def _about_costs(ranking: Ranking) -> list[str]:
+    if not any(entry.cost for entry in ranking.blocks):
+        return []
+    return [
+        "",
+        "backward: the blocks that it runs through. step: arithmetic, times the "
+        f"{ranking.full_step_seconds:.3g} s that a batch took with all gradients.",
+        "kept: the same where the states behind the frozen blocks below are kept (prefix_cache).",
+    ]
+
+
+def _rows(kind: str, entries: Sequence[Ranked], full_seconds: float) -> str:
+    header = (kind, "parameters", "||gradient||", "||weights||", "ratio", "backward", "step", "kept")
     rows = [
         (
             entry.selector,
@@ -192,22 +229,34 @@ def _rows(kind: str, entries: Sequence[Ranked]) -> str:
             f"{entry.gradient_norm:.4g}",
             f"{entry.weight_norm:.4g}",
             "-" if entry.ratio is None else f"{entry.ratio:.3e}",
+            *_cost_cells(entry.cost, full_seconds),
         )
         for entry in entries
     ]
     return draw_table([header, *rows])
 
 
-def recipe_of(values: Mapping[str, Any], ranking: Ranking) -> dict[str, Any]:
-    """A recipe that trains the chosen blocks, and is otherwise the one that was ranked.
+def _cost_cells(cost: ChoiceCost | None, full_seconds: float) -> tuple[str, str, str]:
+    if cost is None:
+        return "-", "-", "-"
+    return (
+        str(cost.backward_blocks),
+        f"{cost.of_full * full_seconds:.3g} s",
+        f"{cost.of_full_kept * full_seconds:.3g} s",
+    )
+
+
+def recipe_of(values: Mapping[str, Any], selectors: Sequence[str]) -> dict[str, Any]:
+    """A recipe that trains what was chosen, and is otherwise the one that was ranked.
 
     Args:
         values: Of that recipe, flat.
-        ranking: Its ranking.
+        selectors: What was chosen.
     """
     left_out = (
-        *("schedule", "method", "lora_rank", "lora_alpha", "resume_from_checkpoint", "prefix_cache"),
+        *("schedule", "method", "lora_rank", "lora_alpha", "lora", "block_sampling", "part_learning_rates"),
+        *("new_tokens", "new_tokens_init", "resume_from_checkpoint", "prefix_cache"),
         *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),  # it is another model
     )
     kept = {key: value for key, value in values.items() if key not in left_out}
-    return {**kept, "trainable": ranking.selectors, "output_dir": f"{values['output_dir'].rstrip('/')}-ranked"}
+    return {**kept, "trainable": list(selectors), "output_dir": f"{values['output_dir'].rstrip('/')}-ranked"}

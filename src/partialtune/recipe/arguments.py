@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
+from partialtune.grammar.rate_syntax import DECAY
 from partialtune.grammar.values import Bound, allowed, at_least
 from partialtune.text.sources import SOURCE_HELP
 
@@ -131,6 +132,29 @@ class FreezeArguments:
             "help": "Gradual unfreezing: phases {from_step or from_epoch, trainable, learning_rate?}, each adds to "
             "what trains. A phase's learning_rate (if not said, the recipe's) is that of the parameters it adds; "
             "lr_scheduler_type changes both alike, over the whole run."
+        },
+    )
+    block_sampling: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Blocks that learn in turn, beside what `trainable` says: {blocks: 2, every: 20, order: random "
+            "(LISA), ascending or descending (as BAdam), keep_state: false, candidates: 'blocks[2:]'}. Every so many "
+            "steps others are drawn, from `seed`; those that rest lose their optimizer state, or keep it."
+        },
+    )
+    part_learning_rates: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Selector -> learning rate of what it names: {embeddings: 1.0e-5, 'blocks[-1]': 1.0e-4}. The last "
+            "that matches wins; what none names has learning_rate, or its phase's. lr_scheduler_type changes all alike."
+        },
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the learning rate from each layer to the one below it, from the head (factor 1) through "
+            "the blocks to the embeddings. It leaves the rates of part_learning_rates as they are.",
+            "bound": DECAY,
         },
     )
     head: Literal["tied", "untied"] = field(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
+from partialtune.grammar.rate_syntax import read_part_rates
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, read_block_sampling
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import (
     allowed,
@@ -77,6 +79,12 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         from_start = bool(values.get("trainable", "trainable" in given)) or bool(values.get("new_tokens"))
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    if values.get("block_sampling"):
+        values["block_sampling"], wrong = read_block_sampling(values["block_sampling"])
+        problems += [Problem(given["block_sampling"].origin, "block_sampling", message) for message in wrong]
+    if "part_learning_rates" in values:
+        values["part_learning_rates"], wrong = read_part_rates(values["part_learning_rates"])
+        problems += [Problem(given["part_learning_rates"].origin, "part_learning_rates", message) for message in wrong]
     found = [*_missing(given, values), *_contradictions(values)]
     # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
     wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
@@ -122,6 +130,7 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in given or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in given and values.get("schedule") != []
+    scheduled = scheduled or ("block_sampling" in given and values.get("block_sampling") != {})
     given_tokens = "new_tokens" in given and values.get("new_tokens") != [] and values.get("method") != "lora"
     if partial and not scheduled and not given_tokens and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
@@ -159,6 +168,10 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _wrong_about_tokens(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
+    if values.get("block_sampling"):
+        yield from _wrong_beside_block_sampling(values)
+    if values.get("part_learning_rates") or values.get("layer_decay") is not None:
+        yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
@@ -201,6 +214,33 @@ def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, s
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with a schedule: until their phase parameters have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
+
+
+def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    key = "block_sampling"
+    if values.get("schedule"):
+        yield key, NOT_WITH_A_SCHEDULE
+    if values.get("method") == "full":
+        yield key, "method full trains everything in every step. Leave it out, or take method: partial."
+    if values.get("method") == "lora":
+        yield key, "method lora trains its adapters in every step. Leave it out, or take method: partial."
+    if values.get("fsdp"):
+        yield "fsdp", "shards what trains before the first step, and block_sampling draws later. Leave one of them out."
+    if values.get("ddp_find_unused_parameters") is False:
+        message = "false does not go with block_sampling: parameters of blocks that rest have no gradient"
+        yield "ddp_find_unused_parameters", f"{message}. Take it out."
+    if values.get("prefix_cache") == "memory":
+        message = "memory does not go with block_sampling: blocks below those that learn change from draw to draw"
+        yield "prefix_cache", f"{message}. Say prefix_cache: auto, or off."
+
+
+def _wrong_beside_part_rates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    keys = " and ".join(key for key in ("part_learning_rates", "layer_decay") if values.get(key))
+    if values.get("fsdp"):
+        yield "fsdp", f"the groups of {keys} are made of whole parameters, and it shards them. Leave one of them out."
+    if values.get("lr_scheduler_type") == "greedy":
+        message = f"greedy holds all rates above one bound, so that {keys} would not keep their ratios"
+        yield "lr_scheduler_type", f"{message}. Take another one, such as cosine."
 
 
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

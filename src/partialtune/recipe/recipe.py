@@ -59,6 +59,11 @@ class Recipe:
     resume: str | None
     values: dict[str, Any]
 
+    @property
+    def seed(self) -> int:
+        """Of Trainer's random numbers and of random draws of blocks."""
+        return int(self.training.get("seed", training_defaults()["seed"]))
+
 
 def read_recipe(path: str | os.PathLike, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe's file; what is given beside it wins over it.

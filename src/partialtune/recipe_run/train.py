@@ -117,7 +117,7 @@ def begin_folder(start: RunStart) -> None:
     values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
     stated = stated_by(recipe.model.model_name_or_path, start.origin.base.commit)
     write_recipe(folder / RECIPE_FILE, values, {**run_record(start), **stated})
-    print(plan_table(start.plan), flush=True)
+    print(plan_table(start.plan, start.args.learning_rate), flush=True)
     logger.info(prefix_words(start.prefix))
     logger.info("Loss: %s.", start.conformance.loss_words())
 

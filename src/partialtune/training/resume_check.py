@@ -136,6 +136,10 @@ def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _is_same(key: str, old: Any, new: Any) -> bool:
+    if (
+        key == "part_learning_rates" and isinstance(old, dict) and isinstance(new, dict)
+    ):  # the last that matches wins: their order counts
+        return list(old.items()) == list(new.items())
     return old == new or (key in SOURCE_KEYS and same_sources(old, new))
 
 
@@ -266,6 +270,7 @@ class RunOrigin:
         base, text, phases, choices: As in their classes.
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
+        rates: `layer_decay`, and in their order `part_learning_rates`; None where the recipe has neither.
         new_tokens: What was added to the tokenizer, as in `freeze_plan.json`.
     """
 
@@ -274,6 +279,7 @@ class RunOrigin:
     windows: dict[str, Any]
     phases: list[PhaseOrigin]
     choices: Choices
+    rates: dict[str, Any] | None = None
     new_tokens: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -308,8 +314,15 @@ def origin_of(
         },
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
+        _rates_of(plan),
         plan.new_tokens.to_json() if plan.new_tokens else [],
     )
+
+
+def _rates_of(plan: FreezePlan) -> dict[str, Any] | None:
+    rates: dict[str, Any] = {"part_learning_rates": [list(pair) for pair in plan.part_learning_rates]}
+    rates["layer_decay"] = plan.layer_decay
+    return {key: value for key, value in rates.items() if value} or None
 
 
 def _sample(windows: Dataset) -> dict[str, Any]:
@@ -322,6 +335,8 @@ def _sample(windows: Dataset) -> dict[str, Any]:
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
     content = {} if origin is None else asdict(origin)
+    if content.get("rates") is None:  # as it was before there were rates of parts
+        content.pop("rates", None)
     if not content.get("new_tokens"):
         content.pop("new_tokens", None)  # a run without them writes what it always wrote
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -378,6 +393,7 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
         *_text_differences(saved.text, present.text),
         *_window_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
+        *_rate_differences(saved.rates or {}, present.rates or {}),
     ]
     if found:
         raise InputError(
@@ -414,6 +430,19 @@ def _window_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
                 yield "windows: their tokens (another tokenizer, text or version of partialtune)"
         elif then.get(key) != value:
             yield f"{key}: {then.get(key)} then, {value} now"
+
+
+def _rate_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in {**then, **now}:
+        if then.get(key) != now.get(key):
+            yield f"{key}: {_rates_in_words(then.get(key))} then, {_rates_in_words(now.get(key))} now"
+
+
+def _rates_in_words(rates: Any) -> str:
+    """[["embeddings", 1e-05]] -> "embeddings 1e-05"; 0.9 -> "0.9"; None -> "none"."""
+    if isinstance(rates, list):
+        return ", ".join(f"{selector} {rate:g}" for selector, rate in rates)
+    return "none" if rates is None else f"{rates:g}"
 
 
 def _phase_differences(then: Sequence[PhaseOrigin], now: Sequence[PhaseOrigin]) -> Iterator[str]:
