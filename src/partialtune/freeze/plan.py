@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from partialtune.errors import RecipeError
@@ -20,7 +21,7 @@ from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.new_tokens import NewTokens, new_tokens_of
-from partialtune.model.rows import Rows, count_rows, other_rows_name
+from partialtune.model.rows import Rows, count_rows, other_rows_name, take_rows
 from partialtune.model.selectors import Chosen, choose
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
@@ -76,6 +77,10 @@ class PlannedParameter:
     def learning(self) -> int:
         """Number of its values that train, 0 where it is frozen."""
         return math.prod(self.learning_shape) if self.trainable else 0
+
+    def learning_part(self, values: torch.Tensor) -> torch.Tensor:
+        """Of its values those of `learning_shape`: its rows that train, in a new tensor, or all."""
+        return values if self.rows is None else take_rows(values, self.rows)
 
 
 @dataclass(frozen=True)
