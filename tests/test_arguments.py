@@ -30,6 +30,7 @@ KEYS_AND_DEFAULTS = {
     "layer_decay": None,
     "head": "tied",
     "method": "partial",
+    "lora": {},
     "lora_rank": 8,
     "lora_alpha": 16,
     "weight_decay_on": "matrices",

@@ -184,6 +184,12 @@ def test_a_model_that_has_new_tokens_or_a_plan_already_is_refused(tokenizer):
     assert len(tokenizer) == 4097
 
 
+def test_adapters_beside_new_tokens_are_refused(tokenizer):
+    model = lilliput()
+    with pytest.raises(RecipeError, match="does not go with new tokens"):
+        pt.plan_freeze(model, pt.add_tokens(model, tokenizer, TOKENS), lora={"target": ["attention"]})
+
+
 def test_a_text_is_tokenised_word_by_word_as_it_is_as_a_whole(tokenizer):
     pt.add_tokens(lilliput(), tokenizer, [*TOKENS, "before it"])
     text = f"{TEXT}a<poem>b <poem>,<drama>. before it<poem>"
@@ -472,6 +478,7 @@ def test_a_padded_matrix_prints_the_tokenizers_length_beside_its_rows(tmp_path, 
     ("changes", "words"),
     [
         ({"method": "lora", "trainable": ["attention"]}, "method lora trains adapters alone"),
+        ({"lora": {"target": ["attention"]}}, "lora: does not go with new tokens"),
         ({"new_tokens": []}, "new_tokens: got"),
         ({"new_tokens": ["<poem>", "  "], "new_tokens_init": {}}, "is no token"),
         ({"new_tokens": ["<poem>"]}, "'<drama>' is none of new_tokens"),

@@ -4,7 +4,7 @@ import ast
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,7 @@ class Way:
     head: str = "tied"
     launch: str = "one process"
     shards: bool = False
+    lora: bool = False
 
     @property
     def processes(self) -> int:
@@ -61,14 +62,18 @@ WAYS = {
     "delta": Way(checkpoint_format="delta"),
     "delta, untied head": Way(checkpoint_format="delta", head="untied"),
     "adapters": Way(method="lora"),
+    "adapters beside parts": Way(lora=True),
+    "adapters beside parts, untied head": Way(lora=True, head="untied"),
     "shards": Way(shards=True),
     "DDP": Way(launch="DDP"),
     "DDP, delta": Way(launch="DDP", checkpoint_format="delta"),
     "DDP, adapters": Way(launch="DDP", method="lora"),
+    "DDP, adapters beside parts": Way(launch="DDP", lora=True),
     "FSDP2": Way(launch="FSDP2"),
     "FSDP2, untied head": Way(launch="FSDP2", head="untied"),
     "FSDP2, delta": Way(launch="FSDP2", checkpoint_format="delta"),
     "FSDP2, adapters": Way(launch="FSDP2", method="lora"),
+    "FSDP2, adapters beside parts": Way(launch="FSDP2", lora=True),
 }
 LAUNCHES = {"cpu_two_processes.yaml": "DDP", "ddp.yaml": "DDP", "multi_node.yaml": "DDP", "fsdp2.yaml": "FSDP2"}
 # Whatever in the package writes weights: where -> which ways of saving pass it.
@@ -76,7 +81,7 @@ WRITERS = {
     "recipe_run/write_results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
     "delta_checkpoint.py": "save_file",  # deltas
     "rebuild.py": "model.save_pretrained",  # apply
-    "freeze/lora.py": "save_file",  # adapters
+    "freeze/lora.py": "save_file",  # adapters, alone or beside a delta
     "engine/trainer_overrides.py": "super(TunedTrainer, self).save_model",  # Trainer's own way, of checkpoints too
 }
 
@@ -192,6 +197,7 @@ def runs(tmp_path_factory, text):
             keys = {"method": way.method, "checkpoint_format": way.checkpoint_format, "head": way.head}
             parts = {} if way.method == "full" else {"trainable": PARTS[way.head]}
             parts = {"trainable": ["blocks[-1].attention"]} if way.method == "lora" else parts
+            parts = {**parts, "lora": {"target": ["attention"]}} if way.lora else parts
             file = folder / f"{name}.yaml"
             file.write_text(yaml.safe_dump({**recipe, **keys, **parts, "output_dir": str(folder / name)}))
             warm.start_all(["train", str(file)], way.processes, way.first)
@@ -207,7 +213,7 @@ def read_back(runs, text):
     for name, way in WAYS.items():
         if any(codes[name]):
             continue
-        kind = "adapters" if way.method == "lora" else way.checkpoint_format
+        kind = "adapters" if way.method == "lora" else "delta" if way.lora else way.checkpoint_format
         folders[name] = (kind, str(runs / name), str(Path(partialtune.__file__).parent / "builtin" / "lilliput"))
         if kind == "delta":
             out = partialtune.apply_delta(runs / name, runs / f"{name}, applied")
@@ -232,6 +238,9 @@ def test_the_files_hold_what_the_audit_states_and_the_model_that_was_scored(runs
     assert audit["saved_files"] == {"read_back": True, "different": []}
     assert read(run, "performance.json")["saved_files_check_seconds"] > 0
     for found in (read_back[name], *([read_back[applied]] if applied in read_back else [])):
+        if WAYS[name].lora and found is not read_back[name]:  # merged: of the matrices that were adapted others
+            plan = read(runs / applied, "freeze_plan.json")
+            stated = {entry["name"]: entry["sha256_after"] for entry in plan["parameters"]}
         assert found["digests"] == stated
         for text_name, loss in found["losses"].items():
             scores = read(run, "evaluation.json")[text_name]
@@ -244,7 +253,7 @@ def test_the_files_hold_what_the_audit_states_and_the_model_that_was_scored(runs
 @pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.launch != "one process"])
 def test_several_processes_really_ran_and_save_the_files_of_one(runs, name):
     runs, way = runs[0], WAYS[name]
-    alone = next(n for n, w in WAYS.items() if w == Way(way.method, way.checkpoint_format, way.head, shards=way.shards))
+    alone = next(n for n, w in WAYS.items() if w == replace(way, launch="one process"))
     assert yaml.safe_load((runs / name / "recipe.yaml").read_text())["run"]["processes"] == 2
     # what accelerate writes beside a model that it has sharded, and in no other case
     assert (runs / name / "checkpoint-1" / "pytorch_model_fsdp.bin").is_file() == (way.launch == "FSDP2")

@@ -3,29 +3,34 @@
 `delta.safetensors` holds trained parameters whole, in fp32, under the names of `named_parameters()`; it holds results,
 not differences, so that no rounding stands between a delta and its model. Of a matrix of which some rows were trained
 it holds these rows, (n, width), and `delta.json` says which they are. `delta.json` names the base and holds sha256
-digests of all its parameters and of the result's: another base is refused, and the result is checked.
+digests of all its parameters and of the result's: another base is refused, and the result is checked. LoRA adapters
+that trained beside these parts lie beside them, see `delta_adapters`.
 """
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from partialtune import __version__
+from partialtune.delta_adapters import check_adapters, read_sha256, write_beside_delta
 from partialtune.distributed import is_main
 from partialtune.errors import ModelError
 from partialtune.freeze.plan import FreezePlan, PlannedParameter
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
 from partialtune.model.new_tokens import BaseTensor
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import named_weights, plain_name, with_other_rows
+from partialtune.model.row_parameters import rows_by_matrix
 from partialtune.model.rows import Rows, as_rows, as_runs, count_rows, other_rows_name, put_rows, row_numbers, take_rows
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
 from partialtune.words import joined
@@ -33,7 +38,7 @@ from partialtune.words import joined
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of both files; later ones are refused
-WITHOUT_ROWS = 1  # what is written where whole parameters alone are stored, for versions that know no rows
+FIRST_FORMAT = 1  # what is written where whole parameters alone are stored, for versions that know no more
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Delta:
             none.
         rows: Of parameters of which rows alone are stored, which ones; all of the others is the base's.
         other_rows: sha256 of the other rows of each of these, the same before and after; None where it was not known.
+        adapters: sha256 of each file of the adapters that belong to it, by its name; empty where there are none.
         base_rows: How many rows the base has of each tensor that new tokens changed. `before` has its digest there.
         length: How many rows the result has of these; 0 where there are no new tokens.
     """
@@ -89,6 +95,7 @@ class Delta:
     config: str | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
     other_rows: Mapping[str, str | None] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
     base_rows: Mapping[str, int] = field(default_factory=dict)
     length: int = 0
 
@@ -129,19 +136,68 @@ def write_delta(
             so that the result is this very model.
         base: The model that was loaded.
     """
-    wanted = {p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name] or _base(plan, p.name)}
-    rows = _stored_rows(plan, before, after)
+    wanted = _wanted(plan, before, after)
     gathered = ((name, whole_on_main(parameter)) for name, parameter in named_weights(model) if name in wanted)
-    parts = ((name, take_rows(t, rows[name]) if name in rows else t) for name, t in gathered if t is not None)
-    values = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in parts}
-    if not is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)  # after the gathering, which every process must reach
+    values = {name: wanted[name](tensor) for name, tensor in gathered if tensor is not None}
+    if is_main():  # after the gathering, which every process must reach
+        _write(folder, model, plan, values, before, after, base)
+
+
+def write_delta_of_state(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: FreezePlan,
+    before: Mapping[str, str],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """As `write_delta`, by one process alone, with digests of the model as it is now and the base that it names.
+
+    Args:
+        folder, model, plan, before: As for `write_delta`.
+        state_dict: The model's, where it had to be gathered from several processes.
+    """
+    planned = {parameter.name for parameter in plan.parameters}
+    tensors = named_weights(model) if state_dict is None else state_dict.items()
+    named = {plain_name(name): tensor.detach() for name, tensor in tensors if plain_name(name) in planned}
+    after = digests_of(with_other_rows(named.items(), plan.rows), plan.frozen_rows)
+    values = {name: stored(named[name]) for name, stored in _wanted(plan, before, after).items()}
+    name = model.config.name_or_path or type(model).__name__  # made of a config, it has no place
+    base = Base(name, commit=getattr(model.config, "_commit_hash", None))
+    _write(folder, model, plan, values, before, after, base)
+
+
+def _wanted(
+    plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Name of each parameter that is stored -> what makes of its values those that are."""
+    rows = _stored_rows(plan, before, after)
+
+    def stored(name: str, values: torch.Tensor) -> torch.Tensor:
+        part = take_rows(values, rows[name]) if name in rows else values
+        return part.to("cpu", torch.float32).contiguous()
+
+    names = [p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name] or _base(plan, p.name)]
+    return {name: partial(stored, name) for name in names}
+
+
+def _write(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: FreezePlan,
+    values: Mapping[str, torch.Tensor],
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    base: Base,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = {name: values[name] for name in plan.adapters}
     aside = folder / f".{VALUES_FILE}.part"  # renamed when it is whole: a killed process leaves no half file
-    save_file(values, aside, metadata={"format": "pt"})
+    save_file({n: v for n, v in values.items() if n not in adapters}, aside, metadata={"format": "pt"})
     os.replace(aside, folder / VALUES_FILE)
     _write_config(folder, model)
     content = {**_description(plan, before, after, base), "config_sha256": config_digest(folder / "config.json")}
+    if plan.adapter is not None:
+        content["adapters"] = write_beside_delta(folder, model, plan.adapter, adapters)
     write_json(folder / DELTA_FILE, content)  # last: with it the delta is whole
 
 
@@ -173,9 +229,9 @@ def _with_new_rows(plan: FreezePlan, parameter: PlannedParameter) -> Rows:
 
 
 def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:
-    rows = _stored_rows(plan, before, after)
+    rows, adapters = _stored_rows(plan, before, after), set(plan.adapters)
     return {
-        "format": FORMAT if rows or plan.new_tokens else WITHOUT_ROWS,
+        "format": FORMAT if rows or plan.adapter or plan.new_tokens else FIRST_FORMAT,
         "partialtune_version": __version__,
         "base": asdict(base),
         "head": plan.head,
@@ -195,6 +251,7 @@ def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str
                 **(plan.new_tokens.of_base(parameter.name) if plan.new_tokens else {}),
             }
             for parameter in plan.parameters
+            if parameter.name not in adapters
         ],
     }
 
@@ -245,6 +302,7 @@ def read_delta(folder: Path, name: str) -> Delta:
             config=content.get("config_sha256"),
             rows={e["name"]: as_rows(e["rows"], e["shape"][0]) for e in content["parameters"] if "rows" in e},
             other_rows={e["name"]: e["sha256_other_rows"] for e in content["parameters"] if "rows" in e},
+            adapters=read_sha256(content),
             base_rows={e["name"]: int(e["base_shape"][0]) for e in content["parameters"] if "base_shape" in e},
             length=max((int(e["shape"][0]) for e in content["parameters"] if "base_shape" in e), default=0),
         )
@@ -253,6 +311,7 @@ def read_delta(folder: Path, name: str) -> Delta:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
     _check_whole(delta, shapes, declared)
+    check_adapters(folder, name, delta.adapters)
     return delta
 
 
@@ -333,6 +392,21 @@ def check_base(delta: Delta, name: str, found: Mapping[str, str]) -> None:
             f"{len(different):,} of {len(delta.before):,} parameters differ ({joined(sorted(different), 160)}). "
             f"Name the model that was trained with --base."
         )
+
+
+def put_stored(delta: Delta, model: nn.Module) -> None:
+    """Write what a delta stores into a model of its base, in place, and make sure that it is what the run ended with.
+
+    Raises:
+        ModelError: If a digest differs.
+    """
+    parameters, learning = dict(named_weights(model)), rows_by_matrix(model)
+    with torch.no_grad():
+        for name in delta.stored:
+            delta.put(name, parameters[name])
+            if id(parameters[name]) in learning:  # where rows of it train: these learn through their own parameter
+                learning[id(parameters[name])].read_from(parameters[name])
+    check_result(delta, ((name, parameters[name]) for name in delta.stored))
 
 
 def check_result(delta: Delta, stored: Iterable[tuple[str, torch.Tensor]]) -> None:

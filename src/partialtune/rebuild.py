@@ -5,20 +5,21 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from partialtune.delta_checkpoint import Delta, check_base, check_config, check_result, read_delta
-from partialtune.errors import InputError, ModelError
+from partialtune.delta_checkpoint import Delta, check_base, check_config, put_stored, read_delta
+from partialtune.errors import HOW_TO_INSTALL_PEFT, InputError, ModelError, is_peft_installed
 from partialtune.files import move_all
+from partialtune.freeze.adapter_plan import merged_plan
 from partialtune.freeze.apply import untie_head
 from partialtune.model.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
 from partialtune.model.digests import buffer_digest, digests
 from partialtune.model.loading import load_config, load_model, load_tokenizer
 from partialtune.model.parameters import persistent_buffers
 from partialtune.proof.saved_files import saved_differences
-from partialtune.run_folder import check_writable
+from partialtune.run_folder import check_writable, read_json, write_json
 from partialtune.words import counted, joined
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ def load(delta: str | os.PathLike, base: str | None = None) -> PreTrainedModel:
     """The model that a delta checkpoint stands for, in fp32, in eval mode, every digest checked, its config's too.
 
     partialtune.load("outputs/gpt2-norms") -> GPT2LMHeadModel
+
+    Where adapters trained beside the delta's parts, it is a `peft.PeftModel` with these adapters, not merged.
 
     Args:
         delta: Folder or Hub id (also ID@REVISION) of a run with `checkpoint_format: delta`.
@@ -39,11 +42,16 @@ def load(delta: str | os.PathLike, base: str | None = None) -> PreTrainedModel:
             saved.
     """
     folder, name = checkpoint_folder(os.fspath(delta))
-    return _rebuild(read_delta(folder, name), base)
+    opened = read_delta(folder, name)
+    model = _rebuild(opened, base)
+    return _with_adapters(model, opened) if opened.adapters else model
 
 
 def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | None = None) -> Path:
     """Write the model that a delta stands for as a folder of its own: weights, configuration, tokenizer, freeze plan.
+
+    Adapters that belong to the delta are merged into it, as peft does it: W + (alpha / rank) B A in fp32. Each value of
+    an adapted matrix is rounded to fp32 once more than while it trained; all others keep their bits.
 
     Args:
         delta: As for `load`.
@@ -64,7 +72,10 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
     out = out.resolve()
     check_writable(out, "OUT")
     folder, name = checkpoint_folder(os.fspath(delta), TOKENIZER_FILES)
-    model = _rebuild(read_delta(folder, name), base)
+    opened = read_delta(folder, name)
+    model = _rebuild(opened, base)
+    if opened.adapters:
+        model = _with_adapters(model, opened).merge_and_unload()
     same_disk = out if empty else out.parent  # a rename within one file system is whole or not at all
     same_disk.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=same_disk, prefix=f".{out.name}-") as aside:
@@ -74,7 +85,7 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
         if (folder / "tokenizer_config.json").is_file():
             load_tokenizer(str(folder)).save_pretrained(whole)
         if (folder / PLAN_FILE).is_file():
-            shutil.copyfile(folder / PLAN_FILE, whole / PLAN_FILE)
+            _write_plan(folder / PLAN_FILE, whole / PLAN_FILE, model, merged=bool(opened.adapters))
         try:
             if empty:
                 move_all(whole, out)
@@ -83,6 +94,17 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
         except OSError as error:
             raise InputError(f"{out} could not be written: {error.strerror or error}. Name another folder.") from error
     return out
+
+
+def _write_plan(file: Path, out: Path, model: PreTrainedModel, merged: bool) -> None:
+    """The run's freeze plan for the model that was rebuilt. Once merged, an adapter is a matrix that may have moved."""
+    if not merged:
+        shutil.copyfile(file, out)
+        return
+    try:
+        write_json(out, merged_plan(read_json(file), digests(model)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} cannot be read as a freeze plan ({error}). Fetch it again.") from error
 
 
 def _check_written(whole: Path, model: PreTrainedModel, out: Path) -> None:
@@ -98,6 +120,15 @@ def _check_written(whole: Path, model: PreTrainedModel, out: Path) -> None:
             f"{out} was not written: read back, its files are not the model that was rebuilt. "
             f"{counted(len(different), 'difference')}: {joined([str(one) for one in different], 240)}."
         )
+
+
+def _with_adapters(model: PreTrainedModel, delta: Delta) -> Any:
+    """The base with the delta's values, and over it the adapters that trained beside them: a `peft.PeftModel`."""
+    if not is_peft_installed():
+        raise ModelError(f"{delta.name}: {HOW_TO_INSTALL_PEFT}")
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(delta.folder)).eval()
 
 
 def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
@@ -118,11 +149,7 @@ def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
     if delta.grows:
         with torch.random.fork_rng(devices=[]):  # it draws values for the new rows, all of which the delta stores
             model.resize_token_embeddings(delta.length, mean_resizing=False)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in delta.stored:
-            delta.put(name, parameters[name])
-    check_result(delta, ((name, parameters[name]) for name in delta.stored))
+    put_stored(delta, model)
     model.config.name_or_path = delta.name
     return model
 

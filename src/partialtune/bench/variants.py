@@ -16,7 +16,7 @@ from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
 POLICY_KEYS = (
-    *("method", "trainable", "schedule", "block_sampling", "head", "lora_rank", "lora_alpha", "prefix_cache"),
+    *("method", "trainable", "schedule", "block_sampling", "head", "lora", "lora_rank", "lora_alpha", "prefix_cache"),
     *("part_learning_rates", "layer_decay"),
 )
 # The keys of what a run writes, sends, evaluates, and of its length: a measurement sets these itself.

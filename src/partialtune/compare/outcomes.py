@@ -14,6 +14,7 @@ import yaml
 from partialtune.compare.learning_rates import RateTrial
 from partialtune.compare.run_queue import FAILURES
 from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
+from partialtune.freeze.adapter_plan import FACTOR
 from partialtune.metrics import HEADLINE
 from partialtune.net.addresses import sources_without_secrets
 from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
@@ -139,6 +140,7 @@ class Row:
         words += [f"schedule of {len(values['schedule'])}"] if values.get("schedule") else []
         sampling = values.get("block_sampling")
         words += [f"{sampling['blocks']} blocks in turn"] if sampling else []
+        words += [f"lora: {selector}" for selector in as_list((values.get("lora") or {}).get("target"))]
         return words or ["all"]
 
     def spread(self, measure: str) -> Spread | None:
@@ -174,7 +176,8 @@ def read_outcome(folder: str | os.PathLike, code: int | None = None, reason: str
         run, code, reason = None, FreezeViolation.exit_code, "the freeze audit failed"
     texts = run.texts if run else {}
     # adapters are no part of the base: their start is drawn from the seed
-    of_the_base = [entry for entry in plan["parameters"] if values.get("method") != "lora" or not entry["trainable"]]
+    adapts = values.get("method") == "lora" or values.get("lora")
+    of_the_base = [entry for entry in plan["parameters"] if not (adapts and FACTOR.fullmatch(entry["name"]))]
     return Outcome(
         folder=folder,
         values=values,

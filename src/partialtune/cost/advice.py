@@ -75,7 +75,7 @@ def _where_backward_stops(
 ) -> str | None:
     """What trains first decides how far backward runs; something near to it may stop it much earlier."""
     passed, frozen = len(plan.blocks_passed), len(plan.frozen_blocks_passed)
-    if not passed or plan.changes_on_the_way:
+    if not passed or plan.changes_on_the_way or (plan.adapter is not None and plan.parts):
         return None
     for cause, selectors, head in _alternatives(plan):
         try:

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from partialtune.delta_checkpoint import put_stored, read_delta, write_delta_of_state
 from partialtune.distributed import done_together
 from partialtune.engine.checkpoint_files import (
     ASIDE,
@@ -177,13 +178,19 @@ class TunedTrainer(Base):
             write_state(Path(self.args.output_dir) / TRAINER_STATE_NAME, self.state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as the model was loaded, each tied tensor once, and without the pickle; of LoRA the adapters alone."""
+        """Save as the model was loaded, each tied tensor once, and without the pickle; of LoRA the adapters alone.
+
+        Adapters beside trained parts of the base are saved as a delta: the base itself is in neither.
+        """
         # All of Trainer's ways to save end here. Without, the saved config has `use_cache: false`, FSDP saves a tied
         # head twice, LoRA the whole model, and `training_args.bin` is a pickle that nobody should have to open.
-        folder = Path(output_dir or self.args.output_dir)
-        if self.tuning.plan.adapter is None:
+        folder, plan = Path(output_dir or self.args.output_dir), self.tuning.plan
+        if plan.adapter is None:
             with self.tuning.as_loaded():
                 super()._save(output_dir, state_dict and with_ties(state_dict, self.model))
+        elif self.args.should_save and plan.parts:
+            with self.tuning.as_loaded():
+                write_delta_of_state(folder, self.model, plan, self.tuning.audit_callback.digests_before, state_dict)
         elif self.args.should_save:
             save_adapters(self.model, folder, state_dict)
         if self.args.should_save and self.changes.whole_checkpoints:
@@ -248,13 +255,19 @@ class TunedTrainer(Base):
     # ---- what is loaded again ---------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A checkpoint of LoRA holds the adapters alone, and Trainer looks for them in its own wrapper only."""
+        """A checkpoint of LoRA holds the adapters, and a delta of what trained beside them, and not the base.
+
+        Trainer looks for adapters in its own wrapper only, and knows no deltas.
+        """
         # Without, adapters are not loaded, and a damaged file ends in a traceback and exit code 1.
         with read_with_care(Path(resume_from_checkpoint)):
             if self.tuning.plan.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-            else:
-                load_adapters(self.model, load_file(Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME))
+                return
+            folder = Path(resume_from_checkpoint)
+            if self.tuning.plan.parts:
+                put_stored(read_delta(folder, folder.name), self.model)
+            load_adapters(self.model, load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME))
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""

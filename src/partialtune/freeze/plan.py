@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from partialtune.errors import RecipeError
+from partialtune.freeze.adapter_plan import FACTOR, Adapter, checked_lora, with_adapters
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import padded_matrices, plan_html
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
+from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, Lora
 from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
-from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
 from partialtune.grammar.schedule_syntax import STARTS, read_schedule
 from partialtune.model.new_tokens import NewTokens, new_tokens_of
 from partialtune.model.rows import Rows, count_rows, other_rows_name, take_rows
@@ -119,23 +121,6 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """The LoRA adapters of a plan.
-
-    Attributes:
-        rank: Rows of A, columns of B.
-        alpha: What B A is multiplied with, times the rank.
-        modules: Paths of the matrices that get one.
-        seed: Of the start values of A.
-    """
-
-    rank: int
-    alpha: int
-    modules: tuple[str, ...]
-    seed: int
-
-
-@dataclass(frozen=True)
 class FreezePlan:
     """What trains and what stays, decided before anything is touched. Print it, save it, test it without weights.
 
@@ -147,8 +132,8 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
-            that may learn; what learns at one time says `phase_at`.
-        adapter: For LoRA: what `apply_plan` puts into the model, and what alone trains.
+             that may learn; what learns at one time says `phase_at`.
+        adapter: For LoRA: what `apply_plan` puts into the model, and what trains, alone or beside parts of the base.
         sampling: The blocks that learn in turn; None where none do.
         part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
         layer_decay: Factor of the rate from one layer to the one below it.
@@ -188,6 +173,16 @@ class FreezePlan:
     def frozen(self) -> list[str]:
         """Names of the parameters that no phase trains."""
         return [parameter.name for parameter in self.parameters if not parameter.trainable]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the matrices of adapters."""
+        return [name for name in self.trainable if FACTOR.fullmatch(name)] if self.adapter is not None else []
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the base's own parameters that some phase trains: all that trains but adapters."""
+        return [name for name in self.trainable if self.adapter is None or not FACTOR.fullmatch(name)]
 
     @property
     def rows(self) -> dict[str, Rows]:
@@ -285,7 +280,7 @@ class FreezePlan:
             "selectors": list(self.selectors),
             "ties": [list(pair) for pair in self.ties],
             "fixed": self.fixed,
-            **({"adapter": {"rank": self.adapter.rank, "alpha": self.adapter.alpha}} if self.adapter else {}),
+            **({"adapter": self.adapter.to_json()} if self.adapter else {}),
             **({"sampling": self.sampling.to_json()} if self.sampling else {}),
             **rates_to_json(self),
             **({"tokenizer_length": self.tokenizer_length} if padded_matrices(self) else {}),
@@ -337,6 +332,7 @@ def plan_freeze(
     schedule: Sequence[Mapping[str, Any]] = (),
     before_text: bool = False,
     *,
+    lora: Mapping[str, Any] | Lora | None = None,
     block_sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
     part_learning_rates: Mapping[str, float] | None = None,
@@ -355,12 +351,16 @@ def plan_freeze(
             trains; in its list `!selector` takes away from what that list adds.
         before_text: Whether phases may begin at `from_epoch`, for a plan that is shown and not carried out: how many
             steps an epoch has is known once the text is read.
+        lora: Adapters, `{"target": ["attention"], "rank": 8, "alpha": 16}`: every matrix in a block that `target`
+            chooses gets one, which learns from the first step. What `trainable` and `schedule` choose learns beside
+            them; both may be empty here.
         block_sampling: Blocks that learn in turn, beside `trainable`, which learns in every step:
             `{"blocks": 2, "every": 20, "order": "random", "keep_state": False, "candidates": ["blocks[2:]"]}`. Not
-            together with a schedule.
-        seed: Of random draws of blocks.
+            together with a schedule, nor with lora.
+        seed: Of random draws of blocks, and of the start values of adapters.
         part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
-            matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own.
+            matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own. An
+            adapter has the rate of the matrix that it adapts.
         layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
@@ -376,16 +376,25 @@ def plan_freeze(
     first = [trainable] if isinstance(trainable, str) else list(trainable)
     if block_sampling and schedule:
         raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
-    new_tokens = new_tokens_of(model)
+    if block_sampling and lora:
+        raise RecipeError(f"block_sampling: {NOT_WITH_LORA}")
+    lora, new_tokens = checked_lora(lora), new_tokens_of(model)
+    if lora and new_tokens:
+        raise RecipeError(f"lora: {NOT_WITH_NEW_TOKENS}")
     if new_tokens is not None and head == "untied" and new_tokens.in_embedding in first:
         first = list(dict.fromkeys([*first, new_tokens.in_head]))  # `add_tokens` could not know
-    additions = _additions(first, schedule, before_text)
+    additions = _additions(first, schedule, before_text, trains_from_start=bool(first or lora))
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    chosen = _what_trains(structure, additions) if first or not block_sampling else {}
-    parameters = tuple(_planned_parameters(structure, additions, chosen))
+    chosen = _what_trains(structure, additions, lora is not None) if first or not block_sampling else {}
     selectors = tuple(selector for addition in additions for selector in addition["trainable"])
+    adapter = None
+    if lora is not None:
+        structure, adapter, adapters = with_adapters(model, structure, lora, seed, beside_parts=bool(chosen))
+        chosen |= {name: (Chosen(selector), 0) for name, selector in adapters.items()}
+        selectors += adapter.selectors
+    parameters = tuple(_planned_parameters(structure, additions, chosen))
     if block_sampling:
         sampling, drawn = plan_sampling(structure, block_sampling, chosen, seed)
         parameters = tuple(in_turn(parameters, sampling, drawn))
@@ -401,6 +410,7 @@ def plan_freeze(
         parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
         ties=tuple(structure.ties),
         phases=phases,
+        adapter=adapter,
         sampling=sampling,
         part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
         layer_decay=read_layer_decay(layer_decay)[0],
@@ -414,31 +424,38 @@ def _start_words(step: int | None, epoch: float | None) -> str:
     return f"step {step}" if epoch is None else f"epoch {epoch:g}"
 
 
-def _additions(first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool) -> list[dict[str, Any]]:
+def _additions(
+    first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool, trains_from_start: bool
+) -> list[dict[str, Any]]:
     """The entries of the schedule, checked, and before them what trains from the start."""
     # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
-    entries, problems = read_schedule(schedule, trains_from_start=bool(first))
+    entries, problems = read_schedule(schedule, trains_from_start)
     if not before_text and any("from_epoch" in entry for entry in entries):
         problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
     if problems:
         raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
-    return [{"from_step": 0, "trainable": first}, *entries] if first or not entries else entries
+    return [{"from_step": 0, "trainable": first}, *entries] if trains_from_start or not entries else entries
 
 
-def _what_trains(structure: ModelStructure, additions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Chosen, int]]:
-    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it."""
+def _what_trains(
+    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], allow_empty: bool
+) -> dict[str, tuple[Chosen, int]]:
+    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it.
+
+    `allow_empty`: the first entry may hold nothing, where adapters train from the start.
+    """
     starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
     trains: dict[str, tuple[Chosen, int]] = {}
     for number, addition in enumerate(additions):
         try:
-            chosen = choose(structure, addition["trainable"])
+            chosen = choose(structure, addition["trainable"], allow_empty and not number)
             _refuse_other_rows(chosen, trains)
         except RecipeError as problem:
             where = f"schedule, from {starts[number]}: " if number else ""
             raise RecipeError(f"{where}{problem}") from problem
         # What trains already keeps its phase and its rate, though a later entry names it again.
         new = {name: (what, number) for name, what in chosen.items() if name not in trains}
-        if not new:
+        if not new and addition["trainable"]:
             since = starts[max(trains[name][1] for name in chosen)]
             raise RecipeError(
                 f"schedule, from {starts[number]}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "

@@ -58,6 +58,7 @@ def plan_of_recipe(
         head=freeze.head,
         schedule=schedule,
         before_text=before_text,
+        lora=freeze.lora or None,
         block_sampling=freeze.block_sampling,
         seed=seed,
         **rates,

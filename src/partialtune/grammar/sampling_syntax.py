@@ -20,6 +20,7 @@ KEYS = {  # type and bound
 NOT_WITH_A_SCHEDULE = (
     "does not go with a schedule, whose phases add to what trains, while drawn blocks rest again. Keep one of them."
 )
+NOT_WITH_LORA = "does not go with lora, whose adapters learn in every step. Keep one of them."
 REQUIRED = {"blocks": "how many blocks learn at one time", "every": "for how many steps"}
 
 

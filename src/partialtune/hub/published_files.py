@@ -137,10 +137,10 @@ def _finishing(run: Path) -> str:
 
 def _lacking_weights(run: Path) -> list[str]:
     """What is missing for the model in the folder to load."""
-    for config in ("adapter_config.json", "delta.json"):
-        if (run / config).is_file():
-            weights = run / config.replace("_config", "_model").replace(".json", ".safetensors")
-            return [] if weights.is_file() else [weights.name]
+    instead = [config for config in ("adapter_config.json", "delta.json") if (run / config).is_file()]
+    if instead:  # both where adapters trained beside parts of the base
+        weights = [run / config.replace("_config", "_model").replace(".json", ".safetensors") for config in instead]
+        return [file.name for file in weights if not file.is_file()]
     index = run / "model.safetensors.index.json"
     names = {"config.json", *(_shards(index) if index.is_file() else ["model.safetensors"])}
     return sorted(name for name in names if not (run / name).is_file())

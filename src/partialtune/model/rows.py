@@ -66,6 +66,11 @@ def other_rows_name(name: str, rows: Rows) -> str:
     return f"{name} (rows other than {rows_in_words(rows)})"
 
 
+def name_with_rows(name: str, rows: Rows | None) -> str:
+    """name_with_rows("wte.weight", ((3, 5), (7, 8))) -> "wte.weight[3:5,7]"; the name itself where it is all of it."""
+    return name if rows is None else f"{name}[{rows_in_words(rows)}]"
+
+
 def take_rows(values: torch.Tensor, rows: Rows) -> torch.Tensor:
     """These rows of a tensor in a new tensor, in their order: (n, ...)."""
     return torch.cat([values[start:stop] for start, stop in rows])

@@ -132,17 +132,28 @@ class RunFiles:
 
     @property
     def selectors(self) -> list[str]:
-        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning. With new tokens the
-        plan's, which has the selectors of their rows.
+        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning.
+
+        Adapters beside it are shown as the plan shows them: `lora: attention`; with new tokens the plan's selectors
+        are, which have those of their rows.
         """
         if self.plan.get("new_tokens"):
             return as_list(self.plan.get("selectors"))
-        return as_list(self.recipe.get("trainable")) or ["all"]
+        target = as_list((self.recipe.get("lora") or {}).get("target"))
+        if target and self.adapts:
+            return target
+        return [*as_list(self.recipe.get("trainable")), *(f"lora: {one}" for one in target)] or ["all"]
 
     @property
     def adapts(self) -> bool:
-        """Whether LoRA adapters trained, so that the folder holds these and not a whole model."""
-        return self.recipe.get("method") == "lora"
+        """Whether LoRA adapters trained and nothing else, so that the folder holds these and not a whole model."""
+        beside = self.recipe.get("trainable") or self.recipe.get("schedule")
+        return self.recipe.get("method") == "lora" or bool(self.recipe.get("lora") and not beside)
+
+    @property
+    def adapts_beside_parts(self) -> bool:
+        """Whether LoRA adapters trained beside parts of the base, so that the folder holds a delta and these."""
+        return bool(self.recipe.get("lora")) and not self.adapts
 
     @property
     def texts(self) -> dict[str, Mapping[str, Any]]:

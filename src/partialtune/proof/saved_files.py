@@ -52,7 +52,11 @@ def saved_differences(
     try:
         if is_delta(folder):
             saved = load_config(str(folder), trust_remote_code=remote_code)
-            return [*_delta_differences(folder, model, digests, plan), *_config_differences(model.config, saved)]
+            return [
+                *_delta_differences(folder, model, digests, plan),
+                *(_adapter_differences(folder, plan, digests) if plan is not None and plan.adapter is not None else ()),
+                *_config_differences(model.config, saved),
+            ]
         if plan is not None and plan.adapter is not None:
             return [*_adapter_differences(folder, plan, digests)]
         weights = open_weights(folder, folder.name, remote_code)
@@ -119,9 +123,10 @@ def _delta_differences(
     for name, parameter in present.items():
         stored[name] = digest_with_rows(parameter, delta.rows[name], values.read(name))
     of_base = {name: sha256 for name, sha256 in delta.before.items() if name not in stored}
-    whole = {name: sha256 for name, sha256 in digests.items() if plan is None or name not in plan.frozen_rows}
+    not_here = {*plan.frozen_rows, *plan.adapters} if plan is not None else set()
+    whole = {name: sha256 for name, sha256 in digests.items() if name not in not_here}
     yield from _compared(whole, {**of_base, **stored})
-    for name in delta.after.keys() - whole.keys():
+    for name in delta.after.keys() - {name for name, _ in named_weights(model)}:
         yield SavedDifference(name, NOT_OF_THE_MODEL)
     for name, sha256 in whole.items():
         if delta.after.get(name) != sha256:
@@ -133,12 +138,13 @@ def _delta_differences(
 
 
 def _adapter_differences(folder: Path, plan: FreezePlan, digests: Mapping[str, str]) -> Iterator[SavedDifference]:
-    """Of the adapters, which are all that is saved: the base's own weights were audited in memory."""
+    """Of the adapters; the base's own weights were audited in memory, and what trained of them lies in the delta."""
     file = TensorFiles([folder / ADAPTER_SAFE_WEIGHTS_NAME])
     names = {plain_name(name): name for name in file.names}
-    trained = {name: digests[name] for name in plan.trainable if name in digests}
+    of_adapters = set(plan.adapters)
+    trained = {name: sha256 for name, sha256 in digests.items() if name in of_adapters}
     yield from _compared(trained, digests_of((name, file.read(names[name])) for name in trained if name in names))
-    for name in names.keys() - set(plan.trainable):
+    for name in names.keys() - of_adapters:
         yield SavedDifference(name, NOT_OF_THE_MODEL)
     config = read_json(folder / ADAPTER_CONFIG_NAME)
     for key, value in (("r", plan.adapter.rank), ("lora_alpha", plan.adapter.alpha)):

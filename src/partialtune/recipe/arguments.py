@@ -167,6 +167,14 @@ class FreezeArguments:
             "adapters (through peft) beside the matrices that `trainable` selects in the blocks."
         },
     )
+    lora: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "Adapters (through peft) beside what `trainable` selects: {target, rank?, alpha?}. Every matrix in "
+            "a block that the selectors in `target` choose gets one; rank is 8 and alpha 16 where they are not said. "
+            "method: lora is short for it, with nothing else that trains."
+        },
+    )
     lora_rank: int = field(
         default=8, metadata={"help": "Rank of an adapter's product, for method lora.", "bound": at_least(1)}
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
+from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, read_lora
 from partialtune.grammar.rate_syntax import read_part_rates
-from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, read_block_sampling
+from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA, read_block_sampling
 from partialtune.grammar.schedule_syntax import read_schedule
 from partialtune.grammar.values import (
     allowed,
@@ -76,9 +77,13 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        from_start = bool(values.get("trainable", "trainable" in given)) or bool(values.get("new_tokens"))
+        from_start = bool(values.get("trainable", "trainable" in given) or values.get("new_tokens")) or "lora" in given
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    if "lora" in values:
+        lora, wrong = read_lora(values["lora"])
+        values["lora"] = {"target": list(lora.target), "rank": lora.rank, "alpha": lora.alpha}
+        problems += [Problem(given["lora"].origin, "lora", message) for message in wrong]
     if values.get("block_sampling"):
         values["block_sampling"], wrong = read_block_sampling(values["block_sampling"])
         problems += [Problem(given["block_sampling"].origin, "block_sampling", message) for message in wrong]
@@ -130,9 +135,10 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in given or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in given and values.get("schedule") != []
-    scheduled = scheduled or ("block_sampling" in given and values.get("block_sampling") != {})
-    given_tokens = "new_tokens" in given and values.get("new_tokens") != [] and values.get("method") != "lora"
-    if partial and not scheduled and not given_tokens and ("trainable" not in given or values.get("trainable") == []):
+    others = {"lora": values.get("method") != "lora", "new_tokens": values.get("new_tokens") != []}
+    others["block_sampling"] = values.get("block_sampling") != {}
+    scheduled = scheduled or any(key in given and trains for key, trains in others.items())
+    if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
 
@@ -161,8 +167,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("checkpoint_format") == "delta" and values.get("trust_remote_code"):
         message = "delta: a model whose code comes with it is not made whole again without that code"
         yield "checkpoint_format", f"{message}. Leave it out."
-    if values.get("checkpoint_format") == "delta" and values.get("method") == "lora":
-        yield "checkpoint_format", "delta: adapters are all that method lora saves. Leave it out."
+    if values.get("checkpoint_format") == "delta" and _adapters_alone(values):
+        method = "method lora" if values.get("method") == "lora" else "a run with lora and no trainable"
+        yield "checkpoint_format", f"delta: adapters are all that {method} saves. Leave it out."
     yield from _wrong_selectors(values)
     if "new_tokens" in values or "new_tokens_init" in values:
         yield from _wrong_about_tokens(values)
@@ -196,6 +203,8 @@ def _wrong_about_tokens(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from wrong_new_tokens(tokens, init)
     if tokens and values.get("method") == "lora":
         yield "new_tokens", "method lora trains adapters alone, and new tokens train rows. Leave one of them out."
+    elif tokens and values.get("lora"):
+        yield "lora", NOT_WITH_NEW_TOKENS
 
 
 def _wrong_beside_a_kept_prefix(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -224,6 +233,8 @@ def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[st
         yield key, "method full trains everything in every step. Leave it out, or take method: partial."
     if values.get("method") == "lora":
         yield key, "method lora trains its adapters in every step. Leave it out, or take method: partial."
+    if values.get("lora"):
+        yield key, NOT_WITH_LORA
     if values.get("fsdp"):
         yield "fsdp", "shards what trains before the first step, and block_sampling draws later. Leave one of them out."
     if values.get("ddp_find_unused_parameters") is False:
@@ -243,18 +254,35 @@ def _wrong_beside_part_rates(values: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "lr_scheduler_type", f"{message}. Take another one, such as cosine."
 
 
+def _adapters_alone(values: Mapping[str, Any]) -> bool:
+    """Whether adapters train, and nothing beside them."""
+    beside = values.get("trainable") or values.get("schedule")
+    return values.get("method") == "lora" or ("lora" in values and not beside)
+
+
 def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if values.get("method") != "lora":
-        for key in ("lora_rank", "lora_alpha"):
-            if key in values:
-                yield key, f"is for method: lora, and method is {values.get('method', 'partial')}. Take it out."
+    method, lora = values.get("method", "partial"), values.get("lora")
+    for key in ("lora_rank", "lora_alpha"):
+        if key in values and method != "lora":
+            instead = f"Say {key.removeprefix('lora_')} in lora" if lora else "Take it out"
+            yield key, f"is for method: lora, and method is {method}. {instead}."
+    if lora and method == "lora":
+        trained = values.get("trainable") or ["attention"]
+        message = f"method: lora is short for lora: {{target: [{', '.join(trained)}]}} with nothing else that trains"
+        yield "lora", f"{message}. Keep one of the two; beside lora, trainable says what else trains."
+    elif lora and method == "full":
+        yield "lora", "method full trains every matrix itself. Leave lora out, or take method: partial."
+    if not lora and method != "lora":
         return
     if not is_peft_installed():
-        yield "method", HOW_TO_INSTALL_PEFT
-    if values.get("schedule"):
+        yield ("lora" if lora else "method"), HOW_TO_INSTALL_PEFT
+    if method == "lora" and values.get("schedule"):
         yield "schedule", "method lora trains its adapters from the first step. Leave it out, or take method: partial."
-    if values.get("head") == "untied":
+    if values.get("head") == "untied" and _adapters_alone(values):
         yield "head", "an adapter stands beside its base as it is, tied. Leave it out, or take method: partial."
+    if values.get("trust_remote_code") and not _adapters_alone(values):
+        message = "with trainable it saves a delta, and a model whose code comes with it is not made whole again of one"
+        yield "lora", f"{message}. Leave one of the two out."
 
 
 def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:

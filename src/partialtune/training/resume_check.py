@@ -33,6 +33,7 @@ from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
+from partialtune.model.rows import name_with_rows
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
 from partialtune.recipe.key_rules import training_defaults
@@ -204,7 +205,7 @@ def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     with read_with_care(checkpoint):
         groups = saved_groups(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         held = {str(name) for group in groups for name in group["params"]}
-    trained = set(plan.phase_at(step - 1).trainable)
+    trained = {name_with_rows(name, plan.rows.get(name)) for name in plan.phase_at(step - 1).trainable}
     if held != trained:
         both = {"not in the plan": sorted(held - trained), "not in the checkpoint": sorted(trained - held)}
         differences = "; ".join(f"{len(names)} {where}, as {names[0]}" for where, names in both.items() if names)

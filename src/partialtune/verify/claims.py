@@ -1,18 +1,19 @@
 """Selectors, or a run's freeze plan -> the claim of what may have moved between a base and an adapted checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from partialtune.errors import ModelError
-from partialtune.model.digests import digest
+from partialtune.freeze.adapter_plan import FACTOR, adapted_matrix
+from partialtune.model.digests import digest, digests_of
 from partialtune.model.rows import Rows, as_rows, as_runs, other_rows_name
 from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
-from partialtune.verify.open_checkpoint import Adapters, adapted_matrix
+from partialtune.verify.open_checkpoint import Adapters
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
     rows = _rows(structure, named, file, adapted)
     for name, trained in rows.items():
-        for digests_of, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
+        for found, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
             if named[name].get(key):
-                digests_of[other_rows_name(name, trained)] = named[name][key]
+                found[other_rows_name(name, trained)] = named[name][key]
     content = read_json(file)
     try:
         lengths = {
@@ -137,17 +138,34 @@ def _entries(file: Path, adapted: str) -> dict[str, dict[str, Any]]:
     return entries
 
 
+@dataclass(frozen=True)
+class AdaptedBase:
+    """A checkpoint of adapters, not merged.
+
+    Attributes:
+        under: What they stand on: the base, or the base with the values of the delta that lies beside them.
+        adapters: They themselves.
+    """
+
+    under: Weights
+    adapters: Adapters
+
+
 def claim_of_adapters(
-    base: Weights, adapters: Adapters, plan: Path, trainable: Sequence[str] | None
+    structure: ModelStructure, base: Weights, adapted: AdaptedBase, plan: Path, trainable: Sequence[str] | None
 ) -> tuple[Claim | None, tuple[str, ...]]:
-    """What may be adapted, by selectors or by the run's plan, and adapters that are not those that the run ended with.
+    """What may move, by selectors or by the run's plan; and names of what is not what the run ended with.
+
+    These are adapters, and parameters under them: what a delta holds, which in the merged model cannot be told from
+    what adapters make of it.
 
     Raises:
         ModelError: If the plan cannot be read.
         RecipeError: If a selector cannot be applied.
     """
+    adapters, name = adapted.adapters, adapted.adapters.name
     if trainable is not None:
-        return claim_of_selectors(base.structure, trainable), ()
+        return claim_of_selectors(structure, trainable), ()
     if not plan.is_file():
         return None, ()
     try:
@@ -155,21 +173,46 @@ def claim_of_adapters(
         entries = {entry["name"]: entry for entry in content["parameters"]}
         adapter = content.get("adapter")
         scale = adapter["alpha"] / adapter["rank"] if adapter else None
-        planned = {name: entry["sha256_after"] for name, entry in entries.items() if entry["trainable"]}
-        before = {name: entry["sha256_before"] for name, entry in entries.items() if name not in planned}
+        trains = {name for name, entry in entries.items() if entry["trainable"] is True}
+        planned = {name: entries[name]["sha256_after"] for name in trains if FACTOR.fullmatch(name)}
+        own = {
+            structure.by_name[name].name: (entry["sha256_before"], entry["sha256_after"])
+            for name, entry in entries.items()
+            if name in structure.by_name
+        }
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"{adapters.name}: its {plan.name} cannot be read as a freeze plan ({error}).") from error
-    others = {name for name in planned.keys() | adapters.tensors.keys() if not _is_as_planned(name, planned, adapters)}
+        raise ModelError(f"{name}: its {plan.name} cannot be read as a freeze plan ({error}).") from error
+    before = {name: sha256 for name, (sha256, _) in own.items() if sha256}
+    # of a matrix that is adapted too all of it moves when they are merged
+    in_part = {structure.by_name[n].name: e for n, e in entries.items() if n in structure.by_name}
+    rows = {n: r for n, r in _rows(structure, in_part, plan, name).items() if n not in adapters.adapted}
+    others = {one for one in planned.keys() | adapters.tensors.keys() if not _is_as_planned(one, planned, adapters)}
+    others |= _others_under_adapters(base, adapted, own, trains) if adapted.under is not base else set()
+    verb = "adapts" if trains == planned.keys() else "trains or adapts"
     return (
         Claim(
-            text=f"only what {plan.name} of {adapters.name} adapts may move; base and adapters have to be as it "
+            text=f"only what {plan.name} of {name} {verb} may move; base and adapters have to be as it "
             f"says ({len(before):,} and {len(planned):,} digests)",
-            trainable=frozenset(map(adapted_matrix, planned)),  # the plan names adapters; what moves is their matrix
-            before={name: sha256 for name, sha256 in before.items() if sha256 and name in base.structure.by_name},
+            trainable=frozenset(map(adapted_matrix, trains)),  # the plan names adapters; what moves is their matrix
+            rows=rows,
+            before=before,
+            head=content.get("head") if adapted.under is not base else None,
             scale=scale,
         ),
         tuple(sorted(others)),
     )
+
+
+def _others_under_adapters(
+    base: Weights, adapted: AdaptedBase, own: Mapping[str, tuple[str, str]], trains: Set[str]
+) -> set[str]:
+    """Parameters of a delta that are not what its run ended with; frozen ones have to be the base's own bits."""
+    under = adapted.under
+    found = digests_of((name, under.read(name)) for name in own)
+    others = {name for name, (_, after) in own.items() if after and found[name] != after}
+    frozen = [name for name in adapted.adapters.adapted if name not in trains]  # merged they may move
+    of_base = digests_of((name, base.read(name)) for name in frozen)
+    return others | {name for name in frozen if found.get(name, of_base[name]) != of_base[name]}
 
 
 def _is_as_planned(name: str, planned: dict[str, str], adapters: Adapters) -> bool:

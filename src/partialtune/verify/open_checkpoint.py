@@ -16,6 +16,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from partialtune.delta_checkpoint import Delta, check_base, read_delta
 from partialtune.errors import ModelError
+from partialtune.freeze.adapter_plan import adapted_matrix
 from partialtune.model.checkpoint_folder import checkpoint_folder
 from partialtune.model.digests import digests_of
 from partialtune.model.loading import empty_model, load_config
@@ -26,7 +27,7 @@ from partialtune.run_folder import is_delta, read_json
 
 
 def open_checkpoint(folder: Path, name: str, at_hand: Weights | None = None) -> Weights:
-    """The weights of a whole model, or of the model that a delta stands for.
+    """The weights of a whole model, or of the model that a delta stands for, its adapters merged where it has some.
 
     Args:
         folder: Holds the checkpoint.
@@ -36,14 +37,17 @@ def open_checkpoint(folder: Path, name: str, at_hand: Weights | None = None) -> 
     Raises:
         ModelError: If the files are damaged, or neither `at_hand` nor the model that a delta names is its base.
     """
-    return _open_delta(folder, name, at_hand) if is_delta(folder) else open_weights(folder, name)
+    if not is_delta(folder):
+        return open_weights(folder, name)
+    parts = open_delta(folder, name, at_hand)
+    return open_adapters(folder, name, parts).merged_into(parts) if holds_adapters(folder) else parts
 
 
 # ---- deltas ---------------------------------------------------------------------------------------------------------
 
 
-def _open_delta(folder: Path, name: str, at_hand: Weights | None) -> Weights:
-    """What a delta stores over what its base holds, streamed where the base is."""
+def open_delta(folder: Path, name: str, at_hand: Weights | None) -> Weights:
+    """What a delta stores over what its base holds, streamed where the base is; without adapters that belong to it."""
     delta = read_delta(folder, name)
     base = at_hand if at_hand is not None and _digests(delta, at_hand) == delta.before else _named_base(delta)
     config = load_config(str(folder))
@@ -114,7 +118,7 @@ class Adapters:
         return self.scale * (product.T if self.transposed else product)
 
     def merged_into(self, base: Weights) -> Weights:
-        """The base as the adapters change it, one tensor at a time."""
+        """The base as the adapters change it, one tensor at a time. The base is a delta's model, where there is one."""
         adapted = set(self.adapted)
 
         def read(name: str) -> torch.Tensor:
@@ -124,14 +128,10 @@ class Adapters:
         return Weights(self.folder, self.name, base.config, base.structure, base.buffers, (), base.streamed, read=read)
 
 
-def adapted_matrix(name: str) -> str:
-    """adapted_matrix("h.0.attn.c_attn.lora_A.weight") -> "h.0.attn.c_attn.weight"."""
-    return f"{name.partition('.lora_')[0]}.weight"
-
-
 def holds_adapters(folder: Path) -> bool:
-    """Whether a folder holds adapters in place of a model."""
-    return (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds adapters in place of a model, or beside a delta that they belong to."""
+    alone = is_delta(folder) or not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and alone
 
 
 def open_adapters(folder: Path, name: str, base: Weights) -> Adapters:

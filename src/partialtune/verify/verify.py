@@ -21,9 +21,10 @@ from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
 from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
-from partialtune.verify.claims import Claim, claim_of_adapters, claim_of_plan, claim_of_selectors
+from partialtune.run_folder import is_delta
+from partialtune.verify.claims import AdaptedBase, Claim, claim_of_adapters, claim_of_plan, claim_of_selectors
 from partialtune.verify.comparison import ComparedParameter, Comparison, notes_on
-from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_adapters, open_checkpoint
+from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_adapters, open_checkpoint, open_delta
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
@@ -32,6 +33,10 @@ SHOWN_ROWS = 5
 ADAPTERS_NOTE = (
     "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
     "merged into it."
+)
+BESIDE_DELTA_NOTE = (
+    "{name} holds adapters beside a delta. What moved of a matrix that they adapt is what they make of it when they "
+    "are merged into it."
 )
 
 
@@ -52,13 +57,16 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         ModelError: If one of the two cannot be read, or they are not the same model.
         RecipeError: If a selector cannot be applied.
     """
-    before, after, adapters = _open_both(base, adapted)
+    before, after, adapted_base = _open_both(base, adapted)
+    adapters = adapted_base.adapters if adapted_base else None
     is_claimed = trainable is not None or (after.folder / PLAN_FILE).is_file()
-    structure = _common_structure(before, after, may_be_longer=is_claimed)
-    claim, other_adapters = _claim(structure, before, after, adapters, trainable)
+    structure = _common_structure(before, after, may_be_longer=is_claimed and adapters is None)
+    claim, others = _claim(structure, before, after, adapted_base, trainable)
     parameters, rounded, digests_before, digests_after = _compare_all(structure, before, after, claim)
     unclaimed = _unclaimed_rows(before, parameters, claim)
-    changed_config = _changed_adapters(adapters, claim) if adapters else _changed_config(before, after, claim)
+    changed_config = _changed_adapters(adapters, claim) if adapters else []
+    if adapters is None or is_delta(adapters.folder):
+        changed_config += _changed_config(before, after, claim)
     if not unclaimed and any(parameter.new_rows for parameter in parameters):  # with the rows comes their number
         changed_config = [one for one in changed_config if one.partition(" ")[0].rpartition(".")[2] != "vocab_size"]
     comparison = Comparison(
@@ -69,23 +77,27 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         changed_buffers=_changed_buffers(before, after),
         changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
-        not_the_result=other_adapters if claim is None else (*other_adapters, *_other_than(claim.after, digests_after)),
+        not_the_result=others if claim is None else (*others, *_other_than(claim.after, digests_after)),
         new_rows_unclaimed=unclaimed,
     )
     notes = notes_on(comparison, before, after, rounded)
-    return replace(comparison, notes=(*([ADAPTERS_NOTE.format(name=after.name)] if adapters else []), *notes))
+    if adapters:
+        note = BESIDE_DELTA_NOTE if is_delta(adapters.folder) else ADAPTERS_NOTE
+        notes = [note.format(name=after.name), *notes]
+    return replace(comparison, notes=tuple(notes))
 
 
-def _open_both(base: str, adapted: str) -> tuple[Weights, Weights, Adapters | None]:
-    """Base and adapted checkpoint, and the adapters that make the second of the first, where it is made so."""
+def _open_both(base: str, adapted: str) -> tuple[Weights, Weights, AdaptedBase | None]:
+    """Base and adapted checkpoint, and what makes the second of the first where adapters do."""
     with _as("BASE"):
         before = open_checkpoint(*checkpoint_folder(base))
     with _as("ADAPTED"):
         folder, name = checkpoint_folder(adapted)
         if not holds_adapters(folder):
             return before, open_checkpoint(folder, name, before), None
-        adapters = open_adapters(folder, name, before)
-        return before, adapters.merged_into(before), adapters
+        under = open_delta(folder, name, before) if is_delta(folder) else before
+        adapters = open_adapters(folder, name, under)
+        return before, adapters.merged_into(under), AdaptedBase(under, adapters)
 
 
 def _compare_all(
@@ -205,13 +217,13 @@ def _claim(
     structure: ModelStructure,
     before: Weights,
     after: Weights,
-    adapters: Adapters | None,
+    adapted: AdaptedBase | None,
     trainable: Sequence[str] | None,
 ) -> tuple[Claim | None, tuple[str, ...]]:
-    """What may have moved, and names of adapters that are not those that the run ended with."""
+    """What may have moved, and names of what under an adapter, or in it, is not what the run ended with."""
     plan = after.folder / PLAN_FILE
-    if adapters:
-        return claim_of_adapters(before, adapters, plan, trainable)
+    if adapted:
+        return claim_of_adapters(structure, before, adapted, plan, trainable)
     if trainable is not None:
         return claim_of_selectors(structure, trainable), ()
     return claim_of_plan(structure, plan, after.name) if plan.is_file() else None, ()
