@@ -1,6 +1,7 @@
 """New tokens get a row each, which starts as it says and alone trains; they travel with everything that is saved."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 import partialtune as pt
-from conftest import some_windows
+from conftest import REPOSITORY, some_windows
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import InputError, ModelError, RecipeError
@@ -526,6 +527,19 @@ def test_rank_bench_and_learning_rates_take_such_a_recipe(tmp_path, capfd):
     words = ["--output_dir", str(tmp_path / "compared"), "--learning_rates", "1e-3", "1e-2"]
     Path(tmp_path / "two.yaml").write_text(yaml.safe_dump(values(tmp_path, max_steps=2, trainable=["final_norm"])))
     assert main(["compare", recipe, str(tmp_path / "two.yaml"), *words]) == 0
+
+
+def test_the_snippet_of_the_page_does_what_stands_there(tmp_path):
+    page = (REPOSITORY / "docs" / "what-may-learn.md").read_text(encoding="utf-8")
+    section = page[page.index("## New tokens") :].split("\n## ")[0]
+    (yaml_text,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    (python,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    made: dict = {}
+    exec(compile(python.replace("openai-community/gpt2", str(LILLIPUT)), "what-may-learn.md", "exec"), made)
+    recipe = recipe_from_values({**values(tmp_path), **yaml.safe_load(yaml_text)})
+    plan = plan_of_recipe(empty_base(recipe.model), recipe.freeze)
+    assert made["plan"].new_tokens.tokens == plan.new_tokens.tokens
+    assert made["plan"].rows == plan.rows == {"transformer.wte.weight": ((4096, 4098),)}
 
 
 def test_input_errors_of_the_library_are_input_errors(tokenizer):

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from partialtune.delta_checkpoint import Delta, check_base, check_config, put_stored, read_delta
