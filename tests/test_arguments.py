@@ -15,6 +15,8 @@ KEYS_AND_DEFAULTS = {
     "model_revision": "main",
     "dropout": "model",
     "trust_remote_code": False,
+    "new_tokens": [],
+    "new_tokens_init": {},
     "text": MISSING,
     "text_cleaning": "auto",
     "text_column": "text",

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import plan_before_text
-from partialtune.model.loading import empty_model, load_config
 from partialtune.model.model_checks import check_fit
+from partialtune.model.new_tokens import empty_base
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
@@ -123,9 +123,8 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
         InputError: If the model cannot be had, is too short for the windows, or a selector is wrong.
     """
     base = recipe.model
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
-    model = empty_model(config, base.trust_remote_code)
+    model = empty_base(base)
+    check_fit(base.model_name_or_path, model.config, recipe.text.block_size, vocabulary=0)
     return model, last_phase(plan_before_text(model, recipe.freeze, recipe.seed))
 
 

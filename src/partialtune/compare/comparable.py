@@ -14,7 +14,10 @@ from partialtune.net.addresses import sources_without_secrets
 from partialtune.training.resume_check import recipe_differences
 
 # What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
-BASE_AND_TEXT = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
+BASE_AND_TEXT = (
+    *("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column"),
+    *("new_tokens", "new_tokens_init"),  # which make other windows, and other parameters of the base
+)
 TEXT_SETTINGS = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share", "eval_texts")
 SEED_KEYS = ("seed", "data_seed")
 # What may differ, since that may be what is compared, but is said beside the table.

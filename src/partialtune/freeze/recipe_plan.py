@@ -10,6 +10,7 @@ that is shown; after it, `in_steps` and `plan_of_recipe` make the one that is ca
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,8 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.grammar.selector_syntax import parse_selector
+from partialtune.model.new_tokens import new_tokens_of
 from partialtune.recipe.arguments import FreezeArguments
 
 
@@ -27,15 +30,17 @@ def plan_of_recipe(
     schedule: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
     before_text: bool = False,
+    tokenizer_length: int | None = None,
 ) -> FreezePlan:
     """The plan of a recipe. The model is not touched and may lie on the meta device.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, which has the recipe's new tokens by now.
         freeze: The recipe's arguments; `method: full` has `trainable: [all]` by now.
         schedule: The recipe's, in steps.
         seed: Of the start values of adapters, and of random draws of blocks.
         before_text: As in `plan_freeze`.
+        tokenizer_length: Tokens of the model's tokenizer, which are said beside the rows of a padded matrix.
 
     Raises:
         RecipeError: As `plan_freeze` and `plan_lora`.
@@ -46,9 +51,10 @@ def plan_of_recipe(
     }
     if freeze.method == "lora":
         return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
-    return plan_freeze(
+    new_tokens = new_tokens_of(model)
+    plan = plan_freeze(
         model,
-        freeze.trainable,
+        [*freeze.trainable, *(new_tokens.selectors if new_tokens else [])],
         head=freeze.head,
         schedule=schedule,
         before_text=before_text,
@@ -57,15 +63,26 @@ def plan_of_recipe(
         seed=seed,
         **rates,
     )
+    return plan if tokenizer_length is None else replace(plan, tokenizer_length=tokenizer_length)
 
 
-def plan_before_text(model: nn.Module, freeze: FreezeArguments, seed: int = 0) -> FreezePlan:
+def names_rows(freeze: FreezeArguments) -> bool:
+    """Whether a selector names rows, so that a plan tells the tokenizer's length."""
+    return any(
+        parse_selector(text).rows is not None
+        for text in [*freeze.trainable, *(text for entry in freeze.schedule for text in entry["trainable"])]
+    )
+
+
+def plan_before_text(
+    model: nn.Module, freeze: FreezeArguments, seed: int = 0, tokenizer_length: int | None = None
+) -> FreezePlan:
     """The plan of a recipe whose text was not read: a phase that begins at an epoch has no step yet.
 
     Raises:
         RecipeError: As `plan_of_recipe`.
     """
-    return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True)
+    return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True, tokenizer_length=tokenizer_length)
 
 
 def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from partialtune.pages.figures import describe_figures
 from partialtune.pages.findings import (
     audit_problems,
     length_finding,
+    new_tokens_words,
     replayed_share,
     score_changes,
     text_label,
@@ -74,6 +75,7 @@ def render_card(run: RunFiles) -> str:
             revision=run.recipe.get("hub_revision"),
             verifiable_base=verifiable_base(run),
             share=trained_share(run),
+            new_tokens=new_tokens_words(run),
             is_delta=is_delta(run.folder),
             findings=verdict(run),
             problems=audit_problems(run),

@@ -46,6 +46,22 @@ def trained_share(run: RunFiles) -> str:
     return f"{count(trainable)} of {count(total)} parameters ({percent(trainable / total)})"
 
 
+def new_tokens_words(run: RunFiles) -> str:
+    """What was added to the tokenizer, and that the scores before are not quite the base's; empty where nothing was."""
+    tokens = run.plan.get("new_tokens", [])
+    if not tokens:
+        return ""
+    starts = [f"{one['token']} (row {count(one['row'])}, from {_start_of(one)})" for one in tokens]
+    return (
+        f"New tokens: {', '.join(starts)}. The base has none of them: the scores before are those of the base with "
+        f"these tokens and their start values."
+    )
+
+
+def _start_of(token: Mapping[str, Any]) -> str:
+    return f"the mean of “{token['init']}”" if token.get("init_rows") else "the mean of all rows"
+
+
 def trained_title(run: RunFiles, limit: int = 104) -> str:
     """What trained, in a line of about `limit` characters: the selectors and the share of the parameters."""
     share = trained_share(run)

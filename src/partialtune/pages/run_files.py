@@ -134,8 +134,11 @@ class RunFiles:
     def selectors(self) -> list[str]:
         """The recipe's `trainable`, and blocks in turn; `all` without both, as it may be for full fine-tuning.
 
-        Adapters beside it are shown as the plan shows them: `lora: attention`.
+        Adapters beside it are shown as the plan shows them: `lora: attention`; with new tokens the plan's selectors
+        are, which have those of their rows.
         """
+        if self.plan.get("new_tokens"):
+            return as_list(self.plan.get("selectors"))
         target = as_list((self.recipe.get("lora") or {}).get("target"))
         if target and self.adapts:
             return target

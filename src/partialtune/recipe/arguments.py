@@ -50,6 +50,19 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model on the Hub."}
     )
+    new_tokens: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tokens to add to the tokenizer. Their rows train, in the embedding and in the head, beside what "
+            "`trainable` selects, which may then be absent."
+        },
+    )
+    new_tokens_init: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "New token -> words whose rows are averaged for its start; the others start from the mean of all."
+        },
+    )
 
 
 @dataclass(frozen=True)

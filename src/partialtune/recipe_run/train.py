@@ -227,6 +227,7 @@ def trainer_at_start(start: RunStart) -> RecipeTrainer:
         prefix=start.prefix,
         conformance=start.conformance,
         origin=start.origin,
+        tokenizer=start.tokenizer,
     )
     check_start(start.origin.base.sha256, run.tuning.audit_callback.digests_before)
     return run

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.engine.attach import attach, put_in_front
@@ -81,6 +88,7 @@ def make_trainer(
     prefix: Sequence[PrefixPhase],
     conformance: Conformance,
     origin: RunOrigin | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RecipeTrainer:
     """The Trainer of the run.
 
@@ -91,6 +99,7 @@ def make_trainer(
         prefix: Of `prefix_phases`.
         conformance: Of `check_conformance`.
         origin: What the run began with, for its checkpoints; None where nothing will go on from them.
+        tokenizer: Is put into its checkpoints where the run has added tokens to it: the base's would not fit them.
     """
     return attached_trainer(
         plan=plan,
@@ -100,6 +109,7 @@ def make_trainer(
         fast_paths=recipe.speed.fast_paths,
         prefix=prefix,
         origin=origin,
+        tokenizer=tokenizer if plan.new_tokens else None,
         conformance=conformance,
         tokens_per_byte=tokens_per_byte(args, data),
         model=model,
@@ -127,6 +137,7 @@ def attached_trainer(
     fast_paths: Collection[str] = (),
     prefix: Sequence[PrefixPhase] = (),
     origin: RunOrigin | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     conformance: Conformance | None = None,
     tokens_per_byte: float | None = None,
     data_collator: Callable[..., Any] = collate_windows,
@@ -137,6 +148,7 @@ def attached_trainer(
         plan, delta_steps, stop_on_violation, weight_decay_on, fast_paths: As for `attach`.
         prefix: What each phase does with its frozen prefix; nothing is kept where it is absent.
         origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
+        tokenizer: Is put into each checkpoint; None for none.
         conformance: Whether the model's own loss is used, and the values of its config that the run changed.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
         order: That of the windows, where some of them are replayed ones.
@@ -157,6 +169,12 @@ def attached_trainer(
     if conformance.loss_fault:
         trainer.model_accepts_loss_kwargs = False  # its forward pass takes no loss: the number of targets is ours
     stop = StopOnSignal()
+
+    def write_beside(folder: Path) -> None:
+        write_origin(folder, origin)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
     tuning = attach(
         trainer,
         plan,
@@ -166,7 +184,7 @@ def attached_trainer(
         prefix_cache=prefix or "off",
         weight_decay_on=weight_decay_on,
         whole_checkpoints=True,
-        write_beside=lambda folder: write_origin(folder, origin),
+        write_beside=write_beside,
         save_now=lambda: stop.agreed,
     )
     trainer.changes.train_order = order

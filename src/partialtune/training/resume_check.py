@@ -269,6 +269,7 @@ class RunOrigin:
             there are, and a digest of some.
         rates: `part_learning_rates` and `layer_decay` in words; None where the recipe has neither.
         sampling: The plan's, where blocks learn in turn.
+        new_tokens: What was added to the tokenizer, as in `freeze_plan.json`; None where nothing was.
     """
 
     base: BaseOrigin
@@ -278,6 +279,7 @@ class RunOrigin:
     choices: Choices
     rates: dict[str, str] | None = None
     sampling: dict[str, Any] | None = None
+    new_tokens: list[dict[str, Any]] | None = None
 
 
 def origin_of(
@@ -313,6 +315,7 @@ def origin_of(
         Choices(args.bf16, list(prefix)),
         rates_in_words(plan) or None,
         None if plan.sampling is None else plan.sampling.to_json(),
+        plan.new_tokens.to_json() if plan.new_tokens else None,
     )
 
 
@@ -366,7 +369,9 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
     Raises:
         InputError: If base, text, windows or trainable parameters differ; names every difference.
     """
+    tokens = [[f"{one['token']} from {one['init']}" for one in origin.new_tokens or []] for origin in (saved, present)]
     found = [
+        *([f"new_tokens: {tokens[0]} then, {tokens[1]} now"] if tokens[0] != tokens[1] else []),
         *_base_differences(saved.base, present.base),
         *_text_differences(saved.text, present.text),
         *_setting_differences(saved.windows, present.windows),
