@@ -23,7 +23,7 @@ SEED_KEYS = ("seed", "data_seed")
 # What may differ, since that may be what is compared, but is said beside the table.
 LENGTH_KEYS = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("bf16", "fp16"),
+    *("bf16", "fp16", "early_stopping_patience", "early_stopping_threshold"),
 )
 
 

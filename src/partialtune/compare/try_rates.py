@@ -72,13 +72,13 @@ def try_rate(
         changed = {"learning_rate": rate, "output_dir": folder, "report_to": "none"}
         args = training_arguments({**recipe.training, **changed, "eval_strategy": "no", "save_strategy": "no"})
         one_device_a_process(args)
-        suit_length(args, {**recipe.training, "eval_strategy": "no"}, len(data.train), held_out=False)
+        suit_length(args, {**recipe.training, "eval_strategy": "no"}, data.epoch_windows, held_out=False)
         model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
         if new_tokens is not None:
             give_rows(model, new_tokens)
         check_finite(base.model_name_or_path, model)
         conformance = check_conformance(model, recipe.text.block_size)
-        steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
+        steps = steps_an_epoch(args, data.epoch_windows), run_length(args, data.epoch_windows)
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
         prefix = prefix_phases(recipe, plan, model, args)
         model.to(args.device)

@@ -15,7 +15,9 @@ from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
 from partialtune.pages.findings import (
     audit_problems,
+    length_finding,
     new_tokens_words,
+    replayed_share,
     score_changes,
     text_label,
     trained_share,
@@ -81,6 +83,8 @@ def render_card(run: RunFiles) -> str:
             prompts=run.evaluation.get("prompts", []),
             figures=describe_figures(run),
             sources=run.record.get("sources", []),
+            replayed_share=replayed_share(run),
+            stopped=length_finding(run),
             versions=run.record.get("versions", {}),
             frozen_values=run.frozen_values,
         )

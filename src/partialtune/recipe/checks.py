@@ -25,6 +25,7 @@ from partialtune.grammar.values import (
 )
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.arguments import argument_fields, default_of
+from partialtune.recipe.early_stopping import wrong_about_early_stopping
 from partialtune.recipe.key_rules import (
     ALIASES,
     LENGTHS,
@@ -37,6 +38,7 @@ from partialtune.recipe.key_rules import (
     unknown_key,
 )
 from partialtune.recipe.parsing import Entry, Problem, Words, word_value
+from partialtune.recipe.replay_key import read_replay, wrong_beside_replay
 from partialtune.recipe.trainer_checks import training_problems
 from partialtune.text.sources import SOURCE_FORMS
 
@@ -80,6 +82,9 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         from_start = bool(values.get("trainable", "trainable" in given) or values.get("new_tokens")) or "lora" in given
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    if "replay" in values:
+        values["replay"], wrong = read_replay(values["replay"])
+        problems += [Problem(given["replay"].origin, "replay", message) for message in wrong]
     if "lora" in values:
         lora, wrong = read_lora(values["lora"])
         values["lora"] = {"target": list(lora.target), "rank": lora.rank, "alpha": lora.alpha}
@@ -154,7 +159,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "window_stride", "is for window_sampling: chunked; random windows have no stride. Leave one of them out."
     if values.get("eval_strategy", "no") != "no" and values.get("validation_share") == 0:
         yield "eval_strategy", "needs held-out text, and validation_share is 0. Set validation_share to 0.1, say."
-    names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
+    names_metric = any(
+        values.get(key) for key in ("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience")
+    )
     if values.get("save_strategy") == "best" and not names_metric:
         yield "save_strategy", "best needs metric_for_best_model: loss."
     # Reentrant checkpointing passes no gradient on in a block whose input requires none: the embeddings' output would
@@ -180,6 +187,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("part_learning_rates") or values.get("layer_decay") is not None:
         yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
+    yield from wrong_beside_replay(values)
+    yield from wrong_about_early_stopping(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
 

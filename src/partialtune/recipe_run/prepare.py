@@ -21,10 +21,9 @@ from partialtune.model.model_checks import check_finite, check_fit, check_ids, c
 from partialtune.model.new_tokens import NewTokens, config_with, give_rows, tokens_of_recipe
 from partialtune.model.train_mode import check_support
 from partialtune.recipe.arguments import ModelArguments
+from partialtune.recipe.early_stopping import implied_by_early_stopping
 from partialtune.recipe.recipe import Recipe
-from partialtune.run_folder import recorded_sources
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.reading import check_texts_unchanged
 from partialtune.training.launch import check_engine, check_precision, check_processes, one_device_a_process
 from partialtune.training.recipe_trainer import prefix_phases, tokens_per_byte
 from partialtune.training.resume_check import (
@@ -39,8 +38,14 @@ from partialtune.training.resume_check import (
     standing_of,
     with_choices,
 )
-from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
-from partialtune.training.training_data import RunData, data_of_recipe
+from partialtune.training.settings import (
+    run_length,
+    steps_an_epoch,
+    suit_length,
+    training_arguments,
+    warn_of_patience,
+)
+from partialtune.training.training_data import RunData, check_run_texts_unchanged, data_of_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +119,7 @@ def prepare(recipe: Recipe) -> RunStart | None:
         _warn_of_unused(new_tokens, data)
     conformance = check_conformance(model, recipe.text.block_size)
     check_support(args, model)
-    plan = _plan_in_steps(recipe, args, model, len(data.train), len(tokenizer))
+    plan = _plan_in_steps(recipe, args, model, data.epoch_windows, len(tokenizer))
     prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, saved))
     origin = decided_by_main(lambda: origin_of(recipe, args=args, model=model, data=data, plan=plan, prefix=prefix))
     if checkpoint is not None and saved is not None:
@@ -127,9 +132,7 @@ def prepare(recipe: Recipe) -> RunStart | None:
 
 def _say_finished(recipe: Recipe, folder: Path) -> None:
     """Say that there is nothing to do, once the texts are known to be those of the run."""
-    unread = decided_by_main(
-        lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
-    )
+    unread = decided_by_main(lambda: check_run_texts_unchanged(folder, recipe.values))
     not_compared = f" Not looked at again: {', '.join(unread)}." if unread else ""
     logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared)
 
@@ -142,7 +145,8 @@ def _resumed(recipe: Recipe, folder: Path) -> tuple[Path | None, RunOrigin | Non
 
 def _checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArguments:
     """Trainer's arguments, once launcher, processes and engine are known to fit them."""
-    args = training_arguments(with_choices(recipe.training, saved))
+    given = implied_by_early_stopping(recipe.values) | recipe.training
+    args = training_arguments(with_choices(given, saved))
     check_precision({"bf16": args.bf16, "fp16": args.fp16})  # again: `bf16: auto` is decided by now
     check_processes(args)
     one_device_a_process(args)
@@ -184,7 +188,9 @@ def _checked_data(
     """The run's windows and texts; `args` get what follows from how many windows there are."""
     data = first_on_each_node(lambda: data_of_recipe(recipe, args, tokenizer))
     decided_by_main(lambda: check_ids(recipe.model.model_name_or_path, config, data.largest_ids))
-    suit_length(args, recipe.training, len(data.train), held_out=data.held_out is not None)
+    early = recipe.evaluation.early_stopping_patience
+    suit_length(args, recipe.training, data.epoch_windows, data.held_out is not None, stops_early=early is not None)
+    warn_of_patience(args, early, data.epoch_windows)
     decided_by_main(lambda: tokens_per_byte(args, data))  # the best model may be chosen by what this text has not
     return data
 

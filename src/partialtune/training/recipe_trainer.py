@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.engine.attach import attach, put_in_front
@@ -19,8 +26,9 @@ from partialtune.metrics import best_model_metric, value_of_loss
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.recipe.recipe import Recipe
 from partialtune.training.performance import EndOfCallbacks, ProductCount, StepTimer, TrainingProgress
+from partialtune.training.replay import ReplayOrder
 from partialtune.training.resume_check import RunOrigin, write_origin
-from partialtune.training.stopping import BatchWatch, StopOnSignal
+from partialtune.training.stopping import BatchWatch, EarlyStopping, StopOnSignal
 from partialtune.training.training_data import RunData, collate_windows
 
 
@@ -52,6 +60,7 @@ class RecipeTrainer:
         timer: Of its steps.
         products: Counts those of the first step.
         stop: Turns signals into a checkpoint and an end.
+        early_stopping: Where the recipe asks for it.
     """
 
     trainer: Trainer
@@ -59,6 +68,7 @@ class RecipeTrainer:
     timer: StepTimer
     products: ProductCount
     stop: StopOnSignal
+    early_stopping: EarlyStopping | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Train, from a checkpoint where there is one."""
@@ -104,7 +114,9 @@ def make_trainer(
         tokens_per_byte=tokens_per_byte(args, data),
         model=model,
         args=args,
-        train_dataset=data.train,
+        train_dataset=data.rows,
+        order=data.order,
+        early_stopping=early_stopping_of(recipe, args),
         eval_dataset=data.held_out,
         data_collator=collate_windows,
     )
@@ -116,6 +128,8 @@ def attached_trainer(
     model: PreTrainedModel,
     args: TrainingArguments,
     train_dataset: Dataset,
+    order: ReplayOrder | None = None,
+    early_stopping: EarlyStopping | None = None,
     eval_dataset: Dataset | None = None,
     delta_steps: int = 10,
     stop_on_violation: bool = True,
@@ -137,6 +151,8 @@ def attached_trainer(
         tokenizer: Is put into each checkpoint; None for none.
         conformance: Whether the model's own loss is used, and the values of its config that the run changed.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
+        order: That of the windows, where some of them are replayed ones.
+        early_stopping: Ends the run where the held-out loss no longer improves.
         model, args, train_dataset, eval_dataset, data_collator: As for the Trainer.
     """
     conformance = conformance or Conformance()
@@ -171,18 +187,28 @@ def attached_trainer(
         write_beside=write_beside,
         save_now=lambda: stop.agreed,
     )
+    trainer.changes.train_order = order
     tuning.config_as_loaded = config_as_loaded
     tuning.audit_callback.interrupted = lambda: stop.asked_to_stop(args)
     timer, products = StepTimer(), ProductCount(lambda: tuning.fast.hits)
     # The clock comes first, and `train` puts its end last. The count has to end before a step may be refused.
     best = BestMetric(args.metric_for_best_model, tokens_per_byte)
-    put_in_front(trainer, [timer, products, BatchWatch(train_dataset), best])
+    put_in_front(trainer, [timer, products, BatchWatch(train_dataset, order.texts if order else None), best])
     for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
         trainer.remove_callback(printer)
     bar = [] if args.disable_tqdm else [TrainingProgress()]
-    for callback in (stop, FirstStepRecord(), *bar):
+    for callback in (stop, *([early_stopping] if early_stopping else []), FirstStepRecord(), *bar):
         trainer.add_callback(callback)
-    return RecipeTrainer(trainer, tuning, timer, products, stop)
+    return RecipeTrainer(trainer, tuning, timer, products, stop, early_stopping)
+
+
+def early_stopping_of(recipe: Recipe, args: TrainingArguments) -> EarlyStopping | None:
+    """The callback that a recipe's `early_stopping_patience` asks for; None for none, and where a trial of a learning
+    rate evaluates nothing on the way."""
+    asked = recipe.evaluation
+    if asked.early_stopping_patience is None or args.eval_strategy == IntervalStrategy.NO:
+        return None
+    return EarlyStopping(asked.early_stopping_patience, asked.early_stopping_threshold)
 
 
 class BestMetric(TrainerCallback):

@@ -13,6 +13,7 @@ from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
+from partialtune.verify.draws import read_draws
 from partialtune.verify.open_checkpoint import Adapters
 
 
@@ -31,6 +32,7 @@ class Claim:
         scale: For LoRA, alpha / rank of the run; None if unknown.
         lengths: Of each tensor that new tokens changed, by name: how long it is in the base, and in the result.
         new_rows: Rows of the new tokens.
+        faults: Sentences on what the run's own record says against itself.
     """
 
     text: str
@@ -42,6 +44,7 @@ class Claim:
     scale: float | None = None
     lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     new_rows: Rows = ()
+    faults: tuple[str, ...] = ()
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -62,7 +65,7 @@ def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> C
 def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     """That only what a run's `freeze_plan.json` trains moved, from its digests before to its digests after.
 
-    Parameters that the plan does not list are frozen.
+    Parameters that the plan does not list are frozen. Where blocks learnt in turn, so are those that were never drawn.
 
     Args:
         structure: Of both checkpoints.
@@ -99,16 +102,19 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     except (KeyError, TypeError, IndexError) as error:
         raise ModelError(f"{adapted}: its {file.name} is damaged, in what it says of new tokens ({error}).") from error
     digests = f"{len(before):,} digests before and {len(after):,} after"
+    draws = read_draws(file.parent, content, adapted)
+    never = {structure.by_name[name].name for name in draws.never}
     return Claim(
-        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
+        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says{draws.words}",
         # `is True`: a damaged plan's "false" is a text, and must not let a parameter move
-        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
+        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True) - never,
         rows=rows,
         before=before,
         after=after,
         head=content.get("head"),
         lengths=lengths,
         new_rows=new_rows,
+        faults=draws.faults,
     )
 
 

@@ -97,6 +97,7 @@ class Comparison:
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
         new_rows_unclaimed: Parameters with more rows than the base's, or other ones, than a plan says of new tokens.
         notes: What else a reader should know.
+        faults_of_the_record: Sentences on what the run's own files say against each other.
     """
 
     base: str
@@ -109,6 +110,7 @@ class Comparison:
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     new_rows_unclaimed: tuple[str, ...] = ()
+    faults_of_the_record: tuple[str, ...] = ()
 
     @property
     def moved(self) -> list[ComparedParameter]:
@@ -161,7 +163,7 @@ class Comparison:
             if differing:
                 where = f"in {counted(len(differing), 'parameter')}: {joined(differing, 160)}"
                 sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
-        return sentences
+        return [*sentences, *self.faults_of_the_record]
 
     @property
     def passed(self) -> bool | None:

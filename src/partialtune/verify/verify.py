@@ -79,6 +79,7 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=others if claim is None else (*others, *_other_than(claim.after, digests_after)),
         new_rows_unclaimed=unclaimed,
+        faults_of_the_record=() if claim is None else claim.faults,
     )
     notes = notes_on(comparison, before, after, rounded)
     if adapters:
