@@ -1,5 +1,6 @@
 """Every recipe of the repository is valid, and the numbers in its header are those of its plan."""
 
+import copy
 import re
 
 import pytest
@@ -37,7 +38,7 @@ TOKENS_OF = {"openai-community/gpt2": 50_257}
 
 def model_of(name, new_tokens=()):
     """The model's shape without weights, with rows for new tokens."""
-    model = empty_model(ON_THE_HUB.get(name) or load_config(name))
+    model = empty_model(copy.deepcopy(ON_THE_HUB.get(name)) or load_config(name))
     if new_tokens:  # the tokenizer is on the Hub, and gives the ids after its own
         tokens = tuple(NewToken(token, TOKENS_OF[name] + place) for place, token in enumerate(new_tokens))
         give_rows(model, NewTokens(tokens, TOKENS_OF[name]))

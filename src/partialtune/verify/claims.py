@@ -30,9 +30,9 @@ class Claim:
         after: The same for the adapted checkpoint.
         head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
         scale: For LoRA, alpha / rank of the run; None if unknown.
-        faults: Sentences on what the run's own record says against itself.
         lengths: Of each tensor that new tokens changed, by name: how long it is in the base, and in the result.
         new_rows: Rows of the new tokens.
+        faults: Sentences on what the run's own record says against itself.
     """
 
     text: str
@@ -42,9 +42,9 @@ class Claim:
     after: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     scale: float | None = None
-    faults: tuple[str, ...] = ()
     lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     new_rows: Rows = ()
+    faults: tuple[str, ...] = ()
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -102,7 +102,7 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     except (KeyError, TypeError, IndexError) as error:
         raise ModelError(f"{adapted}: its {file.name} is damaged, in what it says of new tokens ({error}).") from error
     digests = f"{len(before):,} digests before and {len(after):,} after"
-    draws = read_draws(file.parent, read_json(file), adapted)
+    draws = read_draws(file.parent, content, adapted)
     never = {structure.by_name[name].name for name in draws.never}
     return Claim(
         text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says{draws.words}",

@@ -109,8 +109,8 @@ class Comparison:
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    faults_of_the_record: tuple[str, ...] = ()
     new_rows_unclaimed: tuple[str, ...] = ()
+    faults_of_the_record: tuple[str, ...] = ()
 
     @property
     def moved(self) -> list[ComparedParameter]:

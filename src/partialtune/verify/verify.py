@@ -78,8 +78,8 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=others if claim is None else (*others, *_other_than(claim.after, digests_after)),
-        faults_of_the_record=() if claim is None else claim.faults,
         new_rows_unclaimed=unclaimed,
+        faults_of_the_record=() if claim is None else claim.faults,
     )
     notes = notes_on(comparison, before, after, rounded)
     if adapters:
