@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from partialtune.engine import head_loss
 from partialtune.engine.head_loss import head_cross_entropy, rows_at_once
+from partialtune.model.row_parameters import matrix_and_rows, train_rows
 
 ROWS, WIDTH, VOCABULARY = 70, 24, 301
 
@@ -57,6 +58,26 @@ def test_in_fp64_it_agrees_to_the_last_digits():
     theirs.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-14)
     assert all(far(a.grad, b.grad) < 1e-14 for a, b in zip(floats, exact, strict=True))
+
+
+def test_rows_that_train_get_their_part_of_the_weights_gradient_and_none_of_its_size_is_made(monkeypatch):
+    *exact, targets = inputs()
+    plain(*exact, targets).backward()
+    head = torch.nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)
+    head.load_state_dict({"weight": exact[1].detach(), "bias": exact[2].detach()})
+    train_rows(head, {"weight": ((7, 9), (300, 301))}, dict(head.named_parameters()))
+    shapes, made = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **kwargs: shapes.append(shape[0]) or made(*shape, **kwargs))
+    weight, rows = matrix_and_rows(head.weight)
+    hidden = exact[0].detach().requires_grad_()
+    loss = head_cross_entropy(hidden, weight, targets, head.bias, rows=rows)
+    loss.backward()
+    assert loss.item() == pytest.approx(plain(*exact, targets).item(), rel=1e-14)
+    assert far(hidden.grad, exact[0].grad) < 1e-14
+    assert far(head.bias.grad, exact[2].grad) < 1e-14
+    assert far(head.weight_rows.grad, exact[1].grad[[7, 8, 300]]) < 1e-14
+    assert (3, WIDTH) in shapes
+    assert (VOCABULARY, WIDTH) not in shapes
 
 
 def test_bf16_products_are_summed_in_fp32_and_lie_as_near_as_the_plain_bf16_loss():

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from conftest import tiny_gpt2
+from partialtune import apply_plan, plan_freeze
 from partialtune.engine.no_logits import LossWithoutLogits
 
 SMALL = {
@@ -135,6 +136,47 @@ def test_a_frozen_head_is_cast_to_bf16_once_and_a_trainable_one_each_time():
     with torch.autocast("cpu", dtype=torch.bfloat16), loss.active():
         model(input_ids=IDS, labels=labels())
     assert loss._frozen_copy is None
+
+
+@pytest.mark.parametrize(("name", "selector"), [("gpt2", "embeddings.tokens"), ("llama", "head"), ("phi", "head")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_of_a_head_get_the_gradient_that_they_have_with_all_logits(name, selector, dtype):
+    """Tied and untied, with a bias; the dtype is the model's own, of bf16 autocast's."""
+    # the usual loss takes the logits of an fp64 model in fp32 too
+    rtol, atol = (0.05, 2e-4) if dtype == torch.bfloat16 else (1e-4, 1e-7)
+    model = build(name)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    apply_plan(model, plan_freeze(model, [f"{selector}[3,100:]", "final_norm"]))
+    with autocast:
+        own, own_gradients = loss_and_gradients(model)
+        loss = LossWithoutLogits(model)
+        assert loss.refusal(IDS) == ""
+        with loss.active():
+            ours, gradients = loss_and_gradients(model)
+    assert float(ours) == pytest.approx(float(own), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert gradients.keys() == own_gradients.keys()
+    (rows,) = [gradient for key, gradient in gradients.items() if key.endswith(".weight_rows")]
+    assert rows.shape == (29, 32)
+    assert rows.any()
+    for key, gradient in own_gradients.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=rtol, atol=atol)
+
+
+def test_a_16_bit_copy_of_a_head_has_the_newest_values_of_rows_that_train():
+    model = build("llama")
+    apply_plan(model, plan_freeze(model, ["head[3:5]"]))
+    loss = LossWithoutLogits(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16), loss.active():
+        before = model(input_ids=IDS, labels=labels()).loss
+        copy = loss._frozen_copy
+        with torch.no_grad():
+            model.lm_head.weight_rows.data += 1.0  # as an optimizer may do it, past the count of versions
+            evaluated = model(input_ids=IDS, labels=labels()).loss
+        after = model(input_ids=IDS, labels=labels()).loss
+    assert loss._frozen_copy is copy
+    assert torch.equal(copy, model.state_dict()["lm_head.weight"].to(torch.bfloat16))
+    assert float(before) != float(after) == float(evaluated)
 
 
 def test_a_model_that_cannot_do_with_states_for_logits_keeps_its_own_loss():

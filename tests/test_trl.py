@@ -468,6 +468,57 @@ def test_a_frozen_head_gives_what_trls_own_function_gives(dtype, with_bias):
         torch.testing.assert_close(ours, own, atol=0.05 if low else 5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_head_get_the_gradient_that_trls_own_function_gives_them(dtype):
+    from trl.kernels import ChunkedLogProbFunction
+
+    from partialtune.engine.trl_head import ORDER, _InPlaceOf
+    from partialtune.model.row_parameters import train_rows
+
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 64, generator=draw)
+    targets, wanted = torch.randint(50, (300,), generator=draw), torch.randn(2, 300, generator=draw)
+    heads = [torch.nn.Linear(64, 1000, bias=False) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    train_rows(heads[1], {"weight": ((0, 3), (40, 42))}, dict(heads[1].named_parameters()))
+    given = []
+    for head, function in zip(heads, (ChunkedLogProbFunction, _InPlaceOf(ChunkedLogProbFunction)), strict=True):
+        states = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            outputs = function.apply(states, head.weight, None, targets, 0.7, 128, None, 1.5, ORDER)
+        (outputs[0] * wanted[0] + outputs[1] * wanted[1]).sum().backward()
+        given.append([*outputs, states.grad])
+    rows = heads[1].weight_rows.grad
+    assert rows.shape == (5, 64)
+    given[0].append(heads[0].weight.grad[[0, 1, 2, 40, 41]])
+    given[1].append(rows)
+    for number, (own, ours) in enumerate(zip(*given, strict=True)):
+        low = dtype == torch.bfloat16 and number >= len(ORDER)  # sums of products rounded to 16 bits
+        torch.testing.assert_close(ours, own, atol=0.05 if low else 5e-5, rtol=1e-5)
+
+
+def test_rows_learn_in_trls_trainer_as_if_the_whole_matrices_did(base, tokenizer, tmp_path):
+    """One step of SGD: the rows move by their gradient, which is that of the whole matrix."""
+    moved = {}
+    for rows in ("", "[10:60]"):
+        trainer = make("text", base, tokenizer, tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0)
+        model = trainer.model
+        start = {name: values.clone() for name, values in model.state_dict().items()}
+        tuning = pt.attach(trainer, pt.plan_freeze(model, [f"embeddings.tokens{rows}", f"head{rows}"]))
+        trainer.train()
+        assert tuning.audit.passed
+        assert ("loss" in tuning.fast.in_use) == bool(rows)
+        moved[rows] = {name: values - start[name] for name, values in model.state_dict().items()}
+    for name, whole in moved[""].items():
+        rows = moved["[10:60]"][name]
+        assert rows.any() == (name in ("model.embed_tokens.weight", "lm_head.weight")), name
+        if rows.any():
+            assert rows[10:60].abs().max() > 1e-3
+            assert not rows[:10].any()
+            assert not rows[60:].any()
+            torch.testing.assert_close(rows[10:60], whole[10:60], atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("selectors", "taken"), [(SELECTORS, ["loss"]), (["head"], [])])
 def test_the_fast_head_is_taken_where_the_head_is_frozen(selectors, taken, base, tokenizer, tmp_path):
     from trl.trainer import utils

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from partialtune.bench.variants import plan_of, runnable
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.errors import PartialtuneError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.conformance import check_conformance
-from partialtune.model.loading import quiet_libraries
+from partialtune.model.loading import auto_class, quiet_libraries
 from partialtune.recipe.recipe import Recipe
 from partialtune.text.windows import chunked_windows
 from partialtune.training.launch import one_device_a_process, use_all_cores
@@ -55,7 +55,7 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, Any]:
 def random_model(empty: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """The model with random weights in fp32, in eval mode, as a pretrained one is loaded."""
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(
+    model = auto_class(empty.config).from_config(
         empty.config, trust_remote_code=recipe.model.trust_remote_code, dtype=torch.float32
     )
     return model.eval()

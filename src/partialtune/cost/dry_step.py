@@ -143,7 +143,7 @@ def _failing_in_words(model_name: str, loss: LossWithoutLogits | None) -> Iterat
     """What the model's own code raises, in words: mostly it asks for a value, and there are none."""
     try:
         yield
-    except LogitsInUse:
+    except (LogitsInUse, ModelError):
         raise
     except Exception as error:
         if loss:  # BART takes its loss by itself, and finds that states are no logits

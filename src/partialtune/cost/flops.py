@@ -91,7 +91,8 @@ class ProductCounter:
         operands = {self._number(leaf) for leaf in tensors_in(read) if leaf.is_floating_point()}
         if formula is None:
             if operands & self._logits:
-                self._logits.update(self._number(leaf) for leaf in tensors_in(result) if self._is_wide(leaf))
+                some = packet is aten.index_select  # the columns of rows of a head that train
+                self._logits.update(self._number(leaf) for leaf in tensors_in(result) if some or self._is_wide(leaf))
             if operands and operands <= self._weights and packet is not aten.embedding:  # a cast, a copy, a view
                 self._weights.update(self._number(leaf) for leaf in tensors_in(result))
                 if operands <= self._heads:

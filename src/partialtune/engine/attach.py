@@ -21,6 +21,7 @@ from partialtune.engine.part_rates import RateCallback
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
+from partialtune.engine.row_checks import check_rows_fit_launch, check_rows_get_gradients
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.trl_head import has_frozen_trl_head
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
@@ -87,6 +88,7 @@ def attach(
         apply_plan(model, plan)
     else:  # a user's own: the Trainer was made with it
         missing = apply_beside_optimizer(model, plan, trainer.optimizer)
+    check_rows_get_gradients(uncompiled(model))
     if plan.changes_on_the_way:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
@@ -169,6 +171,7 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
         raise RecipeError(
             f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
         )
+    check_rows_fit_launch(plan, trainer.is_fsdp_enabled, trainer.args.n_gpu > 1)
     if trainer.is_deepspeed_enabled:
         raise RecipeError("attach: DeepSpeed holds weights and optimizer in a form of its own. Take FSDP2 or DDP.")
 

@@ -31,6 +31,7 @@ from partialtune.engine.forward_stack import put_on
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name
 from partialtune.engine.prefix_choice import choose_prefix
+from partialtune.engine.row_checks import check_rows_fit_launch, check_rows_get_gradients
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
 from partialtune.freeze.plan import FreezePlan, Phase
@@ -94,6 +95,7 @@ def audited(
     _reshard(inner)
     _check_wrapped(model, inner, plan)
     missing = apply_beside_optimizer(inner, plan, optimizer)
+    check_rows_get_gradients(inner)
     audit = FreezeAuditCallback(plan, output_dir, stop_on_violation)
     audit.missing_at_start = missing
     deltas = WeightDeltaCallback(plan, delta_steps, output_dir)
@@ -294,7 +296,9 @@ class AuditedLoop(Tuning):
 def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None:
     """Raises RecipeError where the model is wrapped or sharded in a way that the plan does not bear."""
     several = plan.changes_on_the_way
-    if several and any(is_sharded(parameter) for parameter in inner.parameters()):
+    sharded = any(is_sharded(parameter) for parameter in inner.parameters())
+    check_rows_fit_launch(plan, sharded, isinstance(model, nn.DataParallel))
+    if several and sharded:
         raise RecipeError(
             f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
         )

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from partialtune.model.row_parameters import TrainedRows
+
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 27}  # elements: 128 MiB in fp32 on a CPU, 512 MiB on a GPU
 ROWS_ADDED = 2048
 
@@ -23,7 +25,7 @@ class HeadOutput:
     Attributes:
         nats: Cross entropy summed over all targets, a scalar in fp32, summed in fp64 where the device has it.
         hidden_grad, weight_grad, bias_grad: Gradients of `nats`; None where they were not wanted. (N, D) in the dtype
-            of the hidden states, (V, D) and (V,) in fp32.
+            of the hidden states, (V, D) and (V,) in fp32. Of a head of which n rows train, (n, D) instead of (V, D).
     """
 
     nats: torch.Tensor
@@ -39,6 +41,7 @@ def head_cross_entropy(
     bias: torch.Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     low_weight: torch.Tensor | None = None,
+    rows: TrainedRows | None = None,
 ) -> torch.Tensor:
     """Sum over the rows of -log softmax(hidden @ weight.T + bias)[target], differentiable once.
 
@@ -52,22 +55,24 @@ def head_cross_entropy(
         compute_dtype: The matrix products' dtype, that of `hidden` if None. Logits, softmax and all sums over rows are
             fp32 (fp64 for fp64) in any case.
         low_weight: `weight` in `compute_dtype`, where the caller holds it already.
+        rows: Those of `weight` that train, whose parameter alone gets a gradient.
 
     Returns:
         A scalar: nats, summed over the rows.
     """
     dtype = compute_dtype or hidden.dtype
     low_weight = weight.detach().to(dtype) if low_weight is None else low_weight
-    return _HeadCrossEntropy.apply(hidden, weight, bias, targets, low_weight)
+    learner, numbers = (weight, None) if rows is None else (rows.parameter, rows.numbers_on(weight.device))
+    return _HeadCrossEntropy.apply(hidden, learner, bias, targets, low_weight, numbers)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Gradients are made in forward and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, low_weight) -> torch.Tensor:
+    def forward(ctx: Any, hidden, learner, bias, targets, low_weight, numbers) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _pass_over_rows(hidden, low_weight, bias, targets, ctx.needs_input_grad)
+            output = _pass_over_rows(hidden, low_weight, bias, targets, ctx.needs_input_grad, numbers)
         # not save_for_backward: a gradient that nobody else holds becomes weight.grad without a copy
         ctx.gradients = [output.hidden_grad, output.weight_grad, output.bias_grad]
         return output.nats
@@ -79,7 +84,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("head_cross_entropy: backward a second time. It keeps its gradients for one backward.")
         scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def _pass_over_rows(
@@ -88,8 +93,10 @@ def _pass_over_rows(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     wanted: tuple[bool, ...],
+    numbers: torch.Tensor | None,
 ) -> HeadOutput:
-    """Loss and gradients, a chunk of rows at a time. `weight` has the dtype of the matrix products."""
+    """Loss and gradients, a chunk of tokens at a time. `weight` has the dtype of the matrix products; `numbers` (n,)
+    are the rows of it that a gradient is made for, None for all of them."""
     wide = torch.promote_types(torch.float32, hidden.dtype)
     low_hidden = hidden.to(weight.dtype)
     chunk = rows_at_once(len(hidden), len(weight), hidden.device.type)
@@ -97,8 +104,9 @@ def _pass_over_rows(
     low_room = room if wide == weight.dtype else torch.empty_like(room, dtype=weight.dtype)
     nats = torch.zeros((), dtype=wide if hidden.device.type == "mps" else torch.float64, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if wanted[0] else None
-    weight_grad = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if wanted[1] else None
-    low_weight_grad = torch.empty_like(weight) if wanted[1] and wide != weight.dtype else None  # a chunk's
+    shape = weight.shape if numbers is None else (len(numbers), weight.shape[1])
+    weight_grad = torch.zeros(shape, dtype=wide, device=hidden.device) if wanted[1] else None
+    low_weight_grad = weight.new_empty(shape) if wanted[1] and wide != weight.dtype else None  # a chunk's
     bias_grad = torch.zeros(len(weight), dtype=wide, device=hidden.device) if bias is not None and wanted[2] else None
     for at in range(0, len(hidden), chunk):
         rows, goal = low_hidden[at : at + chunk], targets[at : at + chunk, None]
@@ -116,7 +124,8 @@ def _pass_over_rows(
         if hidden_grad is not None:
             _product(gradient, weight, hidden_grad[at : at + chunk])
         if weight_grad is not None:
-            _add_product(weight_grad, gradient.T, rows, low_weight_grad)
+            of_learner = gradient if numbers is None else gradient.index_select(1, numbers)  # (C, n)
+            _add_product(weight_grad, of_learner.T, rows, low_weight_grad)
         if bias_grad is not None:
             bias_grad += logits.sum(0)
     return HeadOutput(nats.to(wide), hidden_grad, weight_grad, bias_grad)

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from partialtune.engine.forward_stack import has_hooks_of_others, put_on
 from partialtune.engine.head_loss import head_cross_entropy
 from partialtune.errors import is_ours
+from partialtune.model.row_parameters import class_without_rows, matrix_and_rows, trained_rows_of
 from partialtune.model.train_mode import evaluating
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class LossWithoutLogits:
 
     def needs_logits(self) -> str:
         """What in the model's build needs all logits, empty where nothing does. Nothing is computed."""
-        if type(self._head) is not nn.Linear:
+        if class_without_rows(self._head) is not nn.Linear:
             return f"its head is a {type(self._head).__name__}, no plain linear layer"
         if self._owner.loss_function is not ForCausalLMLoss:
             return "its loss is not the usual one of causal language models"
@@ -135,19 +136,24 @@ class LossWithoutLogits:
         targets = shift_labels.reshape(-1).to(logits.device)  # (B * T,)
         places = (targets != ignore_index).nonzero().squeeze(1)  # (N,)
         hidden = logits.reshape(-1, logits.shape[-1]).index_select(0, places)  # (N, D)
-        weight, bias = self._head.weight, self._head.bias
+        weight, rows = matrix_and_rows(self._head.weight)
         dtype = _compute_dtype(hidden)
-        nats = head_cross_entropy(hidden, weight, targets[places], bias, dtype, self._low_weight(dtype))
+        low_weight = self._low_weight(weight, dtype)
+        nats = head_cross_entropy(hidden, weight, targets[places], self._head.bias, dtype, low_weight, rows)
         count: Any = len(places) if num_items_in_batch is None else num_items_in_batch
         return nats / (count.to(nats.device) if torch.is_tensor(count) else count)
 
-    def _low_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """A frozen head in the compute dtype, cast once; None where it trains or needs no cast."""
-        weight = self._head.weight
+    def _low_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """A frozen head in the compute dtype, cast once; of rows that train the newest values are put into it.
+
+        None where the head trains as a whole or needs no cast.
+        """
         if weight.requires_grad or weight.dtype == dtype:
             return None
         if self._frozen_copy is None or self._frozen_copy.dtype != dtype:
             self._frozen_copy = weight.detach().to(dtype)
+        elif trained := trained_rows_of(self._head).get("weight"):  # in passes without gradients too
+            trained.put_into(self._frozen_copy)
         return self._frozen_copy
 
 

@@ -7,7 +7,6 @@ PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of
 shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,9 @@ from partialtune.engine.part_rates import MARK, OWN, Rate, rate_of, same_rates
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.parameters import named_learners
+from partialtune.model.parameters import named_learners, named_weights, rows_by_name
+from partialtune.model.row_parameters import rows_by_matrix
+from partialtune.model.rows import name_with_rows
 
 WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer"}  # by their names: neither library need be imported
 # A key of `optimizer.state` beside those of parameters: name -> state of each parameter that rests and keeps its state.
@@ -55,10 +56,14 @@ def apply_beside_optimizer(model: nn.Module, plan: FreezePlan, optimizer: torch.
             f"The plan adds {what}, {added[0]}, and the optimizer was made before. Call apply_plan(model, plan) first, "
             f"and make the optimizer after it."
         )
+    _refuse_old_rows(model, plan)
     _refuse_unsuitable(bare_optimizer(optimizer))  # before the model is touched
     _refuse_strangers(bare_optimizer(optimizer), names)
     apply_plan(model, plan)
     return suit_optimizer(optimizer, model, plan)
+
+
+MAKE_IT_AFTER = "Call apply_plan(model, plan) first, and make the optimizer after it."
 
 
 def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: FreezePlan) -> list[str]:
@@ -84,6 +89,7 @@ def suit_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Fre
     _refuse_unsuitable(optimizer)
     names = {id(parameter): name for name, parameter in named_learners(model)}
     _refuse_strangers(optimizer, names)
+    _refuse_whole_matrices(optimizer, model)
     planned = {parameter.name: parameter for parameter in plan.parameters if parameter.trainable}
     held = {names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name in planned if name not in held]
@@ -248,6 +254,30 @@ def _refuse_old_head(plan: FreezePlan, missing: list[str], held: set[str | None]
         )
 
 
+def _refuse_old_rows(model: nn.Module, plan: FreezePlan) -> None:
+    """An optimizer that was made before these rows had a parameter of their own cannot hold it."""
+    present = {name: trained.rows for name, trained in rows_by_name(model).items()}
+    if others := [name for name in plan.rows.keys() | present.keys() if plan.rows.get(name) != present.get(name)]:
+        name = min(others)
+        what = name_with_rows(name, plan.rows[name]) if name in plan.rows else f"the whole of {name}"
+        raise RecipeError(
+            f"The plan says how {what} is to learn, and rows learn through a parameter of their own, which an "
+            f"optimizer that was made before does not fit. {MAKE_IT_AFTER}"
+        )
+
+
+def _refuse_whole_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """An optimizer that was made before apply_plan holds a matrix whole of which rows train."""
+    matrices = {id(parameter): name for name, parameter in named_weights(model)}
+    with_rows = {key: name for key, name in matrices.items() if key in rows_by_matrix(model)}
+    held = [with_rows.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+    if found := next(filter(None, held), None):
+        raise RecipeError(
+            f"The optimizer holds the whole of {found}, of which only rows train: it was made before, and would learn "
+            f"nothing of it. {MAKE_IT_AFTER}"
+        )
+
+
 def _refuse_new_rates(optimizer: torch.optim.Optimizer, staying: list[ByRate], plan: FreezePlan) -> None:
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch's schedulers mark it so
     for group, by_rate in zip(optimizer.param_groups, staying, strict=True):
@@ -288,7 +318,9 @@ def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Remo
     Returns:
         What takes it back: `handle.remove()` of each.
     """
-    name_of = {id(parameter): name for name, parameter in named_learners(model)}
+    rows = {name: trained.rows for name, trained in rows_by_name(model).items()}
+    # With the rows in the name: the moments of other rows, though as many, do not load.
+    name_of = {id(parameter): name_with_rows(name, rows.get(name)) for name, parameter in named_learners(model)}
     optimizer = bare_optimizer(optimizer)
     return [
         optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of)),
@@ -302,7 +334,7 @@ def _places_to_names(
     names = [name for group in _names_by_group(name_of, optimizer) for name in group]
     groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
     states = dict(state_dict["state"])
-    resting = {RESTING: states.pop(RESTING)} if RESTING in states else {}
+    resting = {RESTING: dict(states.pop(RESTING))} if RESTING in states else {}
     return {"state": {**{names[place]: states[place] for place in states}, **resting}, "param_groups": groups}
 
 
@@ -314,8 +346,8 @@ def _names_to_places(
     if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
         raise InputError(
             "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on`, `schedule`, "
-            "`part_learning_rates` or `layer_decay` differ. Go on with the recipe of that run, or start in a new "
-            "output_dir."
+            "`part_learning_rates`, `layer_decay` or the rows that train differ. Go on with the recipe of that run, or "
+            "start in a new output_dir."
         )
     if not all(same_rates(old, new) for old, new in zip(saved, optimizer.param_groups, strict=True)):
         raise InputError(
@@ -325,8 +357,7 @@ def _names_to_places(
     kept = state_dict.get("state")
     resting = {}
     if isinstance(kept, Mapping) and RESTING in kept:
-        # a copy, as torch makes of the others: what rests now will learn again
-        resting = {RESTING: copy.deepcopy(_checked_resting(kept[RESTING], name_of))}
+        resting = {RESTING: dict(_checked_resting(kept[RESTING], name_of))}
         kept = {name: state for name, state in kept.items() if name != RESTING}
     if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
         raise ValueError("its optimizer holds the state of parameters that are in none of its groups")

@@ -13,6 +13,7 @@ from torch import nn
 
 from partialtune.model.digests import bit_sums
 from partialtune.model.parameters import named_weights, persistent_buffers, plain_name
+from partialtune.model.row_parameters import rows_by_matrix
 from partialtune.model.structure import decoder_blocks, read_structure
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class PrefixWeights:
     def __init__(self, model: nn.Module, blocks: int, digest: bytes) -> None:
         self.digest = self._first = digest
         later = {module for block in decoder_blocks(model)[blocks:] for module in block.modules()}
+        # Of a head of which rows learn now: they change its matrix.
+        learning = {key for key, trained in rows_by_matrix(model).items() if trained.parameter.requires_grad}
         # Of a module its own dictionaries: a parameter that is put in the place of another one is found in them.
         self._places = [
             (f"{name}.{key}", held, key)
@@ -61,7 +64,9 @@ class PrefixWeights:
             if module not in later
             for held in (module._parameters, module._buffers)
             for key, tensor in held.items()
-            if tensor is not None and not tensor.requires_grad  # final norm and head, which may learn, are behind
+            if tensor is not None
+            and not tensor.requires_grad  # final norm and head, which may learn, are behind
+            and id(tensor) not in learning
         ]
         self._marks = self._look()
         # Those of buffers are known from the start: DDP writes them anew in each pass, the same values.

@@ -73,6 +73,8 @@ def rows_of(inputs: Mapping[str, Any], with_padding: bool = False) -> list[Row] 
     padded = mask is not None and mask.shape == ids.shape
     if padded:
         del tensors["attention_mask"]
+    # Images of a batch: which of them belong to which row only the model knows. Digested once, and not for each row.
+    whole = {name: _digest(name, value) for name, value in tensors.items() if not _is_by_row(name, value, ids.shape)}
     rows = []
     for number in range(ids.shape[0]):
         start, end = _bounds(mask[number], with_padding) if padded and mask is not None else (0, ids.shape[1])
@@ -84,8 +86,13 @@ def rows_of(inputs: Mapping[str, Any], with_padding: bool = False) -> list[Row] 
                 add_tensor(parts, "attention_mask", inner.to(torch.int64))
         if not given:  # models count columns then, those of padding too
             parts.update(b"from %d" % start)
+        if whole:  # two rows of one batch may have the same text, and each an image of its own
+            parts.update(b"row %d" % number)
         for name in sorted(tensors):
-            add_tensor(parts, name, _of_row(name, tensors[name], number, ids.shape, start, end))
+            if name in whole:
+                parts.update(whole[name])
+            else:
+                add_tensor(parts, name, _of_row(tensors[name], number, ids.shape, start, end))
         rows.append(Row(parts.digest(), start, end, number))
     return rows
 
@@ -173,17 +180,25 @@ def _bounds(mask: torch.Tensor, with_padding: bool) -> tuple[int, int]:
     return 0, len(mask) if with_padding else int(places[-1]) + 1 if len(places) else 0
 
 
-def _of_row(name: str, value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:
-    """What of a tensor belongs to a row: of (B, T, ...) its tokens, of any other the whole.
+def _is_by_row(name: str, value: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether it can be told what of a tensor belongs to a row: of (B, T, ...), and of positions (1, T) for all rows.
 
     A first dimension of B alone says nothing: `cu_seq_lens` of B - 1 examples and the positions (3, B, T) of a model
-    of images have one at times. The whole is always right, if less often met again.
+    of images have one at times, and of two images both may belong to the first of two rows. The whole is always right,
+    if less often met again.
     """
-    if value.shape[:2] == shape:
-        return value[number, start:end]
-    if name == "position_ids" and value.shape == (1, shape[1]):  # the same for all rows
-        return value[0, start:end]
-    return value
+    return value.shape[:2] == shape or (name == "position_ids" and value.shape == (1, shape[1]))
+
+
+def _of_row(value: torch.Tensor, number: int, shape: torch.Size, start: int, end: int) -> torch.Tensor:
+    """What of a tensor that `_is_by_row` belongs to a row."""
+    return value[number, start:end] if value.shape[:2] == shape else value[0, start:end]
+
+
+def _digest(name: str, value: torch.Tensor) -> bytes:
+    parts = hashlib.blake2b(digest_size=16)
+    add_tensor(parts, name, value)
+    return parts.digest()
 
 
 def add_tensor(parts: Any, name: str, value: torch.Tensor) -> None:

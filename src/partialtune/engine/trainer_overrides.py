@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -30,6 +30,8 @@ from partialtune.engine.checkpoint_files import (
     clear_aside,
     disk_errors,
     finish_checkpoint,
+    has_other_names,
+    load_by_files_names,
     read_with_care,
     rotate_checkpoints,
     with_ties,
@@ -259,8 +261,12 @@ class TunedTrainer(Base):
 
         Trainer looks for adapters in its own wrapper only, and knows no deltas.
         """
-        # Without, adapters are not loaded, and a damaged file ends in a traceback and exit code 1.
+        # Without, adapters are not loaded, nor weights under the names of their origin (experts, vision-language
+        # models), and a damaged file ends in a traceback and exit code 1.
         with read_with_care(Path(resume_from_checkpoint)):
+            if self.tuning.plan.adapter is None and _is_by_other_names(self, resume_from_checkpoint):
+                load_by_files_names(Path(resume_from_checkpoint), self.model)
+                return
             if self.tuning.plan.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
@@ -274,7 +280,7 @@ class TunedTrainer(Base):
         # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
         # the best model by what the last steps did, and find fault with parameters that went back to the base.
         best = self.state.best_model_checkpoint
-        if self.tuning.plan.adapter is None:
+        if self.tuning.plan.adapter is None and not _is_by_other_names(self, best):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
@@ -289,6 +295,12 @@ class TunedTrainer(Base):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):
             super()._load_rng_state(checkpoint)
+
+
+def _is_by_other_names(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether Trainer would not find a checkpoint's weights by the model's names."""
+    is_whole = isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled
+    return is_whole and checkpoint is not None and has_other_names(Path(checkpoint), trainer.model)
 
 
 def override(trainer: Trainer, tuning: Tuning, changes: TrainerChanges) -> None:

@@ -7,6 +7,7 @@ backward, since it has to know the gradients of the log-probabilities first. Whe
     d log p(target) / d hidden = W[target] - softmax(z) W          z = hidden W^T    (Bridle 1990, eq. 8)
 
 is a row for each token, which backward multiplies with that token's gradient: two matrix products in place of three.
+Where some rows of the head train, n of its V, the probabilities of these n tokens are kept for their gradient (n, D).
 """
 
 import importlib
@@ -19,6 +20,8 @@ import torch
 from torch import nn
 
 from partialtune.engine.head_loss import rows_at_once
+from partialtune.errors import ModelError
+from partialtune.model.row_parameters import matrix_and_rows, trained_rows_of
 
 TRL = "trl.trainer.utils"
 DIFFERENTIABLE = ("log_probs", "entropy")
@@ -27,7 +30,8 @@ FUNCTION = "_ChunkedLogProbFunction"  # private to TRL: what its patched forward
 
 
 def has_frozen_trl_head(model: nn.Module) -> bool:
-    """Whether TRL has put its head on the model, or on the one that peft has wrapped, and the head never trains.
+    """Whether TRL has put its head on the model, or on the one that peft has wrapped, and the head never trains, or
+    only some rows of it.
 
     Args:
         model: The plan is applied to it.
@@ -36,7 +40,8 @@ def has_frozen_trl_head(model: nn.Module) -> bool:
     if not any(getattr(one, "__globals__", {}).get("__name__") == TRL for one in forwards):
         return False
     head: Any = model.get_output_embeddings()
-    return _is_known() and not any(parameter.requires_grad for parameter in head.parameters())
+    of_rows = [trained.parameter for trained in trained_rows_of(head).values()]  # a tied head has it from the embedding
+    return _is_known() and not any(p.requires_grad for p in head.parameters() if all(p is not one for one in of_rows))
 
 
 def _is_known() -> bool:
@@ -81,13 +86,21 @@ class _InPlaceOf:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> Any:
+        weight, trained = matrix_and_rows(weight)
         # Also without gradients: DPO's rewards are differences from the reference, of which rounding is to be the same.
         head_learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if trained is not None and final_logit_softcapping is not None:
+            raise ModelError(
+                "Rows of the head train, and TRL's loss caps the logits of this model (final_logit_softcapping): their "
+                "gradient is not followed through that. Train the whole head, or none of it."
+            )
         # On a GPU TRL's kernels read each tile of logits once, and these operations each of them several times.
-        if head_learns or final_logit_softcapping is not None or hidden.device.type != "cpu":
+        leaves_it = final_logit_softcapping is not None or (hidden.device.type != "cpu" and trained is None)
+        if head_learns or leaves_it:
             rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return self._own.apply(hidden, weight, bias, targets, *rest)
-        return _FrozenHead.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs)
+        learner, numbers = (None, None) if trained is None else (trained.parameter, trained.numbers_on(weight.device))
+        return _FrozenHead.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs, learner, numbers)
 
 
 class _Head(NamedTuple):
@@ -101,17 +114,22 @@ class _Head(NamedTuple):
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities of the targets, (N,) in fp32, and what else was asked for of the same logits."""
+    """Log-probabilities of the targets, (N,) in fp32, and what else was asked for of the same logits.
+
+    `learner` (n, D) is the parameter of the rows of the head that train, `numbers` (n,) which ones; None without.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, scale, outputs):
+    def forward(ctx: Any, hidden, weight, bias, targets, scale, outputs, learner, numbers):
         ctx.set_materialize_grads(False)
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.head = head = _Head(hidden.to(dtype), weight.to(dtype), bias, targets, scale)
+        ctx.learner, ctx.numbers = learner, numbers
         # TRL gives positions that it ignores the target 0. Their gradients are 0 then: a row is made if one is not.
         ctx.late = targets == 0
         ctx.rows = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        shares = []
         found: dict[str, list[torch.Tensor]] = {}
         with torch.autocast(kind, enabled=False):
             for part in _parts(torch.arange(len(hidden), device=hidden.device), head):
@@ -120,6 +138,9 @@ class _FrozenHead(torch.autograd.Function):
                 if ctx.rows is not None and len(early):
                     some = exponentials if len(early) == len(part) else exponentials[~ctx.late[part]]
                     ctx.rows[early] = _rows(head, some, early).to(ctx.rows.dtype)
+                if numbers is not None:
+                    shares.append(exponentials.index_select(1, numbers) / exponentials.sum(1, keepdim=True))
+        ctx.shares = torch.cat(shares) if shares else None  # (N, n), p of the tokens whose rows train
         results = {name: torch.cat(values) for name, values in found.items()}
         ctx.mark_non_differentiable(*(results[name] for name in results if name not in DIFFERENTIABLE))
         ctx.entropy = results.get("entropy")
@@ -128,18 +149,34 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_log_probs: torch.Tensor | None, of_entropy: torch.Tensor | None, *_others: Any):
-        gradient = torch.zeros_like(ctx.rows)
-        with torch.autocast(gradient.device.type, enabled=False):
-            if of_log_probs is not None:
-                ctx.rows[ctx.late] = 0
-                for part in _parts((ctx.late & (of_log_probs != 0)).nonzero().flatten(), ctx.head):
-                    ctx.rows[part] = _rows(ctx.head, _of_logits(ctx.head, part, (), {}), part).to(ctx.rows.dtype)
-                gradient += ctx.rows * of_log_probs[:, None]
-            if of_entropy is not None:  # as of GRPO's entropy bonus: the logits once more
-                for part in _parts(of_entropy.nonzero().flatten(), ctx.head):
-                    rows = _entropy_rows(ctx.head, _of_logits(ctx.head, part, (), {}), ctx.entropy[part])
-                    gradient[part] += (rows * of_entropy[part, None]).to(gradient.dtype)
-        return gradient, None, None, None, None, None
+        with torch.autocast(ctx.head.hidden.device.type, enabled=False):
+            of_hidden = None if ctx.rows is None else _hidden_gradient(ctx, of_log_probs, of_entropy)
+            of_learner = None if ctx.shares is None else _learner_gradient(ctx, of_log_probs, of_entropy)
+        return of_hidden, None, None, None, None, None, of_learner, None
+
+
+def _hidden_gradient(ctx: Any, of_log_probs: torch.Tensor | None, of_entropy: torch.Tensor | None) -> torch.Tensor:
+    gradient = torch.zeros_like(ctx.rows)
+    if of_log_probs is not None:
+        ctx.rows[ctx.late] = 0
+        for part in _parts((ctx.late & (of_log_probs != 0)).nonzero().flatten(), ctx.head):
+            ctx.rows[part] = _rows(ctx.head, _of_logits(ctx.head, part, (), {}), part).to(ctx.rows.dtype)
+        gradient += ctx.rows * of_log_probs[:, None]
+    if of_entropy is not None:  # as of GRPO's entropy bonus: the logits once more
+        for part in _parts(of_entropy.nonzero().flatten(), ctx.head):
+            rows = _entropy_rows(ctx.head, _of_logits(ctx.head, part, (), {}), ctx.entropy[part])
+            gradient[part] += (rows * of_entropy[part, None]).to(gradient.dtype)
+    return gradient
+
+
+def _learner_gradient(ctx: Any, of_log_probs: torch.Tensor | None, of_entropy: torch.Tensor | None) -> torch.Tensor:
+    """(n, D): d log p(target) / d z[r] = (1 if r is the target) - p[r], and d entropy / d z[r] as below."""
+    p, of_logits = ctx.shares, torch.zeros_like(ctx.shares)
+    if of_log_probs is not None:
+        of_logits += ((ctx.head.targets[:, None] == ctx.numbers).to(p.dtype) - p) * of_log_probs[:, None]
+    if of_entropy is not None:
+        of_logits -= (torch.xlogy(p, p) + p * ctx.entropy[:, None]) * of_entropy[:, None]
+    return torch.mm(of_logits.T, ctx.head.hidden.to(p.dtype)).mul_(ctx.head.scale).to(ctx.learner.dtype)
 
 
 def _parts(numbers: torch.Tensor, head: _Head) -> Sequence[torch.Tensor]:

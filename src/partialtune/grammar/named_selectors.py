@@ -29,6 +29,14 @@ class Candidate(Protocol):
     def is_bias(self) -> bool:
         """Whether it is added and not multiplied, by its name."""
 
+    @property
+    def tower(self) -> str:
+        """ "vision", "projector" or "language" in a model of several towers; "" in others, and of what is none."""
+
+    @property
+    def mixture(self) -> str:
+        """ "router" or "experts" inside the mlp of a mixture of experts; "" elsewhere."""
+
 
 @dataclass(frozen=True)
 class NamedSelector:
@@ -38,9 +46,10 @@ class NamedSelector:
         word: As a recipe has it.
         chooses: Whether it chooses a parameter by this one of its names. A tied parameter has several names, and is
             chosen where one of them is.
-        has_rows: Whether rows of it may be chosen: `embeddings.tokens[-4:]`.
+        has_rows: Whether rows of it may be chosen: `embeddings.tokens[-4:]`. Those of `experts` are single experts.
         may_follow_blocks: Whether it may also stand behind blocks: `blocks[-1].attention`. It then chooses inside these
             blocks what `chooses` says.
+        of_language: Whether it is a part of a language model, so that it may stand behind `language.`.
         in_words: What an error says that a model does not have; the word itself where it is empty.
         also_written: Names that one architecture or another has for it (`wte`, `ffn`). An error offers the word in
             their place.
@@ -49,6 +58,7 @@ class NamedSelector:
     word: str
     chooses: Callable[[Candidate], bool]
     may_follow_blocks: bool = False
+    of_language: bool = True
     has_rows: bool = False
     in_words: str = ""
     also_written: tuple[str, ...] = ()
@@ -85,7 +95,22 @@ NAMED_SELECTORS = (
         "mlp",
         _components("mlp"),
         may_follow_blocks=True,
-        also_written=("ffn", "feed_forward", "moe", "experts", "router"),
+        also_written=("ffn", "feed_forward", "moe", "shared_expert", "shared_experts"),
+    ),
+    NamedSelector(
+        "router",
+        lambda place: place.mixture == "router",
+        may_follow_blocks=True,
+        in_words="router (mixture of experts)",
+        also_written=("gate", "gating"),
+    ),
+    NamedSelector(  # without shared experts, which every token passes: they are mlp alone
+        "experts",
+        lambda place: place.mixture == "experts",
+        may_follow_blocks=True,
+        has_rows=True,
+        in_words="experts (mixture of experts)",
+        also_written=("expert",),
     ),
     NamedSelector(
         "mixer",
@@ -108,11 +133,33 @@ NAMED_SELECTORS = (
         also_written=("ln_f", "norm_f", "final_layernorm"),
     ),
     NamedSelector("head", _components("head"), has_rows=True, also_written=("lm_head", "embed_out", "output")),
-    NamedSelector("all", lambda place: True),
+    NamedSelector(
+        "vision",
+        lambda place: place.tower == "vision",
+        of_language=False,
+        in_words="vision tower",
+        also_written=("vision_tower", "vision_model", "visual", "image", "encoder"),
+    ),
+    NamedSelector(
+        "projector",
+        lambda place: place.tower == "projector",
+        of_language=False,
+        in_words="projector between a vision tower and the language model",
+        also_written=("multi_modal_projector", "mm_projector", "connector", "merger", "aligner"),
+    ),
+    NamedSelector(
+        "language",
+        lambda place: place.tower == "language",
+        of_language=False,
+        in_words="other tower than its language model, whose parts are named without `language.`",
+        also_written=("language_model", "text_model"),
+    ),
+    NamedSelector("all", lambda place: True, of_language=False),
 )
 
 NAMED = {row.word: row for row in NAMED_SELECTORS}
 WORDS = tuple(NAMED)
 WITH_ROWS = tuple(row.word for row in NAMED_SELECTORS if row.has_rows)
 BLOCK_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.may_follow_blocks)
+LANGUAGE_PARTS = tuple(row.word for row in NAMED_SELECTORS if row.of_language)
 WORD_FOR = {written: row.word for row in NAMED_SELECTORS for written in row.also_written}

@@ -2,10 +2,14 @@ r"""The syntax of selectors: one line of text -> Selector. No model is needed; `
 
 embeddings, embeddings.tokens, embeddings.positions        input embeddings
 embeddings.tokens[50257:], head[-4:]                       rows of a matrix, Python's indices and slices
+experts[3], experts[0,2:4], blocks[-1].experts[3]          single experts of a mixture, likewise
 blocks[11], blocks[-2:], blocks[0,3:6,-1]                  whole blocks, Python's indices and slices
-blocks[...].attention, .mlp, .mixer, .norms, .biases       a part of those blocks
-attention, mlp, mixer, norms, biases                       that part of every block (norms, biases: final norm too)
+blocks[...].attention, .mlp, .router, .experts,            a part of those blocks
+            .mixer, .norms, .biases
+attention, mlp, router, experts, mixer, norms, biases      that part of every block (norms, biases: final norm too)
 final_norm, head, all                                      as named
+vision, projector, language                                a tower of a model that has several
+language.blocks[-2:], language.attention, ...              any of the above but all, of the language tower
 /transformer\.h\.\d+\.ln_1\..*/                            full dotted names, re.fullmatch
 !selector                                                  taken away from what came before it
 """
@@ -18,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.named_selectors import BLOCK_PARTS, WITH_ROWS, WORD_FOR, WORDS
+from partialtune.grammar.named_selectors import BLOCK_PARTS, LANGUAGE_PARTS, WITH_ROWS, WORD_FOR, WORDS
 
 PATIENCE_SECONDS = 2.0  # for one name; an ordinary pattern takes microseconds
 HOW_BLOCKS_ARE_WRITTEN = (
@@ -29,6 +33,9 @@ HOW_BLOCKS_ARE_WRITTEN = (
 HOW_ROWS_ARE_WRITTEN = (
     "Rows are written embeddings.tokens[-4:], embeddings.tokens[50257:], head[0,3:6,-1]: rows of the matrix, counted "
     "as Python counts."
+)
+HOW_EXPERTS_ARE_WRITTEN = (
+    "Experts are written experts[3], experts[0,2:4] or blocks[-1].experts[3]; experts alone is all of them."
 )
 
 
@@ -77,7 +84,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Selector:
-    """One selector as it was read. Exactly one of `word`, `indices` and `pattern` is set; `rows` only with `word`."""
+    """One selector as it was read. Exactly one of `word`, `indices` and `pattern` is set."""
 
     text: str  # as written, with its "!"
     removes: bool  # whether it has a "!"
@@ -85,7 +92,8 @@ class Selector:
     indices: tuple[int | slice, ...] | None = None  # of blocks
     part: str | None = None  # of those blocks, one of BLOCK_PARTS; None for all of a block
     pattern: Pattern | None = None
-    rows: tuple[int | slice, ...] | None = None  # of the matrices that the word names; None for all of them
+    rows: tuple[int | slice, ...] | None = None  # of the matrices that word or part names; None for all of them
+    of_language: bool = False  # whether it stands behind "language.", and so asks for a model of several towers
 
 
 def parse_selector(text: str) -> Selector:
@@ -102,17 +110,24 @@ def parse_selector(text: str) -> Selector:
     if body.startswith("/"):
         return Selector(written, removes, pattern=_parse_pattern(written, body))
     body = re.sub(r"\s*([\[\],:.])\s*", r"\1", body)
-    if body in WORDS:
-        return Selector(written, removes, word=body)
+    of_language, body = body.startswith("language."), body.removeprefix("language.")
+    words = LANGUAGE_PARTS if of_language else WORDS
+    if body in words:
+        return Selector(written, removes, word=body, of_language=of_language)
     of_word = re.fullmatch(r"([\w.]+)\[([^\[\]]*)\]", body)
     if of_word is not None and of_word[1] in WITH_ROWS:
-        rows = tuple(_parse_index(written, item, HOW_ROWS_ARE_WRITTEN) for item in of_word[2].split(","))
-        return Selector(written, removes, word=of_word[1], rows=rows)
+        rows = _parse_rows(written, of_word[1], of_word[2])
+        return Selector(written, removes, word=of_word[1], rows=rows, of_language=of_language)
     blocks = re.fullmatch(r"blocks\[([^\[\]]*)\](?:\.(.*))?", body)
     if blocks is None:
-        raise RecipeError(f"unknown selector {written!r}. {_nearest_selector(body, removes)}")
+        advice = _nearest_of_language(body) if of_language else _nearest_selector(body, removes)
+        raise RecipeError(f"unknown selector {written!r}. {advice}")
     indices = tuple(_parse_index(written, item) for item in blocks[1].split(","))
-    return Selector(written, removes, indices=indices, part=_parse_part(written, blocks[2]))
+    part, rows = blocks[2], None
+    of_part = re.fullmatch(r"(\w+)\[([^\[\]]*)\]", part or "")
+    if of_part is not None and of_part[1] in WITH_ROWS:
+        part, rows = of_part[1], _parse_rows(written, of_part[1], of_part[2])
+    return Selector(written, removes, None, indices, _parse_part(written, part), None, rows, of_language)
 
 
 def check_selector_syntax(selector: str) -> str | None:
@@ -147,6 +162,11 @@ def _parse_index(written: str, item: str, how: str = HOW_BLOCKS_ARE_WRITTEN) -> 
     return slice(*numbers)
 
 
+def _parse_rows(written: str, word: str, items: str) -> tuple[int | slice, ...]:
+    how = HOW_EXPERTS_ARE_WRITTEN if word == "experts" else HOW_ROWS_ARE_WRITTEN
+    return tuple(_parse_index(written, item, how) for item in items.split(","))
+
+
 def _parse_part(written: str, part: str | None) -> str | None:
     if part is None or part in BLOCK_PARTS:
         return part
@@ -165,6 +185,12 @@ def _nearest_selector(body: str, removes: bool) -> str:
     elif re.fullmatch(r"\w+(\.\w+)+", body):
         hint = f"A parameter's full name goes between slashes: '/{re.escape(body)}/'. "
     return f"{hint}Selectors are {', '.join(WORDS)}, blocks[...] and /regex/, each also with a '!' before it."
+
+
+def _nearest_of_language(body: str) -> str:
+    near = _nearest(body, LANGUAGE_PARTS)
+    hint = f"Did you mean language.{near}? " if near else ""
+    return f"{hint}Behind language. stand {', '.join(LANGUAGE_PARTS)} and blocks[...]."
 
 
 def _nearest(word: str, allowed: tuple[str, ...]) -> str | None:

@@ -94,7 +94,7 @@ def singular_values_of_adapter(before: Mapping[str, torch.Tensor], now: Mapping[
 
 @dataclass(frozen=True)
 class Change:
-    """A trained matrix, a stack of them (fused experts), or the two factors of an adapter.
+    """A trained matrix or its rows that train, a stack of them (fused experts), or the two factors of an adapter.
 
     Attributes:
         name: Of the parameter; of the adapted module where it is an adapter.
@@ -111,7 +111,7 @@ class Change:
     @property
     def largest_possible(self) -> int:
         """The rank that the change cannot exceed."""
-        inner = [min(entry.shape) for entry in self.planned] if len(self.planned) > 1 else []
+        inner = [min(entry.learning_shape) for entry in self.planned] if len(self.planned) > 1 else []
         return min(*self.shape, *inner)
 
     @property
@@ -130,18 +130,17 @@ def trained_matrices(plan: FreezePlan) -> list[Change]:
     changes = []
     for entry in plan.parameters:
         factor = LORA_FACTOR.fullmatch(entry.name)
-        if not entry.trainable or (factor is None and (len(entry.shape) < 2 or min(entry.shape[-2:]) < 2)):
+        shape = entry.learning_shape  # where only some rows train, the change is 0 in all others
+        if not entry.trainable or (factor is None and (len(shape) < 2 or min(shape[-2:]) < 2)):
             continue
         if factor is None:
-            changes.append(
-                Change(entry.name, (entry,), (entry.shape[-2], entry.shape[-1]), math.prod(entry.shape[:-2]))
-            )
+            changes.append(Change(entry.name, (entry,), (shape[-2], shape[-1]), math.prod(shape[:-2])))
             continue
         pair = adapters.setdefault(factor["module"], {})
         pair[factor["factor"]] = entry
         if len(pair) == 2:
-            shape = (pair["B"].shape[0], pair["A"].shape[1])
-            changes.append(Change(factor["module"], (pair["A"], pair["B"]), shape, 1))
+            product = (pair["B"].shape[0], pair["A"].shape[1])
+            changes.append(Change(factor["module"], (pair["A"], pair["B"]), product, 1))
     return changes
 
 
@@ -157,7 +156,7 @@ def effective_ranks(
     Args:
         model: After training.
         plan: The plan that was applied to it.
-        before: A copy of each trainable parameter from before training, by name: `Snapshot.copies`.
+        before: A copy of what trains of each parameter from before training, by name: `Snapshot.copies`.
         computes: Whether this process does the arithmetic. The others must call this too, since gathering a sharded
             parameter takes them all, and get an empty answer.
         most_arithmetic: Leave matrices out from where they would take more; a GPU is allowed more.
@@ -180,7 +179,8 @@ def effective_ranks(
             if budget < 0:
                 left_out.append(change.name)
                 continue
-            now = {entry.name: _on_an_fp64_device(whole(parameters[entry.name])) for entry in change.planned}
+            gathered = {entry: whole(parameters[entry.name]) for entry in change.planned}
+            now = {entry.name: _on_an_fp64_device(entry.learning_part(v)) for entry, v in gathered.items()}
             if computes:
                 found.append(_described(change, list(_singular_values(change, before, now))))
             bar.update()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.parameters import CHUNK, named_weights, whole
+from partialtune.model.rows import row_numbers
 from partialtune.scoring.prompts import decode_after
 from partialtune.text.windows import release_pages
 
@@ -86,7 +87,7 @@ def moved_tokens(
     Args:
         model: After training.
         plan: The plan that was applied to it.
-        before: A copy of each trainable parameter from before training, by name: `Snapshot.copies`.
+        before: A copy of what trains of each parameter from before training, by name: `Snapshot.copies`.
         counts: `token_counts` of the training text.
         tokenizer: The model's tokenizer.
         computes: As in `effective_ranks`.
@@ -106,15 +107,22 @@ def moved_tokens(
         # all processes gather, since a sharded parameter takes them all; one of them computes
         now = whole(parameters[entry.name])
         if computes:
-            changes, norms = row_changes(before[entry.name], now)
+            changes, norms = row_changes(before[entry.name], entry.learning_part(now))
+            ids = np.array(row_numbers(entry.rows or ((0, len(now)),)))
             # rows beyond the vocabulary are padding and no token's
-            rows = describe_rows(changes[:vocabulary], norms[:vocabulary], counts, tokenizer)
-            found.append({"name": entry.name, "component": entry.component, **rows})
+            tokens = ids < vocabulary
+            if tokens.any():
+                rows = describe_rows(changes[tokens], norms[tokens], counts, tokenizer, ids[tokens])
+                found.append({"name": entry.name, "component": entry.component, **rows})
     return {"matrices": found, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def describe_rows(
-    changes: np.ndarray, norms: np.ndarray, counts: np.ndarray, tokenizer: PreTrainedTokenizerBase
+    changes: np.ndarray,
+    norms: np.ndarray,
+    counts: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """What the rows of one matrix did.
 
@@ -122,6 +130,7 @@ def describe_rows(
         changes, norms: `row_changes`, shape (tokens,).
         counts: How often each token occurs; ids beyond its end do not.
         tokenizer: For the tokens' texts.
+        ids: Of the tokens, ascending, where only some rows trained; all from 0 on where absent.
 
     Returns:
         `tokens`, `moved` (by any amount) and `occurring` (number of tokens); `moved_absent`, those that moved without
@@ -129,8 +138,10 @@ def describe_rows(
         one of them is constant; `most`: `[{token, id, count, l2_delta, relative_delta}]`, largest relative delta first;
         `by_count`: quantiles of the relative delta of tokens that occur `from` to `to` times.
     """
+    ids = np.arange(len(changes)) if ids is None else ids
     present = np.zeros(len(changes), dtype=np.int64)
-    present[: len(counts)] = counts[: len(changes)]
+    counted = ids < len(counts)
+    present[counted] = counts[ids[counted]]
     known = (norms > 0) & np.isfinite(changes) & np.isfinite(norms)
     relative = np.divide(changes, norms, out=np.zeros_like(changes), where=known)
     texts = TokenTexts(tokenizer)
@@ -144,8 +155,8 @@ def describe_rows(
         "rank_correlation": rank_correlation(present[occurring], relative[occurring]),
         "most": [
             {
-                "token": texts[index],
-                "id": index,
+                "token": texts[int(ids[index])],
+                "id": int(ids[index]),
                 "count": int(present[index]),
                 "l2_delta": float(changes[index]),
                 "relative_delta": float(relative[index]),

@@ -64,7 +64,8 @@ def _digest_of_whole(values: torch.Tensor) -> str:
 
 
 def _digest_of_others(values: torch.Tensor, rows: Rows) -> str:
-    return _digest_of_pieces(take_other_rows(values, rows), fp32_holds(values))
+    others = list(take_other_rows(values, rows))
+    return _digest_of_pieces(others, all(map(fp32_holds, others)))
 
 
 def _digest_of_pieces(pieces: Iterable[torch.Tensor], narrow: bool) -> str:

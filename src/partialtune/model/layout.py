@@ -7,7 +7,9 @@ Read from the module tree alone:
    the final norm are in it, beside the blocks;
 3. the head is what the model has around its body: the output embeddings and what comes with them;
 4. inside a block the outermost module that says what it is (attention, mlp, mixer) names the component of all that
-   it holds, except that a norm is a norm wherever it stands.
+   it holds, except that a norm is a norm wherever it stands;
+5. what branches off beside blocks and token embeddings, and says that it sees (vision, image) or that it joins the two
+   (projector, merger), is a vision tower or a projector; then the trunk and the head are the language model.
 
 There is no table of model names here. Implementations name their classes for what they do (`GPT2Attention`,
 `MixtralSparseMoeBlock`, `JambaMambaMixer`); where a class is only a container or a matrix (`ModuleList`, `Sequential`,
@@ -17,6 +19,7 @@ There is no table of model names here. Implementations name their classes for wh
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
 
 from torch import nn
 
@@ -46,6 +49,15 @@ ATTRIBUTES = {
     "mixer": re.compile(r"mixer|mamba|ssm"),
     "mlp": re.compile(r"mlps?|ffn|feed_forward|fc_?(\d|in|out)|intermediate|output|experts|router"),
 }
+# Of a mixture of experts, within an mlp. A shared expert is an mlp that every token passes: it is neither of the two.
+EXPERTS = re.compile(r"Experts$")
+ROUTER = re.compile(r"(?:Router|Gating|Gate)$")
+ROUTERS_OWN_BIAS = re.compile(r"expert_bias|e_score_correction_bias")  # beside the router, added to what it scores
+# Beside a language model, by class or attribute. What joins also sees, in many names: it is asked first.
+JOINS = re.compile(r"[Pp]rojector|[Mm]erger|[Cc]onnector|[Aa]ligner|[Rr]esampler|[Qq]_?[Ff]ormer|Multi[Mm]odal")
+PROJECTS = re.compile(r"(?:^|_)(?:proj|projection)(?:_|$)|Projection$")
+SEES = re.compile(r"(?:^|_)(?:vision|visual|image|video|pixel)(?:_|$)|Vision|Visual|Image|Video")
+HEARS = re.compile(r"(?:^|_)(?:audio|speech|sound)(?:_|$)|Audio|Speech|Sound")
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class Place:
     name: str
     block: int | None  # None outside the blocks
     component: str  # one of COMPONENTS
+    tower: str = ""  # "vision", "projector" or "language" in a model of several towers; "" elsewhere
+    mixture: str = ""  # "router" or "experts" inside the mlp of a mixture of experts; "" elsewhere
 
     @property
     def is_bias(self) -> bool:
@@ -83,14 +97,91 @@ class Layout:
         self.final_norm = self._find_final_norm()
         self.head = self._path_returned_by(model, "get_output_embeddings")
         self.whole, self.body = self._find_body()
+        self._lists = lists
+        self._beside: dict[str, str] = {}  # branch -> tower, see `_tower_beside`
+        branches = {self._branch(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+        # What projects alone makes no towers: Gemma 4's draft model has a projection before it, and one behind it.
+        self.has_towers = any(self._says(SEES, path) or self._says(HEARS, path) for path in branches)
 
     def place(self, name: str) -> Place:
-        """The block and the component of one full parameter name."""
+        """The block, the component and the tower of one full parameter name."""
         # By whole parts of the dotted name, never by a bare prefix: "h.1" begins "h.10.attn", too.
         if not _within(name, self.blocks):
-            return Place(name, None, self._component_outside_blocks(name))
+            tower = self._tower_beside(name)
+            component = "other" if tower else self._component_outside_blocks(name)
+            if self.has_towers and not tower and (component == "head" or _within(name, self.trunk)):
+                tower = "language"
+            return Place(name, None, component, tower)
         index = name.removeprefix(f"{self.blocks}.").partition(".")[0]
-        return Place(name, int(index), self._component_in_block(f"{self.blocks}.{index}", name))
+        block = f"{self.blocks}.{index}"
+        component = self._component_in_block(block, name)
+        mixture = self._part_of_mixture(block, name) if component == "mlp" else ""
+        return Place(name, int(index), component, "language" if self.has_towers else "", mixture)
+
+    def _part_of_mixture(self, block: str, name: str) -> str:
+        """Whether a parameter of an mlp belongs to the experts among which a router chooses, to the router, or to none.
+
+        A shared expert is an mlp that every token passes, and its gate (Qwen2-MoE) chooses nothing: neither of the two.
+        """
+        owner, _, own_name = name.rpartition(".")
+        path = block
+        while path != owner:
+            parent, path = path, _child_towards(name, path)
+            attribute, kind = path.rpartition(".")[2], type(self.modules[path]).__name__
+            if attribute.startswith("shared"):
+                return ""
+            if attribute == "experts" or EXPERTS.search(kind):
+                return "experts"
+            is_gate = attribute == "gate" and f"{parent}.experts" in self.modules  # a bare nn.Linear
+            if attribute == "router" or is_gate or ROUTER.search(kind):
+                return "router"
+        return "router" if ROUTERS_OWN_BIAS.fullmatch(own_name) else ""
+
+    def _branch(self, name: str) -> str:
+        """The outermost module, or the parameter itself, that a name lies in beside blocks and token embeddings."""
+        path, inner = "", (self.blocks, self.tokens)
+        while path not in (*inner, name) and any(_within(one, path) for one in inner):
+            path = _child_towards(name, path)
+        return path
+
+    def _tower_beside(self, name: str) -> str:
+        """The tower "vision" or "projector" for what stands beside the language model, "" for all else."""
+        if not self.has_towers:
+            return ""
+        branch = self._branch(name)
+        if branch not in self._beside:
+            self._beside[branch] = self._tower_of_branch(branch)
+        if self._beside[branch] == "vision":  # Qwen2.5-VL has its merger in the vision tower, beside the blocks there
+            child = _child_towards(name, branch)
+            if child in self.modules and self._says(JOINS, child):
+                return "projector"
+        return self._beside[branch]
+
+    def _tower_of_branch(self, path: str) -> str:
+        module = self.modules.get(
+            path
+        )  # None for a parameter that stands by itself, such as LLaVA-NeXT's image_newline
+        if path in (self.blocks, self.tokens, self.head) or self._says(HEARS, path):
+            return ""
+        outside = not _within(path, self.trunk)
+        sees = self._says(SEES, path) or (outside and getattr(module, "main_input_name", "") == "pixel_values")
+        if self._says(JOINS, path) or ((outside or sees) and self._says(PROJECTS, path)):
+            return "projector"
+        if not sees:
+            return ""
+        has_blocks = any(_within(blocks, path) for blocks in self._lists)
+        # Fuyu's vision_embed_tokens, Gemma 4's embed_vision
+        is_matrix = isinstance(module, nn.Linear | NoneType) or says_embedding(path.rpartition(".")[2])
+        return "projector" if is_matrix and not has_blocks else "vision"
+
+    def _says(self, words: re.Pattern, path: str) -> bool:
+        """Whether the attribute that holds a module says one of these words, or the class of the module.
+
+        In the trunk the class says nothing: Granite4VisionTextRMSNorm is a norm of the language model.
+        """
+        module = self.modules.get(path)
+        in_class = module is not None and not _within(path, self.trunk)
+        return any(map(words.search, [path.rpartition(".")[2], *([type(module).__name__] if in_class else [])]))
 
     def _component_in_block(self, block: str, name: str) -> str:
         owner = name.rpartition(".")[0]
@@ -181,9 +272,11 @@ class Layout:
         return max(decoders, key=lambda path: sum(p.numel() for p in self.modules[path].parameters()))
 
     def _reads_other_than_text(self, path: str) -> bool:
-        """Whether a module around this one takes pixels or sound, as transformers' encoders declare."""
+        """Whether a module around this one takes pixels or sound, as transformers' encoders declare, or says so."""
         around = [outer for outer in self.modules if _within(path, outer) and not _within(self.tokens, outer)]
-        return any(getattr(self.modules[outer], "main_input_name", "input_ids") != "input_ids" for outer in around)
+        declared = [getattr(self.modules[outer], "main_input_name", "input_ids") != "input_ids" for outer in around]
+        words = [word for outer in around for word in (outer.rpartition(".")[2], type(self.modules[outer]).__name__)]
+        return any(declared) or any(said.search(word) for said in (SEES, HEARS, JOINS) for word in words)
 
     def _find_final_norm(self) -> str | None:
         """Among the norms beside the blocks: the one named as final, or else the first that is registered after them.

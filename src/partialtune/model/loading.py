@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -83,7 +84,7 @@ def load_config(
             refuse_adapter(name, location, revision)
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
         config.get_text_config()  # MusicGen has two, and no causal language model is made of it
-    if not trust_remote_code and not _is_causal(config):
+    if not trust_remote_code and not _is_known(config):
         raise ModelError(f"{name} is a {config.model_type} model; partialtune trains causal language models.")
     if dropout != "model":
         with _loading(name, revision):
@@ -96,14 +97,26 @@ def load_config(
     return config
 
 
-def _is_causal(config: PretrainedConfig) -> bool:
-    """Whether `AutoModelForCausalLM` has a class for it.
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class of transformers' whose `from_pretrained` loads the whole model of a config.
+
+    `AutoModelForCausalLM` knows no LLaVA and no Qwen2.5-VL, and of Llama 4 and Qwen3.5 it loads the text part alone, so
+    that the vision tower would not be in what is saved. What is no causal language model but for images is found out
+    as any other model: by `check_conformance`.
 
     `_model_mapping` is private to transformers: the table that from_pretrained looks into. Asked beforehand, so that
-    the refusal is one sentence and comes before any weights. `test_a_model_that_is_no_causal_lm_is_refused` notices a
-    change.
+    the refusal is one sentence and comes before any weights. `test_a_model_that_is_no_causal_lm_is_refused` and
+    `test_the_auto_class_is_the_one_that_loads_the_whole_model` notice a change.
     """
-    return type(config) in AutoModelForCausalLM._model_mapping
+    kind, causal = type(config), AutoModelForCausalLM._model_mapping
+    is_whole = kind in causal and causal[kind].config_class is kind
+    sees = kind in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees and not is_whole else AutoModelForCausalLM
+
+
+def _is_known(config: PretrainedConfig) -> bool:
+    """Whether `auto_class` has a class for it."""
+    return type(config) in auto_class(config)._model_mapping
 
 
 def _hub_commit(name: str, revision: str = "main") -> str | None:
@@ -126,7 +139,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
         ModelError: If no model can be made of the config, such as one with 0 heads.
     """
     with _loading(config.name_or_path, "main"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -146,7 +159,7 @@ def load_model(
     check_weights(name, model_location(name), config)
     commit = getattr(config, "_commit_hash", None) or revision  # that of the config, though the branch moved just now
     with _loading(name, revision):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             model_location(name),
             config=config,
             revision=commit,
@@ -157,7 +170,7 @@ def load_model(
         )
     model.config.name_or_path = name
     check_loaded(name, model, report)
-    if not trust_remote_code and not _is_causal(model.config):
+    if not trust_remote_code and not _is_known(model.config):
         raise ModelError(
             f"{name} is a {config.model_type} model, of which the text part alone would be saved, as a "
             f"{model.config.model_type} model. transformers loads no causal language model of that type, so that the "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from partialtune.distributed import is_main
-from partialtune.model.row_parameters import rows_by_matrix, write_rows
+from partialtune.model.row_parameters import TrainedRows, rows_by_matrix, write_rows
 from partialtune.model.rows import Rows, other_rows_name
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -76,6 +76,12 @@ def with_other_rows(named: Named, rows: Mapping[str, Rows]) -> Iterator[tuple[st
         yield name, values
         if name in rows:
             yield other_rows_name(name, rows[name]), values
+
+
+def rows_by_name(model: nn.Module) -> dict[str, TrainedRows]:
+    """Name of each matrix of which some rows train -> these rows."""
+    rows = rows_by_matrix(model)
+    return {name: rows[id(parameter)] for name, parameter in named_weights(model) if id(parameter) in rows}
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from partialtune.errors import ModelError
+from partialtune.model.expert_products import OF_EXPERTS, grouped_fallback, refuse_kernels
 from partialtune.model.rows import Rows, row_numbers, take_rows
 
 SUFFIX = "_rows"  # of the parameter's name, behind that of the matrix
@@ -179,30 +181,48 @@ class MatrixWithRows(torch.Tensor):
     parameter: nn.Parameter
     matrix: torch.Tensor
     trained: TrainedRows
+    is_turned: bool  # whether its two last dimensions are those of the parameter the other way round
+    is_connected: bool  # of fused experts: whether the pass gives the parameter a gradient already
 
     @classmethod
-    def over(cls, matrix: torch.Tensor, trained: TrainedRows) -> "MatrixWithRows":
-        made: Any = matrix.detach().as_subclass(cls)
+    def over(cls, matrix: torch.Tensor, trained: TrainedRows, is_turned: bool = False) -> "MatrixWithRows":
+        # Without memory of its own: a tensor of no values, as of a forecast, can be of one class alone.
+        shape = matrix.shape, matrix.stride()
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, *shape, dtype=matrix.dtype, device=matrix.device)
         made.parameter, made.matrix, made.trained, made._is_param = matrix, matrix.detach(), trained, True
+        made.is_turned, made.is_connected = is_turned, False
         return made
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        known = KNOWN.get(func)
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
+        known = KNOWN.get(func) or grouped_fallback(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if known is not None:
-                return known(*args, **kwargs)
-            result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and func not in READING:  # else its shape, dtype, device
+            found = NotImplemented if known is None else known(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+            args, kwargs = tree_map_only(MatrixWithRows, lambda one: one.matrix, (args, kwargs))
+            result = NotImplemented if name == "__set__" else func(*args, **kwargs)
+        if result is NotImplemented or (isinstance(result, torch.Tensor) and func not in READING):  # else its shape ...
             raise ModelError(
-                f"Rows of a matrix are to train, and it is used in {getattr(func, '__name__', func)}, through which "
-                f"their gradient cannot be followed. Train the whole matrix, or none of it. To read its values: "
-                f"weight.detach()."
+                f"Rows of a matrix are to train, and it is used in {name}, through which their gradient cannot be "
+                f"followed. Train the whole matrix, or none of it. To read its values: weight.detach()."
             )
-        return result
+        return result  # its shape, dtype, device, what it is equal to
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        raise ModelError(f"Rows of a matrix are to train, and it is used in {func}, past what follows their gradient.")
+
+
+def matrix_and_rows(weight: torch.Tensor) -> tuple[torch.Tensor, TrainedRows | None]:
+    """The values of what an attribute is, and those rows that are to get a gradient; None where it is no such matrix.
+
+    For code that takes products of its own. In passes without gradients it is never one.
+    """
+    return (weight.matrix, weight.trained) if isinstance(weight, MatrixWithRows) else (weight, None)
 
 
 def _embedding(
@@ -278,7 +298,7 @@ class _Product(torch.autograd.Function):
 
 
 READING = (torch.Tensor.detach, torch.Tensor.data.__get__)  # what is read is not trained by
-KNOWN: dict[Any, Any] = {F.embedding: _embedding, F.linear: _linear, torch._C._nn.linear: _linear}
+KNOWN: dict[Any, Any] = {F.embedding: _embedding, F.linear: _linear, torch._C._nn.linear: _linear, **OF_EXPERTS}
 
 
 # ---- put into a model -----------------------------------------------------------------------------------------------
@@ -308,11 +328,13 @@ def train_rows(model: nn.Module, rows: Mapping[str, Rows], matrices: Mapping[str
             continue
         if hasattr(matrix, "full_tensor"):  # of DTensor
             raise ModelError(f"Rows of {name} are to train, and it is sharded (FSDP). Launch without it (DDP).")
+        holders = _holders(model, matrix)
+        refuse_kernels(holders[0][0], name)
         trained = TrainedRows(numbers, nn.Parameter(take_rows(matrix.detach(), numbers)))
         trained.written = trained.parameter._version
         matrix.requires_grad_(False)
-        for number, (module, key) in enumerate(_holders(model, matrix)):
-            _let_hold_rows(module, {**getattr(module, "trained_rows", {}), key: trained})
+        for number, (module, key) in enumerate(holders):
+            _let_hold_rows(module, {**trained_rows_of(module), key: trained})
             if not number:  # once: a tied head shares it
                 module.register_parameter(key + SUFFIX, trained.parameter)
 
@@ -348,14 +370,25 @@ def _with_rows(own: type, attributes: tuple[str, ...]) -> type:
     def matrix(attribute: str) -> property:
         return property(lambda module: module._with_rows(attribute), lambda module, value: module._replace(value))
 
-    members = {"__module__": own.__module__, "__doc__": own.__doc__, "own_class": own}
-    return type(own.__name__, (WithTrainedRows, own), members | {name: matrix(name) for name in attributes})
+    members: dict[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__, "own_class": own}
+    members |= {name: matrix(name) for name in attributes}
+    return type(own.__name__, (WithTrainedRows, own), members)
 
 
 def _new_with_rows(own: type, attributes: tuple[str, ...]) -> nn.Module:
     """What pickle makes before it fills it."""
     kind = _with_rows(own, attributes)
     return kind.__new__(kind)
+
+
+def class_without_rows(module: nn.Module) -> type:
+    """The class that a module has, or had before rows of it were to train."""
+    return module.own_class if isinstance(module, WithTrainedRows) else type(module)
+
+
+def trained_rows_of(module: nn.Module) -> Mapping[str, TrainedRows]:
+    """The rows of a module that train, by the matrix' attribute; empty for any other module."""
+    return module.trained_rows if isinstance(module, WithTrainedRows) else {}
 
 
 def modules_with_rows(model: nn.Module) -> Iterator[WithTrainedRows]:

@@ -47,9 +47,10 @@ def count_rows(rows: Rows) -> int:
     return sum(stop - start for start, stop in rows)
 
 
-def rows_in_words(rows: Rows) -> str:
-    """rows_in_words(((3, 5), (7, 8))) -> "3:5,7", as a selector has them between its brackets."""
-    return ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows)
+def rows_in_words(rows: Rows, shown: int | None = None) -> str:
+    """rows_in_words(((3, 5), (7, 8))) -> "3:5,7", as a selector has them between its brackets; `shown` runs of them."""
+    runs = ",".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in rows[:shown])
+    return runs if shown is None or len(rows) <= shown else f"{runs},..."
 
 
 def other_rows_name(name: str, rows: Rows) -> str:
@@ -58,6 +59,11 @@ def other_rows_name(name: str, rows: Rows) -> str:
     other_rows_name("transformer.wte.weight", ((95, 99),)) -> "transformer.wte.weight (rows other than 95:99)"
     """
     return f"{name} (rows other than {rows_in_words(rows)})"
+
+
+def name_with_rows(name: str, rows: Rows | None) -> str:
+    """name_with_rows("wte.weight", ((3, 5), (7, 8))) -> "wte.weight[3:5,7]"; the name itself where it is all of it."""
+    return name if rows is None else f"{name}[{rows_in_words(rows)}]"
 
 
 def take_rows(values: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from partialtune.errors import RecipeError
 from partialtune.grammar.named_selectors import BLOCK_PARTS, NAMED, WORDS
 from partialtune.grammar.selector_syntax import Pattern, Selector, parse_selector, slice_as_written
+from partialtune.model.experts import single_experts
 from partialtune.model.layout import Place
 from partialtune.model.rows import Rows, as_runs, row_numbers
 from partialtune.model.structure import ModelStructure
@@ -128,13 +129,19 @@ def _all_or(rows: Rows | None, length: int) -> Rows | None:
     return None if rows == ((0, length),) else rows
 
 
-def _rows_of(structure: ModelStructure, selector: Selector, names: Iterable[str]) -> dict[str, Rows]:
-    """Which rows of these parameters a selector names; nothing where it names no rows.
+def _with_rows(structure: ModelStructure, selector: Selector, names: dict[str, set[str]]) -> Matches:
+    """These parameters with the rows of them that a selector names; without those of other experts.
 
     Raises:
-        RecipeError: If a row is out of range, a slice holds none, or a parameter has no rows.
+        RecipeError: If a row or an expert is out of range, a slice holds none, or a parameter has no rows.
     """
-    return {} if selector.rows is None else {name: _rows(structure, selector, name) for name in names}
+    if selector.rows is None:
+        return Matches(names, {})
+    if "experts" in (selector.word, selector.part):
+        experts = single_experts(structure, selector.text, selector.rows, names)
+        slices = {name: rows for name, rows in experts.items() if rows is not None}
+        return Matches({name: names[name] for name in experts}, slices)
+    return Matches(names, {name: _rows(structure, selector, name) for name in names})
 
 
 def _rows(structure: ModelStructure, selector: Selector, name: str) -> Rows:
@@ -176,11 +183,12 @@ def match(structure: ModelStructure, selector: Selector) -> Matches:
         info.name: names
         for info in structure.parameters
         if (names := {place.name for place in info.places if _is_match(selector, blocks, place)})
+        and not (selector.word == "head" and selector.rows and len(info.shape) < 2)  # its bias, which has no rows
     }
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
     if selector.removes:  # what is fixed may be named, and is not there to be taken away
-        return Matches(matches, _rows_of(structure, selector, matches))
+        return _with_rows(structure, selector, matches)
     added = {name: names for name, names in matches.items() if name not in structure.fixed}
     if not added:
         first, count = next(iter(matches)), len(matches)
@@ -189,11 +197,13 @@ def match(structure: ModelStructure, selector: Selector) -> Matches:
             f"{first if count == 1 else f'{count} parameters, {first} first'}: its code makes such tables and biases "
             f"without requires_grad, and they never train. Take {selector.text} out."
         )
-    return Matches(added, _rows_of(structure, selector, added))
+    return _with_rows(structure, selector, added)
 
 
 def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:
     """Whether a selector chooses a parameter by the one of its names that stands at this place."""
+    if selector.of_language and place.tower != "language":
+        return False
     if selector.pattern is not None:
         return selector.pattern.fullmatch(place.name) is not None
     if selector.word is not None:
@@ -246,6 +256,10 @@ def _tie_contradictions(structure: ModelStructure, steps: Sequence[tuple[Selecto
 def _why_no_match(structure: ModelStructure, selector: Selector, blocks: set[int]) -> str:
     if selector.pattern is not None:
         return _nearest_names(structure, selector.pattern)
+    has_towers = any(place.tower for info in structure.parameters for place in info.places)
+    if selector.of_language and not has_towers:
+        lacks = NAMED["language"].in_words
+        return f"{structure.model_name} has no {lacks}. {_what_it_has(structure)}"
     if selector.word is not None:
         lacks = NAMED[selector.word].in_words or selector.word
         return f"{structure.model_name} has no {lacks}. {_what_it_has(structure)}"

@@ -90,7 +90,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
     _refuse_quantised(model)
     layout = Layout(model)
     if layout.towers:
-        logger.info("beside the blocks in %s there are %s; they count as `other`", layout.blocks, layout.towers)
+        logger.info("beside the blocks in %s there are %s, of component `other`", layout.blocks, layout.towers)
 
     tensors: dict[tuple[int, bool], tuple[nn.Parameter, list[Place]]] = {}
     of_rows = {id(trained.parameter) for trained in rows_by_matrix(model).values()}

@@ -74,7 +74,7 @@ def render_card(run: RunFiles) -> str:
             figures=describe_figures(run),
             sources=run.record.get("sources", []),
             versions=run.record.get("versions", {}),
-            frozen_values=sum(parameter["numel"] for parameter in run.frozen),
+            frozen_values=run.frozen_values,
         )
     )
 

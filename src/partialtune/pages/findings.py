@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partialtune.metrics import HEADLINE, METRICS
-from partialtune.pages.run_files import RunFiles
+from partialtune.pages.run_files import RunFiles, learning, runs_in_words
 from partialtune.words import count, counted, joined, percent, significant
 
 WITHHELD = (
@@ -64,16 +64,17 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
-    weights = [frozen_finding(run), trainable_finding(run), *saved_finding(run)]
+    weights = [frozen_finding(run), *resting_finding(run), trainable_finding(run), *saved_finding(run)]
     return [*weights, *held_out_finding(run), *forgetting_finding(run)]
 
 
 def frozen_finding(run: RunFiles) -> Finding:
     """Whether every frozen parameter kept every bit."""
-    frozen, audit = run.frozen, run.audit["frozen"]
-    if not frozen:
+    frozen, rows, audit = run.frozen, run.frozen_rows, run.audit["frozen"]
+    if not run.freezes:
         return Finding("plain", "Frozen part", "none", "Nothing was frozen: every parameter trained.")
-    size = f"{count(sum(p['numel'] for p in frozen))} frozen parameters in {count(len(frozen))} tensors"
+    size = f"{count(run.frozen_values)} frozen parameters in {count(len(frozen))} tensors"
+    size += f" and in {joined(rows, 160)}" if rows else ""
     if changed_buffers(run) and not audit["changed"]:
         value = f"{counted(len(changed_buffers(run)), 'buffer')} changed"
         detail = f"{size} kept every bit, but these buffers, which nothing trains, changed: "
@@ -85,7 +86,8 @@ def frozen_finding(run: RunFiles) -> Finding:
             if audit["l2_delta"] is None
             else f"an L2 distance of {significant(audit['l2_delta'])}"
         )
-        detail = f"Of {count(len(frozen))} frozen tensors these changed, by {moved}: {joined(audit['changed'], 160)}."
+        tensors = f"{count(len(frozen))} frozen tensors" + (f" and the frozen rows of {len(rows)} more" if rows else "")
+        detail = f"Of {tensors} these changed, by {moved}: {joined(audit['changed'], 160)}."
         return Finding("bad", "Frozen part", value, detail)
     strangers = [name for names in changed_names(run).values() for name in names]
     if strangers:
@@ -95,17 +97,42 @@ def frozen_finding(run: RunFiles) -> Finding:
     return Finding("good", "Frozen part", f"L2 change {exact}", f"{size} kept every bit.")
 
 
+def resting_finding(run: RunFiles) -> list[Finding]:
+    """Whether blocks that learn in turn kept every bit while they rested; nothing where none do."""
+    if "sampling" not in run.plan:
+        return []
+    from partialtune.freeze.block_sampling import BlockSampling  # here: a page need not wait for torch
+
+    sampling = BlockSampling.from_json(run.plan["sampling"])
+    detail = f"{sampling.words()}."
+    held = sum(parameter["numel"] for parameter in run.plan["parameters"] if parameter.get("in_turn"))
+    if run.record.get("processes", 1) > 1:
+        detail += f" On every process all candidates kept their gradient buckets (DDP): {count(held)} values."
+    changed = changed_at_rest(run)
+    if changed:
+        value = f"{counted(len(changed), 'tensor')} changed at rest"
+        return [Finding("bad", "Blocks in turn", value, f"{detail} While their block rested: {joined(changed, 160)}.")]
+    value = counted(run.draws, "draw") if run.draws is not None else "0 changed at rest"
+    return [Finding("good", "Blocks in turn", value, f"{detail} Blocks at rest kept every bit.")]
+
+
+def changed_at_rest(run: RunFiles) -> list[str]:
+    """Names of parameters that changed while their block rested."""
+    return run.audit.get("resting", {}).get("changed", [])
+
+
 def trainable_finding(run: RunFiles) -> Finding:
     """How far the trainable parameters moved, and which of them could not."""
     trained, audit = run.trained, run.audit["trainable"]
-    detail = f"{count(sum(p['numel'] for p in trained))} trainable parameters in {count(len(trained))} tensors"
+    detail = f"{count(sum(map(learning, trained)))} trainable parameters in {count(len(trained))} tensors"
     if run.deltas.steps:
         relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
         detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
     explained = run.audit["frozen"]["changed"] or changed_buffers(run) or any(changed_names(run).values())
-    explained = explained or saved_otherwise(run)
+    explained = explained or saved_otherwise(run) or changed_at_rest(run)
     failed = audit["not_in_optimizer"] or not (run.audit["passed"] or explained)
-    level = "bad" if failed else "warning" if audit["unmoved"] or audit["below_precision"] else "good"
+    warned = audit["unmoved"] or audit["below_precision"] or audit.get("rows_without_gradient")
+    level = "bad" if failed else "warning" if warned else "good"
     return Finding(level, "Trained part", f"L2 change {significant(audit['l2_delta'])}", f"{detail}.")
 
 
@@ -140,6 +167,7 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
     gone = set(names["missing"])
     return [
         *((name, "is frozen, but changed") for name in frozen["changed"] if name not in gone),
+        *((name, "changed while its block rested") for name in changed_at_rest(run) if name not in gone),
         *(
             (name, "is a buffer, which nothing trains, but changed")
             for name in changed_buffers(run)
@@ -150,6 +178,10 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
         *((name, "is trainable, but was not in the optimizer") for name in trainable["not_in_optimizer"]),
         *((entry["name"], f"is trainable, but did not move: {entry['reason']}") for entry in trainable["unmoved"]),
         *((name, "is trainable, but its updates are below its precision") for name in trainable["below_precision"]),
+        *(
+            (entry["name"], f"trains in part, but its rows {runs_in_words(entry['rows'])} never had a gradient")
+            for entry in trainable.get("rows_without_gradient", [])
+        ),
         *saved_otherwise(run),
     ]
 

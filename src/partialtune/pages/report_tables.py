@@ -5,7 +5,7 @@ from typing import Any
 
 from partialtune.pages.html import Cell, cell, yaml_words
 from partialtune.pages.insight_figures import matrices, share_of_possible, shift, token_matrices
-from partialtune.pages.run_files import RunFiles
+from partialtune.pages.run_files import RunFiles, frozen_rows_name, runs_in_words
 from partialtune.words import change, count, counted, joined, percent, significant
 
 SHOWN_DIGITS = 8  # of a sha256 digest in a table; freeze_plan.json holds them whole
@@ -43,14 +43,17 @@ def parameter_row(run: RunFiles, parameter: Mapping[str, Any]) -> list[Cell]:
     l2, relative, largest = (line.get(key) for key in ("l2_delta", "relative_delta", "max_abs_delta"))
     trainable = parameter["trainable"]
     digest = digest_words(parameter)
-    changed = "changed" if parameter["name"] in run.audit["frozen"]["changed"] else ""
+    names = {parameter["name"], frozen_rows_name(parameter)}
+    changed = "changed" if names.intersection(run.audit["frozen"]["changed"]) else ""
+    rows = parameter.get("rows")
+    chosen = (parameter["selector"] or "") + (f", rows {runs_in_words(rows)}" if rows else "")
     return [
         cell(parameter["name"]),
         cell(parameter["component"]),
         cell(parameter["block"]),
         Cell(" × ".join(map(str, parameter["shape"])), parameter["numel"]),
         cell(parameter["numel"], count),
-        Cell(parameter["selector"] or "frozen", parameter["selector"] or "", "trained" if trainable else "frozen"),
+        Cell(chosen or "frozen", chosen, "trained" if trainable else "frozen"),
         cell(l2, significant),
         cell(relative, percent),
         cell(largest, significant),
@@ -59,8 +62,15 @@ def parameter_row(run: RunFiles, parameter: Mapping[str, Any]) -> list[Cell]:
 
 
 def digest_words(parameter: Mapping[str, Any]) -> str:
-    """The start of the digest; both where it changed."""
-    before, after = parameter["sha256_before"], parameter["sha256_after"]
+    """The start of the digest; both where it changed. Where only some rows train, that of the others behind it."""
+    words = _digest_pair(parameter["sha256_before"], parameter["sha256_after"])
+    if parameter.get("rows") is None:
+        return words
+    others = (parameter.get("sha256_other_rows_before"), parameter.get("sha256_other_rows_after"))
+    return f"{words}; other rows {_digest_pair(*others)}"
+
+
+def _digest_pair(before: str | None, after: str | None) -> str:
     if not before or not after:
         return "–"
     if before == after:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from partialtune.errors import InputError
+from partialtune.model.rows import count_rows, other_rows_name, rows_in_words
 
 OUTER_ORDER = ("embeddings.tokens", "embeddings.positions", "embeddings.other", "final_norm", "head", "other")
 BLOCK_ORDER = ("attention", "mixer", "mlp", "norms", "other")
@@ -79,7 +80,26 @@ class Group:
 
     @property
     def trainable(self) -> int:
-        return sum(parameter["numel"] for parameter in self.parameters if parameter["trainable"])
+        return sum(map(learning, self.parameters))
+
+
+def learning(parameter: Mapping[str, Any]) -> int:
+    """How many values of an entry of `freeze_plan.json` train: those of its rows that do, where only some do."""
+    if not parameter["trainable"]:
+        return 0
+    rows = parameter.get("rows")
+    return parameter["numel"] if rows is None else count_rows(rows) * math.prod(parameter["shape"][1:])
+
+
+def frozen_rows_name(parameter: Mapping[str, Any]) -> str | None:
+    """What audits call the frozen rows of an entry of `freeze_plan.json`; None unless only some of its rows train."""
+    rows = parameter.get("rows")
+    return None if rows is None else other_rows_name(parameter["name"], tuple((start, stop) for start, stop in rows))
+
+
+def runs_in_words(runs: Sequence[Sequence[int]]) -> str:
+    """runs_in_words([[3, 5], [7, 8]]) -> "3:5,7"; eight runs at most."""
+    return rows_in_words(tuple((start, stop) for start, stop in runs), 8)
 
 
 @dataclass(frozen=True)
@@ -112,14 +132,23 @@ class RunFiles:
 
     @property
     def selectors(self) -> list[str]:
-        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning.
+        """The recipe's `trainable`, and blocks in turn; `all` without both, as it may be for full fine-tuning.
 
         Adapters beside it are shown as the plan shows them: `lora: attention`.
         """
         target = as_list((self.recipe.get("lora") or {}).get("target"))
         if target and self.adapts:
             return target
-        return [*as_list(self.recipe.get("trainable")), *(f"lora: {one}" for one in target)] or ["all"]
+        sampling = self.recipe.get("block_sampling")
+        in_turn = [f"{sampling['blocks']} blocks in turn"] if sampling else []
+        beside = [f"lora: {one}" for one in target]
+        return [*as_list(self.recipe.get("trainable")), *in_turn, *beside] or ["all"]
+
+    @property
+    def draws(self) -> int | None:
+        """How many draws of blocks there were, None where that is not written."""
+        file = self.folder / "block_draws.jsonl"
+        return file.read_text(encoding="utf-8").count("\n") if file.is_file() else None
 
     @property
     def adapts(self) -> bool:
@@ -142,6 +171,21 @@ class RunFiles:
     @property
     def frozen(self) -> list[Mapping[str, Any]]:
         return [parameter for parameter in self.plan["parameters"] if not parameter["trainable"]]
+
+    @property
+    def frozen_values(self) -> int:
+        """Number of all values that are frozen, in tensors that are frozen whole and in rows of others."""
+        return sum(parameter["numel"] - learning(parameter) for parameter in self.plan["parameters"])
+
+    @property
+    def frozen_rows(self) -> list[str]:
+        """What audits call the frozen rows of each matrix of which others train."""
+        return [name for parameter in self.trained if (name := frozen_rows_name(parameter)) is not None]
+
+    @property
+    def freezes(self) -> bool:
+        """Whether anything is frozen."""
+        return bool(self.frozen or self.frozen_rows)
 
     @property
     def trained(self) -> list[Mapping[str, Any]]:

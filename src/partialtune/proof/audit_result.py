@@ -182,8 +182,8 @@ class Audit:
             )
         for name, rows in (self.rows_without_gradient or {}).items():
             sentences.append(
-                f"{count_rows(rows)} of the rows of {name} that train {NEVER_A_GRADIENT}: {_shortened(rows)}. Of an "
-                f"embedding these are tokens that the text does not hold; only weight decay moved them."
+                f"{count_rows(rows)} of the rows of {name} that train {NEVER_A_GRADIENT}: {rows_in_words(rows, 8)}. "
+                f"Of an embedding these are tokens that the text does not hold; only weight decay moved them."
             )
         return sentences
 
@@ -192,10 +192,6 @@ def _rows_of_json(entries: Iterable[Mapping[str, Any]] | None) -> dict[str, Rows
     if entries is None:
         return None
     return {entry["name"]: tuple((start, stop) for start, stop in entry["rows"]) for entry in entries}
-
-
-def _shortened(rows: Rows, shown: int = 8) -> str:
-    return rows_in_words(rows[:shown]) + ("" if len(rows) <= shown else ", ...")
 
 
 @dataclass(frozen=True)

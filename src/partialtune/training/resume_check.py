@@ -34,6 +34,7 @@ from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.rates import rates_in_words
 from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
+from partialtune.model.rows import name_with_rows
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
 from partialtune.recipe.key_rules import training_defaults
@@ -203,7 +204,7 @@ def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     with read_with_care(checkpoint):
         groups = saved_groups(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         held = {str(name) for group in groups for name in group["params"]}
-    trained = set(plan.phase_at(step - 1).trainable)
+    trained = {name_with_rows(name, plan.rows.get(name)) for name in plan.phase_at(step - 1).trainable}
     if held != trained:
         both = {"not in the plan": sorted(held - trained), "not in the checkpoint": sorted(trained - held)}
         differences = "; ".join(f"{len(names)} {where}, as {names[0]}" for where, names in both.items() if names)
@@ -270,6 +271,7 @@ class RunOrigin:
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
         rates: `part_learning_rates` and `layer_decay` in words; None where the recipe has neither.
+        sampling: The plan's, where blocks learn in turn.
     """
 
     base: BaseOrigin
@@ -278,6 +280,7 @@ class RunOrigin:
     phases: list[PhaseOrigin]
     choices: Choices
     rates: dict[str, str] | None = None
+    sampling: dict[str, Any] | None = None
 
 
 def origin_of(
@@ -312,6 +315,7 @@ def origin_of(
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
         rates_in_words(plan) or None,
+        None if plan.sampling is None else plan.sampling.to_json(),
     )
 
 
@@ -378,6 +382,7 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
         *_setting_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
         *_setting_differences(saved.rates or {}, dict.fromkeys(saved.rates or {}) | (present.rates or {})),
+        *_setting_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
     ]
     if found:
         raise InputError(

@@ -8,10 +8,12 @@ from typing import Any
 from partialtune.errors import ModelError
 from partialtune.freeze.adapter_plan import FACTOR, adapted_matrix
 from partialtune.model.digests import digest, digests_of
-from partialtune.model.selectors import resolve_selectors
+from partialtune.model.rows import Rows, as_rows, other_rows_name
+from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
+from partialtune.verify.draws import read_draws
 from partialtune.verify.open_checkpoint import Adapters
 
 
@@ -22,18 +24,23 @@ class Claim:
     Attributes:
         text: The claim in words.
         trainable: Names of the parameters that may move.
-        before: sha256 of parameters of the base by name, as far as the claim states them.
+        rows: Of those of which some rows alone may move, which ones.
+        before: sha256 of parameters of the base by name, as far as the claim states them, and of the rows that may not
+            move by the name that `rows.other_rows_name` gives.
         after: The same for the adapted checkpoint.
         head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
         scale: For LoRA, alpha / rank of the run; None if unknown.
+        faults: Sentences on what the run's own record says against itself.
     """
 
     text: str
     trainable: frozenset[str]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
     before: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     scale: float | None = None
+    faults: tuple[str, ...] = ()
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -43,14 +50,18 @@ def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> C
         RecipeError: If a selector cannot be applied.
     """
     selectors = [trainable] if isinstance(trainable, str) else list(trainable)
-    chosen = resolve_selectors(structure, selectors, allow_empty=True)
-    return Claim(f"only {', '.join(selectors) or 'nothing'} may move", frozenset(chosen))
+    chosen = choose(structure, selectors, allow_empty=True)
+    return Claim(
+        text=f"only {', '.join(selectors) or 'nothing'} may move",
+        trainable=frozenset(chosen),
+        rows={name: what.rows for name, what in chosen.items() if what.rows is not None},
+    )
 
 
 def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     """That only what a run's `freeze_plan.json` trains moved, from its digests before to its digests after.
 
-    Parameters that the plan does not list are frozen.
+    Parameters that the plan does not list are frozen. Where blocks learnt in turn, so are those that were never drawn.
 
     Args:
         structure: Of both checkpoints.
@@ -71,15 +82,37 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     named = {structure.by_name[name].name: entry for name, entry in entries.items()}
     before = {name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]}
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
+    rows = _rows(structure, named, file, adapted)
+    for name, trained in rows.items():
+        for found, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
+            if named[name].get(key):
+                found[other_rows_name(name, trained)] = named[name][key]
     digests = f"{len(before):,} digests before and {len(after):,} after"
+    draws = read_draws(file.parent, read_json(file), adapted)
+    never = {structure.by_name[name].name for name in draws.never}
     return Claim(
-        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
+        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says{draws.words}",
         # `is True`: a damaged plan's "false" is a text, and must not let a parameter move
-        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
+        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True) - never,
+        rows=rows,
         before=before,
         after=after,
         head=read_json(file).get("head"),
+        faults=draws.faults,
     )
+
+
+def _rows(
+    structure: ModelStructure, entries: Mapping[str, Mapping[str, Any]], file: Path, adapted: str
+) -> dict[str, Rows]:
+    """Which rows alone train, by name of the matrix."""
+    with_rows = {name: entry["rows"] for name, entry in entries.items() if entry.get("rows") is not None}
+    try:
+        return {name: as_rows(runs, structure.by_name[name].shape[0]) for name, runs in with_rows.items()}
+    except (ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{adapted}: its {file.name} cannot be read as a freeze plan ({error}). Say with --trainable what may move."
+        ) from error
 
 
 def _entries(file: Path, adapted: str) -> dict[str, dict[str, Any]]:
@@ -140,6 +173,9 @@ def claim_of_adapters(
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{name}: its {plan.name} cannot be read as a freeze plan ({error}).") from error
     before = {name: sha256 for name, (sha256, _) in own.items() if sha256}
+    # of a matrix that is adapted too all of it moves when they are merged
+    in_part = {structure.by_name[n].name: e for n, e in entries.items() if n in structure.by_name}
+    rows = {n: r for n, r in _rows(structure, in_part, plan, name).items() if n not in adapters.adapted}
     others = {one for one in planned.keys() | adapters.tensors.keys() if not _is_as_planned(one, planned, adapters)}
     others |= _others_under_adapters(base, adapted, own, trains) if adapted.under is not base else set()
     verb = "adapts" if trains == planned.keys() else "trains or adapts"
@@ -148,6 +184,7 @@ def claim_of_adapters(
             text=f"only what {plan.name} of {name} {verb} may move; base and adapters have to be as it "
             f"says ({len(before):,} and {len(planned):,} digests)",
             trainable=frozenset(map(adapted_matrix, trains)),  # the plan names adapters; what moves is their matrix
+            rows=rows,
             before=before,
             head=content.get("head") if adapted.under is not base else None,
             scale=scale,

@@ -7,6 +7,7 @@ from typing import Any
 
 from partialtune.errors import FreezeViolation
 from partialtune.model.config_keys import notable_differences
+from partialtune.model.rows import Rows, other_rows_name, rows_in_words
 from partialtune.model.weight_files import Weights
 from partialtune.words import counted, joined
 
@@ -21,11 +22,15 @@ class ComparedParameter:
         component: Its part of the model, see `layout.COMPONENTS`.
         numel: Number of values.
         changed_values: How many of them differ in a bit, both sides widened to one dtype.
-        norm_before: ||before||, None where it is not finite.
+        norm_before: ||before||, None where it is not finite. Where only some rows may move and only they did, of these
+            rows, and so are the three below.
         l2_delta: ||after - before||. None where a value is not finite.
         relative_delta: l2_delta / norm_before, None where the norm is 0 or either is unknown.
         max_abs_delta: Largest change of one value, None as l2_delta.
-        allowed: Whether the claim lets it move, None without a claim.
+        allowed: Whether the claim lets it, or `rows` of it, move; None without a claim.
+        rows: The only rows that the claim lets move, None where it lets all of it, or nothing.
+        changed_other_values: How many of the values outside of these rows differ.
+        changed_other_rows: The first rows outside of them that differ.
     """
 
     name: str
@@ -38,10 +43,39 @@ class ComparedParameter:
     relative_delta: float | None
     max_abs_delta: float | None
     allowed: bool | None
+    rows: Rows | None = None
+    changed_other_values: int = 0
+    changed_other_rows: tuple[int, ...] = ()
 
     @property
     def changed(self) -> bool:
         return self.changed_values > 0
+
+    @property
+    def breaks_claim(self) -> bool:
+        """Whether something of it changed that the claim does not let move."""
+        return (self.changed and self.allowed is False) or self.changed_other_values > 0
+
+    @property
+    def frozen_name(self) -> str:
+        """What may not move of it."""
+        return self.name if self.rows is None else other_rows_name(self.name, self.rows)
+
+    @property
+    def change_in_words(self) -> str:
+        """What changed that may not: `transformer.ln_f.weight (3 of 768 values)`."""
+        if self.rows is None:
+            return f"{self.name} ({self.changed_values:,} of {self.numel:,} values)"
+        first = ", ".join(map(str, self.changed_other_rows))
+        values = counted(self.changed_other_values, "value")
+        return f"{self.name} ({values} in rows other than {rows_in_words(self.rows, 8)}, first in row {first})"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; what only rows have, only where there are rows."""
+        entry = {**asdict(self), "changed": self.changed}
+        if self.rows is None:
+            del entry["rows"], entry["changed_other_values"], entry["changed_other_rows"]
+        return entry
 
 
 @dataclass(frozen=True)
@@ -58,6 +92,7 @@ class Comparison:
         not_the_base: Parameters of the base that are not what the run says it started from.
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
         notes: What else a reader should know.
+        faults_of_the_record: Sentences on what the run's own files say against each other.
     """
 
     base: str
@@ -69,6 +104,7 @@ class Comparison:
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    faults_of_the_record: tuple[str, ...] = ()
 
     @property
     def moved(self) -> list[ComparedParameter]:
@@ -77,8 +113,8 @@ class Comparison:
 
     @property
     def changed_though_frozen(self) -> list[ComparedParameter]:
-        """Parameters that moved and that the claim does not let move."""
-        return [parameter for parameter in self.moved if parameter.allowed is False]
+        """Parameters that moved, or of which rows did, and that the claim does not let move."""
+        return [parameter for parameter in self.moved if parameter.breaks_claim]
 
     @property
     def unmoved(self) -> list[ComparedParameter]:
@@ -90,7 +126,7 @@ class Comparison:
         """A sentence for each way in which the claim does not hold."""
         sentences = []
         if self.changed_though_frozen:
-            changed = [f"{p.name} ({p.changed_values:,} of {p.numel:,} values)" for p in self.changed_though_frozen]
+            changed = [parameter.change_in_words for parameter in self.changed_though_frozen]
             sentences.append(f"{counted(len(changed), 'frozen parameter')} changed: {joined(changed, 240)}.")
         if self.claim is not None and self.changed_buffers:
             names = joined(self.changed_buffers, 160)
@@ -112,7 +148,7 @@ class Comparison:
             if differing:
                 where = f"in {counted(len(differing), 'parameter')}: {joined(differing, 160)}"
                 sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
-        return sentences
+        return [*sentences, *self.faults_of_the_record]
 
     @property
     def passed(self) -> bool | None:
@@ -136,7 +172,7 @@ class Comparison:
             "claim": self.claim,
             "passed": self.passed,
             "moved": [parameter.name for parameter in self.moved],
-            "changed_though_frozen": [parameter.name for parameter in self.changed_though_frozen],
+            "changed_though_frozen": [parameter.frozen_name for parameter in self.changed_though_frozen],
             "unmoved": [parameter.name for parameter in self.unmoved],
             "changed_buffers": list(self.changed_buffers),
             "changed_config": list(self.changed_config),
@@ -144,7 +180,7 @@ class Comparison:
             "not_the_result": list(self.not_the_result),
             "violations": self.violations,
             "notes": list(self.notes),
-            "parameters": [{**asdict(parameter), "changed": parameter.changed} for parameter in self.parameters],
+            "parameters": [parameter.to_json() for parameter in self.parameters],
         }
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from partialtune.model.rows import rows_in_words
 from partialtune.tables import draw_table
 from partialtune.verify.comparison import ComparedParameter, Comparison, relative_change
-from partialtune.words import counted, significant
+from partialtune.words import counted, joined, significant
 
 HEADINGS = ("place", "parameters", "moved", "relative change", "largest change", "claim")
 
@@ -37,9 +38,11 @@ def verdict_line(comparison: Comparison) -> str:
     if not comparison.passed:
         return f"verdict: VIOLATED. {' '.join(comparison.violations)}"
     may_move = sum(bool(parameter.allowed) for parameter in comparison.parameters)
+    in_part = [parameter.frozen_name for parameter in comparison.parameters if parameter.rows is not None]
+    others = f", and {joined(in_part, 160)}," if in_part else ""
     return (
         f"verdict: passed. {moved:,} of the {counted(may_move, 'parameter')} that may move did; "
-        f"the other {total - may_move:,} kept every bit."
+        f"the other {total - may_move:,}{others} kept every bit."
     )
 
 
@@ -83,10 +86,15 @@ def _row(place: str, parameters: Sequence[ComparedParameter]) -> tuple[str, ...]
 
 
 def _claim_cell(parameters: Sequence[ComparedParameter]) -> str:
-    broken = sum(parameter.changed and parameter.allowed is False for parameter in parameters)
+    broken = sum(parameter.breaks_claim for parameter in parameters)
     if broken:
         return f"{broken} CHANGED, though frozen"
     may_move = sum(bool(parameter.allowed) for parameter in parameters)
+    in_part = [parameter.rows for parameter in parameters if parameter.rows is not None]
+    if len(in_part) == len(parameters) == 1:
+        return f"rows {rows_in_words(in_part[0], 4)} may move"
+    if in_part:
+        return f"{may_move} of {len(parameters)} may move, rows of {len(in_part)} only"
     if may_move == len(parameters):
         return "may move"
     if may_move:

@@ -14,8 +14,9 @@ import torch
 from partialtune.errors import ModelError
 from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.model.config_keys import config_differences
-from partialtune.model.digests import digest, same_bits
+from partialtune.model.digests import digest, digest_of_other_rows, same_bits
 from partialtune.model.parameters import chunks_of
+from partialtune.model.rows import Rows, other_runs, take_rows
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
@@ -27,6 +28,7 @@ from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_ad
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
+SHOWN_ROWS = 5
 ADAPTERS_NOTE = (
     "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
     "merged into it."
@@ -71,6 +73,7 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=others if claim is None else (*others, *_other_than(claim.after, digests_after)),
+        faults_of_the_record=() if claim is None else claim.faults,
     )
     notes = notes_on(comparison, before, after, rounded)
     if adapters:
@@ -99,8 +102,12 @@ def _compare_all(
     has_digests = claim is not None and bool(claim.before or claim.after)
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
-        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable)
+        rows = claim.rows.get(info.name) if claim is not None else None
+        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable, rows)
         parameters.append(parameter)
+        if has_digests and rows is not None:
+            digests_after[parameter.frozen_name] = digest_of_other_rows(new, rows)
+            digests_before[parameter.frozen_name] = digest_of_other_rows(old, rows)
         if has_digests:
             digests_after[info.name] = digest(new)
             # What is equal once widened has equal digests: what is frozen is hashed once.
@@ -197,8 +204,14 @@ def _pairs(
             bar.update(info.numel)
 
 
-def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None) -> ComparedParameter:
-    changed, norm = changed_values(now, before), l2_norm(before)
+def _compare(
+    info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allowed: bool | None, rows: Rows | None
+) -> ComparedParameter:
+    changed = changed_values(now, before)
+    of_others, other_rows = _changed_other_rows(now, before, rows) if changed and rows is not None else (0, ())
+    if rows is not None and not of_others:
+        before, now = take_rows(before, rows), take_rows(now, rows)
+    norm = l2_norm(before)
     kept = ParameterDelta(info.name, 0.0, 0.0 if norm else None, 0.0)
     delta = delta_between(info.name, now, before, norm) if changed else kept
     return ComparedParameter(
@@ -212,7 +225,23 @@ def _compare(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, allow
         relative_delta=delta.relative_delta,
         max_abs_delta=delta.max_abs_delta,
         allowed=allowed,
+        rows=rows,
+        changed_other_values=of_others,
+        changed_other_rows=other_rows,
     )
+
+
+def _changed_other_rows(now: torch.Tensor, before: torch.Tensor, rows: Rows) -> tuple[int, tuple[int, ...]]:
+    """How many values differ outside of these rows, and the first rows there that do."""
+    values, numbers = 0, list[int]()
+    for start, stop in other_runs(rows, len(now)):
+        values += changed_values(now[start:stop], before[start:stop])
+        for number in range(start, stop):
+            if len(numbers) == SHOWN_ROWS:
+                break
+            if changed_values(now[number], before[number]):
+                numbers.append(number)
+    return values, tuple(numbers)
 
 
 def _changed_buffers(before: Weights, after: Weights) -> tuple[str, ...]:
