@@ -18,6 +18,9 @@ import partialtune as pt
 from conftest import REPOSITORY, some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
+from partialtune.compare.compare import notes_on
+from partialtune.compare.learning_rates import RateTrial
+from partialtune.compare.outcomes import Outcome, Row
 from partialtune.engine.attach import attach
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.lora import plan_lora
@@ -975,3 +978,16 @@ def test_shards_have_the_rates_and_weights_of_groups_by_hand_on_one_process():
     assert max(differences(weights, expected).values()) < 1e-6
     assert rates["learning_rate/block_01"] == rates_by_hand[-1]["transformer.h.1.ln_1.weight"]
     assert passed
+
+
+def test_a_comparison_says_which_rates_its_trials_kept(tmp_path):
+    values = {**RUN, "output_dir": "out", "text": "text"}
+    outcome = Outcome(tmp_path, values, 10, 5, {"sources": [], "windows": None}, {}, {}, None, 0, "")
+    row = Row("parts", [outcome], [RateTrial(1e-3, 2.0), RateTrial(1e-2, 2.5)])
+    assert row.selectors == [
+        *RUN["trainable"],
+        *("embeddings.positions at 1e-05", "blocks[-1].norms at 0.003", "layer_decay 0.5"),
+    ]
+    kept = "its part_learning_rates were kept in every trial (embeddings.positions 1e-05, blocks[-1].norms 0.003)"
+    assert any(kept in note for note in notes_on([row]))
+    assert not any("part_learning_rates" in note for note in notes_on([Row("parts", [outcome])]))
