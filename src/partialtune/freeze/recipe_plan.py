@@ -9,6 +9,7 @@ A phase may begin at an epoch, whose step is known once the text is read: before
 that is shown; after it, `in_steps` and `plan_of_recipe` make the one that is carried out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,10 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.model.structure import ModelStructure, read_structure
 from partialtune.recipe.arguments import FreezeArguments
+
+ADAPTER = re.compile(r"\.lora_[AB](?=\.)")
 
 
 def plan_of_recipe(
@@ -45,7 +49,21 @@ def plan_of_recipe(
         "layer_decay": freeze.layer_decay,
     }
     if freeze.method == "lora":
-        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+        plan = plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+    else:
+        plan = _plan_of_parts(model, freeze, schedule, seed, before_text, rates)
+    _refuse_unread(read_structure(model), plan)
+    return plan
+
+
+def _plan_of_parts(
+    model: nn.Module,
+    freeze: FreezeArguments,
+    schedule: Sequence[Mapping[str, Any]],
+    seed: int,
+    before_text: bool,
+    rates: Mapping[str, Any],
+) -> FreezePlan:
     return plan_freeze(
         model,
         freeze.trainable,
@@ -57,6 +75,26 @@ def plan_of_recipe(
         seed=seed,
         **rates,
     )
+
+
+def _refuse_unread(structure: ModelStructure, plan: FreezePlan) -> None:
+    """Stop where a selector asks for what text does not reach. `all` may: there it is said by the audit, at the end.
+
+    Raises:
+        RecipeError: Names the selectors.
+    """
+    towers: dict[str, set[str]] = {}
+    for parameter in plan.parameters:
+        info = structure.by_name.get(ADAPTER.sub("", parameter.name))
+        if parameter.selector is not None and info is not None:
+            towers.setdefault(parameter.selector, set()).update(place.tower for place in info.places)
+    unread = [selector for selector, found in towers.items() if found <= {"vision", "projector"}]
+    if unread:
+        raise RecipeError(
+            f"{', '.join(unread)}: a recipe trains on text, in which no gradient reaches the vision tower and the "
+            f"projector of {structure.model_name}. Choose parts of its language model (language.blocks[-1]); to train "
+            f"with images, make a Trainer of your own and call attach(trainer, plan)."
+        )
 
 
 def plan_before_text(model: nn.Module, freeze: FreezeArguments, seed: int = 0) -> FreezePlan:
