@@ -358,8 +358,6 @@ def test_the_snippet_of_the_page_trains_rows_alone():
     data = some_windows(8, 16)
     data = data.add_column("labels", data["input_ids"]).with_format("torch")
     loader = torch.utils.data.DataLoader(data, batch_size=4)
-        data.add_column("labels", data["input_ids"]).with_format("torch"), batch_size=4
-    )
     names = {"loader": loader}
     location = model_location("builtin:lilliput")
     exec(compile(code.replace("openai-community/gpt2", location), "docs/what-may-learn.md, Rows", "exec"), names)
