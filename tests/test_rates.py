@@ -638,7 +638,7 @@ OTHER_RATES = {
 @pytest.mark.parametrize("name", OTHER_RATES)
 def test_a_checkpoint_of_other_rates_is_refused(whole, tmp_path, name):
     again = trainer_of(tmp_path, "both with phases", door="train", **OTHER_RATES[name])
-    with pytest.raises(InputError, match=r"`part_learning_rates`.* or `layer_decay` differ. Go on with the recipe of"):
+    with pytest.raises(InputError, match=r"`part_learning_rates`.* `layer_decay` .*differ. Go on with the recipe of"):
         again.train(resume_from_checkpoint=str(whole[0] / "checkpoint-7"))
 
 
@@ -982,7 +982,9 @@ def test_shards_have_the_rates_and_weights_of_groups_by_hand_on_one_process():
 
 def test_a_comparison_says_which_rates_its_trials_kept(tmp_path):
     values = {**RUN, "output_dir": "out", "text": "text"}
-    outcome = Outcome(tmp_path, values, 10, 5, {"sources": [], "windows": None}, {}, {}, None, 0, "")
+    outcome = Outcome(
+        tmp_path, values, 10, 5, {"sources": [], "windows": None, "stopped_early": None}, {}, {}, None, 0, ""
+    )
     row = Row("parts", [outcome], [RateTrial(1e-3, 2.0), RateTrial(1e-2, 2.5)])
     assert row.selectors == [
         *RUN["trainable"],
