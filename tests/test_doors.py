@@ -110,6 +110,8 @@ def recipe_of(name, bases, folder):
     }
     if "schedule" in values:
         values["schedule"] = [{**entry, "from_step": PHASES[entry["from_step"]]} for entry in values["schedule"]]
+    if "block_sampling" in values:
+        values["block_sampling"] = {**values["block_sampling"], "every": 3}
     return recipe_from_values(values)
 
 
@@ -155,7 +157,9 @@ def through_attach(recipe, folder):
         trainable = ["all"] if values.get("method") == "full" else values["trainable"]
         rates = {key: values.get(key) for key in ("part_learning_rates", "layer_decay")}
         schedule = recipe.freeze.schedule
-        plan = pt.plan_freeze(model, trainable, head=values.get("head", "tied"), schedule=schedule, **rates)
+        in_turn = {"block_sampling": recipe.freeze.block_sampling, "seed": args.seed}
+        head = values.get("head", "tied")
+        plan = pt.plan_freeze(model, trainable, head=head, schedule=schedule, **rates, **in_turn)
     watch = Phases()
     set_seed(args.seed)
     trainer = Trainer(
