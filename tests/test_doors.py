@@ -56,6 +56,7 @@ QUICK = {
     "gpt2/layer_decay.yaml",
     "gpt2/notebook.yaml",
     "gpt2/lora.yaml",
+    "gpt2/lora_and_norms.yaml",
     "llama/last_2_blocks.yaml",
     "frontier/head_only.yaml",
 }
@@ -155,11 +156,15 @@ def through_attach(recipe, folder):
         plan = plan_lora(model, values["trainable"], values["lora_rank"], values["lora_alpha"], args.seed)
     else:
         trainable = ["all"] if values.get("method") == "full" else values["trainable"]
-        rates = {key: values.get(key) for key in ("part_learning_rates", "layer_decay")}
-        schedule = recipe.freeze.schedule
-        in_turn = {"block_sampling": recipe.freeze.block_sampling, "seed": args.seed}
-        head = values.get("head", "tied")
-        plan = pt.plan_freeze(model, trainable, head=head, schedule=schedule, **rates, **in_turn)
+        keys = ("lora", "block_sampling", "part_learning_rates", "layer_decay")
+        plan = pt.plan_freeze(
+            model,
+            trainable,
+            head=values.get("head", "tied"),
+            schedule=recipe.freeze.schedule,
+            seed=args.seed,
+            **{key: values[key] for key in keys if key in values},
+        )
     watch = Phases()
     set_seed(args.seed)
     trainer = Trainer(

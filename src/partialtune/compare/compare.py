@@ -22,7 +22,7 @@ from partialtune.errors import FreezeViolation, InputError, PartialtuneError, Tr
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import plan_before_text
-from partialtune.model.loading import empty_model, load_config
+from partialtune.model.new_tokens import empty_base
 from partialtune.recipe.key_rules import training_defaults
 from partialtune.run_folder import LOCK_FILE, locked, write_json
 
@@ -91,8 +91,7 @@ def plan_policies(policies: Sequence[Policy]) -> dict[str, FreezePlan]:
         RecipeError: If a selector matches nothing.
     """
     base = policies[0].recipe.model
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    model = empty_model(config, base.trust_remote_code)
+    model = empty_base(base)
     plans = {}
     for policy in policies:
         try:
@@ -259,6 +258,13 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
         if parts and row.trials:
             kept = ", ".join(f"{selector} {rate:g}" for selector, rate in parts.items())
             notes.append(f"{row.name}: its part_learning_rates were kept in every trial ({kept}).")
+    for row in rows:
+        for outcome in row.outcomes:
+            stopped = outcome.facts["stopped_early"]
+            if stopped:
+                notes.append(
+                    f"{row.name}, seed {outcome.seed}: stopped early at step {stopped['step']} of {stopped['of']}."
+                )
     different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
     if different:
         notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")

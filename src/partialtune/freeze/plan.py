@@ -17,11 +17,12 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.adapter_plan import FACTOR, Adapter, checked_lora, with_adapters
 from partialtune.freeze.additions import additions_of, start_words, what_trains
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
-from partialtune.freeze.plan_table import plan_html
+from partialtune.freeze.plan_table import padded_matrices, plan_html
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
-from partialtune.grammar.lora_syntax import Lora
+from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, Lora
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
 from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.model.new_tokens import NewTokens, new_tokens_of
 from partialtune.model.rows import Rows, count_rows, other_rows_name, take_rows
 from partialtune.model.selectors import Chosen
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
@@ -131,11 +132,13 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
-             that may learn; what learns at one time says `phase_at`.
+            that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what trains, alone or beside parts of the base.
         sampling: The blocks that learn in turn; None where none do.
         part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
         layer_decay: Factor of the rate from one layer to the one below it.
+        new_tokens: What `add_tokens` gave to the model before the plan was made.
+        tokenizer_length: Tokens of the model's tokenizer, where they are known.
     """
 
     model_name: str
@@ -149,6 +152,8 @@ class FreezePlan:
     sampling: BlockSampling | None = None
     part_learning_rates: tuple[tuple[str, float], ...] = ()
     layer_decay: float | None = None
+    new_tokens: NewTokens | None = None
+    tokenizer_length: int | None = None
     _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
@@ -278,6 +283,8 @@ class FreezePlan:
             **({"adapter": self.adapter.to_json()} if self.adapter else {}),
             **({"sampling": self.sampling.to_json()} if self.sampling else {}),
             **rates_to_json(self),
+            **({"tokenizer_length": self.tokenizer_length} if padded_matrices(self) else {}),
+            **({"new_tokens": self.new_tokens.to_json()} if self.new_tokens else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -302,6 +309,7 @@ class FreezePlan:
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
                     **_digests_of_other_rows(parameter, before, after),
+                    **(self.new_tokens.of_base(parameter.name) if self.new_tokens else {}),
                 }
                 for parameter in self.parameters
             ],
@@ -371,7 +379,11 @@ def plan_freeze(
         raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
     if block_sampling and lora:
         raise RecipeError(f"block_sampling: {NOT_WITH_LORA}")
-    lora = checked_lora(lora)
+    lora, new_tokens = checked_lora(lora), new_tokens_of(model)
+    if lora and new_tokens:
+        raise RecipeError(f"lora: {NOT_WITH_NEW_TOKENS}")
+    if new_tokens is not None and head == "untied" and new_tokens.in_embedding in first:
+        first = list(dict.fromkeys([*first, new_tokens.in_head]))  # `add_tokens` could not know
     additions = additions_of(first, schedule, before_text, trains_from_start=bool(first or lora))
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
@@ -402,6 +414,8 @@ def plan_freeze(
         phases=phases,
         adapter=adapter,
         sampling=sampling,
+        new_tokens=new_tokens,
+        tokenizer_length=None if new_tokens is None else new_tokens.tokenizer_length,
     )
     return with_rates(plan, structure, part_learning_rates, layer_decay)
 

@@ -62,6 +62,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             start, though its phase begins later.
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
+        ended: Whether training has come to its end: at its last step, or where a callback such as early stopping has
+            ended it, and not a signal.
         digests_before: sha256 of every parameter at the start, and of frozen rows by their name in `plan.frozen_rows`.
         buffers_before, buffers_after: sha256 of every persistent buffer at the start, and at the end of training.
         digests_after: The same at the end of training.
@@ -74,6 +76,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         super().__init__(plan, output_dir)
         self.stop_on_violation = stop_on_violation
         self.interrupted: Callable[[], bool] = lambda: False
+        self.ended = False
         self.missing_at_start: list[str] = []
         self.result: Audit | None = None
         self.digests_after: dict[str, str] = {}
@@ -84,6 +87,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._not_in_optimizer: list[str] = []
         self._phase: Phase | None = None
         self._checked_at: int | None = None
+        self._weights_of: int | None = None  # the step of the checkpoint that was gone back to after the last step
 
     @property
     def digests_before(self) -> Mapping[str, str]:
@@ -96,6 +100,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the start, and where a phase begins ---------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.ended, self._weights_of = False, None
         if self.snapshot is None:  # added after the Trainer was made
             self.take_snapshot(args, state, model)
         if state.global_step:  # the run goes on from a checkpoint
@@ -179,6 +184,15 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             if self.plan.sampling is not None:
                 self._resting.go_back_to(attributes.get("resting", {}))
 
+    def end_with(self, state) -> None:
+        """Judge the weights of the best checkpoint, which was loaded after the last step.
+
+        Args:
+            state: Its `TrainerState`.
+        """
+        self.go_back_to(state)
+        self._weights_of = state.global_step
+
     # ---- around each optimizer step ---------------------------------------------------------------------------------
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -258,6 +272,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the end -------------------------------------------------------------------------------------------------
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.ended = not self.interrupted()
         if optimizer is not None:  # a parameter that was put in another one's place during the run is not in it
             trained = self._trained(model, optimizer).items()
             self._not_in_optimizer = [name for name, (p, group) in trained if not (group or is_sharded(p))]
@@ -277,8 +292,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))
             unreached, interrupted = self._unreached(state), state.global_step if self.interrupted() else None
-            digests = self.digests_before, self.digests_after
-            audit.stuck, audit.unmoved = unmoved(self.plan, *digests, self._updates, unreached, interrupted)
+            digests, ends = (self.digests_before, self.digests_after), (state.global_step, self._weights_of)
+            audit.stuck, audit.unmoved = unmoved(self.plan, *digests, self._updates, unreached, interrupted, *ends)
             if self.plan.rows:
                 known = {*unreached, *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
                 found = {} if interrupted is not None else self._updates.rows.without()
@@ -319,7 +334,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
-        reached = self.plan.phase_at(state.global_step - 1).from_step
+        last = state.global_step if self._weights_of is None else self._weights_of
+        reached = self.plan.phase_at(last - 1).from_step
         return {p.name: p.from_step for p in self.plan.parameters if p.trainable and p.from_step > reached}
 
     def _changed(self, model: nn.Module, kept: Iterable[str], present: Mapping[str, str]) -> list[str]:
@@ -360,7 +376,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             if self.stop_on_violation:
                 raise FreezeViolation(message)
             logger.error(message)
-        if state.global_step >= state.max_steps:  # an audit of an earlier step is followed by another
+        if self.ended or state.global_step >= state.max_steps:  # an audit of an earlier step is followed by another
             raise_disk_error(disk_error)
 
     def _keep(self, args, state, audit: Audit) -> str | None:
