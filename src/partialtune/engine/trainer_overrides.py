@@ -58,20 +58,23 @@ class TrainerChanges:
         whole_checkpoints: Whether checkpoints are written aside, read back, and renamed when they are complete.
         write_beside: Writes further files into a checkpoint, before it counts as complete.
         save_now: Whether a checkpoint is wanted at this step, whatever the best metric says.
+        train_order: A sampler of the training set with `set_epoch`, None for the Trainer's own.
     """
 
     decay_everything: bool = False
     whole_checkpoints: bool = False
     write_beside: Callable[[Path], None] = lambda folder: None
     save_now: Callable[[], bool] = lambda: False
+    train_order: Any = None
 
 
 class TunedTrainer(Base):
     """Carries a plan out in a Trainer of any class.
 
     These private methods of transformers' Trainer are overridden, here and nowhere else; each gives the reason, and
-    what breaks without: `_determine_best_metric`, `_get_output_dir`, `_load_best_model`, `_load_from_checkpoint`,
-    `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`, `_save_checkpoint`.
+    what breaks without: `_determine_best_metric`, `_get_output_dir`, `_get_train_sampler`, `_load_best_model`,
+    `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`,
+    `_save_checkpoint`.
 
     Attributes:
         tuning: The plan that is carried out.
@@ -123,6 +126,18 @@ class TunedTrainer(Base):
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         return self._digesting(super().get_eval_dataloader(*args, **kwargs))
 
+    def _get_train_sampler(self, *args, **kwargs):
+        # Without, windows come in Trainer's own order, and a step holds any number of replayed ones.
+        if self.changes.train_order is not None:
+            return self.changes.train_order
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Those of an epoch: an order may leave some of the data set out, and have others twice."""
+        if self.changes.train_order is not None and getattr(dataloader, "dataset", None) is self.train_dataset:
+            return len(self.changes.train_order)
+        return super().num_examples(dataloader)
+
     def _digesting(self, loader: Any) -> Any:
         """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
         # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
@@ -156,10 +171,15 @@ class TunedTrainer(Base):
 
     def _run_epoch(self, **kwargs) -> None:
         # Trainer asks only after a step whether it was the last: without, a run that goes on from a checkpoint of its
-        # last step would take one step more than asked for.
-        if self.state.global_step >= self.state.max_steps:
+        # last step would take one step more than asked for. So does one that early stopping has ended there.
+        stopped = self.state.global_step > 0 and self.control.should_training_stop
+        if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.changes.train_order is not None:
+            # Here, since accelerate does not reach the sampler of a resumed epoch on several processes: without, its
+            # order would be that of the first epoch.
+            self.changes.train_order.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     # ---- what is saved ----------------------------------------------------------------------------------------------
@@ -229,8 +249,7 @@ class TunedTrainer(Base):
             found = self.tuning.read_back(run / ASIDE / name, *audit.known_digests(self.state))
             if found:
                 audit.conclude_saved(self.args, self.state, found)
-            best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-            self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+            self.state.best_model_checkpoint = self._best_checkpoint(run, name)
             done_together(lambda: self._finish_checkpoint(name))
         except Exception:
             if self.args.should_save:
@@ -241,6 +260,17 @@ class TunedTrainer(Base):
         if self.args.should_save:
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _best_checkpoint(self, run: Path, present: str) -> str | None:
+        """That of the best evaluation, if it is there or `present`, which is being written; it may lie in the folder
+        of a run that this one goes on from."""
+        if not self.state.best_global_step:
+            return None
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        earlier = Path(self.state.best_model_checkpoint or best)
+        if best.is_dir() or best.name == present:
+            return str(best)
+        return str(earlier) if earlier.name == best.name and earlier.is_dir() else None
 
     def _write_checkpoint(self, name: str, model: nn.Module, trial) -> None:
         with disk_errors(name, Path(self.args.output_dir)):
@@ -284,7 +314,7 @@ class TunedTrainer(Base):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
-        self.tuning.audit_callback.go_back_to(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
+        self.tuning.audit_callback.end_with(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
         self.tuning.delta_callback.report_again(self.args, self.state)
 
     # Without these two, a damaged optimizer.pt, scheduler.pt or rng_state.pth ends in a traceback and exit code 1.

@@ -36,7 +36,7 @@ SENT = (
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("README.md", "report.html", "figures/*.png", "recipe.yaml", "freeze_plan.json", "audit.json", "evaluation.json"),
-    *("insight.json", "performance.json", "train_results.json", "weight_deltas.jsonl"),
+    *("insight.json", "performance.json", "train_results.json", "weight_deltas.jsonl", "block_draws.jsonl"),
 )
 WRITTEN_LAST = ("evaluation.json", "README.md", "report.html")
 

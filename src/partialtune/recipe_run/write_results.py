@@ -19,7 +19,9 @@ from partialtune.insight.moved_tokens import moved_tokens
 from partialtune.model.loading import copy_processor_files, empty_model
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
+from partialtune.pages.findings import length_finding
 from partialtune.pages.report import write_report
+from partialtune.pages.run_files import read_run
 from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
@@ -168,9 +170,11 @@ def _closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str,
         audit: The final audit.
         scores: TEXT -> `before` and `after`, as in `evaluation.json`.
     """
+    stopped = [f"Early stopping: {found.value}. {found.detail}" for found in length_finding(read_run(folder))]
     return "\n".join(
         [
             *_weight_lines(audit),
+            *stopped,
             "",
             *_score_lines(scores),
             "",
