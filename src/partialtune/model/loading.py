@@ -103,20 +103,21 @@ def load_config(
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """The class of transformers' whose `from_pretrained` loads the whole model of a config.
+    """The class of transformers' whose `from_pretrained` loads the model of a config.
 
-    `AutoModelForCausalLM` knows no LLaVA and no Qwen2.5-VL, and of Llama 4 and Qwen3.5 it loads the text part alone, so
-    that the vision tower would not be in what is saved. What is no causal language model but for images is found out
-    as any other model: by `check_conformance`.
+    `AutoModelForCausalLM` wherever it gives a model that it loads again. It knows no LLaVA and no Qwen2.5-VL, and of
+    Mllama it gives a text part that it does not know afterwards: these are loaded whole, as models for images and text.
+    Of Llama 4 and Qwen3.5 it gives the text part alone, which is a model of its own; `check_loaded` says what is left
+    out. What cannot be trained on text is found out as any other model: by `check_conformance`.
 
     `_model_mapping` is private to transformers: the table that from_pretrained looks into. Asked beforehand, so that
     the refusal is one sentence and comes before any weights. `test_a_model_that_is_no_causal_lm_is_refused` and
-    `test_the_auto_class_is_the_one_that_loads_the_whole_model` notice a change.
+    `test_the_auto_class_is_one_that_loads_again_what_it_loaded` notice a change.
     """
     kind, causal = type(config), AutoModelForCausalLM._model_mapping
-    is_whole = kind in causal and causal[kind].config_class is kind
+    loads_again = kind in causal and causal[kind].config_class in causal
     sees = kind in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if sees and not is_whole else AutoModelForCausalLM
+    return AutoModelForImageTextToText if sees and not loads_again else AutoModelForCausalLM
 
 
 def _is_known(config: PretrainedConfig) -> bool:
