@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 BASE = "builtin:lilliput"
 PARTS = {"tied": ["blocks[-1]", "final_norm"], "untied": ["final_norm", "head"]}
+ROWS = {"tied": ["embeddings.tokens[:400,-4:]"], "untied": ["head[:400,-4:]"]}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Way:
     launch: str = "one process"
     shards: bool = False
     lora: bool = False
+    rows: bool = False
 
     @property
     def processes(self) -> int:
@@ -64,11 +66,16 @@ WAYS = {
     "adapters": Way(method="lora"),
     "adapters beside parts": Way(lora=True),
     "adapters beside parts, untied head": Way(lora=True, head="untied"),
+    "rows": Way(rows=True),
+    "rows, untied head": Way(rows=True, head="untied"),
+    "rows, delta": Way(rows=True, checkpoint_format="delta"),
+    "rows, delta, untied head": Way(rows=True, checkpoint_format="delta", head="untied"),
     "shards": Way(shards=True),
     "DDP": Way(launch="DDP"),
     "DDP, delta": Way(launch="DDP", checkpoint_format="delta"),
     "DDP, adapters": Way(launch="DDP", method="lora"),
     "DDP, adapters beside parts": Way(launch="DDP", lora=True),
+    "DDP, rows, delta": Way(launch="DDP", rows=True, checkpoint_format="delta"),
     "FSDP2": Way(launch="FSDP2"),
     "FSDP2, untied head": Way(launch="FSDP2", head="untied"),
     "FSDP2, delta": Way(launch="FSDP2", checkpoint_format="delta"),
@@ -195,7 +202,7 @@ def runs(tmp_path_factory, text):
     with WarmProcess(folder / "log") as warm:
         for name, way in WAYS.items():
             keys = {"method": way.method, "checkpoint_format": way.checkpoint_format, "head": way.head}
-            parts = {} if way.method == "full" else {"trainable": PARTS[way.head]}
+            parts = {} if way.method == "full" else {"trainable": (ROWS if way.rows else PARTS)[way.head]}
             parts = {"trainable": ["blocks[-1].attention"]} if way.method == "lora" else parts
             parts = {**parts, "lora": {"target": ["attention"]}} if way.lora else parts
             file = folder / f"{name}.yaml"
