@@ -187,6 +187,25 @@ def test_two_processes_train_the_adapters_of_one(warm, tmp_path):
         assert float((one - adapters[2][name]).abs().max()) <= 1e-5, name
 
 
+@pytest.mark.slow
+def test_two_processes_train_adapters_beside_parts_as_one_does(warm, tmp_path):
+    trained, text = {}, tmp_path / "text.txt"
+    text.write_text(read_texts(["builtin:python-docs"])[0].text[:30_000])
+    for processes, batch in ((1, 8), (2, 4)):
+        file, run = recipe(tmp_path, f"lora and parts on {processes}", batch, str(text))
+        words = ["train", str(file), "--lora", '{target: ["blocks[-1].attention"]}', "--prompts", "[]"]
+        words += ["--trainable", "final_norm", "embeddings.tokens"]  # tied to the head
+        warm.start_all(words, processes)
+        assert warm.end_all() == [0] * processes, warm.log.read_text()
+        assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["processes"] == processes
+        assert read(run, "audit.json")["passed"] is True
+        trained[processes] = load_file(run / "adapter_model.safetensors") | load_file(run / "delta.safetensors")
+    assert trained[1].keys() == trained[2].keys()
+    assert len(trained[1]) == 2 * 2 + 2 + 1
+    for name, one in trained[1].items():
+        assert float((one - trained[2][name]).abs().max()) <= 1e-5, name
+
+
 # ---- when one of them fails -----------------------------------------------------------------------------------------
 
 

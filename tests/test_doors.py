@@ -53,8 +53,10 @@ def policies():
 POLICIES = policies()
 QUICK = {
     "gpt2/gradual_unfreezing.yaml",
+    "gpt2/layer_decay.yaml",
     "gpt2/notebook.yaml",
     "gpt2/lora.yaml",
+    "gpt2/lora_and_norms.yaml",
     "llama/last_2_blocks.yaml",
     "frontier/head_only.yaml",
 }
@@ -152,7 +154,15 @@ def through_attach(recipe, folder):
         plan = plan_lora(model, values["trainable"], values["lora_rank"], values["lora_alpha"], args.seed)
     else:
         trainable = ["all"] if values.get("method") == "full" else values["trainable"]
-        plan = pt.plan_freeze(model, trainable, head=values.get("head", "tied"), schedule=recipe.freeze.schedule)
+        keys = ("lora", "part_learning_rates", "layer_decay")
+        plan = pt.plan_freeze(
+            model,
+            trainable,
+            head=values.get("head", "tied"),
+            schedule=recipe.freeze.schedule,
+            seed=args.seed,
+            **{key: values[key] for key in keys if key in values},
+        )
     watch = Phases()
     set_seed(args.seed)
     trainer = Trainer(

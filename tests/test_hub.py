@@ -637,6 +637,26 @@ def test_a_run_from_a_base_on_the_hub_ends_there_and_a_stranger_can_check_it(des
 
 
 @pytest.mark.slow
+def test_new_tokens_go_to_the_hub_with_their_tokenizer_and_a_delta_is_made_whole_from_there(desk, tmp_path):
+    (tmp_path / "text.txt").write_text("<poem> A module holds functions and classes. " * 60)
+    words = ["train", "builtin:quickstart", "--text", str(tmp_path / "text.txt"), "--trainable", "[]"]
+    words += ["--new_tokens", "[<poem>]", "--block_size", "32", "--max_steps", "1", "--checkpoint_format", "delta"]
+    words += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "me/poems"]
+    code = "import sys; from partialtune.cli import main; print('exit', main(sys.argv[1:]))"
+    assert "exit 0" in desk.run(code, *words)
+    sent = desk.hub.files("me/poems")
+    assert {"delta.safetensors", "delta.json", "tokenizer.json", "tokenizer_config.json"} <= set(sent)
+    assert "<poem>" in [token["content"] for token in json.loads(sent["tokenizer.json"])["added_tokens"]]
+    assert "row 4,096, from the mean of all rows" in sent["README.md"].decode()
+    assert "exit 0" in desk.run(code, "apply", "me/poems", str(tmp_path / "whole"))
+    assert "exit 0" in desk.run(code, "verify", "builtin:lilliput", "me/poems")
+    load = """import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T
+tokenizer, model = T.from_pretrained(sys.argv[1]), M.from_pretrained(sys.argv[1])
+print(tokenizer("<poem>")["input_ids"], len(tokenizer), tuple(model.lm_head.weight.shape))"""
+    assert "[4096] 4097 (4097, 192)" in desk.run(load, str(tmp_path / "whole"))
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_a_base_is_downloaded_ends_in_words_and_the_next_run_gets_it_whole(desk, tmp_path):
     files = {path.name: path.read_bytes() for path in builtin_folder("builtin:lilliput").iterdir() if path.is_file()}
     desk.hub.create("guild/lilliput").commit("main", {name: Blob(len(b), b) for name, b in files.items()}, "the base")

@@ -1,6 +1,7 @@
 """LoRA beside trained parts: one plan, one delta folder of parts and adapters, whole again by `apply`."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import partialtune as pt
-from conftest import some_windows, tiny_gpt2
+from conftest import REPOSITORY, some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.delta_adapters import sha256_of
@@ -26,6 +27,7 @@ from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.published_files import check_finished, files_to_send
 from partialtune.model.digests import digest, digests
 from partialtune.model.parameters import named_weights
+from partialtune.recipe.recipe import recipe_from_values
 from partialtune.training.training_data import collate_windows
 from test_forecast import counted_in_a_real_step, small_gpt2, small_llama
 from test_modeling import rename_to_hub
@@ -630,3 +632,48 @@ def test_without_peft_the_recipe_says_what_to_install(tmp_path, monkeypatch, cap
     monkeypatch.setattr("partialtune.errors.find_spec", lambda name: None)
     assert main(["train", write_recipe(tmp_path, "builtin:lilliput")]) == 2
     assert "lora: lora needs peft" in capsys.readouterr().err
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def section_of_the_page():
+    page = (REPOSITORY / "docs" / "what-may-learn.md").read_text(encoding="utf-8")
+    return page.split("## LoRA beside trained parts\n")[1].split("\n## ")[0]
+
+
+def test_the_snippets_of_the_page_run_as_they_stand(run, monkeypatch):
+    loop, loading = re.findall(r"```python\n(.*?)```", section_of_the_page(), re.DOTALL)
+    lilliput = str(builtin_folder("builtin:lilliput"))
+    windows = some_windows(8).with_transform(lambda rows: {key: torch.tensor(rows["input_ids"]) for key in KEYS})
+    there = {"loader": torch.utils.data.DataLoader(windows, batch_size=4)}
+    exec(loop.replace("openai-community/gpt2", lilliput), there)
+    assert there["tuning"].audit.passed
+    assert {name for name, delta in there["tuning"].deltas.items() if delta.l2_delta} == set(there["plan"].trainable)
+    assert there["plan"].parts == ["transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"]
+    exec(loading.replace("outputs/run", str(run)), there)
+    assert torch.equal(logits(there["same"]), logits(there["model"]))
+
+
+KEYS = ("input_ids", "labels")
+
+
+def test_the_recipe_of_the_page_is_one(tmp_path):
+    [recipe] = re.findall(r"```yaml\n(.*?)```", section_of_the_page(), re.DOTALL)
+    values = {"model_name_or_path": "builtin:lilliput", "text": "a.txt", "output_dir": str(tmp_path / "run")}
+    freeze = recipe_from_values({**values, **yaml.safe_load(recipe)}, {}).freeze
+    assert (freeze.lora["target"], freeze.trainable) == (["attention"], ["final_norm", "embeddings.positions"])
+
+
+def test_an_adapter_has_the_rate_of_its_matrix_and_a_part_its_own():
+    rates = {"final_norm": 1e-3, "blocks[-1]": 1e-4}
+    plan = plan_freeze(tiny_gpt2(), ["final_norm", "embeddings"], lora=LORA, part_learning_rates=rates)
+    found = {parameter.name: parameter.learning_rate for parameter in plan.parameters if parameter.trainable}
+    assert found["transformer.ln_f.weight"] == 1e-3
+    assert found["transformer.h.2.attn.c_attn.lora_A.weight"] == 1e-4
+    assert found["transformer.h.0.attn.c_attn.lora_A.weight"] is found["transformer.wte.weight"] is None
+
+
+def test_block_sampling_does_not_go_with_lora():
+    with pytest.raises(RecipeError, match="block_sampling: does not go with lora"):
+        plan_freeze(tiny_gpt2(), [], lora=LORA, block_sampling={"blocks": 1, "every": 2})

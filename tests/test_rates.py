@@ -2,15 +2,25 @@
 
 import copy
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from transformers import GPT2Config, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import partialtune as pt
-from conftest import some_windows, tiny_gpt2
+from conftest import REPOSITORY, some_windows, tiny_gpt2
+from partialtune.builtin import builtin_folder
+from partialtune.cli import main
+from partialtune.compare.compare import notes_on
+from partialtune.compare.learning_rates import RateTrial
+from partialtune.compare.outcomes import Outcome, Row
 from partialtune.engine.attach import attach
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.lora import plan_lora
@@ -204,6 +214,10 @@ def test_adapters_have_the_rates_of_the_matrices_beside_which_they_stand():
     for name, rate in found.items():
         below = layers_below_the_head(name)
         assert rate == ((1e-3, 1.0) if below == 3 else (None, 0.5**below)), name
+    plan = plan_lora(model(), ["attention"], part_learning_rates={"/.*lora_B.*/": 1e-2})
+    assert {name: rate for name, (rate, _) in rates_in(plan).items() if rate} == {
+        name: 1e-2 for name in plan.trainable if "lora_B" in name
+    }
 
 
 def test_the_plan_shows_rates_by_place_in_text_and_html_and_json():
@@ -699,6 +713,18 @@ def test_a_trainer_with_the_greedy_scheduler_is_refused(tmp_path):
         trainer_of(tmp_path, "layer decay", changes=changes)
 
 
+def test_a_trainer_under_fsdp_is_refused_rather_than_trained_at_one_rate(tmp_path, monkeypatch):
+    from_the_start = [{"from_step": 0, "trainable": ["mlp"], "learning_rate": 1e-5}]
+    for said in ({"layer_decay": 0.5}, {"part_learning_rates": {"mlp": 1e-4}}, {"schedule": from_the_start}):
+        trained = model()
+        args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+        trainer = Trainer(model=trained, args=args, train_dataset=some_windows())
+        monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+        monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(fsdp_plugin=None))
+        with pytest.raises(RecipeError, match=r"FSDP shards the parameters.*Launch without it"):
+            attach(trainer, plan_freeze(trained, ["final_norm", "mlp"][: 1 if "schedule" in said else 2], **said))
+
+
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 
@@ -731,3 +757,237 @@ def test_two_processes_have_the_rates_and_weights_of_groups_by_hand_on_one(tmp_p
     assert max(differences(first["weights"], expected).values()) < 1e-6
     moved = differences(first["weights"], dict(model().named_parameters()))
     assert all(moved[name] > 1e-7 for name in found if name.endswith("weight"))
+
+
+# ---- a whole run, and what reads it ---------------------------------------------------------------------------------
+
+RUN = {
+    "model_name_or_path": "builtin:lilliput",
+    "block_size": 32,
+    "trainable": ["embeddings", "blocks[-2:]", "final_norm"],
+    "part_learning_rates": {"embeddings.positions": 1e-5, "blocks[-1].norms": 3e-3},
+    "layer_decay": 0.5,
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "validation_share": 0.2,
+    "prompts": [],
+}
+
+
+def recipe_file(folder, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"The {n}th voyage was longer than the one before it, and colder." for n in range(99)))
+    file = folder / "recipe.yaml"
+    values = {"text": str(text), "output_dir": str(folder / "run"), **RUN, **changes}
+    file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False))
+    return str(file)
+
+
+def logged_rates(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    entries = [{k: v for k, v in entry.items() if k.startswith("learning_rate")} for entry in history]
+    return [entry for entry in entries if entry]
+
+
+@pytest.mark.slow
+def test_a_recipe_killed_midway_goes_on_with_the_same_weights_and_rates_and_other_rates_are_refused(
+    tmp_path, undrawn, monkeypatch, capsys
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["train", recipe_file(whole)]) == 0
+    file = recipe_file(cut)
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainerCallback, "on_step_begin", stop_after_four)
+        assert main(["train", file]) == 130
+    for changes in ({"layer_decay": 0.6}, {"part_learning_rates": {"blocks[-1].norms": 3e-3}}, {"layer_decay": None}):
+        assert main(["train", recipe_file(cut, **changes), "--resume_from_checkpoint", "auto"]) == 2
+        assert f"holds a run of another recipe; they differ in {next(iter(changes))}" in capsys.readouterr().err
+        # into another folder: what the checkpoint began with is compared
+        words = ["--output_dir", str(cut / "other"), "--resume_from_checkpoint", str(cut / "run" / "checkpoint-3")]
+        assert main(["train", recipe_file(cut, **changes), *words]) == 2
+        said = capsys.readouterr().err
+        assert "belongs to another run" in said
+        assert f"{next(iter(changes))}: " in said
+    assert main(["train", recipe_file(cut), "--resume_from_checkpoint", "auto"]) == 0
+    weights = [(folder / "run" / "model.safetensors").read_bytes() for folder in (cut, whole)]
+    assert weights[0] == weights[1]
+    rates = logged_rates(whole / "run")
+    assert logged_rates(cut / "run") == rates
+    assert rates[2] == pytest.approx(
+        {
+            "learning_rate": 1e-3,
+            "learning_rate/embeddings": 1e-3 * 0.5**5,
+            "learning_rate/embeddings.positions": 1e-5,
+            "learning_rate/block_02": 1e-3 * 0.25,
+            "learning_rate/block_03": 1e-3 * 0.5,
+            "learning_rate/blocks[-1].norms": 3e-3,
+            "learning_rate/final_norm": 1e-3,
+        }
+    )
+    page = (whole / "run" / "report.html").read_text()
+    assert "embeddings.positions: 1.0e-05, &#39;blocks[-1].norms&#39;: 0.003" in page
+    plan = json.loads((whole / "run" / "freeze_plan.json").read_text())
+    assert plan["layer_decay"] == 0.5
+    assert main(["verify", "builtin:lilliput", str(whole / "run")]) == 0
+
+
+def stop_after_four(self, args, state, control, **kwargs):
+    """As Ctrl-C, in the midst of a run whose newest checkpoint is that of step 3."""
+    if state.global_step == 4:
+        raise KeyboardInterrupt
+    return control
+
+
+def test_plan_shows_the_rates_of_a_recipe_and_json_holds_them(tmp_path, capsys):
+    file = recipe_file(tmp_path)
+    assert main(["plan", file]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["block", "2", "444,864", "444,864", "0.00025"] in rows
+    assert ["block", "3", "444,864", "444,864", "0.003,", "0.0005"] in rows
+    assert main(["plan", file, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["part_learning_rates"] == RUN["part_learning_rates"]
+    factors = {p["name"]: (p["learning_rate"], p["rate_factor"]) for p in content["parameters"]}
+    assert factors["transformer.h.2.mlp.c_fc.weight"] == (None, 0.25)
+    assert factors["transformer.h.3.ln_1.weight"] == (3e-3, 1.0)
+    assert factors["transformer.h.0.ln_1.weight"] == (None, None)
+
+
+def test_compare_refuses_to_try_rates_that_nothing_has(tmp_path, capsys):
+    file = recipe_file(tmp_path, part_learning_rates={"all": 1e-4}, layer_decay=None)
+    words = ["--output_dir", str(tmp_path / "out"), "--learning_rates", "1e-3", "1e-2"]
+    assert main(["compare", file, *words]) == 2
+    assert "all that trains has a rate of its own (part_learning_rates)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (REPOSITORY / "docs" / "what-may-learn.md").read_text(encoding="utf-8")
+SECTION = PAGE[PAGE.index("\n## Rates\n") :].partition("\n## Rates\n")[2].partition("\n## ")[0]
+
+
+def snippets(language):
+    return re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+
+
+def test_the_recipes_of_the_page_have_the_rates_that_it_tells():
+    parts, depths = (
+        plan_before_text(empty_model(GPT2Config()), recipe_from_values({**BASE, **yaml.safe_load(text)}).freeze)
+        for text in snippets("yaml")
+    )
+    found = rates_in(parts)
+    assert found["transformer.wpe.weight"] == (1e-5, 1.0)
+    assert found["transformer.h.11.ln_1.weight"] == (1e-4, 1.0)
+    assert found["transformer.h.10.ln_1.weight"] == found["transformer.ln_f.weight"] == (None, 1.0)
+    assert rates_in(depths)["transformer.wte.weight"] == (None, 0.9**13)
+    for name in parts.part_learning_rates:
+        assert f"learning_rate/{name[0]}" in SECTION
+    for name in ("embeddings", "block_00", "final_norm"):
+        assert name in {parameter.rate_name for parameter in depths.parameters}
+        assert f"learning_rate/{name}" in SECTION
+
+
+def test_the_code_of_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    windows = some_windows(8).map(lambda row: {"labels": row["input_ids"]})
+    loader = torch.utils.data.DataLoader(windows.with_format("torch"), batch_size=4)
+    names = {"windows": windows, "loader": loader}
+    first, second = (
+        code.replace("openai-community/gpt2", str(builtin_folder("builtin:lilliput"))) for code in snippets("python")
+    )
+    exec(compile(first, "docs/what-may-learn.md, Rates", "exec"), names)
+    assert names["tuning"].audit.passed
+    assert names["tuning"].rates == pytest.approx({"learning_rate/embeddings": 5e-6, "learning_rate/blocks[-1]": 5e-5})
+    exec(compile(second, "docs/what-may-learn.md, Rates", "exec"), names)
+    assert names["tuning"].rates["learning_rate/block_03"] == pytest.approx(5e-5 * 0.9 * 0.5)
+
+
+# ---- beside what else may learn -------------------------------------------------------------------------------------
+
+
+def test_adapters_beside_trained_parts_and_rows_have_rates_of_their_own(tmp_path):
+    trained, watch = model(), Watch()
+    rates = {"attention": 2e-3, "embeddings.tokens": 1e-4}
+    said = {"lora": {"target": ["attention"], "rank": 2}, "part_learning_rates": rates, "layer_decay": 0.5}
+    plan = plan_freeze(trained, ["embeddings.tokens[-4:]", "final_norm", "blocks[0].mlp"], **said)
+    args = training_arguments({**SETTINGS, "output_dir": str(tmp_path), "max_steps": 3})
+    trainer = attached_trainer(plan=plan, model=trained, args=args, train_dataset=some_windows()).trainer
+    trainer.add_callback(watch)
+    trainer.train()
+    found = set(watch.rates[1].values())
+    assert found == {2e-3 / 2, 1e-4 / 2, RATE / 2, RATE * 0.125 / 2}
+    assert sum(rate == 2e-3 / 2 for rate in watch.rates[1].values()) == 12
+    assert watch.told[1].keys() == {
+        *("learning_rate", "learning_rate/attention", "learning_rate/embeddings.tokens"),
+        *("learning_rate/block_00", "learning_rate/final_norm"),
+    }
+    assert trainer.tuning.audit.passed
+
+
+@pytest.mark.parametrize("keep_state", [False, True])
+def test_blocks_that_learn_in_turn_have_the_rates_of_their_layers(tmp_path, keep_state):
+    trained, watch = model(), Watch()
+    sampling = {"blocks": 1, "every": 2, "order": "ascending", "keep_state": keep_state}
+    plan = plan_freeze(trained, ["final_norm"], block_sampling=sampling, layer_decay=0.5)
+    args = training_arguments(
+        {**SETTINGS, "output_dir": str(tmp_path), "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    )
+    trainer = attached_trainer(plan=plan, model=trained, args=args, train_dataset=some_windows(36)).trainer
+    trainer.add_callback(watch)
+    trainer.train()
+    blocks = [{int(name.split(".")[2]) for name in rates if ".h." in name} for rates in watch.rates]
+    assert blocks == [{0}, {0}, {1}, {1}, {2}, {2}, {0}, {0}, {1}]
+    for rates in watch.rates:
+        assert rates == {name: decayed(name) for name in rates}
+    assert trainer.tuning.audit.passed
+
+
+def sharded_loop(case):
+    """`audited` under fully_shard, each process with half of each batch, SGD."""
+    dist.init_process_group("gloo")
+    trained, mesh = model(), init_device_mesh("cpu", (2,))
+    for block in trained.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(trained, mesh=mesh)
+    plan = plan_freeze(trained, **CASES[case][0])
+    optimizer = torch.optim.SGD(trained.parameters(), lr=RATE)
+    half = slice(BATCH // 2 * dist.get_rank(), BATCH // 2 * (dist.get_rank() + 1))
+    with pt.audited(trained.train(), plan, optimizer, fast_paths=(), prefix_cache="off") as tuning:
+        scheduler = LambdaLR(optimizer, share_of_rate)
+        for batch in batches():
+            loss_of(trained, {name: rows[half] for name, rows in batch.items()}).backward()
+            torch.nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.grad is not None], 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    whole = {name: values.full_tensor().detach() for name, values in trained.named_parameters()}
+    return whole, tuning.rates, tuning.audit.passed
+
+
+@pytest.mark.slow
+def test_shards_have_the_rates_and_weights_of_groups_by_hand_on_one_process():
+    (weights, rates, passed), _ = on_two_processes(sharded_loop, "layer decay")
+    expected, rates_by_hand = by_hand("layer decay", weight_decay=0.0, kind=torch.optim.SGD)
+    assert max(differences(weights, expected).values()) < 1e-6
+    assert rates["learning_rate/block_01"] == rates_by_hand[-1]["transformer.h.1.ln_1.weight"]
+    assert passed
+
+
+def test_a_comparison_says_which_rates_its_trials_kept(tmp_path):
+    values = {**RUN, "output_dir": "out", "text": "text"}
+    outcome = Outcome(tmp_path, values, 10, 5, {"sources": [], "windows": None}, {}, {}, None, 0, "")
+    row = Row("parts", [outcome], [RateTrial(1e-3, 2.0), RateTrial(1e-2, 2.5)])
+    assert row.selectors == [
+        *RUN["trainable"],
+        *("embeddings.positions at 1e-05", "blocks[-1].norms at 0.003", "layer_decay 0.5"),
+    ]
+    kept = "its part_learning_rates were kept in every trial (embeddings.positions 1e-05, blocks[-1].norms 0.003)"
+    assert any(kept in note for note in notes_on([row]))
+    assert not any("part_learning_rates" in note for note in notes_on([Row("parts", [outcome])]))

@@ -1,5 +1,6 @@
 """Every recipe of the repository is valid, and the numbers in its header are those of its plan."""
 
+import copy
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import REPOSITORY
 from partialtune.freeze.plan import plan_freeze
 from partialtune.freeze.recipe_plan import plan_of_recipe
 from partialtune.model.loading import empty_model, load_config
+from partialtune.model.new_tokens import NewToken, NewTokens, give_rows
 from partialtune.recipe.recipe import read_recipe
 
 RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "launch" not in path.parts)
@@ -31,9 +33,16 @@ ON_THE_HUB = {  # shapes that are known without the network
 }
 
 
-def model_of(name):
-    """The model's shape without weights."""
-    return empty_model(ON_THE_HUB.get(name) or load_config(name))
+TOKENS_OF = {"openai-community/gpt2": 50_257}
+
+
+def model_of(name, new_tokens=()):
+    """The model's shape without weights, with rows for new tokens."""
+    model = empty_model(copy.deepcopy(ON_THE_HUB.get(name)) or load_config(name))
+    if new_tokens:  # the tokenizer is on the Hub, and gives the ids after its own
+        tokens = tuple(NewToken(token, TOKENS_OF[name] + place) for place, token in enumerate(new_tokens))
+        give_rows(model, NewTokens(tokens, TOKENS_OF[name]))
+    return model
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY / "recipes")))
@@ -43,7 +52,7 @@ def test_a_recipe_is_valid_and_its_header_tells_the_truth(path):
     header = header[: header.index("model_name_or_path")].replace("\n#", "")
     command = f"-m partialtune train {path.relative_to(REPOSITORY)}"
     assert command in header, "a recipe opens with its command"
-    model = model_of(recipe.model.model_name_or_path)
+    model = model_of(recipe.model.model_name_or_path, recipe.model.new_tokens)
     plan = plan_of_recipe(model, recipe.freeze, recipe.freeze.schedule)
     trainable, total, percent = COUNTS.search(header).groups()
     assert int(trainable.replace(",", "")) == plan.trainable_parameters
@@ -90,6 +99,7 @@ KNOWN = {  # of GPT-2: recipe -> what trains
     "head_only": 38_598_912,
     "full": 124_439_808,
     "lora": 442_368,
+    "lora_and_norms": 442_368 + 38_400,
 }
 
 
@@ -99,7 +109,7 @@ def test_the_recipes_for_gpt2_are_all_there_with_the_known_right_answers():
         plan = plan_of_recipe(model_of("openai-community/gpt2"), recipe.freeze)
         assert plan.trainable_parameters == trainable, name
         untied = recipe.freeze.head == "untied"
-        adapters = trainable if name == "lora" else 0
+        adapters = 442_368 if name in ("lora", "lora_and_norms") else 0
         assert plan.total_parameters == (163_037_184 if untied else 124_439_808 + adapters), name
     gradual = read_recipe(REPOSITORY / "recipes" / "gpt2" / "gradual_unfreezing.yaml")
     assert len(gradual.freeze.schedule) > 1

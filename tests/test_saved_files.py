@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 BASE = "builtin:lilliput"
+NEW_TOKENS = ["of times", "wisdom"]
 PARTS = {"tied": ["blocks[-1]", "final_norm"], "untied": ["final_norm", "head"]}
 ROWS = {"tied": ["embeddings.tokens[:400,-4:]"], "untied": ["head[:400,-4:]"]}
 
@@ -45,6 +46,7 @@ class Way:
     shards: bool = False
     lora: bool = False
     rows: bool = False
+    new_tokens: bool = False
 
     @property
     def processes(self) -> int:
@@ -70,12 +72,17 @@ WAYS = {
     "rows, untied head": Way(rows=True, head="untied"),
     "rows, delta": Way(rows=True, checkpoint_format="delta"),
     "rows, delta, untied head": Way(rows=True, checkpoint_format="delta", head="untied"),
+    "new tokens": Way(new_tokens=True),
+    "new tokens, delta": Way(new_tokens=True, checkpoint_format="delta"),
+    "new tokens, delta, untied head": Way(new_tokens=True, checkpoint_format="delta", head="untied"),
     "shards": Way(shards=True),
     "DDP": Way(launch="DDP"),
     "DDP, delta": Way(launch="DDP", checkpoint_format="delta"),
     "DDP, adapters": Way(launch="DDP", method="lora"),
     "DDP, adapters beside parts": Way(launch="DDP", lora=True),
     "DDP, rows, delta": Way(launch="DDP", rows=True, checkpoint_format="delta"),
+    "DDP, new tokens": Way(launch="DDP", new_tokens=True),
+    "DDP, new tokens, delta": Way(launch="DDP", new_tokens=True, checkpoint_format="delta"),
     "FSDP2": Way(launch="FSDP2"),
     "FSDP2, untied head": Way(launch="FSDP2", head="untied"),
     "FSDP2, delta": Way(launch="FSDP2", checkpoint_format="delta"),
@@ -155,7 +162,7 @@ def loss_of(model, windows):
     return nats / count
 
 job, found = json.load(sys.stdin), {}
-for way, (kind, folder, base) in job["folders"].items():
+for way, (kind, folder, base, tokenizer) in job["folders"].items():
     if kind == "delta":
         import partialtune
         model = partialtune.load(folder)
@@ -167,7 +174,7 @@ for way, (kind, folder, base) in job["folders"].items():
     model = model.eval()
     found[way] = {
         "digests": {name_of(name): digest(values) for name, values in model.named_parameters()},
-        "losses": {name: loss_of(model, windows) for name, windows in job["windows"].items()},
+        "losses": {name: loss_of(model, windows) for name, windows in job["windows"][tokenizer].items()},
     }
 print(json.dumps(found))
 """
@@ -205,6 +212,7 @@ def runs(tmp_path_factory, text):
             parts = {} if way.method == "full" else {"trainable": (ROWS if way.rows else PARTS)[way.head]}
             parts = {"trainable": ["blocks[-1].attention"]} if way.method == "lora" else parts
             parts = {**parts, "lora": {"target": ["attention"]}} if way.lora else parts
+            parts = {"new_tokens": NEW_TOKENS} if way.new_tokens else parts  # their rows, and nothing else
             file = folder / f"{name}.yaml"
             file.write_text(yaml.safe_dump({**recipe, **keys, **parts, "output_dir": str(folder / name)}))
             warm.start_all(["train", str(file)], way.processes, way.first)
@@ -221,12 +229,22 @@ def read_back(runs, text):
         if any(codes[name]):
             continue
         kind = "adapters" if way.method == "lora" else "delta" if way.lora else way.checkpoint_format
-        folders[name] = (kind, str(runs / name), str(Path(partialtune.__file__).parent / "builtin" / "lilliput"))
+        tokenizer = str(runs / name) if way.new_tokens else BASE
+        folders[name] = (
+            kind,
+            str(runs / name),
+            str(Path(partialtune.__file__).parent / "builtin" / "lilliput"),
+            tokenizer,
+        )
         if kind == "delta":
             out = partialtune.apply_delta(runs / name, runs / f"{name}, applied")
-            folders[f"{name}, applied"] = ("full", str(out), "")
-    data = prepare_data(TextArguments(text=[str(text)], block_size=32), {}, load_tokenizer(BASE), seed=0)
-    windows = {name: [row["input_ids"] for row in scored.windows] for name, scored in data.scored.items()}
+            folders[f"{name}, applied"] = ("full", str(out), "", str(out) if way.new_tokens else BASE)
+    windows = {}
+    for tokenizer in {entry[-1] for entry in folders.values()}:
+        data = prepare_data(TextArguments(text=[str(text)], block_size=32), {}, load_tokenizer(tokenizer), seed=0)
+        windows[tokenizer] = {
+            name: [row["input_ids"] for row in scored.windows] for name, scored in data.scored.items()
+        }
     job = json.dumps({"folders": folders, "windows": windows})
     result = subprocess.run([sys.executable, "-c", READER], input=job, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives while the program runs, for editor
     from partialtune.freeze.apply import apply_plan as apply_plan
     from partialtune.freeze.plan import FreezePlan as FreezePlan
     from partialtune.freeze.plan import plan_freeze as plan_freeze
+    from partialtune.model.new_tokens import add_tokens as add_tokens
     from partialtune.proof.audit import FreezeAuditCallback as FreezeAuditCallback
     from partialtune.proof.deltas import WeightDeltaCallback as WeightDeltaCallback
     from partialtune.rebuild import apply_delta as apply_delta
@@ -35,6 +36,7 @@ _HOME = {
     "FreezeViolation": "errors",
     "Tuning": "engine.tuning",
     "WeightDeltaCallback": "proof.deltas",
+    "add_tokens": "model.new_tokens",
     "apply_delta": "rebuild",
     "apply_plan": "freeze.apply",
     "attach": "engine.attach",

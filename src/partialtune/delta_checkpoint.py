@@ -25,12 +25,13 @@ from partialtune import __version__
 from partialtune.delta_adapters import check_adapters, read_sha256, write_beside_delta
 from partialtune.distributed import is_main
 from partialtune.errors import ModelError
-from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.plan import FreezePlan, PlannedParameter
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
+from partialtune.model.new_tokens import BaseTensor
 from partialtune.model.parameters import named_weights, plain_name, with_other_rows
 from partialtune.model.row_parameters import rows_by_matrix
-from partialtune.model.rows import Rows, as_rows, count_rows, other_rows_name, put_rows, take_rows
+from partialtune.model.rows import Rows, as_rows, as_runs, count_rows, other_rows_name, put_rows, row_numbers, take_rows
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
 from partialtune.words import joined
 
@@ -80,6 +81,8 @@ class Delta:
         rows: Of parameters of which rows alone are stored, which ones; all of the others is the base's.
         other_rows: sha256 of the other rows of each of these, the same before and after; None where it was not known.
         adapters: sha256 of each file of the adapters that belong to it, by its name; empty where there are none.
+        base_rows: How many rows the base has of each tensor that new tokens changed. `before` has its digest there.
+        length: How many rows the result has of these; 0 where there are no new tokens.
     """
 
     folder: Path
@@ -93,6 +96,13 @@ class Delta:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     other_rows: Mapping[str, str | None] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
+    base_rows: Mapping[str, int] = field(default_factory=dict)
+    length: int = 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether the result has more rows of tokens than its base."""
+        return any(rows < self.length for rows in self.base_rows.values())
 
     def put(self, parameter: str, values: torch.Tensor) -> None:
         """Write what is stored of a parameter into its values of the base, in place."""
@@ -166,7 +176,7 @@ def _wanted(
         part = take_rows(values, rows[name]) if name in rows else values
         return part.to("cpu", torch.float32).contiguous()
 
-    names = [p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name]]
+    names = [p.name for p in plan.parameters if p.trainable or before[p.name] != after[p.name] or _base(plan, p.name)]
     return {name: partial(stored, name) for name in names}
 
 
@@ -203,13 +213,25 @@ def _write_config(folder: Path, model: PreTrainedModel) -> None:
 def _stored_rows(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Rows]:
     """The matrices of which their rows that train alone are stored: the other rows have kept every bit."""
     names = {name: other_rows_name(name, rows) for name, rows in plan.rows.items()}
-    return {name: plan.rows[name] for name, other in names.items() if before.get(other) == after.get(other)}
+    kept = [name for name, other in names.items() if before.get(other) == after.get(other)]
+    return {p.name: _with_new_rows(plan, p) for p in plan.parameters if p.name in kept}
+
+
+def _base(plan: FreezePlan, name: str) -> BaseTensor | None:
+    """The tensor of the base that new tokens changed: what they made of it is stored, though it may be frozen."""
+    return plan.new_tokens.base.get(name) if plan.new_tokens else None
+
+
+def _with_new_rows(plan: FreezePlan, parameter: PlannedParameter) -> Rows:
+    """The rows that train, and all that the base does not have: of tokens that it did not know and nobody named."""
+    base, rows = _base(plan, parameter.name), row_numbers(plan.rows[parameter.name])
+    return as_runs(rows if base is None else [*rows, *range(base.shape[0], parameter.shape[0])])
 
 
 def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:
     rows, adapters = _stored_rows(plan, before, after), set(plan.adapters)
     return {
-        "format": FORMAT if rows or plan.adapter else FIRST_FORMAT,
+        "format": FORMAT if rows or plan.adapter or plan.new_tokens else FIRST_FORMAT,
         "partialtune_version": __version__,
         "base": asdict(base),
         "head": plan.head,
@@ -217,6 +239,7 @@ def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str
         "ties": [list(pair) for pair in plan.ties],
         "trainable_parameters": plan.trainable_parameters,
         "total_parameters": plan.total_parameters,
+        **({"new_tokens": plan.new_tokens.to_json()} if plan.new_tokens else {}),
         "parameters": [
             {
                 "name": parameter.name,
@@ -225,6 +248,7 @@ def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str
                 "sha256_before": before[parameter.name],
                 "sha256_after": after[parameter.name],
                 **_description_of_rows(parameter.name, rows, after),
+                **(plan.new_tokens.of_base(parameter.name) if plan.new_tokens else {}),
             }
             for parameter in plan.parameters
             if parameter.name not in adapters
@@ -272,17 +296,19 @@ def read_delta(folder: Path, name: str) -> Delta:
             name=name,
             base=Base(**content["base"]),
             head=content["head"],
-            before={entry["name"]: entry["sha256_before"] for entry in content["parameters"]},
+            before={e["name"]: e.get("sha256_base", e["sha256_before"]) for e in content["parameters"]},
             after={entry["name"]: entry["sha256_after"] for entry in content["parameters"]},
             stored=frozenset(shapes),
             config=content.get("config_sha256"),
             rows={e["name"]: as_rows(e["rows"], e["shape"][0]) for e in content["parameters"] if "rows" in e},
             other_rows={e["name"]: e["sha256_other_rows"] for e in content["parameters"] if "rows" in e},
             adapters=read_sha256(content),
+            base_rows={e["name"]: int(e["base_shape"][0]) for e in content["parameters"] if "base_shape" in e},
+            length=max((int(e["shape"][0]) for e in content["parameters"] if "base_shape" in e), default=0),
         )
         _check_texts(delta)
         declared = {entry["name"]: _stored_shape(delta, entry) for entry in content["parameters"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{name}: the delta is damaged ({error}). Fetch it again.") from error
     _check_whole(delta, shapes, declared)
     check_adapters(folder, name, delta.adapters)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from partialtune.delta_checkpoint import Delta, check_base, check_config, put_stored, read_delta
@@ -16,7 +17,7 @@ from partialtune.freeze.adapter_plan import merged_plan
 from partialtune.freeze.apply import untie_head
 from partialtune.model.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
 from partialtune.model.digests import buffer_digest, digests
-from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.loading import PROCESSOR_FILES, load_config, load_model, load_tokenizer
 from partialtune.model.parameters import persistent_buffers
 from partialtune.proof.saved_files import saved_differences
 from partialtune.run_folder import check_writable, read_json, write_json
@@ -84,6 +85,9 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
         _check_written(whole, model, out)
         if (folder / "tokenizer_config.json").is_file():
             load_tokenizer(str(folder)).save_pretrained(whole)
+        for file in (folder / name for name in PROCESSOR_FILES):
+            if file.is_file():
+                shutil.copyfile(file, whole / file.name)
         if (folder / PLAN_FILE).is_file():
             _write_plan(folder / PLAN_FILE, whole / PLAN_FILE, model, merged=bool(opened.adapters))
         try:
@@ -146,14 +150,21 @@ def _rebuild(delta: Delta, base: str | None) -> PreTrainedModel:
     if delta.head == "untied":
         untie_head(model)  # as the run did it before its first step: a copy of the token embedding
     check_base(delta, base_name, digests(model))
+    if delta.grows:
+        with torch.random.fork_rng(devices=[]):  # it draws values for the new rows, all of which the delta stores
+            model.resize_token_embeddings(delta.length, mean_resizing=False)
     put_stored(delta, model)
     model.config.name_or_path = delta.name
     return model
 
 
 def _base_config(delta: Delta) -> PretrainedConfig:
-    """The result's configuration, tied as the base is: its file has no tensor for a head that was untied."""
+    """The result's configuration, tied as the base is, whose file has no tensor for a head that was untied; and without
+    rows of new tokens.
+    """
     config = load_config(str(delta.folder))
     if delta.head == "untied":
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    if delta.grows:
+        config.get_text_config().vocab_size = max(delta.base_rows.values())
     return config

@@ -77,9 +77,15 @@ def recorded_recipe(folder: Path) -> dict[str, Any]:
     return values
 
 
-def recorded_sources(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of the texts of the run in a folder, as `recipe.yaml` keeps them under `run`."""
+def recorded_sources(folder: Path, replayed: bool = False) -> dict[str, str]:
+    """Name -> sha256 of the texts of the run in a folder, as `recipe.yaml` keeps them under `run`.
+
+    Args:
+        folder: Of the run.
+        replayed: Those that were replayed, and not those that it trained on.
+    """
     record = recorded_recipe(folder).get("run")
+    record = record.get("replay") if replayed and isinstance(record, dict) else record
     sources = record.get("sources") if isinstance(record, dict) else None
     entries = [entry for entry in sources if isinstance(entry, dict)] if isinstance(sources, list) else []
     pairs = [(entry.get("name"), entry.get("sha256")) for entry in entries]

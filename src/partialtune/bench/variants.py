@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import plan_before_text
-from partialtune.model.loading import empty_model, load_config
 from partialtune.model.model_checks import check_fit
+from partialtune.model.new_tokens import empty_base
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.
@@ -25,10 +25,11 @@ RUN_KEYS = (
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "report_to", "prompts", "eval_texts"),
     *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "greater_is_better"),
+    *("early_stopping_patience", "early_stopping_threshold"),
 )
 # What changes neither the arithmetic nor the memory of a step on random windows.
 WITHOUT_EFFECT = (
-    *("text", "text_cleaning", "text_column", "validation_share", "window_stride", "window_sampling"),
+    *("text", "text_cleaning", "text_column", "validation_share", "window_stride", "window_sampling", "replay"),
     *("seed", "data_seed", "learning_rate", "weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs"),
 )
 FULL = "method: full"
@@ -122,9 +123,8 @@ def plan_of(recipe: Recipe) -> tuple[PreTrainedModel, FreezePlan]:
         InputError: If the model cannot be had, is too short for the windows, or a selector is wrong.
     """
     base = recipe.model
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=0)
-    model = empty_model(config, base.trust_remote_code)
+    model = empty_base(base)
+    check_fit(base.model_name_or_path, model.config, recipe.text.block_size, vocabulary=0)
     return model, last_phase(plan_before_text(model, recipe.freeze, recipe.seed))
 
 

@@ -87,8 +87,9 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.cost.forecast import forecast_table
         from partialtune.freeze.plan_table import plan_table
-        from partialtune.freeze.recipe_plan import plan_before_text
-        from partialtune.model.loading import empty_model, load_config, quiet_libraries
+        from partialtune.freeze.recipe_plan import names_rows, plan_before_text
+        from partialtune.model.loading import load_tokenizer, quiet_libraries
+        from partialtune.model.new_tokens import empty_base
         from partialtune.model.train_mode import stop_layer_drop
         from partialtune.recipe.key_rules import training_defaults
         from partialtune.recipe.recipe import read_recipe
@@ -96,11 +97,13 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet_libraries()
     recipe = read_recipe(_recipe_path(known.recipe), overrides)
     base = recipe.model
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    model = empty_model(config, base.trust_remote_code)
+    model = empty_base(base)
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
-    plan = plan_before_text(model, recipe.freeze, recipe.seed)
+    tokens = None
+    if names_rows(recipe.freeze) and not base.new_tokens:  # else the plan knows it
+        tokens = len(load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code))
+    plan = plan_before_text(model, recipe.freeze, recipe.seed, tokens)
     rate = recipe.training.get("learning_rate", training_defaults()["learning_rate"])
     cost = _forecast(recipe, model, plan)
     if known.json:

@@ -14,13 +14,16 @@ from partialtune.net.addresses import sources_without_secrets
 from partialtune.training.resume_check import recipe_differences
 
 # What must be the same. Of finished runs, the facts behind the first group are compared instead of the words.
-BASE_AND_TEXT = ("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column")
+BASE_AND_TEXT = (
+    *("model_name_or_path", "model_revision", "trust_remote_code", "text", "text_column"),
+    *("new_tokens", "new_tokens_init"),  # which make other windows, and other parameters of the base
+)
 TEXT_SETTINGS = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share", "eval_texts")
 SEED_KEYS = ("seed", "data_seed")
 # What may differ, since that may be what is compared, but is said beside the table.
 LENGTH_KEYS = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("bf16", "fp16"),
+    *("bf16", "fp16", "early_stopping_patience", "early_stopping_threshold"),
 )
 
 

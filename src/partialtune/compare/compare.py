@@ -22,7 +22,7 @@ from partialtune.errors import FreezeViolation, InputError, PartialtuneError, Tr
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.recipe_plan import plan_before_text
-from partialtune.model.loading import empty_model, load_config
+from partialtune.model.new_tokens import empty_base
 from partialtune.recipe.key_rules import training_defaults
 from partialtune.run_folder import LOCK_FILE, locked, write_json
 
@@ -47,6 +47,7 @@ def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
     check_recipes(policies, own_seeds=not options.seeds)
     check_trials(policies, options)
     plans = plan_policies(policies)
+    check_rates(policies, plans, options)
     check_folder(folder)
     seeds = options.seeds or [policies[0].recipe.training.get("seed", training_defaults()["seed"])]
     # all checks stand above: what is refused leaves nothing on disk
@@ -90,8 +91,7 @@ def plan_policies(policies: Sequence[Policy]) -> dict[str, FreezePlan]:
         RecipeError: If a selector matches nothing.
     """
     base = policies[0].recipe.model
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    model = empty_model(config, base.trust_remote_code)
+    model = empty_base(base)
     plans = {}
     for policy in policies:
         try:
@@ -116,6 +116,22 @@ def check_trials(policies: Sequence[Policy], options: Options) -> None:
                     f"{policy.path}: a phase of its schedule begins after the {options.trial_steps} steps of a trial, "
                     f"or in epochs. Raise --trial_steps, or leave it out: a trial is then as long as a run."
                 )
+
+
+def check_rates(policies: Sequence[Policy], plans: Mapping[str, FreezePlan], options: Options) -> None:
+    """Stop where --learning_rates would change nothing, since every part of a policy has a rate of its own.
+
+    Raises:
+        InputError: Names the recipe.
+    """
+    for policy in policies if options.learning_rates else ():
+        plan = plans[policy.name]
+        rates = {parameter.learning_rate for parameter in plan.parameters if parameter.trainable}
+        if plan.part_learning_rates and None not in rates:
+            raise InputError(
+                f"{policy.path}: all that trains has a rate of its own (part_learning_rates), so that --learning_rates "
+                f"would change nothing. Leave out --learning_rates, or take a part out of part_learning_rates."
+            )
 
 
 def check_each_once(folders: Sequence[str]) -> None:
@@ -238,6 +254,17 @@ def notes_on(rows: Sequence[Row]) -> list[str]:
         own = [entry for entry in row.outcomes[0].values.get("schedule") or [] if "learning_rate" in entry]
         if own and row.trials:
             notes.append(f"{row.name}: {len(own)} phases of its schedule kept the learning rates that they name.")
+        parts = row.outcomes[0].values.get("part_learning_rates") or {}
+        if parts and row.trials:
+            kept = ", ".join(f"{selector} {rate:g}" for selector, rate in parts.items())
+            notes.append(f"{row.name}: its part_learning_rates were kept in every trial ({kept}).")
+    for row in rows:
+        for outcome in row.outcomes:
+            stopped = outcome.facts["stopped_early"]
+            if stopped:
+                notes.append(
+                    f"{row.name}, seed {outcome.seed}: stopped early at step {stopped['step']} of {stopped['of']}."
+                )
     different = differing_lengths([outcome.values for row in rows for outcome in row.outcomes])
     if different:
         notes.append(f"The policies did not train alike: they differ in {', '.join(different)}.")

@@ -68,8 +68,11 @@ class Search:
     @property
     def changes(self) -> dict[str, Any]:
         """Recipe values that a trial changes."""
-        # without eval_texts: they take time, and their scores play no part in the choice
-        text = {"text": [str(file) for file in self.text], "text_cleaning": "none", "eval_texts": {}}  # it is clean
+        # it is clean; without eval_texts: they take time, and their scores play no part in the choice
+        text: dict[str, Any] = {"text": [str(file) for file in self.text], "text_cleaning": "none", "eval_texts": {}}
+        recipe = self.policy.recipe.text
+        if recipe.replay:  # which is read as in the run
+            text |= {"replay": {"text_cleaning": recipe.text_cleaning, **recipe.replay}}
         length = {"max_steps": self.steps} if self.steps else {}
         return {**text, "seed": self.seed, "output_dir": str(self.file.with_suffix("")), **length}
 

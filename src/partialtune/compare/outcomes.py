@@ -56,7 +56,7 @@ class Outcome:
         folder: Its folder.
         values: Its recipe, flat.
         total_parameters, trainable_parameters: Of its plan.
-        facts: `sources` (sha256 of each text) and `windows` (training, held out), as it recorded them.
+        facts: `sources` (sha256 of each text), `windows` (training, held out) and `stopped_early`, as it recorded them.
         digests: Parameter of the base -> sha256 before training.
         texts: Scored text -> (bytes, tokens); empty where it failed.
         measures: None where it failed.
@@ -141,7 +141,10 @@ class Row:
         sampling = values.get("block_sampling")
         words += [f"{sampling['blocks']} blocks in turn"] if sampling else []
         words += [f"lora: {selector}" for selector in as_list((values.get("lora") or {}).get("target"))]
-        return words or ["all"]
+        parts = values.get("part_learning_rates") or {}
+        rates = [f"{selector} at {rate:g}" for selector, rate in parts.items()]
+        rates += [f"layer_decay {values['layer_decay']:g}"] if values.get("layer_decay") else []
+        return [*(words or ["all"]), *rates]
 
     def spread(self, measure: str) -> Spread | None:
         """A field of `Measures` over the runs that ended well."""
@@ -175,6 +178,8 @@ def read_outcome(folder: str | os.PathLike, code: int | None = None, reason: str
     if run and not run.audit["passed"]:  # a recipe with allow_failed_audit ends with 0 all the same
         run, code, reason = None, FreezeViolation.exit_code, "the freeze audit failed"
     texts = run.texts if run else {}
+    # what a policy replays is its own choice: the others need not have it
+    common = {name: pair for name, pair in texts.items() if name != "replay" or not values.get("replay")}
     # adapters are no part of the base: their start is drawn from the seed
     adapts = values.get("method") == "lora" or values.get("lora")
     of_the_base = [entry for entry in plan["parameters"] if not (adapts and FACTOR.fullmatch(entry["name"]))]
@@ -186,9 +191,10 @@ def read_outcome(folder: str | os.PathLike, code: int | None = None, reason: str
         facts={
             "sources": [source.get("sha256") for source in record.get("sources", [])],
             "windows": record.get("windows"),
+            "stopped_early": record.get("stopped_early"),
         },
         digests={entry["name"]: entry["sha256_before"] for entry in of_the_base},
-        texts={name: (pair["before"]["bytes"], pair["before"]["tokens"]) for name, pair in texts.items()},
+        texts={name: (pair["before"]["bytes"], pair["before"]["tokens"]) for name, pair in common.items()},
         measures=measures_of(run) if run else None,
         code=code,
         reason=reason,
@@ -199,7 +205,7 @@ def failed_early(
     folder: Path, values: Mapping[str, Any], total: int, trainable: int, code: int, reason: str
 ) -> Outcome:
     """A run that ended before it had written its plan."""
-    facts: dict[str, Any] = {"sources": [], "windows": None}
+    facts: dict[str, Any] = {"sources": [], "windows": None, "stopped_early": None}
     return Outcome(folder, sources_without_secrets(values), total, trainable, facts, {}, {}, None, code, reason)
 
 

@@ -24,7 +24,7 @@ RATE_WORDS = (
     "seed, trained on the first part of the training text and was scored, in bits per byte, on the rest of it."
 )
 SHOWN_KEYS = (  # of the recipes, where all runs agree
-    *("model_name_or_path", "text", "eval_texts", "block_size", "window_sampling", "validation_share"),
+    *("model_name_or_path", "text", "replay", "eval_texts", "block_size", "window_sampling", "validation_share"),
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
 )
 

@@ -25,12 +25,11 @@ from partialtune.errors import (
     TrainingDiverged,
 )
 from partialtune.files import lock
-from partialtune.pages.run_files import as_list
 from partialtune.progress import progress_bar
-from partialtune.run_folder import LOCK_FILE, exit_code_of, recorded_sources
-from partialtune.text.reading import check_texts_unchanged
+from partialtune.run_folder import LOCK_FILE, exit_code_of
 from partialtune.training.resume_check import Standing, standing_of
 from partialtune.training.stopping import hears_signals
+from partialtune.training.training_data import check_run_texts_unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +150,7 @@ def ended_with(job: Job) -> int | None:
     except RecipeError as error:
         raise RecipeError(f"This is not the comparison that was begun there. {error}") from error
     if standing is Standing.FINISHED:
-        check_texts_unchanged(
-            recorded_sources(job.folder),
-            as_list(job.values["text"]),
-            job.folder,
-            job.values.get("text_column", "text"),
-        )
+        check_run_texts_unchanged(job.folder, job.values)
         return 0
     code = exit_code_of(job.folder)
     holds_it = standing is not Standing.NEW

@@ -18,6 +18,7 @@ from partialtune.metrics import HEADLINE
 from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.model.model_checks import check_finite, check_ids
+from partialtune.model.new_tokens import NewTokens, config_with, give_rows, tokens_of_recipe
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.recipe import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text
@@ -49,30 +50,35 @@ def try_rates(file: Path, rates: Sequence[float], recipe: Recipe) -> None:
     base = recipe.model
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    new_tokens = tokens_of_recipe(base, tokenizer)
     args = training_arguments(recipe.training)
     data = data_of_recipe(recipe, args, tokenizer)
-    check_ids(base.model_name_or_path, config, data.largest_ids)
+    check_ids(base.model_name_or_path, config_with(config, new_tokens), data.largest_ids)
     if not data.scored["validation"].comes_back:
         raise TextError(
             "The text does not come back from its tokens, so it has no bits per byte and learning rates cannot be "
             "compared by them. Say one learning_rate in each recipe, or take a model whose tokenizer writes the text."
         )
     for rate in rates:
-        keep_trial(file, recipe.values, try_rate(rate, recipe, config, data))
+        keep_trial(file, recipe.values, try_rate(rate, recipe, config, new_tokens, data))
 
 
-def try_rate(rate: float, recipe: Recipe, config: PretrainedConfig, data: RunData) -> RateTrial:
+def try_rate(
+    rate: float, recipe: Recipe, config: PretrainedConfig, new_tokens: NewTokens | None, data: RunData
+) -> RateTrial:
     """Train once. A rate at which training diverges is a finding, not an error."""
     base = recipe.model
     with tempfile.TemporaryDirectory() as folder:
         changed = {"learning_rate": rate, "output_dir": folder, "report_to": "none"}
         args = training_arguments({**recipe.training, **changed, "eval_strategy": "no", "save_strategy": "no"})
         one_device_a_process(args)
-        suit_length(args, {**recipe.training, "eval_strategy": "no"}, len(data.train), held_out=False)
+        suit_length(args, {**recipe.training, "eval_strategy": "no"}, data.epoch_windows, held_out=False)
         model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+        if new_tokens is not None:
+            give_rows(model, new_tokens)
         check_finite(base.model_name_or_path, model)
         conformance = check_conformance(model, recipe.text.block_size)
-        steps = steps_an_epoch(args, len(data.train)), run_length(args, len(data.train))
+        steps = steps_an_epoch(args, data.epoch_windows), run_length(args, data.epoch_windows)
         plan = plan_of_recipe(model, recipe.freeze, in_steps(recipe.freeze.schedule, *steps), args.seed)
         prefix = prefix_phases(recipe, plan, model, args)
         model.to(args.device)

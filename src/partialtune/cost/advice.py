@@ -59,6 +59,8 @@ def _schedule(plan: FreezePlan) -> str | None:
 
 def _small_share(plan: FreezePlan, cost: Cost, full: Cost) -> str | None:
     """Few parameters are not little arithmetic."""
+    if plan.sampling is not None:  # many may learn, and few do at one time: of that the draws' own sentence speaks
+        return None
     parameters = plan.trainable_parameters / plan.total_parameters
     arithmetic = cost.products.total / full.products.total  # at least about a third: forward is one of three products
     if arithmetic < parameters + 0.25:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from partialtune.cost.advice import advise
+from partialtune.cost.draws import cost_of_draws
 from partialtune.cost.dry_step import Cost, dry_step
 from partialtune.cost.flops import Products
 from partialtune.errors import ModelError, RecipeError
@@ -51,6 +52,8 @@ class Forecast:
         copies: Bytes of the start values of what trains. The run keeps them on the host, for its deltas.
         copies_full: The same where everything trains.
         advice: Sentences that apply to this plan.
+        average_draw: Products of a step on average over the draws, where blocks learn in turn; `cost` is then that of
+            the draw that costs most.
     """
 
     batch_size: int
@@ -61,6 +64,7 @@ class Forecast:
     copies: int
     copies_full: int
     advice: tuple[str, ...]
+    average_draw: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """`flops`: multiplications and additions of a step. `memory`: bytes. `advice`: sentences."""
@@ -68,6 +72,7 @@ class Forecast:
         return {
             "flops": {
                 **_with_total(flops),
+                **({} if self.average_draw is None else {"average_draw": self.average_draw}),
                 "full": _with_total(self.full.products),
                 "of_full": flops.total / self.full.products.total,
                 "tokens": self.batch_size * self.block_size * self.accumulation,
@@ -106,7 +111,8 @@ def forecast(
     """Find out what a step of `plan` costs, without weights.
 
     Counted are the operations that PyTorch has for a CPU, and the tensors that live at one time; beside them what a
-    process on a CPU grows by, with what malloc keeps back. Of a schedule it is the last phase.
+    process on a CPU grows by, with what malloc keeps back. Of a schedule it is the last phase; of blocks that learn in
+    turn the draw that costs most.
 
     Args:
         model: Causal language model, best on the meta device. It is not touched.
@@ -127,9 +133,12 @@ def forecast(
         return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
 
     everything = plan_freeze(model, ["all"])
-    cost = costing(plan)
+    draws = cost_of_draws(plan, costing)
+    cost = costing(plan) if draws is None else draws.largest
     # A step without values takes seconds for a large model: it is not taken twice where the plan trains everything.
-    full = cost if plan.trainable == everything.trainable else costing(everything)
+    is_full = plan.trainable == everything.trainable and draws is None
+    full = cost if is_full else costing(everything)
+    said = () if draws is None else (draws.words(),)
     return Forecast(
         batch_size=batch_size,
         block_size=block_size,
@@ -138,7 +147,8 @@ def forecast(
         full=full,
         copies=FP32_BYTES * plan.trainable_parameters,
         copies_full=FP32_BYTES * everything.trainable_parameters,
-        advice=tuple(advise(model, plan, cost, full, batch_size, accumulation, costing)),
+        advice=(*said, *advise(model, plan, cost, full, batch_size, accumulation, costing)),
+        average_draw=None if draws is None else draws.average,
     )
 
 

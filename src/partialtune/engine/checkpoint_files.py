@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from partialtune.distributed import is_main
 from partialtune.errors import DiskError, InputError, in_one_line, is_ours
 from partialtune.files import write_whole
+from partialtune.model.weight_files import open_weights
 from partialtune.run_folder import STATE_FILE, read_json
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,34 @@ def newest_whole_checkpoint(run: Path) -> Path | None:
             return checkpoint
         logger.warning("%s is incomplete or damaged (%s): skipped.", checkpoint.name, "; ".join(damage[:3]))
     return None
+
+
+def has_other_names(checkpoint: Path, model: nn.Module) -> bool:
+    """Whether the weights in a checkpoint have names that the model does not know.
+
+    `save_pretrained` gives those of the model's origin back: each expert of Mixtral by itself, LLaVA's
+    `language_model.lm_head`. Trainer loads a checkpoint by the model's own names, and passes over all others with a
+    warning: what they had learnt would be lost.
+    """
+    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        names = set(read_json(checkpoint / SAFE_WEIGHTS_INDEX_NAME)["weight_map"])
+    elif (checkpoint / SAFE_WEIGHTS_NAME).is_file():
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:
+            names = set(file.keys())
+    else:
+        return False
+    return not names <= model.state_dict().keys()
+
+
+def load_by_files_names(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Load the weights of a checkpoint into the model that wrote it, as `from_pretrained` would find them.
+
+    Raises:
+        ModelError: If it lacks one of the model's tensors.
+    """
+    weights = open_weights(checkpoint, str(checkpoint))
+    known = [name for name in model.state_dict() if name in weights.structure.by_name or name in weights.buffers]
+    model.load_state_dict({name: weights.read(name) for name in known}, strict=False)
 
 
 def clear_aside(run: Path) -> None:

@@ -7,7 +7,6 @@ PyTorch numbers parameters by their place in the optimizer. Then a checkpoint of
 shapes loads silently, and each layer goes on with the moments of another one. Under names it cannot.
 """
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -335,7 +334,7 @@ def _places_to_names(
     names = [name for group in _names_by_group(name_of, optimizer) for name in group]
     groups = [{**group, "params": [names[place] for place in group["params"]]} for group in state_dict["param_groups"]]
     states = dict(state_dict["state"])
-    resting = {RESTING: states.pop(RESTING)} if RESTING in states else {}
+    resting = {RESTING: dict(states.pop(RESTING))} if RESTING in states else {}
     return {"state": {**{names[place]: states[place] for place in states}, **resting}, "param_groups": groups}
 
 
@@ -358,8 +357,7 @@ def _names_to_places(
     kept = state_dict.get("state")
     resting = {}
     if isinstance(kept, Mapping) and RESTING in kept:
-        # a copy, as torch makes of the others: what rests now will learn again
-        resting = {RESTING: copy.deepcopy(_checked_resting(kept[RESTING], name_of))}
+        resting = {RESTING: dict(_checked_resting(kept[RESTING], name_of))}
         kept = {name: state for name, state in kept.items() if name != RESTING}
     if not (isinstance(kept, Mapping) and kept.keys() <= {name for group in saved for name in group["params"]}):
         raise ValueError("its optimizer holds the state of parameters that are in none of its groups")

@@ -56,8 +56,11 @@ def check_rows_get_gradients(model: nn.Module) -> None:
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
         try:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+
             learners = [trained.parameter for trained in rows.values()]
-            gradients = torch.autograd.grad(loss, learners, allow_unused=True)
+            gradients: list[torch.Tensor | None] = [None] * len(learners)
+            if loss.requires_grad:
+                gradients = [*torch.autograd.grad(loss, learners, allow_unused=True)]
         except ModelError as error:
             raise ModelError(f"{kind}: {error}") from error
         except Exception as error:  # whatever its own code runs into

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -30,6 +30,8 @@ from partialtune.engine.checkpoint_files import (
     clear_aside,
     disk_errors,
     finish_checkpoint,
+    has_other_names,
+    load_by_files_names,
     read_with_care,
     rotate_checkpoints,
     with_ties,
@@ -56,20 +58,23 @@ class TrainerChanges:
         whole_checkpoints: Whether checkpoints are written aside, read back, and renamed when they are complete.
         write_beside: Writes further files into a checkpoint, before it counts as complete.
         save_now: Whether a checkpoint is wanted at this step, whatever the best metric says.
+        train_order: A sampler of the training set with `set_epoch`, None for the Trainer's own.
     """
 
     decay_everything: bool = False
     whole_checkpoints: bool = False
     write_beside: Callable[[Path], None] = lambda folder: None
     save_now: Callable[[], bool] = lambda: False
+    train_order: Any = None
 
 
 class TunedTrainer(Base):
     """Carries a plan out in a Trainer of any class.
 
     These private methods of transformers' Trainer are overridden, here and nowhere else; each gives the reason, and
-    what breaks without: `_determine_best_metric`, `_get_output_dir`, `_load_best_model`, `_load_from_checkpoint`,
-    `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`, `_save_checkpoint`.
+    what breaks without: `_determine_best_metric`, `_get_output_dir`, `_get_train_sampler`, `_load_best_model`,
+    `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`,
+    `_save_checkpoint`.
 
     Attributes:
         tuning: The plan that is carried out.
@@ -121,6 +126,18 @@ class TunedTrainer(Base):
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         return self._digesting(super().get_eval_dataloader(*args, **kwargs))
 
+    def _get_train_sampler(self, *args, **kwargs):
+        # Without, windows come in Trainer's own order, and a step holds any number of replayed ones.
+        if self.changes.train_order is not None:
+            return self.changes.train_order
+        return super()._get_train_sampler(*args, **kwargs)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Those of an epoch: an order may leave some of the data set out, and have others twice."""
+        if self.changes.train_order is not None and getattr(dataloader, "dataset", None) is self.train_dataset:
+            return len(self.changes.train_order)
+        return super().num_examples(dataloader)
+
     def _digesting(self, loader: Any) -> Any:
         """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
         # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
@@ -154,10 +171,15 @@ class TunedTrainer(Base):
 
     def _run_epoch(self, **kwargs) -> None:
         # Trainer asks only after a step whether it was the last: without, a run that goes on from a checkpoint of its
-        # last step would take one step more than asked for.
-        if self.state.global_step >= self.state.max_steps:
+        # last step would take one step more than asked for. So does one that early stopping has ended there.
+        stopped = self.state.global_step > 0 and self.control.should_training_stop
+        if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.changes.train_order is not None:
+            # Here, since accelerate does not reach the sampler of a resumed epoch on several processes: without, its
+            # order would be that of the first epoch.
+            self.changes.train_order.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     # ---- what is saved ----------------------------------------------------------------------------------------------
@@ -227,8 +249,7 @@ class TunedTrainer(Base):
             found = self.tuning.read_back(run / ASIDE / name, *audit.known_digests(self.state))
             if found:
                 audit.conclude_saved(self.args, self.state, found)
-            best = run / f"checkpoint-{self.state.best_global_step}" if self.state.best_global_step else None
-            self.state.best_model_checkpoint = str(best) if best and (best.is_dir() or best.name == name) else None
+            self.state.best_model_checkpoint = self._best_checkpoint(run, name)
             done_together(lambda: self._finish_checkpoint(name))
         except Exception:
             if self.args.should_save:
@@ -239,6 +260,17 @@ class TunedTrainer(Base):
         if self.args.should_save:
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _best_checkpoint(self, run: Path, present: str) -> str | None:
+        """That of the best evaluation, if it is there or `present`, which is being written; it may lie in the folder
+        of a run that this one goes on from."""
+        if not self.state.best_global_step:
+            return None
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        earlier = Path(self.state.best_model_checkpoint or best)
+        if best.is_dir() or best.name == present:
+            return str(best)
+        return str(earlier) if earlier.name == best.name and earlier.is_dir() else None
 
     def _write_checkpoint(self, name: str, model: nn.Module, trial) -> None:
         with disk_errors(name, Path(self.args.output_dir)):
@@ -259,8 +291,12 @@ class TunedTrainer(Base):
 
         Trainer looks for adapters in its own wrapper only, and knows no deltas.
         """
-        # Without, adapters are not loaded, and a damaged file ends in a traceback and exit code 1.
+        # Without, adapters are not loaded, nor weights under the names of their origin (experts, vision-language
+        # models), and a damaged file ends in a traceback and exit code 1.
         with read_with_care(Path(resume_from_checkpoint)):
+            if self.tuning.plan.adapter is None and _is_by_other_names(self, resume_from_checkpoint):
+                load_by_files_names(Path(resume_from_checkpoint), self.model)
+                return
             if self.tuning.plan.adapter is None:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
@@ -274,11 +310,11 @@ class TunedTrainer(Base):
         # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
         # the best model by what the last steps did, and find fault with parameters that went back to the base.
         best = self.state.best_model_checkpoint
-        if self.tuning.plan.adapter is None:
+        if self.tuning.plan.adapter is None and not _is_by_other_names(self, best):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
-        self.tuning.audit_callback.go_back_to(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
+        self.tuning.audit_callback.end_with(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
         self.tuning.delta_callback.report_again(self.args, self.state)
 
     # Without these two, a damaged optimizer.pt, scheduler.pt or rng_state.pth ends in a traceback and exit code 1.
@@ -289,6 +325,12 @@ class TunedTrainer(Base):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):
             super()._load_rng_state(checkpoint)
+
+
+def _is_by_other_names(trainer: Trainer, checkpoint: str | None) -> bool:
+    """Whether Trainer would not find a checkpoint's weights by the model's names."""
+    is_whole = isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled
+    return is_whole and checkpoint is not None and has_other_names(Path(checkpoint), trainer.model)
 
 
 def override(trainer: Trainer, tuning: Tuning, changes: TrainerChanges) -> None:

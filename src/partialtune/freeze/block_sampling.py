@@ -17,6 +17,7 @@ from typing import Any
 
 from partialtune.errors import RecipeError
 from partialtune.grammar.sampling_syntax import read_block_sampling
+from partialtune.model.rows import Rows
 from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure
 from partialtune.words import counted
@@ -127,14 +128,15 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def plan_sampling(
-    structure: ModelStructure, given: Mapping[str, Any], always: Collection[str], seed: int
+    structure: ModelStructure, given: Mapping[str, Any], always: Mapping[str, Rows | None], seed: int
 ) -> tuple[BlockSampling, dict[str, str]]:
     """Decide which blocks are drawn from.
 
     Args:
         structure: The model's parameters.
         given: `block_sampling` as a recipe has it, converted or not.
-        always: Names of the parameters that train in every step. A block that they hold wholly is no candidate.
+        always: Name of each parameter that trains in every step -> its rows that do, None for all. A block that they
+            hold wholly is no candidate.
         seed: Of random draws.
 
     Returns:
@@ -153,6 +155,12 @@ def plan_sampling(
     wanted = _whole_blocks(structure, of_block, chosen)
     _refuse_shared(structure, of_block, wanted)
     candidates = [number for number in wanted if not set(of_block[number]) <= set(always)]
+    rows = [name for number in candidates for name in of_block[number] if always.get(name) is not None]
+    if rows:
+        raise RecipeError(
+            f"block_sampling: rows of {rows[0]} train in every step, and its block would be drawn as a whole. Leave "
+            f"these rows out of trainable, or the block out of candidates."
+        )
     if len(candidates) < settings["blocks"]:
         trained = [number for number in wanted if number not in candidates]
         why = f"; {blocks_words(trained)} always {'train' if len(trained) > 1 else 'trains'}" if trained else ""

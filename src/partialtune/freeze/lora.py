@@ -6,6 +6,7 @@ What of a plan are adapters is decided in `adapter_plan`. B begins at 0, so that
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,16 +26,11 @@ IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensor
 
 
 def plan_lora(
-    model: nn.Module,
-    trainable: Sequence[str],
-    rank: int = 8,
-    alpha: int = 16,
-    seed: int = 0,
-    *,
-    part_learning_rates: Mapping[str, float] | None = None,
-    layer_decay: float | None = None,
+    model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: int = 16, seed: int = 0, **rates: Any
 ) -> FreezePlan:
     """`method: lora`: `plan_freeze(model, [], lora={"target": trainable, "rank": rank, "alpha": alpha}, seed=seed)`.
+
+    `rates`: part_learning_rates and layer_decay of `plan_freeze`.
 
     plan_lora(gpt2, ["attention"]).trainable -> ["transformer.h.0.attn.c_attn.lora_A.weight", ...]
 
@@ -42,14 +38,7 @@ def plan_lora(
         RecipeError: If a selector chooses no matrix in a block, or a rate is wrong.
     """
     target = [trainable] if isinstance(trainable, str) else list(trainable)
-    return plan_freeze(
-        model,
-        [],
-        lora=lora_of_method(target, rank, alpha),
-        seed=seed,
-        part_learning_rates=part_learning_rates,
-        layer_decay=layer_decay,
-    )
+    return plan_freeze(model, [], lora=lora_of_method(target, rank, alpha), seed=seed, **rates)
 
 
 def add_adapters(model: nn.Module, adapter: Adapter) -> None:

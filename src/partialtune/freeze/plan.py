@@ -15,15 +15,16 @@ from torch import nn
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.adapter_plan import FACTOR, Adapter, checked_lora, with_adapters
+from partialtune.freeze.additions import additions_of, start_words, what_trains
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
-from partialtune.freeze.plan_table import plan_html
+from partialtune.freeze.plan_table import padded_matrices, plan_html
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
-from partialtune.grammar.lora_syntax import Lora
-from partialtune.grammar.rate_syntax import read_layer_decay, read_part_rates
+from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, Lora
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
-from partialtune.grammar.schedule_syntax import STARTS, read_schedule
+from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.model.new_tokens import NewTokens, new_tokens_of
 from partialtune.model.rows import Rows, count_rows, other_rows_name, take_rows
-from partialtune.model.selectors import Chosen, choose
+from partialtune.model.selectors import Chosen
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
 HEAD_CHOICES = ("tied", "untied")
@@ -116,7 +117,7 @@ class Phase:
     @property
     def start(self) -> str:
         """`step 40`, or `epoch 1.5`."""
-        return _start_words(self.from_step, self.from_epoch)
+        return start_words(self.from_step, self.from_epoch)
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,13 @@ class FreezePlan:
         parameters: Every tensor once, in the order of `named_parameters()`.
         ties: Pairs of names that are one tensor.
         phases: What trains from which step on; the first starts at step 0. Where blocks learn in turn it is one, of all
-             that may learn; what learns at one time says `phase_at`.
+            that may learn; what learns at one time says `phase_at`.
         adapter: For LoRA: what `apply_plan` puts into the model, and what trains, alone or beside parts of the base.
         sampling: The blocks that learn in turn; None where none do.
         part_learning_rates: Selectors with a rate of their own, of which the last that matches wins.
         layer_decay: Factor of the rate from one layer to the one below it.
+        new_tokens: What `add_tokens` gave to the model before the plan was made.
+        tokenizer_length: Tokens of the model's tokenizer, where they are known.
     """
 
     model_name: str
@@ -149,6 +152,8 @@ class FreezePlan:
     sampling: BlockSampling | None = None
     part_learning_rates: tuple[tuple[str, float], ...] = ()
     layer_decay: float | None = None
+    new_tokens: NewTokens | None = None
+    tokenizer_length: int | None = None
     _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
@@ -278,6 +283,8 @@ class FreezePlan:
             **({"adapter": self.adapter.to_json()} if self.adapter else {}),
             **({"sampling": self.sampling.to_json()} if self.sampling else {}),
             **rates_to_json(self),
+            **({"tokenizer_length": self.tokenizer_length} if padded_matrices(self) else {}),
+            **({"new_tokens": self.new_tokens.to_json()} if self.new_tokens else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -296,11 +303,13 @@ class FreezePlan:
                     "component": parameter.component,
                     "trainable": parameter.trainable,
                     "selector": parameter.selector,
+                    **({"in_turn": True} if parameter.in_turn else {}),
                     **rate_to_json(self, parameter),
                     **({} if parameter.rows is None else {"rows": [list(run) for run in parameter.rows]}),
                     "sha256_before": before.get(parameter.name),
                     "sha256_after": after.get(parameter.name),
                     **_digests_of_other_rows(parameter, before, after),
+                    **(self.new_tokens.of_base(parameter.name) if self.new_tokens else {}),
                 }
                 for parameter in self.parameters
             ],
@@ -352,7 +361,7 @@ def plan_freeze(
         seed: Of random draws of blocks, and of the start values of adapters.
         part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
             matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own. An
-            adapter has the rate of the matrix that it adapts.
+            adapter answers to the selectors of the matrix that it adapts, and to expressions for its own name.
         layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
 
     Returns:
@@ -370,12 +379,16 @@ def plan_freeze(
         raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
     if block_sampling and lora:
         raise RecipeError(f"block_sampling: {NOT_WITH_LORA}")
-    lora = checked_lora(lora)
-    additions = _additions(first, schedule, before_text, trains_from_start=bool(first or lora))
+    lora, new_tokens = checked_lora(lora), new_tokens_of(model)
+    if lora and new_tokens:
+        raise RecipeError(f"lora: {NOT_WITH_NEW_TOKENS}")
+    if new_tokens is not None and head == "untied" and new_tokens.in_embedding in first:
+        first = list(dict.fromkeys([*first, new_tokens.in_head]))  # `add_tokens` could not know
+    additions = additions_of(first, schedule, before_text, trains_from_start=bool(first or lora))
     structure = with_fixed(read_structure(model, head=head), model)
     # `head: untied` describes one tensor more where the model ties them, and the model as it is where it does not.
     unties = head == "untied" and structure.total != read_structure(model).total
-    chosen = _what_trains(structure, additions, lora is not None) if first or not block_sampling else {}
+    chosen = what_trains(structure, additions, lora is not None) if first or not block_sampling else {}
     selectors = tuple(selector for addition in additions for selector in addition["trainable"])
     adapter = None
     if lora is not None:
@@ -384,81 +397,27 @@ def plan_freeze(
         selectors += adapter.selectors
     parameters = tuple(_planned_parameters(structure, additions, chosen))
     if block_sampling:
-        sampling, drawn = plan_sampling(structure, block_sampling, chosen, seed)
+        rows_of = {name: what.rows for name, (what, _) in chosen.items()}
+        sampling, drawn = plan_sampling(structure, block_sampling, rows_of, seed)
         parameters = tuple(in_turn(parameters, sampling, drawn))
         selectors += tuple(dict.fromkeys(drawn.values()))
         phases: tuple[Phase, ...] = (_phase_of([p for p in parameters if p.trainable], 0, structure.block_count),)
     else:
         sampling, phases = None, _phases(structure, additions, chosen)
-    return FreezePlan(
+    plan = FreezePlan(
         model_name=structure.model_name,
         selectors=selectors,
         head="untied" if unties else "tied",
         block_count=structure.block_count,
-        parameters=with_rates(parameters, structure, part_learning_rates, layer_decay),
+        parameters=parameters,
         ties=tuple(structure.ties),
         phases=phases,
         adapter=adapter,
         sampling=sampling,
-        part_learning_rates=tuple(read_part_rates(part_learning_rates)[0].items()),
-        layer_decay=read_layer_decay(layer_decay)[0],
+        new_tokens=new_tokens,
+        tokenizer_length=None if new_tokens is None else new_tokens.tokenizer_length,
     )
-
-
-def _start_words(step: int | None, epoch: float | None) -> str:
-    """Where a phase begins: `step 40`, or `epoch 1.5` where it is said in epochs."""
-    return f"step {step}" if epoch is None else f"epoch {epoch:g}"
-
-
-def _additions(
-    first: list[str], schedule: Sequence[Mapping[str, Any]], before_text: bool, trains_from_start: bool
-) -> list[dict[str, Any]]:
-    """The entries of the schedule, checked, and before them what trains from the start."""
-    # Checked here as well as in the recipe: a plan is made by who uses the package as a library, too.
-    entries, problems = read_schedule(schedule, trains_from_start)
-    if not before_text and any("from_epoch" in entry for entry in entries):
-        problems.append("from_epoch: how many steps an epoch has is known once the text is read. Say from_step here.")
-    if problems:
-        raise RecipeError("\n".join(f"schedule, {problem}" for problem in problems))
-    return [{"from_step": 0, "trainable": first}, *entries] if trains_from_start or not entries else entries
-
-
-def _what_trains(
-    structure: ModelStructure, additions: Sequence[Mapping[str, Any]], allow_empty: bool
-) -> dict[str, tuple[Chosen, int]]:
-    """Name of each trainable parameter -> what was chosen of it, and which entry is the first that adds it.
-
-    `allow_empty`: the first entry may hold nothing, where adapters train from the start.
-    """
-    starts = [_start_words(addition.get("from_step"), addition.get("from_epoch")) for addition in additions]
-    trains: dict[str, tuple[Chosen, int]] = {}
-    for number, addition in enumerate(additions):
-        try:
-            chosen = choose(structure, addition["trainable"], allow_empty and not number)
-            _refuse_other_rows(chosen, trains)
-        except RecipeError as problem:
-            where = f"schedule, from {starts[number]}: " if number else ""
-            raise RecipeError(f"{where}{problem}") from problem
-        # What trains already keeps its phase and its rate, though a later entry names it again.
-        new = {name: (what, number) for name, what in chosen.items() if name not in trains}
-        if not new and addition["trainable"]:
-            since = starts[max(trains[name][1] for name in chosen)]
-            raise RecipeError(
-                f"schedule, from {starts[number]}: [{', '.join(addition['trainable'])}] adds nothing, all of it trains "
-                f"already since {since}. Take the entry out."
-            )
-        trains |= new
-    return trains
-
-
-def _refuse_other_rows(chosen: Mapping[str, Chosen], trains: Mapping[str, tuple[Chosen, int]]) -> None:
-    """Raises RecipeError where a later phase chooses other rows of a matrix than train already."""
-    for name, what in chosen.items():
-        if name in trains and trains[name][0].rows is not None and trains[name][0].rows != what.rows:
-            raise RecipeError(
-                f"{what.selector} and {trains[name][0].selector} choose different rows of {name}, which begin at "
-                f"different steps. All rows of a matrix that train begin at one step: name them in one entry."
-            )
+    return with_rates(plan, structure, part_learning_rates, layer_decay)
 
 
 def _planned_parameters(
@@ -488,7 +447,7 @@ def _phases(
     for number, addition in enumerate(additions):
         names = tuple(i.name for i in structure.parameters if i.name in chosen and chosen[i.name][1] <= number)
         backward_from = structure.first_in_forward_order(names)
-        assert backward_from is not None  # every entry adds something: `_what_trains` has seen to it
+        assert backward_from is not None  # every entry adds something: `what_trains` has seen to it
         rank = structure.by_name[backward_from].forward_rank  # 0 before the blocks, 1 + index in a block
         first_block = min(max(rank - 1, 0), structure.block_count)
         if number and not any(addition.get(key) for key in STARTS):  # it begins at 0, as `trainable` before it does

@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from partialtune.freeze.block_sampling import blocks_words
 from partialtune.freeze.rates import rate_name
+from partialtune.model.new_tokens import words_on
 from partialtune.tables import draw_table, html_table
 
 if TYPE_CHECKING:  # for its types alone: a plan shows itself by what stands here
@@ -116,6 +117,10 @@ def _tie_and_fixed_lines(plan: "FreezePlan") -> list[str]:
     lines = [f"tied: {first} is {second}, one tensor" for first, second in plan.ties]
     if plan.head == "untied":
         lines.append("untied: the head gets a matrix of its own, a copy of the token embedding")
+    if plan.new_tokens is not None:
+        lines.append(words_on(plan.new_tokens).removesuffix("."))
+    tokens = f"{plan.tokenizer_length:,} tokens" if plan.tokenizer_length else ""
+    lines += [f"{name} has {rows:,} rows, the tokenizer {tokens}" for name, rows in padded_matrices(plan).items()]
     fixed = [parameter for parameter in plan.parameters if parameter.fixed]
     if fixed:
         names = fixed[0].name if len(fixed) == 1 else f"{len(fixed)} parameters, {fixed[0].name} first"
@@ -179,3 +184,14 @@ def _backward_line(plan: "FreezePlan") -> str:
     return (
         f"backward reaches {plan.backward_from} and runs through{at_most} {passed} of {plan.block_count} blocks{held}"
     )
+
+
+def padded_matrices(plan: "FreezePlan") -> dict[str, int]:
+    """Name -> rows of each matrix of which some train, where their number is not that of the tokenizer's tokens."""
+    tokens = plan.tokenizer_length
+    return {
+        parameter.name: parameter.shape[0]
+        for parameter in plan.parameters
+        if parameter.rows and parameter.component in ("embeddings.tokens", "head")
+        if tokens not in (None, parameter.shape[0])
+    }

@@ -35,12 +35,12 @@ Parameters = tuple["PlannedParameter", ...]
 
 
 def with_rates(
-    parameters: Parameters,
+    plan: "FreezePlan",
     structure: ModelStructure,
     part_learning_rates: Mapping[str, float] | None = None,
     layer_decay: float | None = None,
-) -> Parameters:
-    """The parameters of a plan with their learning rates.
+) -> "FreezePlan":
+    """A plan with the learning rates of its parts.
 
     The depth is counted over the whole stack: the embeddings are layer 0, block i is layer i + 1, final norm and head
     are the layer above the last block and have the factor 1. So it is in ELECTRA's fine-tuning (Clark et al. 2020,
@@ -49,7 +49,7 @@ def with_rates(
     their rate.
 
     Args:
-        parameters: Of the plan; `learning_rate` is that of the phase.
+        plan: Without such rates: a parameter's `learning_rate` is that of the phase.
         structure: Of the model that the plan is for.
         part_learning_rates: Selector -> rate, more than 0.
         layer_decay: Above 0 and at most 1; None for none.
@@ -65,11 +65,11 @@ def with_rates(
     if problems:
         raise RecipeError("\n".join(problems))
     if not rates and decay is None:
-        return parameters
-    infos = {parameter.name: _info_of(structure, parameter) for parameter in parameters if parameter.trainable}
-    named = _named_parts(parameters, structure, infos, rates)
+        return plan
+    parameters = plan.parameters
+    named = _named_parts(parameters, structure, rates)
     by_layer = [parameter for parameter in parameters if parameter.trainable and parameter.name not in named]
-    layers = {parameter.name: _layer(infos[parameter.name], structure) for parameter in by_layer}
+    layers = {parameter.name: _layer(structure.by_name[parameter.name], structure) for parameter in by_layer}
     if decay is not None and not by_layer:
         logger.warning("layer_decay changes nothing: part_learning_rates names all that trains")
     names = _names(by_layer, layers, structure.block_count, in_layers=decay is not None)
@@ -82,13 +82,20 @@ def with_rates(
             factor = 1.0 if decay is None else decay ** (structure.block_count + 1 - layers[parameter.name])
             parameter = replace(parameter, rate_factor=factor, rate_name=names[parameter.name])
         rated.append(parameter)
-    return tuple(rated)
+    return replace(plan, parameters=tuple(rated), part_learning_rates=tuple(rates.items()), layer_decay=decay)
 
 
 def rates_to_json(plan: "FreezePlan") -> dict[str, Any]:
     """What `freeze_plan.json` says of them; nothing where the plan has none."""
     rates = {"part_learning_rates": dict(plan.part_learning_rates)} if plan.part_learning_rates else {}
     return rates | ({} if plan.layer_decay is None else {"layer_decay": plan.layer_decay})
+
+
+def rates_in_words(plan: "FreezePlan") -> dict[str, str]:
+    """The same in words that are equal where the rates are: `embeddings 1e-05, blocks[-1] 0.0001`, every digit."""
+    parts = ", ".join(f"{selector} {rate!r}" for selector, rate in plan.part_learning_rates)
+    words = {"part_learning_rates": parts, "layer_decay": "" if plan.layer_decay is None else repr(plan.layer_decay)}
+    return {key: value for key, value in words.items() if value}
 
 
 def rate_to_json(plan: "FreezePlan", parameter: "PlannedParameter") -> dict[str, Any]:
@@ -102,12 +109,6 @@ def rate_to_json(plan: "FreezePlan", parameter: "PlannedParameter") -> dict[str,
     return {"learning_rate": parameter.learning_rate, "rate_factor": factor}
 
 
-def _info_of(structure: ModelStructure, parameter: "PlannedParameter") -> ParameterInfo:
-    """Of an adapter, that of the matrix beside which it stands."""
-    beside = f"{parameter.name.partition('.lora_')[0]}.weight"
-    return structure.by_name.get(parameter.name) or structure.by_name[beside]
-
-
 def _layer(info: ParameterInfo, structure: ModelStructure) -> int:
     """0 before the blocks, 1 + index in a block, one more above them. A tied tensor's is the lowest of its places."""
     return min(info.forward_rank, structure.block_count + 1)
@@ -116,17 +117,9 @@ def _layer(info: ParameterInfo, structure: ModelStructure) -> int:
 # ---- which selector names what --------------------------------------------------------------------------------------
 
 
-def _named_parts(
-    parameters: Parameters,
-    structure: ModelStructure,
-    infos: Mapping[str, ParameterInfo],
-    rates: Mapping[str, float],
-) -> dict[str, str]:
+def _named_parts(parameters: Parameters, structure: ModelStructure, rates: Mapping[str, float]) -> dict[str, str]:
     """Name of each parameter that trains and that a selector names -> the last such selector."""
-    trains = {infos[parameter.name].name: parameter for parameter in parameters if parameter.trainable}
-    adapters: dict[str, list[str]] = {}  # two of them stand beside one matrix
-    for name, info in infos.items():
-        adapters.setdefault(info.name, []).append(name)
+    trains = {parameter.name: parameter for parameter in parameters if parameter.trainable}
     named: dict[str, str] = {}
     matches: dict[str, Matches] = {}
     problems: list[str] = []
@@ -140,7 +133,7 @@ def _named_parts(
         if not found:
             problems.append(_names_nothing(text, [parameter.selector or "" for parameter in trains.values()]))
         problems += [_some_rows(text, name) for name in found if _leaves_rows(matches[text], trains[name], name)]
-        named |= {name: text for info in found for name in adapters[info]}
+        named |= dict.fromkeys(found, text)
     problems += _two_rates_of_a_tie(structure, matches, rates)
     if problems:
         raise RecipeError("\n".join(problems))

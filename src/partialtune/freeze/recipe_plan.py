@@ -9,7 +9,9 @@ A phase may begin at an epoch, whose step is known once the text is read: before
 that is shown; after it, `in_steps` and `plan_of_recipe` make the one that is carried out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,12 @@ from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.grammar.schedule_syntax import STARTS
+from partialtune.grammar.selector_syntax import parse_selector
+from partialtune.model.new_tokens import new_tokens_of
+from partialtune.model.structure import ModelStructure, read_structure
 from partialtune.recipe.arguments import FreezeArguments
+
+ADAPTER = re.compile(r"\.lora_[AB](?=\.)")
 
 
 def plan_of_recipe(
@@ -27,15 +34,17 @@ def plan_of_recipe(
     schedule: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
     before_text: bool = False,
+    tokenizer_length: int | None = None,
 ) -> FreezePlan:
     """The plan of a recipe. The model is not touched and may lie on the meta device.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, which has the recipe's new tokens by now.
         freeze: The recipe's arguments; `method: full` has `trainable: [all]` by now.
         schedule: The recipe's, in steps.
         seed: Of the start values of adapters, and of random draws of blocks.
         before_text: As in `plan_freeze`.
+        tokenizer_length: Tokens of the model's tokenizer, which are said beside the rows of a padded matrix.
 
     Raises:
         RecipeError: As `plan_freeze` and `plan_lora`.
@@ -45,10 +54,25 @@ def plan_of_recipe(
         "layer_decay": freeze.layer_decay,
     }
     if freeze.method == "lora":
-        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+        plan = plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+    else:
+        plan = _plan_of_parts(model, freeze, schedule, seed, before_text, rates)
+    _refuse_unread(read_structure(model), plan)
+    return plan if tokenizer_length is None else replace(plan, tokenizer_length=tokenizer_length)
+
+
+def _plan_of_parts(
+    model: nn.Module,
+    freeze: FreezeArguments,
+    schedule: Sequence[Mapping[str, Any]],
+    seed: int,
+    before_text: bool,
+    rates: Mapping[str, Any],
+) -> FreezePlan:
+    new_tokens = new_tokens_of(model)
     return plan_freeze(
         model,
-        freeze.trainable,
+        [*freeze.trainable, *(new_tokens.selectors if new_tokens else [])],
         head=freeze.head,
         schedule=schedule,
         before_text=before_text,
@@ -59,13 +83,43 @@ def plan_of_recipe(
     )
 
 
-def plan_before_text(model: nn.Module, freeze: FreezeArguments, seed: int = 0) -> FreezePlan:
+def names_rows(freeze: FreezeArguments) -> bool:
+    """Whether a selector names rows, so that a plan tells the tokenizer's length."""
+    return any(
+        parse_selector(text).rows is not None
+        for text in [*freeze.trainable, *(text for entry in freeze.schedule for text in entry["trainable"])]
+    )
+
+
+def _refuse_unread(structure: ModelStructure, plan: FreezePlan) -> None:
+    """Stop where a selector asks for what text does not reach. `all` may: there it is said by the audit, at the end.
+
+    Raises:
+        RecipeError: Names the selectors.
+    """
+    towers: dict[str, set[str]] = {}
+    for parameter in plan.parameters:
+        info = structure.by_name.get(ADAPTER.sub("", parameter.name))
+        if parameter.selector is not None and info is not None:
+            towers.setdefault(parameter.selector, set()).update(place.tower for place in info.places)
+    unread = [selector for selector, found in towers.items() if found <= {"vision", "projector"}]
+    if unread:
+        raise RecipeError(
+            f"{', '.join(unread)}: a recipe trains on text, in which no gradient reaches the vision tower and the "
+            f"projector of {structure.model_name}. Choose parts of its language model (language.blocks[-1]); to train "
+            f"with images, make a Trainer of your own and call attach(trainer, plan)."
+        )
+
+
+def plan_before_text(
+    model: nn.Module, freeze: FreezeArguments, seed: int = 0, tokenizer_length: int | None = None
+) -> FreezePlan:
     """The plan of a recipe whose text was not read: a phase that begins at an epoch has no step yet.
 
     Raises:
         RecipeError: As `plan_of_recipe`.
     """
-    return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True)
+    return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True, tokenizer_length=tokenizer_length)
 
 
 def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps: int) -> list[dict[str, Any]]:

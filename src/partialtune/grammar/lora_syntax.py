@@ -12,6 +12,10 @@ from partialtune.grammar.selector_syntax import check_selector_syntax
 from partialtune.grammar.values import at_least, nearest
 
 RANK, ALPHA = 8, 16  # where nothing is said
+NOT_WITH_NEW_TOKENS = (
+    "does not go with new tokens: a delta of adapters has no place for rows that the base lacks. Train the rows first, "
+    "and the adapters on what that run saves."
+)
 KEYS = {  # type and bound
     "target": (list[str], None),
     "rank": (int, at_least(1)),

@@ -7,7 +7,7 @@ single values are ours, because a recipe's mistakes hide in lax ones (`no` for F
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -194,3 +194,24 @@ def allowed(hint: Any, bound: Bound | None) -> str:
 CONVERSIONS = {bool: _boolean, int: _whole_number, float: _number, str: _text}
 # The stricter before the laxer: "0.1" is a number before it is a text, "x" a text before it is a list of one.
 TRIED_IN_ORDER = (bool, int, float, Literal, dict, str, list)
+
+
+def wrong_new_tokens(tokens: Sequence[str], init: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(key, message) for what is wrong with `new_tokens` and `new_tokens_init` in themselves.
+
+    Of the library's `add_tokens`, too: there any value may come.
+    """
+    if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
+        yield "new_tokens", f"got {show(tokens)}; allowed: a list of one or more texts, such as ['<poem>', '<drama>']."
+        return
+    empty = [token for token in tokens if not token.strip()]
+    if empty:
+        yield "new_tokens", f"{show(empty[0])} is no token: white space alone has tokens already. Take it out."
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    if twice:
+        yield "new_tokens", f"{show(twice[0])} stands there twice. Name each token once."
+    for token, words in init.items():
+        if token not in tokens:
+            yield "new_tokens_init", f"{show(token)} is none of new_tokens, {show(list(tokens))}. Take it out."
+        if not isinstance(words, str) or not words.strip():
+            yield "new_tokens_init", f"{show(token)} has {show(words)}; allowed: words whose rows are averaged."

@@ -10,12 +10,14 @@ or `load_model` (a run). What is asked of files and of what was loaded stands in
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,10 +40,13 @@ from partialtune.model.model_checks import (
     without_safetensors,
 )
 from partialtune.model.train_mode import set_dropout
+from partialtune.net.hub_client import HUB_ERRORS
 from partialtune.run_folder import is_delta
 
 logger = logging.getLogger(__name__)
 
+# How images become a model's inputs.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -178,6 +183,30 @@ def load_model(
         )
     refuse_wider_than(dtype, name, _files_folder(name, commit))
     return model
+
+
+def copy_processor_files(config: PretrainedConfig, folder: Path) -> None:
+    """Put the files beside a model that say how images become its inputs into `folder`, as they are.
+
+    Args:
+        config: Of the model that they lie beside, by `load_config`. A language model alone has none.
+        folder: Beside a model that reads the same inputs.
+    """
+    if config.get_text_config() is config:
+        return
+    location, commit = model_location(config.name_or_path), getattr(config, "_commit_hash", None)
+    for name in PROCESSOR_FILES:
+        file = Path(location) / name
+        if not Path(location).is_dir():
+            try:
+                file = Path(hf_hub_download(location, name, revision=commit))
+            except EntryNotFoundError:
+                continue
+            except HUB_ERRORS as error:
+                logger.warning("%s of %s could not be had: %s", name, location, in_one_line(error))
+                continue
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
 
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

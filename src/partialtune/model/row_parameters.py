@@ -356,7 +356,7 @@ def _holders(model: nn.Module, matrix: nn.Parameter) -> list[tuple[nn.Module, st
 
 
 def _let_hold_rows(module: nn.Module, trained_rows: dict[str, TrainedRows]) -> None:
-    own = getattr(module, "own_class", type(module))
+    own: type = getattr(module, "own_class", type(module))
     module.__dict__["trained_rows"] = trained_rows
     module.__class__ = _with_rows(own, tuple(trained_rows)) if trained_rows else own
     if not trained_rows:
@@ -372,13 +372,13 @@ def _with_rows(own: type, attributes: tuple[str, ...]) -> type:
 
     members: dict[str, Any] = {"__module__": own.__module__, "__doc__": own.__doc__, "own_class": own}
     members |= {name: matrix(name) for name in attributes}
-    return type(own.__name__, (WithTrainedRows, own), members)
+    bases: tuple[type, ...] = (WithTrainedRows, own)
+    return type(own.__name__, bases, members)
 
 
 def _new_with_rows(own: type, attributes: tuple[str, ...]) -> nn.Module:
     """What pickle makes before it fills it."""
-    kind = _with_rows(own, attributes)
-    return kind.__new__(kind)
+    return nn.Module.__new__(_with_rows(own, attributes))
 
 
 def class_without_rows(module: nn.Module) -> type:

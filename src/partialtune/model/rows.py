@@ -43,6 +43,11 @@ def row_numbers(rows: Rows) -> list[int]:
     return [number for start, stop in rows for number in range(start, stop)]
 
 
+def rows_within(rows: Rows, length: int) -> Rows:
+    """rows_within(((3, 5), (7, 8)), 4) -> ((3, 4),): those of a tensor with `length` rows, which may be fewer."""
+    return tuple((start, min(stop, length)) for start, stop in rows if start < length)
+
+
 def count_rows(rows: Rows) -> int:
     return sum(stop - start for start, stop in rows)
 

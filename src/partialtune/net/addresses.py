@@ -13,7 +13,7 @@ from typing import Any
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 LEFT_OUT = "***"
-SOURCE_KEYS = ("text", "eval_texts")  # keys of a recipe whose values are text sources
+SOURCE_KEYS = ("text", "replay", "eval_texts")  # keys of a recipe whose values are text sources
 
 _SWITCHES = frozenset({"", "0", "1", "true", "false", "yes", "no"})
 # A path swallows one of two slashes: partialtune train http://me:pw@host/a.txt -> there is no recipe http:/me:pw@...
@@ -48,7 +48,7 @@ def sources_without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same_sources(a: Any, b: Any) -> bool:
-    """Whether two values of a recipe's `text` or `eval_texts` name the same sources, as far as what is written tells.
+    """Whether two values of one of `SOURCE_KEYS` name the same sources, as far as what is written tells.
 
     An address that was written down without its secrets is the same as the whole one; its content decides (sha256).
     """

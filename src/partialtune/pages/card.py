@@ -13,7 +13,16 @@ from partialtune.files import write_whole
 from partialtune.metrics import IN_CARD_METADATA, METRICS
 from partialtune.model.base_card import STATED
 from partialtune.pages.figures import describe_figures
-from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.findings import (
+    audit_problems,
+    length_finding,
+    new_tokens_words,
+    replayed_share,
+    score_changes,
+    text_label,
+    trained_share,
+    verdict,
+)
 from partialtune.pages.html import page_environment
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.run_folder import is_delta
@@ -66,13 +75,17 @@ def render_card(run: RunFiles) -> str:
             revision=run.recipe.get("hub_revision"),
             verifiable_base=verifiable_base(run),
             share=trained_share(run),
+            new_tokens=new_tokens_words(run),
             is_delta=is_delta(run.folder),
+            auto_class=run.record.get("auto_class", "AutoModelForCausalLM"),
             findings=verdict(run),
             problems=audit_problems(run),
             texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],
             prompts=run.evaluation.get("prompts", []),
             figures=describe_figures(run),
             sources=run.record.get("sources", []),
+            replayed_share=replayed_share(run),
+            stopped=length_finding(run),
             versions=run.record.get("versions", {}),
             frozen_values=run.frozen_values,
         )

@@ -46,6 +46,22 @@ def trained_share(run: RunFiles) -> str:
     return f"{count(trainable)} of {count(total)} parameters ({percent(trainable / total)})"
 
 
+def new_tokens_words(run: RunFiles) -> str:
+    """What was added to the tokenizer, and that the scores before are not quite the base's; empty where nothing was."""
+    tokens = run.plan.get("new_tokens", [])
+    if not tokens:
+        return ""
+    starts = [f"{one['token']} (row {count(one['row'])}, from {_start_of(one)})" for one in tokens]
+    return (
+        f"New tokens: {', '.join(starts)}. The base has none of them: the scores before are those of the base with "
+        f"these tokens and their start values."
+    )
+
+
+def _start_of(token: Mapping[str, Any]) -> str:
+    return f"the mean of “{token['init']}”" if token.get("init_rows") else "the mean of all rows"
+
+
 def trained_title(run: RunFiles, limit: int = 104) -> str:
     """What trained, in a line of about `limit` characters: the selectors and the share of the parameters."""
     share = trained_share(run)
@@ -64,8 +80,18 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
-    weights = [frozen_finding(run), trainable_finding(run), *saved_finding(run)]
-    return [*weights, *held_out_finding(run), *forgetting_finding(run)]
+    weights = [frozen_finding(run), *resting_finding(run), trainable_finding(run), *saved_finding(run)]
+    return [*weights, *length_finding(run), *held_out_finding(run), *replay_finding(run), *forgetting_finding(run)]
+
+
+def length_finding(run: RunFiles) -> list[Finding]:
+    """Where early stopping has ended the run; nothing where it went on to its last step."""
+    stopped = run.record.get("stopped_early")
+    if not stopped:
+        return []
+    value = f"stopped at step {count(stopped['step'])} of {count(stopped['of'])}"
+    detail = f"Held-out loss had not improved since step {count(stopped['best_step'])}; the weights are those of step "
+    return [Finding("plain", "Early stopping", value, f"{detail}{count(stopped['weights_of_step'])}.")]
 
 
 def frozen_finding(run: RunFiles) -> Finding:
@@ -97,6 +123,30 @@ def frozen_finding(run: RunFiles) -> Finding:
     return Finding("good", "Frozen part", f"L2 change {exact}", f"{size} kept every bit.")
 
 
+def resting_finding(run: RunFiles) -> list[Finding]:
+    """Whether blocks that learn in turn kept every bit while they rested; nothing where none do."""
+    if "sampling" not in run.plan:
+        return []
+    from partialtune.freeze.block_sampling import BlockSampling  # here: a page need not wait for torch
+
+    sampling = BlockSampling.from_json(run.plan["sampling"])
+    detail = f"{sampling.words()}."
+    held = sum(parameter["numel"] for parameter in run.plan["parameters"] if parameter.get("in_turn"))
+    if run.record.get("processes", 1) > 1:
+        detail += f" On every process all candidates kept their gradient buckets (DDP): {count(held)} values."
+    changed = changed_at_rest(run)
+    if changed:
+        value = f"{counted(len(changed), 'tensor')} changed at rest"
+        return [Finding("bad", "Blocks in turn", value, f"{detail} While their block rested: {joined(changed, 160)}.")]
+    value = counted(run.draws, "draw") if run.draws is not None else "0 changed at rest"
+    return [Finding("good", "Blocks in turn", value, f"{detail} Blocks at rest kept every bit.")]
+
+
+def changed_at_rest(run: RunFiles) -> list[str]:
+    """Names of parameters that changed while their block rested."""
+    return run.audit.get("resting", {}).get("changed", [])
+
+
 def trainable_finding(run: RunFiles) -> Finding:
     """How far the trainable parameters moved, and which of them could not."""
     trained, audit = run.trained, run.audit["trainable"]
@@ -105,7 +155,7 @@ def trainable_finding(run: RunFiles) -> Finding:
         relative = run.deltas.relative_delta([p["name"] for p in trained], run.deltas.steps[-1])
         detail += f" moved by {percent(relative)} of their norm" if relative is not None else ""
     explained = run.audit["frozen"]["changed"] or changed_buffers(run) or any(changed_names(run).values())
-    explained = explained or saved_otherwise(run)
+    explained = explained or saved_otherwise(run) or changed_at_rest(run)
     failed = audit["not_in_optimizer"] or not (run.audit["passed"] or explained)
     warned = audit["unmoved"] or audit["below_precision"] or audit.get("rows_without_gradient")
     level = "bad" if failed else "warning" if warned else "good"
@@ -143,6 +193,7 @@ def audit_problems(run: RunFiles) -> list[tuple[str, str]]:
     gone = set(names["missing"])
     return [
         *((name, "is frozen, but changed") for name in frozen["changed"] if name not in gone),
+        *((name, "changed while its block rested") for name in changed_at_rest(run) if name not in gone),
         *(
             (name, "is a buffer, which nothing trains, but changed")
             for name in changed_buffers(run)
@@ -185,12 +236,32 @@ def held_out_finding(run: RunFiles) -> list[Finding]:
     return []
 
 
+def replayed_share(run: RunFiles) -> str:
+    """1 of the 4 windows of each step; empty where nothing is replayed."""
+    replay = run.record.get("replay")
+    if not replay:
+        return ""
+    return f"{count(replay['windows_a_step'])} of the {count(replay['of_a_step'])} windows of each step"
+
+
+def replay_finding(run: RunFiles) -> list[Finding]:
+    """Bits per byte of the text that was replayed, before and after."""
+    entry = run.texts.get("replay")
+    if not entry or not run.replays:
+        return []
+    before, after = entry["before"][HEADLINE.key], entry["after"][HEADLINE.key]
+    share = replayed_share(run)
+    detail = f"{HEADLINE.change_words(before, after)}; trained on as well{f', {share}' if share else ''}."
+    value = f"{HEADLINE.words(before)} → {HEADLINE.words(after)}"
+    return [Finding("plain", "Bits per byte, replayed text", value, detail)]
+
+
 def forgetting_finding(run: RunFiles) -> list[Finding]:
     """Bits per byte of the recipe's `eval_texts`: the one that lost most, and how many others there are."""
     pairs = {
         name: (entry["before"][HEADLINE.key], entry["after"][HEADLINE.key])
         for name, entry in run.texts.items()
-        if name not in ("validation", "training")
+        if name not in ("validation", "training") and not (name == "replay" and run.replays)
     }
     known = {name: pair for name, pair in pairs.items() if None not in pair and pair[0]}
     if not known:

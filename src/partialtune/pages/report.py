@@ -7,7 +7,14 @@ from typing import Any
 
 from partialtune.files import write_whole
 from partialtune.pages.figures import KINDS, Figure, describe_figures, render_figure
-from partialtune.pages.findings import audit_problems, score_changes, text_label, trained_share, verdict
+from partialtune.pages.findings import (
+    audit_problems,
+    new_tokens_words,
+    score_changes,
+    text_label,
+    trained_share,
+    verdict,
+)
 from partialtune.pages.html import data_uri, html_environment, style_and_script, yaml_words
 from partialtune.pages.report_tables import (
     group_rows,
@@ -51,6 +58,7 @@ def render_report(run: RunFiles) -> str:
         passed=run.audit["passed"],
         selectors=joined(run.selectors),
         share=trained_share(run),
+        new_tokens=new_tokens_words(run),
         findings=verdict(run),
         problems=audit_problems(run),
         recipe=[(key, yaml_words(value)) for key, value in run.recipe.items()],

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from partialtune.pages.findings import replayed_share
 from partialtune.pages.html import Cell, cell, yaml_words
 from partialtune.pages.insight_figures import matrices, share_of_possible, shift, token_matrices
 from partialtune.pages.run_files import RunFiles, frozen_rows_name, runs_in_words
@@ -121,6 +122,11 @@ def provenance_rows(run: RunFiles) -> list[tuple[str, str]]:
     rows += [(label, str(run.record[key])) for key, label in known.items() if run.record.get(key) is not None]
     windows = run.record.get("windows", {}).items()
     rows += [(f"Windows, {name.replace('_', ' ')}", count(number)) for name, number in windows]
+    if run.record.get("replay"):
+        rows += [
+            ("Windows, replayed text", count(run.record["replay"]["windows"])),
+            ("Replayed", replayed_share(run)),
+        ]
     return rows + [(name, str(version)) for name, version in run.record.get("versions", {}).items()]
 
 
@@ -174,17 +180,16 @@ def rank_words(run: RunFiles) -> str:
 def token_sections(run: RunFiles) -> list[dict[str, Any]]:
     """For each trained matrix with a row a token: `name`, `words`, and `rows` of its table."""
     return [
-        {"name": entry["component"], "words": token_words(entry), "rows": token_rows(entry)}
+        {"name": entry["component"], "words": token_words(entry, run.replays), "rows": token_rows(entry)}
         for entry in token_matrices(run)
     ]
 
 
-def token_words(entry: Mapping[str, Any]) -> str:
+def token_words(entry: Mapping[str, Any], replays: bool = False) -> str:
     """What the rows of a matrix did, in a few sentences."""
     tokens, occurring, absent = entry["tokens"], entry["occurring"], entry["moved_absent"]
-    words = (
-        f"Of {counted(tokens, 'token')} {count(occurring)} occur in the training text; {count(entry['moved'])} moved"
-    )
+    text = "the training text or the replayed one" if replays else "the training text"
+    words = f"Of {counted(tokens, 'token')} {count(occurring)} occur in {text}; {count(entry['moved'])} moved"
     words += f", {count(absent)} of them without occurring." if absent else ", none without occurring."
     correlation = entry["rank_correlation"]
     if correlation is not None:

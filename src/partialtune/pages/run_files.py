@@ -132,14 +132,26 @@ class RunFiles:
 
     @property
     def selectors(self) -> list[str]:
-        """The recipe's `trainable`; `all` where it is absent, as it may be for full fine-tuning.
+        """The recipe's `trainable`, and blocks in turn; `all` without both, as it may be for full fine-tuning.
 
-        Adapters beside it are shown as the plan shows them: `lora: attention`.
+        Adapters beside it are shown as the plan shows them: `lora: attention`; with new tokens the plan's selectors
+        are, which have those of their rows.
         """
+        if self.plan.get("new_tokens"):
+            return as_list(self.plan.get("selectors"))
         target = as_list((self.recipe.get("lora") or {}).get("target"))
         if target and self.adapts:
             return target
-        return [*as_list(self.recipe.get("trainable")), *(f"lora: {one}" for one in target)] or ["all"]
+        sampling = self.recipe.get("block_sampling")
+        in_turn = [f"{sampling['blocks']} blocks in turn"] if sampling else []
+        beside = [f"lora: {one}" for one in target]
+        return [*as_list(self.recipe.get("trainable")), *in_turn, *beside] or ["all"]
+
+    @property
+    def draws(self) -> int | None:
+        """How many draws of blocks there were, None where that is not written."""
+        file = self.folder / "block_draws.jsonl"
+        return file.read_text(encoding="utf-8").count("\n") if file.is_file() else None
 
     @property
     def adapts(self) -> bool:
@@ -153,8 +165,18 @@ class RunFiles:
         return bool(self.recipe.get("lora")) and not self.adapts
 
     @property
+    def replays(self) -> bool:
+        """Whether a second text was mixed into the steps, so that the scored text `replay` is that one."""
+        return bool(self.recipe.get("replay"))
+
+    @property
+    def replayed_sources(self) -> list[Mapping[str, Any]]:
+        """What was recorded of the text that was replayed."""
+        return list((self.record.get("replay") or {}).get("sources", []))
+
+    @property
     def texts(self) -> dict[str, Mapping[str, Any]]:
-        """Scored texts of `evaluation.json`: held-out text first, then training text, then the recipe's eval_texts."""
+        """Scored texts of `evaluation.json`: held-out text first, then training text, then the others."""
         scored = {name: entry for name, entry in self.evaluation.items() if name != "prompts"}
         first = [name for name in ("validation", "training") if name in scored]
         return {name: scored[name] for name in [*first, *(name for name in scored if name not in first)]}

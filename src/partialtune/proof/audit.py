@@ -21,7 +21,7 @@ from partialtune.distributed import from_all, from_main, is_main, raise_disk_err
 from partialtune.errors import FreezeViolation
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan, Phase
-from partialtune.model.digests import bit_sums, buffer_digests, digests_on_main
+from partialtune.model.digests import buffer_digests, digests_on_main
 from partialtune.model.parameters import (
     Named,
     is_sharded,
@@ -62,6 +62,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             start, though its phase begins later.
         interrupted: Whether a signal ends the run, asked when training ends. An interrupted run gets no verdict on
             what has not moved.
+        ended: Whether training has come to its end: at its last step, or where a callback such as early stopping has
+            ended it, and not a signal.
         digests_before: sha256 of every parameter at the start, and of frozen rows by their name in `plan.frozen_rows`.
         buffers_before, buffers_after: sha256 of every persistent buffer at the start, and at the end of training.
         digests_after: The same at the end of training.
@@ -74,6 +76,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         super().__init__(plan, output_dir)
         self.stop_on_violation = stop_on_violation
         self.interrupted: Callable[[], bool] = lambda: False
+        self.ended = False
         self.missing_at_start: list[str] = []
         self.result: Audit | None = None
         self.digests_after: dict[str, str] = {}
@@ -84,6 +87,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._not_in_optimizer: list[str] = []
         self._phase: Phase | None = None
         self._checked_at: int | None = None
+        self._weights_of: int | None = None  # the step of the checkpoint that was gone back to after the last step
 
     @property
     def digests_before(self) -> Mapping[str, str]:
@@ -96,6 +100,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the start, and where a phase begins ---------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.ended, self._weights_of = False, None
         if self.snapshot is None:  # added after the Trainer was made
             self.take_snapshot(args, state, model)
         if state.global_step:  # the run goes on from a checkpoint
@@ -118,30 +123,20 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         self._record_draws(args, state)
 
     def _record_draws(self, args, state, anew: bool = False) -> str | None:
-        """Write the draws of the steps so far. Returns why that failed; the next step tries again."""
-        folder = self.folder(args)
-        if self._draws is None or folder is None or not state.is_world_process_zero:
-            return None
-        return (self._draws.begin if anew else self._draws.reach)(folder, state.global_step)
+        folder = self.folder(args) if state.is_world_process_zero else None
+        return None if self._draws is None else self._draws.reach(folder, state.global_step, anew)
 
     def _check_draw(self, args, state, model: nn.Module) -> None:
         """Compare what rested, and what is frozen, with what it came to rest with; then others come to rest.
-
-        Checksums of all of it, since sha256 of a whole model at every draw would cost more than it proves: each block's
-        sha256 is taken when it comes to rest and compared here when it is drawn, at every save and at the end.
 
         Raises:
             FreezeViolation: As `check_frozen`.
         """
         with self._watch:
-            kept, drawn = set(self._kept(state)), set(self.plan.phase_at(state.global_step).trainable)
-            named = [(name, parameter) for name, parameter in self._parts(model) if name in kept]
-            sums = bit_sums(named, self.plan.frozen_rows)
-            changed = {name for name in kept if sums.get(name) != self._sum_that_stays(name)}
-            present = self._digests((name, parameter) for name, parameter in named if name in drawn)
-            changed |= {name for name, sha256 in present.items() if sha256 != self._digest_that_stays(name)}
-            found = any(from_all(bool(changed)))
-        if found:
+            kept = set(self._kept(state))
+            parts = [(name, part) for name, part in self._parts(model) if name in kept]
+            changed = self._resting.changed(parts, kept, state.global_step, self.snapshot)
+        if changed:
             self._audit_everything(args, state, model)
         with self._watch:
             self._resting.draw(model, state.global_step)
@@ -188,6 +183,15 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             self._updates.go_back_to(attributes)
             if self.plan.sampling is not None:
                 self._resting.go_back_to(attributes.get("resting", {}))
+
+    def end_with(self, state) -> None:
+        """Judge the weights of the best checkpoint, which was loaded after the last step.
+
+        Args:
+            state: Its `TrainerState`.
+        """
+        self.go_back_to(state)
+        self._weights_of = state.global_step
 
     # ---- around each optimizer step ---------------------------------------------------------------------------------
 
@@ -244,7 +248,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         """
         result = self.result
         changed = {*result.changed, *(result.changed_at_rest or ()), *result.changed_buffers} if result else set()
-        parameters = {name: self._digest_that_stays(name) for name in self._kept(state) if name not in changed}
+        parameters = {
+            name: self._resting.digest(name, self.digests_before) for name in self._kept(state) if name not in changed
+        }
         return parameters, {name: sha256 for name, sha256 in self.buffers_before.items() if name not in changed}
 
     def conclude_saved(self, args, state, differences: list[SavedDifference]) -> None:
@@ -266,6 +272,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the end -------------------------------------------------------------------------------------------------
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.ended = not self.interrupted()
         if optimizer is not None:  # a parameter that was put in another one's place during the run is not in it
             trained = self._trained(model, optimizer).items()
             self._not_in_optimizer = [name for name, (p, group) in trained if not (group or is_sharded(p))]
@@ -285,8 +292,8 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             audit.trainable_l2_delta = self._trainable_distance(model)
             self._updates.merge(from_all(self._updates.state()))
             unreached, interrupted = self._unreached(state), state.global_step if self.interrupted() else None
-            digests = self.digests_before, self.digests_after
-            audit.stuck, audit.unmoved = unmoved(self.plan, *digests, self._updates, unreached, interrupted)
+            digests, ends = (self.digests_before, self.digests_after), (state.global_step, self._weights_of)
+            audit.stuck, audit.unmoved = unmoved(self.plan, *digests, self._updates, unreached, interrupted, *ends)
             if self.plan.rows:
                 known = {*unreached, *audit.stuck, *audit.unmoved, *audit.not_in_optimizer}
                 found = {} if interrupted is not None else self._updates.rows.without()
@@ -314,10 +321,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         )
 
     def _kept(self, state) -> list[str]:
-        """Names of the parameters, and of frozen rows, that no step so far was to change, or none since they came to
-        rest."""
-        names = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
-        return list(dict.fromkeys(names))
+        """Names of the parameters, and of frozen rows, that no step was to change, or none since they came to rest."""
+        stay = [*self.plan.frozen, *self.plan.frozen_rows, *self._resting.digests, *self._unreached(state)]
+        return list(dict.fromkeys(stay))
 
     def _parts(self, model: nn.Module) -> Named:
         """Every parameter by name, and each matrix of which some rows train by the name of its frozen rows too."""
@@ -326,19 +332,10 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     def _digests(self, parts: Named) -> dict[str, str]:
         return digests_on_main(parts, self.plan.frozen_rows)
 
-    def _digest_that_stays(self, name: str) -> str | None:
-        """sha256 of a parameter that no step may change, of when it came to rest or of the start."""
-        return self._resting.digests.get(name, self.digests_before.get(name))
-
-    def _sum_that_stays(self, name: str) -> int | None:
-        """The same of its checksum on this process; None where that is not known."""
-        if name in self._resting.digests:
-            return self._resting.sums.get(name)
-        return self.snapshot.bit_sums.get(name) if self.snapshot else None
-
     def _unreached(self, state) -> dict[str, int]:
         """Parameters of a later phase than that of the last step, with the step from which it trains them."""
-        reached = self.plan.phase_at(state.global_step - 1).from_step
+        last = state.global_step if self._weights_of is None else self._weights_of
+        reached = self.plan.phase_at(last - 1).from_step
         return {p.name: p.from_step for p in self.plan.parameters if p.trainable and p.from_step > reached}
 
     def _changed(self, model: nn.Module, kept: Iterable[str], present: Mapping[str, str]) -> list[str]:
@@ -350,14 +347,11 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             present: Their digests now, on the main process.
         """
         if is_main():
-            changed = {name for name in kept if present.get(name) != self._digest_that_stays(name)}
+            changed = {name for name in kept if present.get(name) != self._resting.digest(name, self.digests_before)}
         else:  # shards were gathered, and digested on the main process; a replica may differ here alone
             names = set(kept)
             replicas = [(n, p) for n, p in self._parts(model) if n in names and not is_sharded(p)]
-            # of what rested in the best model, which was loaded at the end, no checksum is known here
-            known = [(n, p) for n, p in replicas if n not in self._resting.digests or n in self._resting.sums]
-            totals = bit_sums(known, self.plan.frozen_rows)
-            changed = {name for name, total in totals.items() if total != self._sum_that_stays(name)}
+            changed = self._resting.other_sums(replicas, self.snapshot)
         anywhere = set().union(*from_all(changed))
         return [name for name in kept if name in anywhere]
 
@@ -382,7 +376,7 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
             if self.stop_on_violation:
                 raise FreezeViolation(message)
             logger.error(message)
-        if state.global_step >= state.max_steps:  # an audit of an earlier step is followed by another
+        if self.ended or state.global_step >= state.max_steps:  # an audit of an earlier step is followed by another
             raise_disk_error(disk_error)
 
     def _keep(self, args, state, audit: Audit) -> str | None:

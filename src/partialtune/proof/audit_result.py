@@ -9,6 +9,7 @@ from partialtune.model.rows import Rows, count_rows, rows_in_words
 # Why a trainable parameter kept every bit: a warning but for KEPT_EVERY_BIT, which is a violation.
 NEVER_A_GRADIENT = "never had a gradient other than 0 in a step whose learning rate was above 0"
 NOT_REACHED = "the run ended before step {step}, from which its phase trains it"
+GONE_BACK = "the weights are those of step {back}, from before step {step}, from which its phase trains it"
 NEVER_DRAWN = "the run ended before step {step}, at which its block is drawn for the first time"
 ONLY_SKIPPED = "had a gradient only in steps that were skipped, because a gradient overflowed in fp16"
 TOO_SMALL = (

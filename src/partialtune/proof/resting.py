@@ -7,20 +7,20 @@ block comes to rest, and has to be the same at every save, when it is drawn agai
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from partialtune.distributed import from_main
+from partialtune.distributed import from_all, from_main
 from partialtune.errors import InputError
 from partialtune.files import write_whole
 from partialtune.freeze.block_sampling import BlockSampling
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.digests import bit_sums, digests_on_main
-from partialtune.model.parameters import named_weights
+from partialtune.model.parameters import Named, named_weights
 from partialtune.proof.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,35 @@ class RestingParameters:
         self.sums = bit_sums((n, p) for n, p in named_weights(model) if n in self.digests)
         self.sums |= {name: snapshot.bit_sums[name] for name in base}
 
+    def digest(self, name: str, start: Mapping[str, str]) -> str | None:
+        """sha256 of a parameter that no step may change: of when it came to rest, or of the start."""
+        return self.digests.get(name, start.get(name))
+
+    def changed(self, parts: Named, kept: Collection[str], step: int, snapshot: Snapshot) -> bool:
+        """At a draw: whether anything changed, on any process, that had to stay as it was.
+
+        Checksums of all of it, since sha256 of a whole model at every draw would cost more than it proves: a block's
+        sha256 is taken when it comes to rest, and compared here when it is drawn, at every save and at the end.
+
+        Args:
+            parts: What had to stay, by name.
+            kept: All names that there should be.
+            step: The first of the draw.
+            snapshot: Of the base.
+        """
+        named, drawn = list(parts), set(self._plan.phase_at(step).trainable)
+        found = bool(self.other_sums(named, snapshot)) or {name for name, _ in named} != set(kept)
+        present = digests_on_main((name, part) for name, part in named if name in drawn)
+        found |= any(self.digest(name, snapshot.digests) != sha256 for name, sha256 in present.items())
+        return any(from_all(found))
+
+    def other_sums(self, parts: Named, snapshot: Snapshot) -> set[str]:
+        """Names of the parts of this process's replica that have another checksum than when they came to rest."""
+        # of what rested in the best model, which was loaded at the end, no checksum is known
+        known = [(name, part) for name, part in parts if name not in self.digests or name in self.sums]
+        totals = bit_sums(known, self._plan.frozen_rows)
+        return {name for name, total in totals.items() if total != self.sums.get(name, snapshot.bit_sums.get(name))}
+
     def draw(self, model: nn.Module, step: int) -> None:
         """Other blocks learn from this step on: take note of those that come to rest."""
         learning = set(self._plan.phase_at(step).trainable)
@@ -122,13 +151,20 @@ class DrawsRecord:
         self._lines = 0  # in the file, as far as it is known to be whole
         self._is_whole = False
 
-    def begin(self, folder: Path, steps: int) -> str | None:
-        """The draws of the steps so far: a run that goes on from a checkpoint takes later ones again."""
-        self._is_whole = False
-        return self.reach(folder, steps)
+    def reach(self, folder: Path | None, steps: int, anew: bool = False) -> str | None:
+        """So many steps have been taken.
 
-    def reach(self, folder: Path, steps: int) -> str | None:
-        """So many steps have been taken. Returns why the file could not be written, None where it was."""
+        Args:
+            folder: Where the file is; None where this process writes nothing.
+            steps: So far.
+            anew: Whether the file may hold other lines: a run that goes on from a checkpoint draws later ones again.
+
+        Returns:
+            Why the file could not be written, None where it was.
+        """
+        if folder is None:
+            return None
+        self._is_whole = self._is_whole and not anew
         count = self._sampling.draws_of(steps)
         if self._is_whole and count == self._lines:
             return None

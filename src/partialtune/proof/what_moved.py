@@ -7,7 +7,7 @@ from torch import nn
 
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.parameters import named_weights, whole_on_main
-from partialtune.proof.audit_result import INTERRUPTED, NEVER_DRAWN, NOT_REACHED
+from partialtune.proof.audit_result import GONE_BACK, INTERRUPTED, NEVER_DRAWN, NOT_REACHED
 from partialtune.proof.due_updates import DueUpdates
 from partialtune.proof.snapshot import Snapshot
 
@@ -19,6 +19,8 @@ def unmoved(
     updates: DueUpdates,
     unreached: Mapping[str, int],
     interrupted_at: int | None,
+    last_step: int,
+    weights_of: int | None,
 ) -> tuple[list[str], dict[str, str]]:
     """Trainable parameters that kept every bit: those that were due to move, and the others with the reason.
 
@@ -28,14 +30,17 @@ def unmoved(
         updates: What was due.
         unreached: Parameters of a later phase than that of the last step, with the step from which it trains them.
         interrupted_at: The last step of a run that a signal ended, None of others.
+        last_step: Steps that were taken.
+        weights_of: The step of the checkpoint that was gone back to at the end; None where the weights are the last.
     """
     stuck, reasons = [], {}
     for name in plan.trainable:
         if name not in after or after[name] != before.get(name):
             continue
         if name in unreached:
-            words = NOT_REACHED if plan.sampling is None else NEVER_DRAWN
-            reasons[name] = words.format(step=unreached[name])
+            never = NOT_REACHED if plan.sampling is None else NEVER_DRAWN
+            words = never if last_step <= unreached[name] else GONE_BACK
+            reasons[name] = words.format(step=unreached[name], back=weights_of)
         elif interrupted_at is not None:
             reasons[name] = INTERRUPTED.format(step=interrupted_at)
         elif name in updates.due:

@@ -21,6 +21,7 @@ from partialtune.model.conformance import check_conformance
 from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import empty_model, load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
+from partialtune.model.new_tokens import config_with, give_rows, tokens_of_recipe
 from partialtune.rank.choice_cost import ChoiceCost, costs_of
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.recipe import Recipe
@@ -105,17 +106,21 @@ def rank_recipe(recipe: Recipe, batches: int = BATCHES, top: int | None = None) 
     batch_size, seed = training.get("per_device_train_batch_size", WINDOWS_A_BATCH), training.get("seed", 42)
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
     config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    check_fit(base.model_name_or_path, config, recipe.text.block_size, vocabulary=len(tokenizer))
+    new_tokens = tokens_of_recipe(base, tokenizer)
+    grown = config_with(config, new_tokens)
+    check_fit(base.model_name_or_path, grown, recipe.text.block_size, vocabulary=len(tokenizer))
     data = prepare_data(recipe.text, {}, tokenizer, training.get("data_seed", seed))
-    check_ids(base.model_name_or_path, config, data.largest_ids)
+    check_ids(base.model_name_or_path, grown, data.largest_ids)
     windows = draw_windows(data.train, batches * batch_size, seed)
     model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    if new_tokens is not None:
+        give_rows(model, new_tokens)
     check_finite(base.model_name_or_path, model)
     check_conformance(model, recipe.text.block_size)
     set_seed(seed)
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     found = rank(probe(model, windows, batch_size, recipe.freeze.head), top, batch_size)
-    return with_costs(found, recipe, empty_model(config))
+    return with_costs(found, recipe, empty_model(grown))
 
 
 def with_costs(ranking: Ranking, recipe: Recipe, model: nn.Module) -> Ranking:

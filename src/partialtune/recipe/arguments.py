@@ -50,6 +50,19 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model on the Hub."}
     )
+    new_tokens: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tokens to add to the tokenizer. Their rows train, in the embedding and in the head, beside what "
+            "`trainable` selects, which may then be absent."
+        },
+    )
+    new_tokens_init: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "New token -> words whose rows are averaged for its start; the others start from the mean of all."
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,15 @@ class TextArguments:
         metadata={
             "help": "Share of each source's characters held out, cut from its end before windows are made.",
             "bound": BELOW_ONE,
+        },
+    )
+
+    replay: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "{text, share, text_column?, text_cleaning?}: windows of a second text in each optimizer step, "
+            "round(share x its windows) of them and at least 1, so that less is forgotten. It is cut into windows as "
+            "the text is, goes round when it ends, and is scored as `replay`."
         },
     )
 
@@ -203,6 +225,22 @@ class EvaluationArguments:
     prompts: list[str] = field(
         default_factory=lambda: list(DEFAULT_PROMPTS),
         metadata={"help": "Texts whose next tokens and continuations are compared.", "bound": ENTRIES},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluations in a row without a better held-out loss after which the run ends, with the weights of "
+            "the best checkpoint (load_best_model_at_end: false keeps the last ones). A checkpoint is written at each "
+            "evaluation; the best and the newest are kept.",
+            "bound": at_least(1),
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "What metric_for_best_model (loss, in nats a token) has to gain to count as better.",
+            "bound": at_least(0),
+        },
     )
 
 

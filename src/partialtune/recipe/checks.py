@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
-from partialtune.grammar.lora_syntax import read_lora
+from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, read_lora
 from partialtune.grammar.rate_syntax import read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA, read_block_sampling
 from partialtune.grammar.schedule_syntax import read_schedule
-from partialtune.grammar.values import allowed, convert_value, nearest, nearest_choice, quoting_advice, show
+from partialtune.grammar.values import (
+    allowed,
+    convert_value,
+    nearest,
+    nearest_choice,
+    quoting_advice,
+    show,
+    wrong_new_tokens,
+)
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.arguments import argument_fields, default_of
+from partialtune.recipe.early_stopping import wrong_about_early_stopping
 from partialtune.recipe.key_rules import (
     ALIASES,
     LENGTHS,
@@ -29,6 +38,7 @@ from partialtune.recipe.key_rules import (
     unknown_key,
 )
 from partialtune.recipe.parsing import Entry, Problem, Words, word_value
+from partialtune.recipe.replay_key import read_replay, wrong_beside_replay
 from partialtune.recipe.trainer_checks import training_problems
 from partialtune.text.sources import SOURCE_FORMS
 
@@ -69,9 +79,12 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
-        from_start = bool(values.get("trainable", "trainable" in given)) or "lora" in given
+        from_start = bool(values.get("trainable", "trainable" in given) or values.get("new_tokens")) or "lora" in given
         values["schedule"], wrong = read_schedule(values["schedule"], from_start)
         problems += [Problem(given["schedule"].origin, "schedule", message) for message in wrong]
+    if "replay" in values:
+        values["replay"], wrong = read_replay(values["replay"])
+        problems += [Problem(given["replay"].origin, "replay", message) for message in wrong]
     if "lora" in values:
         lora, wrong = read_lora(values["lora"])
         values["lora"] = {"target": list(lora.target), "rank": lora.rank, "alpha": lora.alpha}
@@ -127,8 +140,9 @@ def _missing(given: Mapping[Any, Entry], values: Mapping[str, Any]) -> Iterator[
             yield key, f"missing. {REQUIRED[key]}."
     partial = "method" not in given or values.get("method") in ("partial", "lora")
     scheduled = "schedule" in given and values.get("schedule") != []
-    adapted = "lora" in given and values.get("method") != "lora"
-    scheduled = scheduled or adapted or ("block_sampling" in given and values.get("block_sampling") != {})
+    others = {"lora": values.get("method") != "lora", "new_tokens": values.get("new_tokens") != []}
+    others["block_sampling"] = values.get("block_sampling") != {}
+    scheduled = scheduled or any(key in given and trains for key, trains in others.items())
     if partial and not scheduled and ("trainable" not in given or values.get("trainable") == []):
         yield "trainable", f"missing: nothing would train. {REQUIRED['trainable']}."
 
@@ -145,7 +159,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "window_stride", "is for window_sampling: chunked; random windows have no stride. Leave one of them out."
     if values.get("eval_strategy", "no") != "no" and values.get("validation_share") == 0:
         yield "eval_strategy", "needs held-out text, and validation_share is 0. Set validation_share to 0.1, say."
-    names_metric = values.get("metric_for_best_model") or values.get("load_best_model_at_end")
+    names_metric = any(
+        values.get(key) for key in ("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience")
+    )
     if values.get("save_strategy") == "best" and not names_metric:
         yield "save_strategy", "best needs metric_for_best_model: loss."
     # Reentrant checkpointing passes no gradient on in a block whose input requires none: the embeddings' output would
@@ -162,6 +178,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         method = "method lora" if values.get("method") == "lora" else "a run with lora and no trainable"
         yield "checkpoint_format", f"delta: adapters are all that {method} saves. Leave it out."
     yield from _wrong_selectors(values)
+    if "new_tokens" in values or "new_tokens_init" in values:
+        yield from _wrong_about_tokens(values)
     if values.get("schedule"):
         yield from _wrong_beside_a_schedule(values)
     if values.get("block_sampling"):
@@ -169,6 +187,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("part_learning_rates") or values.get("layer_decay") is not None:
         yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
+    yield from wrong_beside_replay(values)
+    yield from wrong_about_early_stopping(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
 
 
@@ -184,6 +204,16 @@ def _wrong_selectors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         problem = check_selector_syntax(selector)
         if problem:
             yield "trainable", f"entry {number}, {selector!r}: {problem}"
+
+
+def _wrong_about_tokens(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    tokens, init = values.get("new_tokens", []), values.get("new_tokens_init", {})
+    if tokens or init:
+        yield from wrong_new_tokens(tokens, init)
+    if tokens and values.get("method") == "lora":
+        yield "new_tokens", "method lora trains adapters alone, and new tokens train rows. Leave one of them out."
+    elif tokens and values.get("lora"):
+        yield "lora", NOT_WITH_NEW_TOKENS
 
 
 def _wrong_beside_a_kept_prefix(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

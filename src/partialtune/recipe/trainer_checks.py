@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from partialtune.grammar.values import nearest
 from partialtune.metrics import CHOOSES_BEST, METRICS
+from partialtune.recipe.early_stopping import implied_by_early_stopping
 from partialtune.recipe.key_rules import training_defaults
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def training_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     import torch
 
     training = {key: value for key, value in values.items() if key in training_defaults()}
+    training = implied_by_early_stopping(values) | training
     if training.get("bf16") == "auto":  # measured by the run, before it builds the real TrainingArguments
         del training["bf16"]
     training["use_cpu"] = training.get("use_cpu") or not torch.accelerator.is_available()

@@ -18,12 +18,12 @@ from partialtune.hub.push import Target, check_access
 from partialtune.model.conformance import Conformance, check_conformance
 from partialtune.model.loading import load_config, load_model, load_tokenizer, model_location
 from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
+from partialtune.model.new_tokens import NewTokens, config_with, give_rows, tokens_of_recipe
 from partialtune.model.train_mode import check_support
 from partialtune.recipe.arguments import ModelArguments
+from partialtune.recipe.early_stopping import implied_by_early_stopping
 from partialtune.recipe.recipe import Recipe
-from partialtune.run_folder import recorded_sources
 from partialtune.scoring.prompts import check_prompts
-from partialtune.text.reading import check_texts_unchanged
 from partialtune.training.launch import check_engine, check_precision, check_processes, one_device_a_process
 from partialtune.training.recipe_trainer import prefix_phases, tokens_per_byte
 from partialtune.training.resume_check import (
@@ -38,8 +38,14 @@ from partialtune.training.resume_check import (
     standing_of,
     with_choices,
 )
-from partialtune.training.settings import run_length, steps_an_epoch, suit_length, training_arguments
-from partialtune.training.training_data import RunData, data_of_recipe
+from partialtune.training.settings import (
+    run_length,
+    steps_an_epoch,
+    suit_length,
+    training_arguments,
+    warn_of_patience,
+)
+from partialtune.training.training_data import RunData, check_run_texts_unchanged, data_of_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +60,10 @@ class RunStart:
         standing: What the folder held before anything was written to it.
         checkpoint: Where training goes on from, None for a start from the base.
         args: Trainer's arguments, with what follows from the recipe, the checkpoint and the length of the run.
-        config: Of the base.
-        tokenizer: Of the base.
+        config: Of the model: the base's, with rows for new tokens.
+        tokenizer: Of the base, with the recipe's new tokens.
         data: Windows, and the texts that are scored.
-        model: The base in fp32 on the CPU, in eval mode. The plan is not applied yet.
+        model: The base in fp32 on the CPU, in eval mode, with rows for new tokens. The plan is not applied yet.
         conformance: Whether the model's own loss is used, and what the saved config holds.
         plan: What trains in which phase.
         prefix: What each phase does with its frozen prefix.
@@ -99,17 +105,21 @@ def prepare(recipe: Recipe) -> RunStart | None:
     checkpoint, saved = decided_by_main(lambda: _resumed(recipe, folder))
     args = _checked_arguments(recipe, saved)
     base = at_saved_commit(recipe.model, saved)
-    config, tokenizer = _load_before_texts(recipe, base)
+    loaded, tokenizer, new_tokens = _load_before_texts(recipe, base)
+    config = config_with(loaded, new_tokens)
     if recipe.training.get("push_to_hub"):
         check_hub(recipe)
     data = _checked_data(recipe, args, config, tokenizer)
 
     # the weights last: what is wrong with text or config is known without waiting for them
-    model = load_model(base.model_name_or_path, config, base.model_revision, base.trust_remote_code)
+    model = load_model(base.model_name_or_path, loaded, base.model_revision, base.trust_remote_code)
     check_finite(base.model_name_or_path, model)
+    if new_tokens is not None:
+        give_rows(model, new_tokens)
+        _warn_of_unused(new_tokens, data)
     conformance = check_conformance(model, recipe.text.block_size)
     check_support(args, model)
-    plan = _plan_in_steps(recipe, args, model, len(data.train))
+    plan = _plan_in_steps(recipe, args, model, data.epoch_windows, len(tokenizer))
     prefix = decided_by_main(lambda: prefix_phases(recipe, plan, model, args, saved))
     origin = decided_by_main(lambda: origin_of(recipe, args=args, model=model, data=data, plan=plan, prefix=prefix))
     if checkpoint is not None and saved is not None:
@@ -122,9 +132,7 @@ def prepare(recipe: Recipe) -> RunStart | None:
 
 def _say_finished(recipe: Recipe, folder: Path) -> None:
     """Say that there is nothing to do, once the texts are known to be those of the run."""
-    unread = decided_by_main(
-        lambda: check_texts_unchanged(recorded_sources(folder), recipe.text.text, folder, recipe.text.text_column)
-    )
+    unread = decided_by_main(lambda: check_run_texts_unchanged(folder, recipe.values))
     not_compared = f" Not looked at again: {', '.join(unread)}." if unread else ""
     logger.info("%s holds this run, finished: nothing to do.%s", folder, not_compared)
 
@@ -137,7 +145,8 @@ def _resumed(recipe: Recipe, folder: Path) -> tuple[Path | None, RunOrigin | Non
 
 def _checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArguments:
     """Trainer's arguments, once launcher, processes and engine are known to fit them."""
-    args = training_arguments(with_choices(recipe.training, saved))
+    given = implied_by_early_stopping(recipe.values) | recipe.training
+    args = training_arguments(with_choices(given, saved))
     check_precision({"bf16": args.bf16, "fp16": args.fp16})  # again: `bf16: auto` is decided by now
     check_processes(args)
     one_device_a_process(args)
@@ -145,15 +154,32 @@ def _checked_arguments(recipe: Recipe, saved: RunOrigin | None) -> TrainingArgum
     return args
 
 
-def _load_before_texts(recipe: Recipe, base: ModelArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Config and tokenizer of the base, once all is well that can be known without texts and weights."""
+def _load_before_texts(
+    recipe: Recipe, base: ModelArguments
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, NewTokens | None]:
+    """Config of the base, its tokenizer with new tokens, once all is well that can be known without texts and weights.
+
+    The tokens are added here, before any text is tokenised, so that each of them is one token there.
+    """
     name = base.model_name_or_path
     config = load_config(name, base.model_revision, base.dropout, base.trust_remote_code)
     check_weights(name, model_location(name), config)  # `load_model` asks again, but after the texts: minutes later
     tokenizer = load_tokenizer(name, base.model_revision, base.trust_remote_code)
-    check_fit(name, config, recipe.text.block_size, vocabulary=len(tokenizer))
-    check_prompts(recipe.evaluation.prompts, tokenizer, config)
-    return config, tokenizer
+    new_tokens = tokens_of_recipe(base, tokenizer)
+    grown = config_with(config, new_tokens)
+    check_fit(name, grown, recipe.text.block_size, vocabulary=len(tokenizer))
+    check_prompts(recipe.evaluation.prompts, tokenizer, grown)
+    return config, tokenizer, new_tokens
+
+
+def _warn_of_unused(new_tokens: NewTokens, data: RunData) -> None:
+    counts = data.token_counts
+    unused = [token.token for token in new_tokens.tokens if token.row >= len(counts) or not counts[token.row]]
+    if unused:
+        logger.warning(
+            "The training text does not hold %s: nothing is learnt from it but when it does not follow.",
+            ", ".join(unused),
+        )
 
 
 def _checked_data(
@@ -162,15 +188,19 @@ def _checked_data(
     """The run's windows and texts; `args` get what follows from how many windows there are."""
     data = first_on_each_node(lambda: data_of_recipe(recipe, args, tokenizer))
     decided_by_main(lambda: check_ids(recipe.model.model_name_or_path, config, data.largest_ids))
-    suit_length(args, recipe.training, len(data.train), held_out=data.held_out is not None)
+    early = recipe.evaluation.early_stopping_patience
+    suit_length(args, recipe.training, data.epoch_windows, data.held_out is not None, stops_early=early is not None)
+    warn_of_patience(args, early, data.epoch_windows)
     decided_by_main(lambda: tokens_per_byte(args, data))  # the best model may be chosen by what this text has not
     return data
 
 
-def _plan_in_steps(recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, windows: int) -> FreezePlan:
+def _plan_in_steps(
+    recipe: Recipe, args: TrainingArguments, model: PreTrainedModel, windows: int, tokenizer_length: int
+) -> FreezePlan:
     """The plan of the recipe, in which each phase begins at a step also where the recipe counts epochs."""
     schedule = in_steps(recipe.freeze.schedule, steps_an_epoch(args, windows), run_length(args, windows))
-    return plan_of_recipe(model, recipe.freeze, schedule, args.seed)
+    return plan_of_recipe(model, recipe.freeze, schedule, args.seed, tokenizer_length=tokenizer_length)
 
 
 @main_process_only

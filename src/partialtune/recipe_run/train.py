@@ -21,6 +21,7 @@ from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.push import push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by
+from partialtune.model.loading import auto_class
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.recipe import Recipe, write_recipe
 from partialtune.recipe_run.evaluate_before_after import Evaluator
@@ -34,8 +35,10 @@ from partialtune.recipe_run.write_results import (
     write_results,
 )
 from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
+from partialtune.text.reading import SourceText
 from partialtune.training.recipe_trainer import RecipeTrainer, make_trainer
 from partialtune.training.resume_check import standing_of
+from partialtune.training.training_data import RunData
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,13 @@ def train(recipe: Recipe) -> Path:
         # now already, so that a run that fails has its plan (`compare` reads it); below with the digests after training
         write_plan(folder, run.tuning)
         violation = train_to_the_end(run, start.checkpoint)
-        save_model(folder, run, start.tokenizer, recipe)
+        save_model(folder, run, start)
         # in memory all may be well: only what is read back proves what others will load
         violation = check_saved(folder, run) or violation
         write_plan(folder, run.tuning)
 
+        if run.early_stopping is not None and run.early_stopping.stopped and is_main():
+            record_run(start, run.early_stopping.stopped)
         after = evaluator.after(model)
         write_insight(start, run, curves, evaluator, before, after)
         write_performance(start, run)
@@ -108,23 +113,35 @@ def take_folder(held: ExitStack, start: RunStart) -> None:
 @main_process_only
 def begin_folder(start: RunStart) -> None:
     """Write the recipe, copy the deltas that another folder's run has reported so far, and print what will train."""
-    folder, checkpoint, recipe = start.folder, start.checkpoint, start.recipe
+    folder, checkpoint = start.folder, start.checkpoint
     begin_writing(folder)
     if checkpoint is not None and checkpoint.resolve().parent != folder.resolve():
         history = checkpoint.parent / DELTAS_FILE
         if history.is_file():
             shutil.copyfile(history, folder / DELTAS_FILE)
-    values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
-    stated = stated_by(recipe.model.model_name_or_path, start.origin.base.commit)
-    write_recipe(folder / RECIPE_FILE, values, {**run_record(start), **stated})
+    record_run(start)
     print(plan_table(start.plan, start.args.learning_rate), flush=True)
     logger.info(prefix_words(start.prefix))
     logger.info("Loss: %s.", start.conformance.loss_words())
 
 
+def record_run(start: RunStart, stopped_early: Mapping[str, int] | None = None) -> None:
+    """Write `recipe.yaml`; a second time where early stopping has ended the run, which it then says.
+
+    Args:
+        start: Of the run.
+        stopped_early: As in `EarlyStopping.stopped`.
+    """
+    recipe = start.recipe
+    values = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
+    stated = stated_by(recipe.model.model_name_or_path, start.origin.base.commit)
+    record = {**run_record(start), **stated, **({"stopped_early": dict(stopped_early)} if stopped_early else {})}
+    write_recipe(start.folder / RECIPE_FILE, values, record)
+
+
 def run_record(start: RunStart) -> dict[str, Any]:
     """What `recipe.yaml` keeps under `run`: how to make the run again, and from exactly what."""
-    args, data = start.args, start.data
+    args, data, loads_with = start.args, start.data, auto_class(start.config).__name__
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_VERSIONS}},
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -132,19 +149,38 @@ def run_record(start: RunStart) -> dict[str, Any]:
         "distributed": PartialState().distributed_type.value,
         "device": str(args.device),
         "base_commit": start.origin.base.commit,
-        "sources": [
-            {
-                "name": source.name,
-                "sha256": source.sha256,
-                "bytes": source.raw_bytes,
-                "encoding": source.encoding,
-                "cleaning": source.cleaning,
-            }
-            for source in data.sources
-        ],
+        **({} if loads_with == "AutoModelForCausalLM" else {"auto_class": loads_with}),
+        "sources": [source_record(source) for source in data.sources],
         "windows": {"training": len(data.train), "held_out": len(data.held_out or [])},
+        **replay_record(data),
         "prefix_cache": [phase.to_json() for phase in start.prefix],
         "loss": start.conformance.loss_words(),
+    }
+
+
+def source_record(source: SourceText) -> dict[str, Any]:
+    """What is kept of a text: its name without secrets, its digest, how it was read."""
+    return {
+        "name": source.name,
+        "sha256": source.sha256,
+        "bytes": source.raw_bytes,
+        "encoding": source.encoding,
+        "cleaning": source.cleaning,
+    }
+
+
+def replay_record(data: RunData) -> dict[str, Any]:
+    """What is kept of the text that is replayed, nothing where none is."""
+    if data.replay is None or data.order is None:
+        return {}
+    return {
+        "replay": {
+            "sources": [source_record(source) for source in data.replay.sources],
+            "windows": len(data.replay.windows),
+            "windows_a_step": data.order.drawn,
+            "of_a_step": data.order.batch,
+            "steps_an_epoch": data.order.steps,
+        }
     }
 
 
@@ -193,6 +229,7 @@ def trainer_at_start(start: RunStart) -> RecipeTrainer:
         prefix=start.prefix,
         conformance=start.conformance,
         origin=start.origin,
+        tokenizer=start.tokenizer,
     )
     check_start(start.origin.base.sha256, run.tuning.audit_callback.digests_before)
     return run
@@ -238,8 +275,8 @@ def train_to_the_end(run: RecipeTrainer, checkpoint: Path | None) -> FreezeViola
         with run.stop:
             run.train(checkpoint)
     except FreezeViolation as violation:
-        ended = trainer.state.global_step >= trainer.state.max_steps and audit.digests_after
-        if not ended or audit.result is None or audit.result.other_names:
+        ended = audit.ended or trainer.state.global_step >= trainer.state.max_steps
+        if not (ended and audit.digests_after) or audit.result is None or audit.result.other_names:
             raise
         return violation
     finally:

@@ -141,7 +141,8 @@ class WebAddress(Source):
         if lacks_secrets(name):
             raise TextError(
                 f"{name} was written down without its password or token: {LEFT_OUT} stands in their place. Give the "
-                "whole address again, as the first recipe had it: --text 'ADDRESS', --eval_texts '{NAME: ADDRESS}'."
+                "whole address again, as the first recipe had it: --text 'ADDRESS', --eval_texts '{NAME: ADDRESS}', "
+                "--replay '{text: ADDRESS, share: 0.2}'."
             )
         if name.lower().startswith(("http://", "https://")):
             return [name]

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from partialtune.engine.attach import attach, put_in_front
@@ -19,8 +26,9 @@ from partialtune.metrics import best_model_metric, value_of_loss
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.recipe.recipe import Recipe
 from partialtune.training.performance import EndOfCallbacks, ProductCount, StepTimer, TrainingProgress
+from partialtune.training.replay import ReplayOrder
 from partialtune.training.resume_check import RunOrigin, write_origin
-from partialtune.training.stopping import BatchWatch, StopOnSignal
+from partialtune.training.stopping import BatchWatch, EarlyStopping, StopOnSignal
 from partialtune.training.training_data import RunData, collate_windows
 
 
@@ -52,6 +60,7 @@ class RecipeTrainer:
         timer: Of its steps.
         products: Counts those of the first step.
         stop: Turns signals into a checkpoint and an end.
+        early_stopping: Where the recipe asks for it.
     """
 
     trainer: Trainer
@@ -59,6 +68,7 @@ class RecipeTrainer:
     timer: StepTimer
     products: ProductCount
     stop: StopOnSignal
+    early_stopping: EarlyStopping | None = None
 
     def train(self, checkpoint: Path | None = None) -> None:
         """Train, from a checkpoint where there is one."""
@@ -78,6 +88,7 @@ def make_trainer(
     prefix: Sequence[PrefixPhase],
     conformance: Conformance,
     origin: RunOrigin | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RecipeTrainer:
     """The Trainer of the run.
 
@@ -88,6 +99,7 @@ def make_trainer(
         prefix: Of `prefix_phases`.
         conformance: Of `check_conformance`.
         origin: What the run began with, for its checkpoints; None where nothing will go on from them.
+        tokenizer: Is put into its checkpoints where the run has added tokens to it: the base's would not fit them.
     """
     return attached_trainer(
         plan=plan,
@@ -97,11 +109,14 @@ def make_trainer(
         fast_paths=recipe.speed.fast_paths,
         prefix=prefix,
         origin=origin,
+        tokenizer=tokenizer if plan.new_tokens else None,
         conformance=conformance,
         tokens_per_byte=tokens_per_byte(args, data),
         model=model,
         args=args,
-        train_dataset=data.train,
+        train_dataset=data.rows,
+        order=data.order,
+        early_stopping=early_stopping_of(recipe, args),
         eval_dataset=data.held_out,
         data_collator=collate_windows,
     )
@@ -113,6 +128,8 @@ def attached_trainer(
     model: PreTrainedModel,
     args: TrainingArguments,
     train_dataset: Dataset,
+    order: ReplayOrder | None = None,
+    early_stopping: EarlyStopping | None = None,
     eval_dataset: Dataset | None = None,
     delta_steps: int = 10,
     stop_on_violation: bool = True,
@@ -120,6 +137,7 @@ def attached_trainer(
     fast_paths: Collection[str] = (),
     prefix: Sequence[PrefixPhase] = (),
     origin: RunOrigin | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     conformance: Conformance | None = None,
     tokens_per_byte: float | None = None,
     data_collator: Callable[..., Any] = collate_windows,
@@ -130,8 +148,11 @@ def attached_trainer(
         plan, delta_steps, stop_on_violation, weight_decay_on, fast_paths: As for `attach`.
         prefix: What each phase does with its frozen prefix; nothing is kept where it is absent.
         origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
+        tokenizer: Is put into each checkpoint; None for none.
         conformance: Whether the model's own loss is used, and the values of its config that the run changed.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
+        order: That of the windows, where some of them are replayed ones.
+        early_stopping: Ends the run where the held-out loss no longer improves.
         model, args, train_dataset, eval_dataset, data_collator: As for the Trainer.
     """
     conformance = conformance or Conformance()
@@ -148,6 +169,12 @@ def attached_trainer(
     if conformance.loss_fault:
         trainer.model_accepts_loss_kwargs = False  # its forward pass takes no loss: the number of targets is ours
     stop = StopOnSignal()
+
+    def write_beside(folder: Path) -> None:
+        write_origin(folder, origin)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
     tuning = attach(
         trainer,
         plan,
@@ -157,21 +184,31 @@ def attached_trainer(
         prefix_cache=prefix or "off",
         weight_decay_on=weight_decay_on,
         whole_checkpoints=True,
-        write_beside=lambda folder: write_origin(folder, origin),
+        write_beside=write_beside,
         save_now=lambda: stop.agreed,
     )
+    trainer.changes.train_order = order
     tuning.config_as_loaded = config_as_loaded
     tuning.audit_callback.interrupted = lambda: stop.asked_to_stop(args)
     timer, products = StepTimer(), ProductCount(lambda: tuning.fast.hits)
     # The clock comes first, and `train` puts its end last. The count has to end before a step may be refused.
     best = BestMetric(args.metric_for_best_model, tokens_per_byte)
-    put_in_front(trainer, [timer, products, BatchWatch(train_dataset), best])
+    put_in_front(trainer, [timer, products, BatchWatch(train_dataset, order.texts if order else None), best])
     for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
         trainer.remove_callback(printer)
     bar = [] if args.disable_tqdm else [TrainingProgress()]
-    for callback in (stop, FirstStepRecord(), *bar):
+    for callback in (stop, *([early_stopping] if early_stopping else []), FirstStepRecord(), *bar):
         trainer.add_callback(callback)
-    return RecipeTrainer(trainer, tuning, timer, products, stop)
+    return RecipeTrainer(trainer, tuning, timer, products, stop, early_stopping)
+
+
+def early_stopping_of(recipe: Recipe, args: TrainingArguments) -> EarlyStopping | None:
+    """The callback that a recipe's `early_stopping_patience` asks for; None for none, and where a trial of a learning
+    rate evaluates nothing on the way."""
+    asked = recipe.evaluation
+    if asked.early_stopping_patience is None or args.eval_strategy == IntervalStrategy.NO:
+        return None
+    return EarlyStopping(asked.early_stopping_patience, asked.early_stopping_threshold)
 
 
 class BestMetric(TrainerCallback):

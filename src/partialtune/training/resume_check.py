@@ -9,7 +9,6 @@ Three things are compared, each with what the present run would begin with:
 that goes on keeps and does not choose again.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import TrainerState, TrainingArguments
@@ -31,11 +28,13 @@ from partialtune.engine.plan_optimizer import saved_groups
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.rates import rates_in_words
 from partialtune.model.config_keys import differences_between, function_keys
 from partialtune.model.digests import digests
 from partialtune.model.rows import name_with_rows
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
 from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
+from partialtune.recipe.early_stopping import implied_by_early_stopping
 from partialtune.recipe.key_rules import training_defaults
 from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import (
@@ -47,14 +46,12 @@ from partialtune.run_folder import (
     read_json,
     recorded_recipe,
 )
-from partialtune.scoring.evaluation import evenly_spaced
-from partialtune.training.settings import data_seed
-from partialtune.training.training_data import RunData
+from partialtune.training.settings import data_seed, windows_a_step
+from partialtune.training.training_data import RunData, traits_of_windows
 
 logger = logging.getLogger(__name__)
 
 ORIGIN_FILE = "origin.json"
-WINDOWS_COMPARED = 256
 WINDOW_SETTINGS = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share")
 
 # Keys that do not make it another run: where it is put, where it goes on from, what is logged and pushed.
@@ -137,10 +134,8 @@ def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _is_same(key: str, old: Any, new: Any) -> bool:
-    if (
-        key == "part_learning_rates" and isinstance(old, dict) and isinstance(new, dict)
-    ):  # the last that matches wins: their order counts
-        return list(old.items()) == list(new.items())
+    if key == "part_learning_rates":  # the last that matches wins: their order counts
+        return old == new and [*old] == [*new]
     return old == new or (key in SOURCE_KEYS and same_sources(old, new))
 
 
@@ -152,6 +147,7 @@ def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values with the defaults of every key that was not given, and with what those defaults stand for."""
     defaults = {key: default_of(entry) for key, entry in argument_fields().items()}
     defaults |= training_defaults()
+    defaults |= implied_by_early_stopping(values)
     held_out = values.get("validation_share") != 0
     defaults |= {"eval_strategy": "steps" if held_out else "no", "activation_checkpointing": False}
     effective = {**defaults, **{key: value for key, value in values.items() if value is not None}}
@@ -271,7 +267,9 @@ class RunOrigin:
         base, text, phases, choices: As in their classes.
         windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
             there are, and a digest of some.
-        rates: `layer_decay`, and in their order `part_learning_rates`; None where the recipe has neither.
+        rates: `part_learning_rates` and `layer_decay` in words; None where the recipe has neither.
+        sampling: The plan's, where blocks learn in turn.
+        new_tokens: What was added to the tokenizer, as in `freeze_plan.json`; None where nothing was.
     """
 
     base: BaseOrigin
@@ -279,7 +277,9 @@ class RunOrigin:
     windows: dict[str, Any]
     phases: list[PhaseOrigin]
     choices: Choices
-    rates: dict[str, Any] | None = None
+    rates: dict[str, str] | None = None
+    sampling: dict[str, Any] | None = None
+    new_tokens: list[dict[str, Any]] | None = None
 
 
 def origin_of(
@@ -308,33 +308,20 @@ def origin_of(
         {
             **{key: getattr(recipe.text, key) for key in WINDOW_SETTINGS},
             "data_seed": data_seed(args),
-            "windows a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            **_sample(data.train),
+            "windows a step": windows_a_step(args),
+            **traits_of_windows(data),
         },
         [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
         Choices(args.bf16, list(prefix)),
-        _rates_of(plan),
+        rates_in_words(plan) or None,
+        None if plan.sampling is None else plan.sampling.to_json(),
+        plan.new_tokens.to_json() if plan.new_tokens else None,
     )
-
-
-def _rates_of(plan: FreezePlan) -> dict[str, Any] | None:
-    rates: dict[str, Any] = {"part_learning_rates": [list(pair) for pair in plan.part_learning_rates]}
-    rates["layer_decay"] = plan.layer_decay
-    return {key: value for key, value in rates.items() if value} or None
-
-
-def _sample(windows: Dataset) -> dict[str, Any]:
-    """Their number, and a digest of some of them: another tokenizer or another cleaning shows there."""
-    # (windows, block_size) in little-endian int32, so that every machine gets the same digest
-    ids = np.asarray(evenly_spaced(windows, WINDOWS_COMPARED).with_format("numpy")["input_ids"][:], dtype="<i4")
-    return {"number of windows": len(windows), "tokens": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 
 def write_origin(folder: Path, origin: RunOrigin | None) -> None:
     """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
-    content = {} if origin is None else asdict(origin)
-    if content.get("rates") is None:  # as it was before there were rates of parts
-        content.pop("rates", None)
+    content = {} if origin is None else {key: value for key, value in asdict(origin).items() if value is not None}
     (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -382,12 +369,15 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
     Raises:
         InputError: If base, text, windows or trainable parameters differ; names every difference.
     """
+    tokens = [[f"{one['token']} from {one['init']}" for one in origin.new_tokens or []] for origin in (saved, present)]
     found = [
+        *([f"new_tokens: {tokens[0]} then, {tokens[1]} now"] if tokens[0] != tokens[1] else []),
         *_base_differences(saved.base, present.base),
         *_text_differences(saved.text, present.text),
-        *_window_differences(saved.windows, present.windows),
+        *_setting_differences(saved.windows, present.windows),
         *_phase_differences(saved.phases, present.phases),
-        *_rate_differences(saved.rates or {}, present.rates or {}),
+        *_setting_differences(saved.rates or {}, dict.fromkeys(saved.rates or {}) | (present.rates or {})),
+        *_setting_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
     ]
     if found:
         raise InputError(
@@ -417,26 +407,14 @@ def _text_differences(then: Sequence[SourceOrigin], now: Sequence[SourceOrigin])
             yield f"text: {new.name} has another content than {old.name} had (sha256)"
 
 
-def _window_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in now.items():
+def _setting_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    gone = [key for key in then if key.startswith("replay") and key not in now]
+    for key, value in {**now, **dict.fromkeys(gone)}.items():
         if key == "tokens":
             if then.get(key) != value:
                 yield "windows: their tokens (another tokenizer, text or version of partialtune)"
         elif then.get(key) != value:
             yield f"{key}: {then.get(key)} then, {value} now"
-
-
-def _rate_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for key in {**then, **now}:
-        if then.get(key) != now.get(key):
-            yield f"{key}: {_rates_in_words(then.get(key))} then, {_rates_in_words(now.get(key))} now"
-
-
-def _rates_in_words(rates: Any) -> str:
-    """[["embeddings", 1e-05]] -> "embeddings 1e-05"; 0.9 -> "0.9"; None -> "none"."""
-    if isinstance(rates, list):
-        return ", ".join(f"{selector} {rate:g}" for selector, rate in rates)
-    return "none" if rates is None else f"{rates:g}"
 
 
 def _phase_differences(then: Sequence[PhaseOrigin], now: Sequence[PhaseOrigin]) -> Iterator[str]:

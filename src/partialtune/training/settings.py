@@ -69,22 +69,35 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def suit_length(args: TrainingArguments, given: Mapping[str, Any], windows: int, held_out: bool) -> None:
+def suit_length(
+    args: TrainingArguments, given: Mapping[str, Any], windows: int, held_out: bool, stops_early: bool = False
+) -> None:
     """Set how often to log and to evaluate by the length of the run, where the recipe does not set it.
 
     Args:
         args: Changed in place.
         given: Fields that the recipe names.
-        windows: Training windows.
+        windows: Training windows of an epoch.
         held_out: Whether there is held-out text to evaluate on.
+        stops_early: Whether the recipe asks for early stopping, which saves whenever it evaluates.
     """
     steps = run_length(args, windows)
     if "logging_steps" not in given:
         args.logging_steps = 1 if steps <= LOG_EVERY_STEP_UP_TO else 10
     if held_out and given.get("eval_strategy", "steps") == "steps":
         args.eval_strategy = IntervalStrategy.STEPS
-        often = args.save_steps if args.load_best_model_at_end else max(1, steps // EVALUATIONS)
-        args.eval_steps = given.get("eval_steps") or often
+        saves_as_it_evaluates = stops_early and args.load_best_model_at_end and "save_steps" not in given
+        follows_saves = args.load_best_model_at_end and not saves_as_it_evaluates
+        args.eval_steps = given.get("eval_steps") or (
+            args.save_steps if follows_saves else max(1, steps // EVALUATIONS)
+        )
+        if saves_as_it_evaluates:
+            args.save_steps = args.eval_steps
+
+
+def windows_a_step(args: TrainingArguments) -> int:
+    """Windows of one optimizer step on all processes together: the global batch."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def run_length(args: TrainingArguments, windows: int) -> int:
@@ -117,6 +130,28 @@ def evaluation_steps(args: TrainingArguments, windows: int) -> int | None:
     if args.eval_strategy == IntervalStrategy.EPOCH:
         return steps_an_epoch(args, windows)
     return max(1, int(args.eval_steps if args.eval_steps >= 1 else args.eval_steps * run_length(args, windows)))
+
+
+def warn_of_patience(args: TrainingArguments, patience: int | None, windows: int) -> None:
+    """Log where a run is too short for its `early_stopping_patience` to end it.
+
+    Args:
+        args: As `suit_length` left them.
+        patience: The recipe's; None for none.
+        windows: Training windows of an epoch.
+    """
+    often = evaluation_steps(args, windows)
+    if patience is None or often is None:
+        return
+    evaluations = run_length(args, windows) // often
+    if evaluations <= patience:
+        logger.warning(
+            "early_stopping_patience is %d, and the run evaluates %d times, every %d steps: it never stops early. "
+            "Lower it, or eval_steps.",
+            patience,
+            evaluations,
+            often,
+        )
 
 
 def bf16_pays() -> bool:

@@ -1,4 +1,5 @@
-"""What ends training before its last step: a signal, or a loss or gradients that are not finite.
+"""What ends training before its last step: a signal, a held-out loss that no longer falls, a loss or gradients that are
+not finite.
 
 Ctrl-C, SIGTERM and SIGUSR1 give a checkpoint in mid-training, an orderly end anywhere else, exit code 130 or 143.
 Schedulers send SIGTERM before they kill (Kubernetes, a preempted SLURM job) or what they were told to, mostly SIGUSR1,
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from partialtune.distributed import from_all, largest_of_all
-from partialtune.errors import Interrupted, TrainingDiverged
+from partialtune.errors import InputError, Interrupted, TrainingDiverged
 from partialtune.model.parameters import is_sharded
 from partialtune.training.forward_callback import ForwardCallback
 
@@ -148,6 +149,64 @@ class StopOnSignal(TrainerCallback):
             raise Interrupted(message, signal_exit_code(self.received))
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' own early stopping, which goes on with its count from a checkpoint and knows where it stopped.
+
+    Trainer saves the state of callbacks, but puts none back without `restore_callback_states_from_checkpoint`, which
+    makes all of them anew, snapshot and audit too.
+
+    Attributes:
+        best_step: That of the last evaluation that counted as better.
+        stopped: `step`, `of` (steps of the run), `best_step` and `weights_of_step`, where it has ended the run.
+    """
+
+    def __init__(self, early_stopping_patience: int, early_stopping_threshold: float = 0.0) -> None:
+        super().__init__(early_stopping_patience, early_stopping_threshold)
+        self.best_step = 0
+        self.stopped: dict[str, int] | None = None
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        return {**state, "attributes": {**state["attributes"], "best_step": self.best_step}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Trainer's words about load_best_model_at_end are left out: the recipe has said whether it goes back
+        name = type(self).__name__
+        saved = (state.stateful_callbacks or {}).get(name) if state.global_step else None
+        if saved:
+            self._go_back_to(saved)
+        state.stateful_callbacks[name] = self.state()  # Trainer fills only what is there
+        if state.global_step and self.out_of_patience:  # it had stopped, and was ended before its results were written
+            control.should_training_stop = True
+
+    def _go_back_to(self, saved: Any) -> None:
+        kept = saved.get("attributes") if isinstance(saved, dict) else None
+        counts = [kept.get(key) for key in ("early_stopping_patience_counter", "best_step")] if kept else [None]
+        if not all(isinstance(count, int) for count in counts):
+            raise InputError("The checkpoint's trainer_state.json is damaged: its early stopping.")
+        self.early_stopping_patience_counter, self.best_step = counts
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter == 0:
+            self.best_step = state.global_step
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.out_of_patience and state.global_step < state.max_steps:
+            went_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            of_step = state.best_global_step if went_back else state.global_step
+            self.stopped = {
+                "step": state.global_step,
+                "of": state.max_steps,
+                "best_step": self.best_step,
+                "weights_of_step": of_step,
+            }
+
+
 class BatchWatch(ForwardCallback):
     """Remembers the windows of the present optimizer step, and stops the run where its gradients are not finite.
 
@@ -157,10 +216,11 @@ class BatchWatch(ForwardCallback):
 
     Args:
         windows: Training windows, `input_ids` (T,); None where no window has a number.
+        texts: So many of them are of the text, and those behind are replayed ones; None where all are of the text.
     """
 
-    def __init__(self, windows: "Dataset | None") -> None:
-        self.windows = windows
+    def __init__(self, windows: "Dataset | None", texts: int | None = None) -> None:
+        self.windows, self.texts = windows, texts
         self._batches: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # input_ids (B, T), loss; accumulated too
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -212,12 +272,18 @@ class BatchWatch(ForwardCallback):
         what = "the loss" if any(from_all(bool(wrong))) else "the gradients"
         of_each = from_all(self._numbers_of(wrong if what == "the loss" else [ids for ids, _ in batches]))
         numbers = sorted({number for numbers in of_each for number in numbers})
-        shown = ", ".join(map(str, numbers[:NAMED])) + f" and {len(numbers) - NAMED} more" * (len(numbers) > NAMED)
+        shown = ", ".join(map(self._name_of, numbers[:NAMED])) + f" and {len(numbers) - NAMED} more" * (
+            len(numbers) > NAMED
+        )
         raise TrainingDiverged(
             f"Training diverged: {what} of step {step} became non-finite (learning rate {rate:.3g}), in training "
             f"windows {shown or 'without a number'}. The step was not taken. Lower learning_rate, add warmup_steps, or "
             f"look at these windows. Checkpoints from before are kept."
         )
+
+    def _name_of(self, number: int) -> str:
+        """`7`, and of a replayed window `replay 7`."""
+        return str(number) if self.texts is None or number < self.texts else f"replay {number - self.texts}"
 
     def _numbers_of(self, batches: Sequence[torch.Tensor]) -> list[int]:
         """The places of windows in the training windows, found by their tokens; of equal ones the first."""

@@ -1,26 +1,35 @@
 """The recipe's texts -> what a run trains and scores on: training windows, held-out windows, scored texts; batches."""
 
+import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.recipe import Recipe
+from partialtune.recipe.replay_key import NAME as REPLAY
+from partialtune.run_folder import recorded_sources
 from partialtune.scoring.evaluation import ScoredText, evenly_spaced
 from partialtune.text.lossless import round_trip_of
-from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, read_texts
+from partialtune.text.reading import IN_MEMORY_BYTES, SourceText, check_texts_unchanged, read_texts
 from partialtune.text.stored_text import StoredText, utf8_bytes
 from partialtune.text.tokenizing import token_ids_of
 from partialtune.text.windows import cached_windows, chunked_windows, random_windows, release_pages, split_text
+from partialtune.training.replay import Replay, ReplayOrder, replay_order, replayed_a_step
 from partialtune.training.settings import data_seed
 
+logger = logging.getLogger(__name__)
+
 TRAINING_WINDOWS_SCORED = 256
+WINDOWS_COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,12 @@ class RunData:
         sources: The training texts as they were read.
         train: Training windows, `input_ids` (block_size,).
         held_out: Held-out windows, None where nothing is held out.
-        scored: Texts that are scored before and after: `validation`, `training`, and those of `eval_texts`.
-        token_counts: How often each token occurs in the training text, int64, shape (largest id + 1,).
+        scored: Texts that are scored before and after: `validation`, `training`, `replay` (at most 256 windows, as of
+            `training`), and those of `eval_texts`.
+        token_counts: How often each token occurs in the training text and the replayed one, int64 (largest id + 1,).
         largest_ids: The largest token id of each text, by the key of the recipe that names it.
+        replay: The text that is replayed, None where none is.
+        order: That of the training windows and the replayed ones; None where nothing is replayed.
     """
 
     sources: list[SourceText]
@@ -42,6 +54,18 @@ class RunData:
     scored: dict[str, ScoredText]
     token_counts: np.ndarray
     largest_ids: dict[str, int]
+    replay: Replay | None = None
+    order: ReplayOrder | None = None
+
+    @property
+    def rows(self) -> Dataset:
+        """All that is trained on: the training windows, then the replayed ones."""
+        return self.train if self.replay is None else concatenate_datasets([self.train, self.replay.windows])
+
+    @property
+    def epoch_windows(self) -> int:
+        """Windows of an epoch, the replayed ones too."""
+        return len(self.train) if self.order is None else len(self.order)
 
 
 def data_of_recipe(recipe: Recipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase) -> RunData:
@@ -49,9 +73,15 @@ def data_of_recipe(recipe: Recipe, args: TrainingArguments, tokenizer: PreTraine
 
     Raises:
         TextError: As `prepare_data`.
+        RecipeError: If a step has no room for replayed windows beside those of the text.
     """
-    in_memory = IN_MEMORY_BYTES if args.world_size == 1 else 0
-    return prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, data_seed(args), in_memory)
+    in_memory, replay = IN_MEMORY_BYTES if args.world_size == 1 else 0, recipe.text.replay
+    if replay:
+        replayed_a_step(replay["share"], args)  # before a text is read
+    data = prepare_data(recipe.text, recipe.evaluation.eval_texts, tokenizer, data_seed(args), in_memory, replay)
+    if data.replay is None:
+        return data
+    return replace(data, order=replay_order(len(data.train), len(data.replay.windows), replay["share"], args))
 
 
 def prepare_data(
@@ -60,6 +90,7 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     in_memory_bytes: int = IN_MEMORY_BYTES,
+    replay: Mapping[str, Any] | None = None,
 ) -> RunData:
     """Read, split, tokenise and window the texts of a run.
 
@@ -71,6 +102,7 @@ def prepare_data(
         tokenizer: The model's tokenizer.
         seed: Seed of random windows.
         in_memory_bytes: As in `read_texts`; what exceeds it is streamed, and cached by content.
+        replay: The recipe's `replay`; absent or empty, nothing is replayed.
 
     Raises:
         TextError: If a text cannot be read or is too short for one window.
@@ -90,7 +122,22 @@ def prepare_data(
         largest["text"] = max(largest["text"], _largest(held_out_ids))
         scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
     scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
-    written = {"validation": held_out_texts, "training": train_texts}
+    written: dict[str, Sequence[str | StoredText]] = {"validation": held_out_texts, "training": train_texts}
+    replayed = None
+    if replay:
+        again = read_texts(
+            replay["text"],
+            replay.get("text_cleaning", arguments.text_cleaning),
+            replay.get("text_column", arguments.text_column),
+            in_memory_bytes,
+        )
+        _warn_of_own_text(sources, again)
+        written[REPLAY] = [source.content for source in again]
+        replay_ids = token_ids_of(written[REPLAY], tokenizer)
+        counts = added_counts(counts, token_counts(replay_ids))
+        largest[REPLAY] = _largest(replay_ids)
+        scored[REPLAY] = _scored(written[REPLAY], replay_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
+        replayed = Replay(again, _training_windows(replay_ids, arguments, seed))
     for name, source in eval_texts.items():
         read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
         texts = [text.content for text in read]
@@ -100,7 +147,27 @@ def prepare_data(
         written[name] = texts
     scored = {name: _with_round_trip(name, text, written[name], tokenizer) for name, text in scored.items()}
     held_out = scored["validation"].windows if held_out_texts else None
-    return RunData(sources, train, held_out, scored, counts, largest)
+    return RunData(sources, train, held_out, scored, counts, largest, replayed)
+
+
+def _warn_of_own_text(sources: Sequence[SourceText], replayed: Sequence[SourceText]) -> None:
+    """Log where a text is replayed beside itself: what it holds out is then trained on."""
+    own = {source.sha256 for source in sources}
+    same = [source.name for source in replayed if source.sha256 in own]
+    if same:
+        logger.warning(
+            "replay: %s is the run's own text. Its held-out end is trained on as well, and its scores say nothing of "
+            "text that the model has not seen. Replay another text.",
+            ", ".join(same),
+        )
+
+
+def added_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Counts by token id of two texts together, int64 (largest id of both + 1,)."""
+    both = np.zeros(max(len(a), len(b)), dtype=np.int64)
+    both[: len(a)] += a
+    both[: len(b)] += b
+    return both
 
 
 def _largest(token_ids: Sequence[np.ndarray]) -> int:
@@ -143,6 +210,48 @@ def _scored(
         lambda path: chunked_windows(token_ids, block_size, block_size, path),
     )
     return ScoredText(evenly_spaced(windows, limit), sum(map(len, token_ids)), utf8_bytes(texts))
+
+
+def traits_of_windows(data: RunData) -> dict[str, Any]:
+    """What tells the windows of one run from those of another; of a run that replays nothing no more than ever."""
+    traits = _sample(data.train)
+    if data.replay is None or data.order is None:
+        return traits
+    return {
+        **traits,
+        "replay: texts (sha256)": [source.sha256 for source in data.replay.sources],
+        **{f"replay: {key}": value for key, value in _sample(data.replay.windows).items()},
+        "replay: windows a step": data.order.drawn,
+    }
+
+
+def _sample(windows: Dataset) -> dict[str, Any]:
+    """Their number, and a digest of some of them: another tokenizer or another cleaning shows there."""
+    # (windows, block_size) in little-endian int32, so that every machine gets the same digest
+    ids = np.asarray(evenly_spaced(windows, WINDOWS_COMPARED).with_format("numpy")["input_ids"][:], dtype="<i4")
+    return {"number of windows": len(windows), "tokens": hashlib.sha256(ids.tobytes()).hexdigest()}
+
+
+def check_run_texts_unchanged(folder: Path, values: Mapping[str, Any]) -> list[str]:
+    """Stop where a text that a finished run was trained on, or that it replayed, is no longer what it was.
+
+    Args:
+        folder: Of the run.
+        values: The recipe, flat.
+
+    Returns:
+        Names of texts that were not compared: on the network, or not there any more.
+
+    Raises:
+        TextError: Names the texts that differ.
+    """
+    column, replay = values.get("text_column", "text"), values.get("replay")
+    text = [values["text"]] if isinstance(values["text"], str) else values["text"]
+    unread = check_texts_unchanged(recorded_sources(folder), text, folder, column)
+    if replay:
+        recorded = recorded_sources(folder, replayed=True)
+        unread += check_texts_unchanged(recorded, replay["text"], folder, replay.get("text_column", column))
+    return unread
 
 
 def collate_windows(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -8,11 +8,12 @@ from typing import Any
 from partialtune.errors import ModelError
 from partialtune.freeze.adapter_plan import FACTOR, adapted_matrix
 from partialtune.model.digests import digest, digests_of
-from partialtune.model.rows import Rows, as_rows, other_rows_name
+from partialtune.model.rows import Rows, as_rows, as_runs, other_rows_name
 from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
+from partialtune.verify.draws import read_draws
 from partialtune.verify.open_checkpoint import Adapters
 
 
@@ -29,6 +30,9 @@ class Claim:
         after: The same for the adapted checkpoint.
         head: `untied` where the run gave the head a matrix of its own, `tied` where it did not; None if unknown.
         scale: For LoRA, alpha / rank of the run; None if unknown.
+        lengths: Of each tensor that new tokens changed, by name: how long it is in the base, and in the result.
+        new_rows: Rows of the new tokens.
+        faults: Sentences on what the run's own record says against itself.
     """
 
     text: str
@@ -38,6 +42,9 @@ class Claim:
     after: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     scale: float | None = None
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    new_rows: Rows = ()
+    faults: tuple[str, ...] = ()
 
 
 def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> Claim:
@@ -58,7 +65,7 @@ def claim_of_selectors(structure: ModelStructure, trainable: Sequence[str]) -> C
 def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
     """That only what a run's `freeze_plan.json` trains moved, from its digests before to its digests after.
 
-    Parameters that the plan does not list are frozen.
+    Parameters that the plan does not list are frozen. Where blocks learnt in turn, so are those that were never drawn.
 
     Args:
         structure: Of both checkpoints.
@@ -77,22 +84,37 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
         )
     # a plan may list a tied parameter under another of its names
     named = {structure.by_name[name].name: entry for name, entry in entries.items()}
-    before = {name: entry["sha256_before"] for name, entry in named.items() if entry["sha256_before"]}
+    # what new tokens changed began with other values than the base's: of these the plan has the base's digest, too
+    begun = {name: entry.get("sha256_base") or entry["sha256_before"] for name, entry in named.items()}
+    before = {name: sha256 for name, sha256 in begun.items() if sha256}
     after = {name: entry["sha256_after"] for name, entry in named.items() if entry["sha256_after"]}
     rows = _rows(structure, named, file, adapted)
     for name, trained in rows.items():
         for found, key in ((before, "sha256_other_rows_before"), (after, "sha256_other_rows_after")):
             if named[name].get(key):
                 found[other_rows_name(name, trained)] = named[name][key]
+    content = read_json(file)
+    try:
+        lengths = {
+            name: (entry["base_shape"][0], entry["shape"][0]) for name, entry in named.items() if "base_shape" in entry
+        }
+        new_rows = as_runs(token["row"] for token in content.get("new_tokens", []))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ModelError(f"{adapted}: its {file.name} is damaged, in what it says of new tokens ({error}).") from error
     digests = f"{len(before):,} digests before and {len(after):,} after"
+    draws = read_draws(file.parent, content, adapted)
+    never = {structure.by_name[name].name for name in draws.never}
     return Claim(
-        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says",
+        text=f"only what {file.name} of {adapted} trains may move; {digests} have to be as it says{draws.words}",
         # `is True`: a damaged plan's "false" is a text, and must not let a parameter move
-        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True),
+        trainable=frozenset(name for name, entry in named.items() if entry["trainable"] is True) - never,
         rows=rows,
         before=before,
         after=after,
-        head=read_json(file).get("head"),
+        head=content.get("head"),
+        faults=draws.faults,
+        lengths=lengths,
+        new_rows=new_rows,
     )
 
 

@@ -31,6 +31,7 @@ class ComparedParameter:
         rows: The only rows that the claim lets move, None where it lets all of it, or nothing.
         changed_other_values: How many of the values outside of these rows differ.
         changed_other_rows: The first rows outside of them that differ.
+        new_rows: How many rows it has beyond those of the base; all else here is about the base's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ComparedParameter:
     rows: Rows | None = None
     changed_other_values: int = 0
     changed_other_rows: tuple[int, ...] = ()
+    new_rows: int = 0
 
     @property
     def changed(self) -> bool:
@@ -75,6 +77,8 @@ class ComparedParameter:
         entry = {**asdict(self), "changed": self.changed}
         if self.rows is None:
             del entry["rows"], entry["changed_other_values"], entry["changed_other_rows"]
+        if not self.new_rows:
+            del entry["new_rows"]
         return entry
 
 
@@ -91,7 +95,9 @@ class Comparison:
         changed_config: Keys of config.json in which the two stand for other functions, as `n_head (2 -> 4)`.
         not_the_base: Parameters of the base that are not what the run says it started from.
         not_the_result: Parameters of the adapted checkpoint that are not what the run says it ended with.
+        new_rows_unclaimed: Parameters with more rows than the base's, or other ones, than a plan says of new tokens.
         notes: What else a reader should know.
+        faults_of_the_record: Sentences on what the run's own files say against each other.
     """
 
     base: str
@@ -103,6 +109,8 @@ class Comparison:
     not_the_base: tuple[str, ...] = ()
     not_the_result: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    new_rows_unclaimed: tuple[str, ...] = ()
+    faults_of_the_record: tuple[str, ...] = ()
 
     @property
     def moved(self) -> list[ComparedParameter]:
@@ -117,7 +125,11 @@ class Comparison:
     @property
     def unmoved(self) -> list[ComparedParameter]:
         """Parameters that may move and kept every bit."""
-        return [parameter for parameter in self.parameters if parameter.allowed and not parameter.changed]
+        return [
+            parameter
+            for parameter in self.parameters
+            if parameter.allowed and not (parameter.changed or parameter.new_rows)
+        ]
 
     @property
     def violations(self) -> list[str]:
@@ -126,6 +138,11 @@ class Comparison:
         if self.changed_though_frozen:
             changed = [parameter.change_in_words for parameter in self.changed_though_frozen]
             sentences.append(f"{counted(len(changed), 'frozen parameter')} changed: {joined(changed, 240)}.")
+        if self.new_rows_unclaimed:
+            sentences.append(
+                f"{self.adapted} has rows that the base does not have, and no freeze plan says new_tokens of so many: "
+                f"{joined(self.new_rows_unclaimed, 240)}."
+            )
         if self.claim is not None and self.changed_buffers:
             names = joined(self.changed_buffers, 160)
             sentences.append(f"{counted(len(self.changed_buffers), 'buffer')} changed, which nothing trains: {names}.")
@@ -146,7 +163,7 @@ class Comparison:
             if differing:
                 where = f"in {counted(len(differing), 'parameter')}: {joined(differing, 160)}"
                 sentences.append(f"{checkpoint} has other values than the run {moment} {where}.{remedy}")
-        return sentences
+        return [*sentences, *self.faults_of_the_record]
 
     @property
     def passed(self) -> bool | None:
@@ -210,6 +227,9 @@ def notes_on(comparison: Comparison, before: Weights, after: Weights, rounded: S
     unmoved = [parameter.name for parameter in comparison.unmoved]
     if unmoved:
         notes.append(f"{counted(len(unmoved), 'parameter')} may move and kept every bit: {joined(unmoved, 160)}.")
+    grown = [f"{p.name} ({p.new_rows:,})" for p in comparison.parameters if p.new_rows]
+    if grown and not comparison.new_rows_unclaimed:
+        notes.append(f"Rows of new tokens, which the base does not have: {joined(grown, 160)}.")
     if rounded:
         notes.append(
             f"{counted(len(rounded), 'parameter')} of {after.name} equal the base rounded to fewer bits: "

@@ -29,7 +29,7 @@ def comparison_table(comparison: Comparison) -> str:
 
 def verdict_line(comparison: Comparison) -> str:
     """Whether the claim holds, in one line."""
-    total, moved = len(comparison.parameters), len(comparison.moved)
+    total, moved = len(comparison.parameters), sum(bool(p.changed or p.new_rows) for p in comparison.parameters)
     if comparison.passed is None:
         return (
             f"verdict: none, for want of a claim. {moved:,} of {counted(total, 'parameter')} moved. "

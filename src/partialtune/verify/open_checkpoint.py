@@ -60,7 +60,9 @@ def open_delta(folder: Path, name: str, at_hand: Weights | None) -> Weights:
         stored = next((one for one in (wanted, *others) if one in delta.stored), None)
         if stored is None or stored not in delta.rows:
             return base.read(wanted) if stored is None else delta.read(stored)
-        values = base.read(wanted).to(torch.float32, copy=True)  # 16 bits widened, which is exact
+        of_base = base.read(wanted)
+        values = torch.zeros(structure_of[wanted].shape)  # 16 bits widened, which is exact
+        values[: len(of_base)] = of_base  # rows of new tokens, which the base does not have, are all stored
         delta.put(stored, values)
         return values
 

@@ -16,7 +16,7 @@ from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
 from partialtune.model.config_keys import config_differences
 from partialtune.model.digests import digest, digest_of_other_rows, same_bits
 from partialtune.model.parameters import chunks_of
-from partialtune.model.rows import Rows, other_runs, take_rows
+from partialtune.model.rows import Rows, other_runs, rows_within, take_other_rows, take_rows
 from partialtune.model.structure import ModelStructure, ParameterInfo
 from partialtune.model.weight_files import Weights
 from partialtune.progress import progress_bar
@@ -28,6 +28,7 @@ from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_ad
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1
+WITH_ROWS_OF_TOKENS = ("embeddings.tokens", "head")  # the components that new tokens make longer
 SHOWN_ROWS = 5
 ADAPTERS_NOTE = (
     "{name} holds adapters and none of the base's own weights. What moved is what they make of the base when they are "
@@ -58,12 +59,16 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
     """
     before, after, adapted_base = _open_both(base, adapted)
     adapters = adapted_base.adapters if adapted_base else None
-    structure = _common_structure(before, after)
+    is_claimed = trainable is not None or (after.folder / PLAN_FILE).is_file()
+    structure = _common_structure(before, after, may_be_longer=is_claimed and adapters is None)
     claim, others = _claim(structure, before, after, adapted_base, trainable)
     parameters, rounded, digests_before, digests_after = _compare_all(structure, before, after, claim)
+    unclaimed = _unclaimed_rows(before, parameters, claim)
     changed_config = _changed_adapters(adapters, claim) if adapters else []
     if adapters is None or is_delta(adapters.folder):
         changed_config += _changed_config(before, after, claim)
+    if not unclaimed and any(parameter.new_rows for parameter in parameters):  # with the rows comes their number
+        changed_config = [one for one in changed_config if one.partition(" ")[0].rpartition(".")[2] != "vocab_size"]
     comparison = Comparison(
         base=before.name,
         adapted=after.name,
@@ -73,6 +78,8 @@ def verify(base: str, adapted: str, trainable: Sequence[str] | None = None) -> C
         changed_config=tuple(changed_config),
         not_the_base=() if claim is None else _other_than(claim.before, digests_before),
         not_the_result=others if claim is None else (*others, *_other_than(claim.after, digests_after)),
+        new_rows_unclaimed=unclaimed,
+        faults_of_the_record=() if claim is None else claim.faults,
     )
     notes = notes_on(comparison, before, after, rounded)
     if adapters:
@@ -102,18 +109,45 @@ def _compare_all(
     parameters, rounded, digests_before, digests_after = [], [], {}, {}
     for info, old, new in _pairs(structure, before, after):
         rows = claim.rows.get(info.name) if claim is not None else None
-        parameter = _compare(info, old, new, None if claim is None else info.name in claim.trainable, rows)
+        common = new[: len(old)] if old.shape != new.shape else new  # else it has rows of new tokens, too
+        allowed = None if claim is None else _may_move(info, old, common, claim)
+        parameter = _compare(info, old, common, allowed, None if rows is None else rows_within(rows, len(old)))
+        parameter = replace(parameter, rows=rows, new_rows=0 if common is new else len(new) - len(old))
         parameters.append(parameter)
         if has_digests and rows is not None:
             digests_after[parameter.frozen_name] = digest_of_other_rows(new, rows)
-            digests_before[parameter.frozen_name] = digest_of_other_rows(old, rows)
+            # rows that the base does not have, of tokens that are not the run's new ones, are those of the result
+            whole = old if common is new else torch.cat([old.to(new.dtype), new[len(old) :]])
+            digests_before[parameter.frozen_name] = digest_of_other_rows(whole, rows)
         if has_digests:
             digests_after[info.name] = digest(new)
             # What is equal once widened has equal digests: what is frozen is hashed once.
-            digests_before[info.name] = digest(old) if parameter.changed else digests_after[info.name]
-        if parameter.changed and _is_rounded(old, new):
+            is_same = not (parameter.changed or parameter.new_rows)
+            digests_before[info.name] = digests_after[info.name] if is_same else digest(old)
+        if parameter.changed and _is_rounded(old, common):
             rounded.append(info.name)
     return parameters, rounded, digests_before, digests_after
+
+
+def _may_move(info: ParameterInfo, before: torch.Tensor, now: torch.Tensor, claim: Claim) -> bool:
+    """Whether the claim lets a parameter move; of one that new tokens changed, and that is frozen, only their rows."""
+    if info.name in claim.trainable or info.name not in claim.lengths:
+        return info.name in claim.trainable
+    taken = [run for run in claim.new_rows if run[1] <= len(before)]
+    return bool(taken) and not any(
+        changed_values(new, old)
+        for old, new in zip(take_other_rows(before, tuple(taken)), take_other_rows(now, tuple(taken)), strict=True)
+    )
+
+
+def _unclaimed_rows(before: Weights, parameters: Sequence[ComparedParameter], claim: Claim | None) -> tuple[str, ...]:
+    """Parameters with more rows than the base's of which no plan says so, each as `lm_head.weight (128 -> 130)`."""
+    lengths = {} if claim is None else claim.lengths
+    rows = {p.name: before.structure.by_name[p.name].shape[0] for p in parameters if p.new_rows}
+    found = {p.name: (rows[p.name], rows[p.name] + p.new_rows) for p in parameters if p.new_rows}
+    return tuple(
+        f"{name} ({one:,} -> {two:,})" for name, (one, two) in found.items() if lengths.get(name) != (one, two)
+    )
 
 
 def changed_values(now: torch.Tensor, before: torch.Tensor) -> int:
@@ -148,17 +182,20 @@ def _as(role: str) -> Iterator[None]:
         raise ModelError(f"{role}: {str(error).removeprefix('model_name_or_path: ')}") from error
 
 
-def _common_structure(before: Weights, after: Weights) -> ModelStructure:
-    """The parameters of both. Where one side unties its head, head and token embedding are two, on both sides."""
-    problem = _why_not_comparable(before, after)
+def _common_structure(before: Weights, after: Weights, may_be_longer: bool) -> ModelStructure:
+    """The parameters of both. Where one side unties its head, head and token embedding are two, on both sides.
+
+    `may_be_longer`: whether the second may have more rows of tokens, for a claim to judge.
+    """
+    problem = _why_not_comparable(before, after, may_be_longer)
     if problem:
         raise ModelError(f"{problem}. Compare a model with the one that it was adapted from.")
-    # an untied head is one parameter more: the longer list has it
-    structure = max(before.structure, after.structure, key=lambda one: len(one.parameters))
+    # an untied head is one parameter more: the longer list has it; and of two as long the one with further rows
+    structure = max(before.structure, after.structure, key=lambda one: (len(one.parameters), one.total))
     return replace(structure, model_name=before.name)
 
 
-def _why_not_comparable(before: Weights, after: Weights) -> str | None:
+def _why_not_comparable(before: Weights, after: Weights, may_be_longer: bool) -> str | None:
     ours, theirs = before.structure, after.structure
     kinds = [weights.config.get_text_config().model_type for weights in (before, after)]  # some are saved as text part
     if kinds[0] != kinds[1]:
@@ -171,7 +208,8 @@ def _why_not_comparable(before: Weights, after: Weights) -> str | None:
             return f"{other.name} lacks {counted(len(missing), 'parameter')} of {one.name}: {joined(missing, 160)}"
     for name, info in ours.by_name.items():
         shape = theirs.by_name[name].shape
-        if shape != info.shape:
+        longer = shape[1:] == info.shape[1:] and shape[:1] > info.shape[:1]
+        if shape != info.shape and not (may_be_longer and longer and info.component in WITH_ROWS_OF_TOKENS):
             return f"{name} is {info.shape} in {before.name} and {shape} in {after.name}"
     return None
 
@@ -208,7 +246,7 @@ def _compare(
 ) -> ComparedParameter:
     changed = changed_values(now, before)
     of_others, other_rows = _changed_other_rows(now, before, rows) if changed and rows is not None else (0, ())
-    if rows is not None and not of_others:
+    if rows and not of_others:
         before, now = take_rows(before, rows), take_rows(now, rows)
     norm = l2_norm(before)
     kept = ParameterDelta(info.name, 0.0, 0.0 if norm else None, 0.0)
