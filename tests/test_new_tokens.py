@@ -27,10 +27,10 @@ from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import InputError, ModelError, RecipeError
 from partialtune.freeze.plan_table import plan_table
-from partialtune.freeze.recipe_plan import plan_of_recipe
+from partialtune.freeze.recipe_plan import empty_base, plan_of_recipe
 from partialtune.model.digests import digest
 from partialtune.model.loading import load_tokenizer
-from partialtune.model.new_tokens import NewToken, NewTokens, empty_base, give_rows, new_tokens_of
+from partialtune.model.new_tokens import NewToken, NewTokens, give_rows, new_tokens_of
 from partialtune.recipe.recipe import recipe_from_values
 from partialtune.text.tokenizing import token_ids_of, tokenize_text
 from tiny_models import tiny_config

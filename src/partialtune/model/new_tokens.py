@@ -22,7 +22,6 @@ from transformers import AddedToken, PretrainedConfig, PreTrainedModel, PreTrain
 from partialtune.errors import ModelError, RecipeError, in_one_line
 from partialtune.grammar.values import wrong_new_tokens
 from partialtune.model.digests import digest, same_bits
-from partialtune.model.loading import empty_model, load_config, load_tokenizer
 from partialtune.model.parameters import is_sharded, plain_name, uncompiled
 from partialtune.model.row_parameters import modules_with_rows
 from partialtune.model.rows import Rows, as_runs, rows_in_words
@@ -394,19 +393,3 @@ def tokens_of_recipe(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBa
     return (
         extend_tokenizer(tokenizer, arguments.new_tokens, arguments.new_tokens_init) if arguments.new_tokens else None
     )
-
-
-def empty_base(arguments: ModelArguments) -> PreTrainedModel:
-    """A recipe's model without weights, with rows for its new tokens. The tokenizer is loaded only where it adds some.
-
-    Raises:
-        ModelError: If config or tokenizer cannot be loaded, or the model cannot be resized.
-        RecipeError: As `extend_tokenizer`.
-    """
-    base = arguments
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    model = empty_model(config, base.trust_remote_code)
-    if base.new_tokens:
-        tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
-        give_rows(model, extend_tokenizer(tokenizer, base.new_tokens, base.new_tokens_init))
-    return model
