@@ -27,12 +27,13 @@ from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import InputError, ModelError, RecipeError
 from partialtune.freeze.plan_table import plan_table
-from partialtune.freeze.recipe_plan import plan_of_recipe
+from partialtune.freeze.recipe_plan import empty_base, plan_of_recipe
 from partialtune.model.digests import digest
 from partialtune.model.loading import load_tokenizer
-from partialtune.model.new_tokens import empty_base, new_tokens_of
+from partialtune.model.new_tokens import NewToken, NewTokens, give_rows, new_tokens_of
 from partialtune.recipe.recipe import recipe_from_values
 from partialtune.text.tokenizing import token_ids_of, tokenize_text
+from tiny_models import tiny_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -189,6 +190,14 @@ def test_adapters_beside_new_tokens_are_refused(tokenizer):
     model = lilliput()
     with pytest.raises(RecipeError, match="does not go with new tokens"):
         pt.plan_freeze(model, pt.add_tokens(model, tokenizer, TOKENS), lora={"target": ["attention"]})
+
+
+@pytest.mark.parametrize("kind", ["blt", "gemma3n_text", "marian", "moshi", "xlstm"])
+def test_a_model_that_would_not_load_again_with_more_rows_is_refused_in_words(kind):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(kind))
+    with pytest.raises(ModelError, match="new tokens"):
+        give_rows(model, NewTokens((NewToken("<poem>", 1000),), 99))
 
 
 def test_a_text_is_tokenised_word_by_word_as_it_is_as_a_whole(tokenizer):

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.recipe_plan import plan_before_text
+from partialtune.freeze.recipe_plan import empty_base, plan_before_text
 from partialtune.model.model_checks import check_fit
-from partialtune.model.new_tokens import empty_base
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
 
 # The keys that decide what trains: full fine-tuning leaves them out.

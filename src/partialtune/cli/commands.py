@@ -87,9 +87,8 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with _importing():
         from partialtune.cost.forecast import forecast_table
         from partialtune.freeze.plan_table import plan_table
-        from partialtune.freeze.recipe_plan import names_rows, plan_before_text
+        from partialtune.freeze.recipe_plan import empty_base, names_rows, plan_before_text
         from partialtune.model.loading import load_tokenizer, quiet_libraries
-        from partialtune.model.new_tokens import empty_base
         from partialtune.model.train_mode import stop_layer_drop
         from partialtune.recipe.key_rules import training_defaults
         from partialtune.recipe.recipe import read_recipe

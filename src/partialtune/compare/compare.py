@@ -21,8 +21,7 @@ from partialtune.compare.run_queue import RunQueue, last_words, steps_of
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.recipe_plan import plan_before_text
-from partialtune.model.new_tokens import empty_base
+from partialtune.freeze.recipe_plan import empty_base, plan_before_text
 from partialtune.recipe.key_rules import training_defaults
 from partialtune.run_folder import LOCK_FILE, locked, write_json
 

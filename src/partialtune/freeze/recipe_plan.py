@@ -15,15 +15,17 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.grammar.schedule_syntax import STARTS
 from partialtune.grammar.selector_syntax import parse_selector
-from partialtune.model.new_tokens import new_tokens_of
+from partialtune.model.loading import empty_model, load_config, load_tokenizer
+from partialtune.model.new_tokens import extend_tokenizer, give_rows, new_tokens_of
 from partialtune.model.structure import ModelStructure, read_structure
-from partialtune.recipe.arguments import FreezeArguments
+from partialtune.recipe.arguments import FreezeArguments, ModelArguments
 
 ADAPTER = re.compile(r"\.lora_[AB](?=\.)")
 
@@ -120,6 +122,22 @@ def plan_before_text(
         RecipeError: As `plan_of_recipe`.
     """
     return plan_of_recipe(model, freeze, freeze.schedule, seed, before_text=True, tokenizer_length=tokenizer_length)
+
+
+def empty_base(arguments: ModelArguments) -> PreTrainedModel:
+    """A recipe's model without weights, with rows for its new tokens. The tokenizer is loaded only where it adds some.
+
+    Raises:
+        ModelError: If config or tokenizer cannot be loaded, or the model cannot be resized.
+        RecipeError: As `extend_tokenizer`.
+    """
+    base = arguments
+    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
+    model = empty_model(config, base.trust_remote_code)
+    if base.new_tokens:
+        tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
+        give_rows(model, extend_tokenizer(tokenizer, base.new_tokens, base.new_tokens_init))
+    return model
 
 
 def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps: int) -> list[dict[str, Any]]:

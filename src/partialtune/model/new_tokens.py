@@ -19,10 +19,9 @@ import torch
 from torch import nn
 from transformers import AddedToken, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from partialtune.errors import ModelError, RecipeError
+from partialtune.errors import ModelError, RecipeError, in_one_line
 from partialtune.grammar.values import wrong_new_tokens
 from partialtune.model.digests import digest, same_bits
-from partialtune.model.loading import empty_model, load_config, load_tokenizer
 from partialtune.model.parameters import is_sharded, plain_name, uncompiled
 from partialtune.model.row_parameters import modules_with_rows
 from partialtune.model.rows import Rows, as_runs, rows_in_words
@@ -274,7 +273,10 @@ def give_rows(model: nn.Module, new: NewTokens) -> NewTokens:
     rows = whole.get_input_embeddings().weight.shape[0]
     if new.length > rows:
         with torch.random.fork_rng(devices=[]):  # it draws values, which are overwritten below
-            whole.resize_token_embeddings(new.length, mean_resizing=False)
+            try:
+                whole.resize_token_embeddings(new.length, mean_resizing=False)
+            except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+                raise _cannot_grow(whole, f"fails ({in_one_line(error)})") from error
         _check_resized(whole, before, shapes, ties)
     done: set[int] = set()
     for name, old in before.items():
@@ -314,7 +316,11 @@ def _check_model(model: nn.Module) -> None:
         raise ModelError("This model has new tokens already. Load it anew, and add all of them in one call.")
     if any(True for _ in modules_with_rows(whole)) or any(map(is_sharded, whole.parameters())):
         raise ModelError("New tokens are added before a plan is applied, and before the model is sharded or wrapped.")
-    for module in (whole.get_input_embeddings(), whole.get_output_embeddings()):
+    for find in (whole.get_input_embeddings, whole.get_output_embeddings):
+        try:
+            module = find()
+        except (AttributeError, NotImplementedError):  # of a class that does not say where they are
+            module = None
         if not isinstance(module, nn.Embedding | nn.Linear):
             raise ModelError(
                 f"{type(whole).__name__} has no plain embedding and head for rows of new tokens (it has "
@@ -354,12 +360,25 @@ def _check_resized(
         now = model.get_parameter(name).detach()
         if now.shape[1:] != old.shape[1:] or not (old.is_meta or same_bits(now[: len(old)], old).all()):
             wrong.append(name)
-    if wrong or _ties(model) != ties:
-        what = f"changes {wrong[0]} otherwise than by rows at its end" if wrong else "ties other tensors than before"
-        raise ModelError(
-            f"{type(model).__name__}: resize_token_embeddings {what}, so that new tokens cannot be added here. Resize "
-            f"the model yourself, save it with its tokenizer, and train that one."
-        )
+    if wrong:
+        raise _cannot_grow(model, f"changes {wrong[0]} otherwise than by rows at its end")
+    if _ties(model) != ties:
+        raise _cannot_grow(model, "ties other tensors than before")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            loaded = _shapes(type(model)(copy.deepcopy(model.config)))
+    except Exception:  # noqa: BLE001 - a class of the user's own that needs more than a config raises anything
+        return
+    if loaded != present:
+        name = next(name for name in present if loaded.get(name) != present[name])
+        raise _cannot_grow(model, f"makes {name} {tuple(present[name])}, which its config does not say")
+
+
+def _cannot_grow(model: nn.Module, why: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__}: resize_token_embeddings {why}, so that new tokens cannot be added here. Resize the "
+        f"model yourself, save it with its tokenizer, and train that one."
+    )
 
 
 # ---- of a recipe -----------------------------------------------------------------------------------------------------
@@ -374,19 +393,3 @@ def tokens_of_recipe(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBa
     return (
         extend_tokenizer(tokenizer, arguments.new_tokens, arguments.new_tokens_init) if arguments.new_tokens else None
     )
-
-
-def empty_base(arguments: ModelArguments) -> PreTrainedModel:
-    """A recipe's model without weights, with rows for its new tokens. The tokenizer is loaded only where it adds some.
-
-    Raises:
-        ModelError: If config or tokenizer cannot be loaded, or the model cannot be resized.
-        RecipeError: As `extend_tokenizer`.
-    """
-    base = arguments
-    config = load_config(base.model_name_or_path, base.model_revision, base.dropout, base.trust_remote_code)
-    model = empty_model(config, base.trust_remote_code)
-    if base.new_tokens:
-        tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, base.trust_remote_code)
-        give_rows(model, extend_tokenizer(tokenizer, base.new_tokens, base.new_tokens_init))
-    return model
