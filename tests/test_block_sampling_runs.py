@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from conftest import REPOSITORY, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.cost.draws import cost_of_draws, in_draw
+from partialtune.cost.draw_costs import cost_of_draws, in_draw
 from partialtune.cost.dry_step import dry_step
 from partialtune.cost.forecast import forecast
 from partialtune.engine.prefix_choice import choose_prefix

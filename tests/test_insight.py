@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_gpt2
 from partialtune.freeze.apply import apply_plan
-from partialtune.freeze.plan import PlannedParameter, plan_freeze
+from partialtune.freeze.plan import plan_freeze
+from partialtune.freeze.planned import PlannedParameter
 from partialtune.insight import effective_rank as ranks
 from partialtune.insight import moved_tokens as tokens
 from partialtune.insight.effective_rank import (

@@ -25,7 +25,8 @@ from partialtune import __version__
 from partialtune.delta_adapters import check_adapters, read_sha256, write_beside_delta
 from partialtune.distributed import is_main
 from partialtune.errors import ModelError
-from partialtune.freeze.plan import FreezePlan, PlannedParameter
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import PlannedParameter
 from partialtune.model.config_keys import config_digest
 from partialtune.model.digests import digests_of, whole_on_main
 from partialtune.model.new_tokens import BaseTensor

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from partialtune.cost.advice import advise
-from partialtune.cost.draws import cost_of_draws
+from partialtune.cost.draw_costs import cost_of_draws
 from partialtune.cost.dry_step import Cost, dry_step
 from partialtune.cost.flops import Products
 from partialtune.errors import ModelError, RecipeError

@@ -34,7 +34,8 @@ from partialtune.engine.prefix_choice import choose_prefix
 from partialtune.engine.row_checks import check_rows_fit_launch, check_rows_get_gradients
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
-from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import Phase
 from partialtune.model.parameters import is_sharded
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback

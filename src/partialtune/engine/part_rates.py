@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from partialtune.errors import RecipeError
-from partialtune.freeze.plan import FreezePlan, PlannedParameter
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import PlannedParameter
 
 MARK = "rate_of_plan"  # key in a group
 OTHER_RATIOS = 1e-3  # relative difference: more is no rounding

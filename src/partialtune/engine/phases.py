@@ -35,7 +35,8 @@ from partialtune.engine.plan_optimizer import (
 from partialtune.engine.recomputation import recompute_from
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.block_sampling import blocks_words
-from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import Phase
 from partialtune.model.parameters import named_learners
 
 logger = logging.getLogger(__name__)

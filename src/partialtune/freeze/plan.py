@@ -5,119 +5,28 @@ Out: `FreezePlan`. Nothing is touched: `freeze.apply` carries the plan out, and 
      (optimizer, audit, deltas, forecast, report) reads it from the plan.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.adapter_plan import FACTOR, Adapter, checked_lora, with_adapters
-from partialtune.freeze.additions import additions_of, start_words, what_trains
+from partialtune.freeze.additions import additions_of, what_trains
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import padded_matrices, plan_html
+from partialtune.freeze.planned import Phase, PlannedParameter
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
 from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, Lora
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
 from partialtune.grammar.schedule_syntax import STARTS
 from partialtune.model.new_tokens import NewTokens, new_tokens_of
-from partialtune.model.rows import Rows, count_rows, other_rows_name, take_rows
+from partialtune.model.rows import Rows, other_rows_name
 from partialtune.model.selectors import Chosen
 from partialtune.model.structure import ModelStructure, read_structure, with_fixed
 
 HEAD_CHOICES = ("tied", "untied")
-
-
-@dataclass(frozen=True)
-class PlannedParameter:
-    """One tensor of the model and what happens to it.
-
-    Attributes:
-        name: Full dotted name, as in `model.named_parameters()` once the plan is applied.
-        shape: Its shape.
-        numel: Number of values.
-        block: Index of its decoder block, None outside the blocks.
-        component: Its part of the model, see `layout.COMPONENTS`.
-        selector: The selector that chose it, None where it is frozen.
-        from_step: First step of the phase that adds it, or of the first draw of its block. None where it is frozen, and
-            where that phase begins at an epoch in a plan made before the text is read.
-        learning_rate: Of its own or of that phase, None where the recipe's holds.
-        rate_factor: What the one that holds is multiplied with.
-        rate_name: Of its rate in the log, where the plan has rates of parts; empty for the recipe's own.
-        fixed: Whether the model's own code never trains it, so that no selector adds it.
-        rows: Which of its rows train, None where all of it does.
-        in_turn: Whether it learns only while its block is drawn.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    numel: int
-    block: int | None
-    component: str
-    selector: str | None = None
-    from_step: int | None = None
-    learning_rate: float | None = None
-    fixed: bool = False
-    rows: Rows | None = None
-    in_turn: bool = False
-    rate_factor: float = 1.0
-    rate_name: str = ""
-
-    @property
-    def trainable(self) -> bool:
-        """Whether any phase of the run trains it, or rows of it."""
-        return self.selector is not None
-
-    @property
-    def learning_shape(self) -> tuple[int, ...]:
-        """Shape of what an optimizer holds of it, where it trains: that of its rows, if only these train."""
-        return self.shape if self.rows is None else (count_rows(self.rows), *self.shape[1:])
-
-    @property
-    def learning(self) -> int:
-        """Number of its values that train, 0 where it is frozen."""
-        return math.prod(self.learning_shape) if self.trainable else 0
-
-    def learning_part(self, values: torch.Tensor) -> torch.Tensor:
-        """Of its values those of `learning_shape`: its rows that train, in a new tensor, or all."""
-        return values if self.rows is None else take_rows(values, self.rows)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the run in which the same parameters learn.
-
-    Attributes:
-        from_step: Its first step; steps count from 0. None where `from_epoch` says it, before the text is read.
-        trainable: Names of all that learns from then on, in the order of `named_parameters()`.
-        backward_from: First of them in forward order: backward stops there.
-        first_block: First block that backward passes, the number of blocks where it passes none.
-        from_epoch: The epoch at which it begins, in a plan made before the text is read.
-    """
-
-    from_step: int | None
-    trainable: tuple[str, ...]
-    backward_from: str
-    first_block: int
-    from_epoch: float | None = None
-
-    @property
-    def first_step(self) -> int:
-        """`from_step`, in a plan that is carried out.
-
-        Raises:
-            ValueError: In a plan made before the text is read, where the phase begins at an epoch.
-        """
-        if self.from_step is None:
-            raise ValueError(f"The phase from {self.start} has no step yet: plan again once the text is read.")
-        return self.from_step
-
-    @property
-    def start(self) -> str:
-        """`step 40`, or `epoch 1.5`."""
-        return start_words(self.from_step, self.from_epoch)
 
 
 @dataclass(frozen=True)

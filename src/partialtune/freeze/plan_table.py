@@ -10,7 +10,8 @@ from partialtune.model.new_tokens import words_on
 from partialtune.tables import draw_table, html_table
 
 if TYPE_CHECKING:  # for its types alone: a plan shows itself by what stands here
-    from partialtune.freeze.plan import FreezePlan, PlannedParameter
+    from partialtune.freeze.plan import FreezePlan
+    from partialtune.freeze.planned import PlannedParameter
 
 Rows = list[tuple[str, ...]]
 

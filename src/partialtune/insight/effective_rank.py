@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from partialtune.freeze.plan import FreezePlan, PlannedParameter
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import PlannedParameter
 from partialtune.model.parameters import CHUNK, named_weights, whole
 from partialtune.progress import progress_bar
 

@@ -20,7 +20,8 @@ from transformers.trainer_callback import ExportableState
 from partialtune.distributed import from_all, from_main, is_main, raise_disk_error
 from partialtune.errors import FreezeViolation
 from partialtune.files import write_whole
-from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import Phase
 from partialtune.model.digests import buffer_digests, digests_on_main
 from partialtune.model.parameters import (
     Named,

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
-from partialtune.freeze.plan import PlannedParameter
+from partialtune.freeze.planned import PlannedParameter
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.layout import COMPONENTS

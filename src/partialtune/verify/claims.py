@@ -13,8 +13,8 @@ from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.model.weight_files import Weights
 from partialtune.run_folder import read_json
-from partialtune.verify.draws import read_draws
 from partialtune.verify.open_checkpoint import Adapters
+from partialtune.verify.recorded_draws import read_draws
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from statistics import fmean
 
 from partialtune.cost.dry_step import Cost
 from partialtune.freeze.block_sampling import blocks_words
-from partialtune.freeze.plan import FreezePlan, Phase
+from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.planned import Phase
 
 LOOKED_AT = 100  # draws over which the average is taken
 
