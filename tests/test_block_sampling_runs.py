@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from conftest import tiny_gpt2
+from conftest import REPOSITORY, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.cost.draws import cost_of_draws, in_draw
@@ -20,8 +20,10 @@ from partialtune.cost.forecast import forecast
 from partialtune.engine.prefix_choice import choose_prefix
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import plan_freeze
-from partialtune.recipe.recipe import read_recipe
+from partialtune.freeze.recipe_plan import plan_before_text
+from partialtune.recipe.recipe import read_recipe, recipe_from_values
 from partialtune.recipe_run import train as stages
+from test_recipes import model_of
 
 LISA = {"blocks": 1, "every": 3, "order": "random", "keep_state": False}
 
@@ -290,3 +292,42 @@ def test_plan_shows_the_draws(tmp_path, capsys):
     assert "the draw that costs most" in shown
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sampling"]["seed"] == 1
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (REPOSITORY / "docs" / "what-may-learn.md").read_text(encoding="utf-8")
+SECTION = PAGE[PAGE.index("\n## Blocks in turn\n") :].partition("\n## Blocks in turn\n")[2].partition("\n## ")[0]
+
+
+def snippet(language):
+    (found,) = re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+    return found
+
+
+def test_the_recipe_of_the_page_draws_what_it_tells():
+    given = {"model_name_or_path": "builtin:lilliput", "text": "a.txt", "output_dir": "out"}
+    recipe = recipe_from_values({**given, **yaml.safe_load(snippet("yaml"))})
+    plan = plan_before_text(tiny_gpt2(n_layer=12), recipe.freeze, recipe.seed)
+    assert plan.always == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    assert (plan.sampling.blocks, plan.sampling.every, plan.sampling.order) == (2, 20, "random")
+    assert not plan.sampling.keep_state
+
+
+def test_the_code_of_the_page_runs_as_it_stands():
+    ids = torch.randint(0, 96, (6, 2, 12), generator=torch.Generator().manual_seed(0))
+    names = {"loader": [{"input_ids": one, "labels": one} for one in ids]}
+    code = snippet("python").replace("openai-community/gpt2", str(builtin_folder("builtin:lilliput")))
+    exec(compile(code, "docs/what-may-learn.md, Blocks in turn", "exec"), names)
+    assert names["tuning"].steps == 6
+    assert [names["plan"].sampling.draw(number) for number in (0, 1)] == [(0, 1), (2, 3)]
+
+
+def test_the_recipes_say_how_much_learns_at_one_time():
+    for name, at_one_time in (("gpt2/lisa.yaml", 14_177_280), ("frontier/lisa.yaml", 890_112)):
+        path = REPOSITORY / "recipes" / name
+        recipe = read_recipe(path)
+        plan = plan_before_text(model_of(recipe.model.model_name_or_path), recipe.freeze, recipe.seed)
+        sizes = {parameter.name: parameter.numel for parameter in plan.parameters}
+        assert {sum(sizes[n] for n in plan.phase_at(step).trainable) for step in range(0, 80, 8)} == {at_one_time}
+        assert f"{at_one_time:,}" in path.read_text(encoding="utf-8")

@@ -111,6 +111,8 @@ def recipe_of(name, bases, folder):
     }
     if "schedule" in values:
         values["schedule"] = [{**entry, "from_step": PHASES[entry["from_step"]]} for entry in values["schedule"]]
+    if "block_sampling" in values:
+        values["block_sampling"] = {**values["block_sampling"], "every": 3}
     return recipe_from_values(values)
 
 
@@ -154,7 +156,7 @@ def through_attach(recipe, folder):
         plan = plan_lora(model, values["trainable"], values["lora_rank"], values["lora_alpha"], args.seed)
     else:
         trainable = ["all"] if values.get("method") == "full" else values["trainable"]
-        keys = ("lora", "part_learning_rates", "layer_decay")
+        keys = ("lora", "block_sampling", "part_learning_rates", "layer_decay")
         plan = pt.plan_freeze(
             model,
             trainable,

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import partialtune as pt
+from partialtune.builtin import builtin_folder
+from partialtune.cli import main
 from partialtune.errors import FreezeViolation, ModelError
 from partialtune.model.parameters import named_learners
 from partialtune.model.rows import row_numbers
@@ -208,3 +212,44 @@ def test_a_kernel_that_reads_memory_past_autograd_is_refused_in_words():
     with pytest.raises(ModelError, match="this model has sonicmoe"):
         pt.apply_plan(model, plan)
     pt.apply_plan(model, pt.plan_freeze(model, ["experts", "embeddings.tokens[-2:]"]))  # all of them, and other rows
+
+
+# ---- by a recipe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_train_saves_single_experts_whole_or_as_a_delta_and_verify_knows_them(tmp_path):
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(builtin_folder("builtin:lilliput"))
+    config = tiny_config("mixtral")
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60, encoding="utf-8")
+    values = {"model_name_or_path": str(base), "text": str(tmp_path / "text.txt"), "block_size": 16, "max_steps": 4}
+    values |= {"trainable": ["blocks[-1].experts[3]", "blocks[-1].router"], "output_dir": str(tmp_path / "run")}
+    values |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "weight_decay": 0.1, "prompts": ["It was"]}
+    values |= {"eval_strategy": "no"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+
+    assert main(["train", str(recipe)]) == 0
+    claim = ["--trainable", "blocks[-1].experts[3]", "blocks[-1].router"]
+    assert main(["verify", str(base), str(tmp_path / "run"), *claim]) == 0
+    assert main(["verify", str(base), str(tmp_path / "run"), "--trainable", "blocks[-1].experts[2]", "router"]) == 3
+
+    as_delta = ["--checkpoint_format", "delta", "--output_dir", str(tmp_path / "delta")]
+    assert main(["train", str(recipe), *as_delta]) == 0
+    stored = load_file(tmp_path / "delta" / "delta.safetensors")
+    assert sum(values.numel() for values in stored.values()) == 96 * 32 + 32 * 48 + 4 * 32  # one expert, one router
+    assert main(["apply", str(tmp_path / "delta"), str(tmp_path / "whole")]) == 0
+    expected, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    before = load_file(base / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], expected[name])}
+    assert moved == {
+        f"model.layers.2.block_sparse_moe.{name}.weight"
+        for name in ("experts.3.w1", "experts.3.w2", "experts.3.w3", "gate")
+    }

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from partialtune.engine import head_loss
 from partialtune.engine.head_loss import head_cross_entropy, rows_at_once
-from partialtune.model.row_parameters import matrix_and_rows, train_rows
+from partialtune.model.row_parameters import train_rows
+from partialtune.model.trained_rows import matrix_and_rows
 
 ROWS, WIDTH, VOCABULARY = 70, 24, 301
 

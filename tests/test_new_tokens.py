@@ -342,7 +342,7 @@ print(json.dumps(found))
 
 def test_run_and_checkpoint_load_in_a_fresh_process_with_their_tokenizer(finished):
     folders = [str(finished), str(finished / "checkpoint-4")]
-    done = subprocess.run([sys.executable, "-c", FRESH, *folders], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FRESH, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     model, tokenizer = pt.open_run(finished).load()
     ids = tokenizer("<poem>\nThe voyage <drama>", return_tensors="pt")["input_ids"]

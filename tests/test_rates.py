@@ -3,11 +3,14 @@
 import copy
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from transformers import GPT2Config, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -15,6 +18,9 @@ import partialtune as pt
 from conftest import REPOSITORY, some_windows, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
+from partialtune.compare.compare import notes_on
+from partialtune.compare.learning_rates import RateTrial
+from partialtune.compare.outcomes import Outcome, Row
 from partialtune.engine.attach import attach
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.lora import plan_lora
@@ -632,7 +638,7 @@ OTHER_RATES = {
 @pytest.mark.parametrize("name", OTHER_RATES)
 def test_a_checkpoint_of_other_rates_is_refused(whole, tmp_path, name):
     again = trainer_of(tmp_path, "both with phases", door="train", **OTHER_RATES[name])
-    with pytest.raises(InputError, match=r"`part_learning_rates`.* or `layer_decay` differ. Go on with the recipe of"):
+    with pytest.raises(InputError, match=r"`part_learning_rates`.* `layer_decay` .*differ. Go on with the recipe of"):
         again.train(resume_from_checkpoint=str(whole[0] / "checkpoint-7"))
 
 
@@ -705,6 +711,18 @@ def test_a_trainer_with_the_greedy_scheduler_is_refused(tmp_path):
     changes = {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 3}
     with pytest.raises(RecipeError, match="greedy holds all rates above one bound"):
         trainer_of(tmp_path, "layer decay", changes=changes)
+
+
+def test_a_trainer_under_fsdp_is_refused_rather_than_trained_at_one_rate(tmp_path, monkeypatch):
+    from_the_start = [{"from_step": 0, "trainable": ["mlp"], "learning_rate": 1e-5}]
+    for said in ({"layer_decay": 0.5}, {"part_learning_rates": {"mlp": 1e-4}}, {"schedule": from_the_start}):
+        trained = model()
+        args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
+        trainer = Trainer(model=trained, args=args, train_dataset=some_windows())
+        monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+        monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(fsdp_plugin=None))
+        with pytest.raises(RecipeError, match=r"FSDP shards the parameters.*Launch without it"):
+            attach(trainer, plan_freeze(trained, ["final_norm", "mlp"][: 1 if "schedule" in said else 2], **said))
 
 
 # ---- two processes --------------------------------------------------------------------------------------------------
@@ -929,3 +947,49 @@ def test_blocks_that_learn_in_turn_have_the_rates_of_their_layers(tmp_path, keep
     for rates in watch.rates:
         assert rates == {name: decayed(name) for name in rates}
     assert trainer.tuning.audit.passed
+
+
+def sharded_loop(case):
+    """`audited` under fully_shard, each process with half of each batch, SGD."""
+    dist.init_process_group("gloo")
+    trained, mesh = model(), init_device_mesh("cpu", (2,))
+    for block in trained.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(trained, mesh=mesh)
+    plan = plan_freeze(trained, **CASES[case][0])
+    optimizer = torch.optim.SGD(trained.parameters(), lr=RATE)
+    half = slice(BATCH // 2 * dist.get_rank(), BATCH // 2 * (dist.get_rank() + 1))
+    with pt.audited(trained.train(), plan, optimizer, fast_paths=(), prefix_cache="off") as tuning:
+        scheduler = LambdaLR(optimizer, share_of_rate)
+        for batch in batches():
+            loss_of(trained, {name: rows[half] for name, rows in batch.items()}).backward()
+            torch.nn.utils.clip_grad_norm_([p for p in trained.parameters() if p.grad is not None], 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    whole = {name: values.full_tensor().detach() for name, values in trained.named_parameters()}
+    return whole, tuning.rates, tuning.audit.passed
+
+
+@pytest.mark.slow
+def test_shards_have_the_rates_and_weights_of_groups_by_hand_on_one_process():
+    (weights, rates, passed), _ = on_two_processes(sharded_loop, "layer decay")
+    expected, rates_by_hand = by_hand("layer decay", weight_decay=0.0, kind=torch.optim.SGD)
+    assert max(differences(weights, expected).values()) < 1e-6
+    assert rates["learning_rate/block_01"] == rates_by_hand[-1]["transformer.h.1.ln_1.weight"]
+    assert passed
+
+
+def test_a_comparison_says_which_rates_its_trials_kept(tmp_path):
+    values = {**RUN, "output_dir": "out", "text": "text"}
+    outcome = Outcome(
+        tmp_path, values, 10, 5, {"sources": [], "windows": None, "stopped_early": None}, {}, {}, None, 0, ""
+    )
+    row = Row("parts", [outcome], [RateTrial(1e-3, 2.0), RateTrial(1e-2, 2.5)])
+    assert row.selectors == [
+        *RUN["trainable"],
+        *("embeddings.positions at 1e-05", "blocks[-1].norms at 0.003", "layer_decay 0.5"),
+    ]
+    kept = "its part_learning_rates were kept in every trial (embeddings.positions 1e-05, blocks[-1].norms 0.003)"
+    assert any(kept in note for note in notes_on([row]))
+    assert not any("part_learning_rates" in note for note in notes_on([Row("parts", [outcome])]))

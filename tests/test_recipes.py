@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig, LlavaConfig, OlmoeConfig
 
 from conftest import REPOSITORY
 from partialtune.freeze.plan import plan_freeze
@@ -29,6 +29,10 @@ ON_THE_HUB = {  # shapes that are known without the network
         num_key_value_heads=3,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
+    ),
+    "allenai/OLMoE-1B-7B-0924": OlmoeConfig(intermediate_size=1024),
+    "llava-hf/llava-1.5-7b-hf": LlavaConfig(
+        text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096).to_dict()
     ),
 }
 
@@ -64,7 +68,7 @@ def test_a_recipe_is_valid_and_its_header_tells_the_truth(path):
         assert (int(passed[1]), int(passed[2])) == (plan.block_count - plan.phases[0].first_block, plan.block_count)
     context = re.search(r"block_size: .*# \S+ allows ([\d,]+)", path.read_text(encoding="utf-8"))
     if context:
-        assert int(context[1].replace(",", "")) == model.config.max_position_embeddings
+        assert int(context[1].replace(",", "")) == model.config.get_text_config().max_position_embeddings
 
 
 def test_the_notebooks_policy_trains_39_385_344_of_124_439_808():

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import partialtune as pt
-from conftest import some_windows, tiny_gpt2
+from conftest import REPOSITORY, some_windows, tiny_gpt2
+from partialtune.cli import main
 from partialtune.errors import InputError, ModelError, RecipeError
+from partialtune.model.loading import model_location
 from partialtune.model.parameters import named_learners, named_weights
 from partialtune.model.rows import put_rows, take_rows
 from two_processes import on_two_processes
@@ -346,6 +349,57 @@ def test_a_backward_after_the_rows_have_moved_is_an_error_and_no_wrong_gradient(
     pt.apply_plan(model, pt.plan_freeze(model, [SELECTOR]))
     sum(model(input_ids=one, labels=one).loss for one in ids[:2]).backward()
     torch.testing.assert_close(model.transformer.wte.weight_rows.grad, together)
+
+
+def test_the_snippet_of_the_page_trains_rows_alone():
+    page = (REPOSITORY / "docs" / "what-may-learn.md").read_text(encoding="utf-8")
+    section = page.split("## Rows\n")[1].split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0]
+    data = some_windows(8, 16)
+    data = data.add_column("labels", data["input_ids"]).with_format("torch")
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    names = {"loader": loader}
+    location = model_location("builtin:lilliput")
+    exec(compile(code.replace("openai-community/gpt2", location), "docs/what-may-learn.md, Rows", "exec"), names)
+    assert names["tuning"].audit.passed
+    assert names["state"]["exp_avg"].shape == names["rows"].shape == (4, names["model"].config.n_embd)
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}  # the graphs without a C++ compiler
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_its_rows(tmp_path):
+    """With inductor too, which takes a minute: 1e-8 apart."""
+    trainer, tuning = attached(tmp_path / "rows", [SELECTOR], **COMPILED)
+    assert tuning.audit.passed
+    assert_rows_alone_moved(trainer.model, start_of(), {TOKENS: ROWS})
+    reference = by_hand(tmp_path / "whole", {TOKENS: ROWS})
+    torch.testing.assert_close(dict(named_weights(trainer.model))[TOKENS], reference[TOKENS], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_rows_and_saves_the_matrix_whole(tmp_path):
+    def recipe(name, **more):
+        values = {"model_name_or_path": "builtin:lilliput", "text": "builtin:python-docs", "block_size": 32}
+        values |= {"trainable": ["embeddings.tokens[-4:]"], "output_dir": str(tmp_path / name), "max_steps": 4}
+        values |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.1, "save_steps": 2}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**values, "prompts": ["It was"], "validation_share": 0.01, **more}))
+        return ["train", str(file)]
+
+    assert main(recipe("whole")) == 0
+    saved, base = tmp_path / "whole", AutoModelForCausalLM.from_pretrained(model_location("builtin:lilliput"))
+    values = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    for name, start in base.state_dict().items():
+        moved = (values[name] != start).flatten(1).any(1) if start.dim() > 1 else values[name] != start
+        last = name in (TOKENS, "lm_head.weight")
+        assert moved.nonzero().flatten().tolist() == ([*range(len(start) - 4, len(start))] if last else []), name
+    state = torch.load(saved / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    ((name, moments),) = state["state"].items()
+    length, width = base.transformer.wte.weight.shape
+    assert name == f"{TOKENS}[{length - 4}:{length}]"
+    assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == (4, width)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import partialtune
 from conftest import some_windows, tiny_gpt2
@@ -21,6 +23,7 @@ from partialtune.pages.run_files import learning
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.saved_files import saved_differences
 from partialtune.proof.snapshot import measure_deltas, take_snapshot
+from partialtune.recipe_run.finished_run import open_run
 from partialtune.verify.comparison_table import comparison_table
 from partialtune.verify.verify import verify
 from test_audit import Fault, trainer_for
@@ -538,3 +541,118 @@ def test_nothing_about_rows_is_in_a_verdict_without_rows(saved):
     shutil.copyfile(folder / "base" / "config.json", folder / "out.json")
     content = verify(str(folder / "base"), str(folder / "base"), ["final_norm"]).to_json()
     assert not {"rows", "changed_other_values", "changed_other_rows"} & content["parameters"][0].keys()
+
+
+# ---- a whole run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """A recipe with rows of the bundled model, run twice through the command line: saved whole, and as a delta."""
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    recipe = {
+        "model_name_or_path": "builtin:lilliput",
+        "text": str(folder / "text.txt"),
+        "block_size": 32,
+        "trainable": ["embeddings.tokens[-4:]"],
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "prompts": ["It was"],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for kind in ("full", "delta"):
+        words = ["--output_dir", str(folder / kind), "--checkpoint_format", kind]
+        assert main(["train", str(folder / "recipe.yaml"), *words]) == 0
+    return folder
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.slow
+def test_a_run_with_rows_is_proved_in_its_files_and_for_verify_saved_whole_and_as_a_delta(whole_runs, tmp_path, capsys):
+    for kind in ("full", "delta"):
+        run = whole_runs / kind
+        audit = read(run, "audit.json")
+        assert (audit["passed"], audit["frozen"]["changed"]) == (True, [])
+        assert audit["saved_files"] == {"read_back": True, "different": []}
+        (entry,) = [entry for entry in read(run, "freeze_plan.json")["parameters"] if entry["trainable"]]
+        assert entry["rows"] == [[4092, 4096]]
+        assert entry["sha256_before"] != entry["sha256_after"]
+        assert entry["sha256_other_rows_before"] == entry["sha256_other_rows_after"]
+        assert read(run, "freeze_plan.json")["trainable_parameters"] == 4 * 192
+        assert main(["verify", "builtin:lilliput", str(run)]) == 0
+        assert main(["verify", "builtin:lilliput", str(run), "--trainable", "head[-4:]"]) == 0
+        assert main(["verify", "builtin:lilliput", str(run), "--trainable", "head[-3:]"]) == 3
+        files = open_run(run).files
+        assert (files.groups()[0].trainable, files.frozen_values) == (768, 2_664_576 - 768)
+        insight = read(run, "insight.json")
+        assert [one["id"] for one in insight["moved_tokens"]["matrices"][0]["most"]] == [4094, 4093, 4092, 4095]
+        assert [one["shape"] for one in insight["effective_ranks"]["matrices"]] == [[4, 192]]
+        card = (run / "README.md").read_text()
+        assert "2,663,808 frozen parameters in 51 tensors and in transformer.wte.weight (rows other than" in card
+        assert "768 trainable parameters in 1 tensors moved by" in card
+        page = (run / "report.html").read_text()
+        assert "embeddings.tokens[-4:], rows 4092:4096" in page
+        assert f"other rows = {entry['sha256_other_rows_after'][:8]}" in page
+    assert load_file(whole_runs / "delta" / "delta.safetensors")[WTE].shape == (4, 192)
+    assert main(["apply", str(whole_runs / "delta"), str(tmp_path / "out")]) == 0
+    whole, made = (folder / "model.safetensors" for folder in (whole_runs / "full", tmp_path / "out"))
+    assert whole.read_bytes() == made.read_bytes()
+    shutil.copytree(whole_runs / "full", tmp_path / "planted")
+    for row in (0, 4091):
+        shutil.copyfile(whole, tmp_path / "planted" / "model.safetensors")
+        plant(tmp_path / "planted", WTE, row)
+        capsys.readouterr()
+        assert main(["verify", "builtin:lilliput", str(tmp_path / "planted")]) == 3
+        assert f"{WTE} (1 value in rows other than 4092:4096, first in row {row})" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "delta"])
+def test_the_check_in_the_card_looks_at_the_other_rows(whole_runs, tmp_path, monkeypatch, capsys, kind):
+    shutil.copytree(whole_runs / kind, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    blocks = [block.split("```")[0] for block in Path("README.md").read_text().split("```python\n")[1:]]
+    check = next(block for block in blocks if "hashlib" in block)
+    exec(check, {})  # what a reader would paste
+    assert "changed although frozen: nothing" in capsys.readouterr().out
+    if kind == "full":
+        plant(tmp_path / "run", WTE, 4091)
+        exec(check, {})
+        assert f"changed although frozen: ['{WTE}']" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [0, 4091])
+def test_a_bit_planted_during_a_run_ends_it_with_3(whole_runs, tmp_path, monkeypatch, capsys, row):
+    step = Trainer.training_step
+
+    def with_fault(self, model, *rest):
+        if self.state.global_step == 1:
+            flip(self.model.transformer.wte.weight, row)
+        return step(self, model, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", with_fault)
+    assert main(["train", str(whole_runs / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]) == 3
+    assert "transformer.wte.weight (rows other than 4092:4096)" in capsys.readouterr().err
+    assert read(tmp_path / "run", "exit.json")["code"] == 3
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_proof(whole_runs, tmp_path):
+    shutil.copytree(whole_runs / "full", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-4"))
+    for name in ("exit.json", "model.safetensors", "audit.json"):
+        (tmp_path / "run" / name).unlink()
+    words = ["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "auto"]
+    assert main(["train", str(whole_runs / "recipe.yaml"), *words]) == 0
+    for name in ("freeze_plan.json", "audit.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole_runs / "full" / name).read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (whole_runs / "full/model.safetensors").read_bytes()

@@ -32,6 +32,7 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 BASE = "builtin:lilliput"
 NEW_TOKENS = ["of times", "wisdom"]
 PARTS = {"tied": ["blocks[-1]", "final_norm"], "untied": ["final_norm", "head"]}
+ROWS = {"tied": ["embeddings.tokens[:400,-4:]"], "untied": ["head[:400,-4:]"]}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Way:
     launch: str = "one process"
     shards: bool = False
     lora: bool = False
+    rows: bool = False
     new_tokens: bool = False
 
     @property
@@ -66,6 +68,10 @@ WAYS = {
     "adapters": Way(method="lora"),
     "adapters beside parts": Way(lora=True),
     "adapters beside parts, untied head": Way(lora=True, head="untied"),
+    "rows": Way(rows=True),
+    "rows, untied head": Way(rows=True, head="untied"),
+    "rows, delta": Way(rows=True, checkpoint_format="delta"),
+    "rows, delta, untied head": Way(rows=True, checkpoint_format="delta", head="untied"),
     "new tokens": Way(new_tokens=True),
     "new tokens, delta": Way(new_tokens=True, checkpoint_format="delta"),
     "new tokens, delta, untied head": Way(new_tokens=True, checkpoint_format="delta", head="untied"),
@@ -74,6 +80,7 @@ WAYS = {
     "DDP, delta": Way(launch="DDP", checkpoint_format="delta"),
     "DDP, adapters": Way(launch="DDP", method="lora"),
     "DDP, adapters beside parts": Way(launch="DDP", lora=True),
+    "DDP, rows, delta": Way(launch="DDP", rows=True, checkpoint_format="delta"),
     "DDP, new tokens": Way(launch="DDP", new_tokens=True),
     "DDP, new tokens, delta": Way(launch="DDP", new_tokens=True, checkpoint_format="delta"),
     "FSDP2": Way(launch="FSDP2"),
@@ -202,7 +209,7 @@ def runs(tmp_path_factory, text):
     with WarmProcess(folder / "log") as warm:
         for name, way in WAYS.items():
             keys = {"method": way.method, "checkpoint_format": way.checkpoint_format, "head": way.head}
-            parts = {} if way.method == "full" else {"trainable": PARTS[way.head]}
+            parts = {} if way.method == "full" else {"trainable": (ROWS if way.rows else PARTS)[way.head]}
             parts = {"trainable": ["blocks[-1].attention"]} if way.method == "lora" else parts
             parts = {**parts, "lora": {"target": ["attention"]}} if way.lora else parts
             parts = {"new_tokens": NEW_TOKENS} if way.new_tokens else parts  # their rows, and nothing else

@@ -28,6 +28,7 @@ PUBLIC = {
     "get_decay_parameter_names": {"model"},
     "get_eval_dataloader": set(),
     "get_train_dataloader": set(),
+    "log": {"logs"},
     "num_examples": {"dataloader"},
     "prediction_step": {"model", "inputs", "prediction_loss_only"},
     "save_model": {"output_dir", "_internal_call"},

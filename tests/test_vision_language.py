@@ -2,12 +2,17 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -17,9 +22,13 @@ from transformers import (
 )
 
 import partialtune as pt
+from partialtune.builtin import builtin_folder
+from partialtune.cli import main
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.state_store import MemoryStore
+from partialtune.model.loading import auto_class
 from partialtune.model.parameters import named_weights
+from tiny_models import tiny_config
 
 LENGTH, WINDOWS, BATCH, EPOCHS = 12, 8, 4, 3
 IMAGE = 90  # the id of the token that an image's patches take the place of
@@ -107,19 +116,19 @@ def collate(rows):
     return batch
 
 
-def run(folder, kind, trainable, attached, seed=0, **options):
+def run(folder, kind, trainable, attached, seed=0, settings=None, resume=None, **options):
     """Train with images in a plain Trainer -> its Trainer and, where attached, its tuning."""
     model = model_of(kind)
     plan = pt.plan_freeze(model, trainable)
     if not attached:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in plan.trainable)
-    settings = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "learning_rate": 1e-4}
-    settings |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
-    args = TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **settings)
+    used = {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "learning_rate": 1e-4}
+    used |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    args = TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **{**used, **(settings or {})})
     trainer = Trainer(model=model, args=args, train_dataset=Captions(kind, seed), data_collator=collate)
     tuning = pt.attach(trainer, plan, **options) if attached else None
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, tuning
 
 
@@ -188,3 +197,126 @@ def test_two_images_of_one_row_are_no_image_of_each():
     assert cache.hits == 2
     for got, expected in zip(found, wanted, strict=True):
         assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+
+
+# ---- the language part on text, by a recipe --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_causal", "is_whole"),
+    [
+        ("llava", False, True),
+        ("qwen2_5_vl", False, True),
+        ("mllama", False, True),
+        ("gemma3", True, True),
+        ("llama", True, True),
+        ("qwen3_5", True, False),  # its text part is a model of its own, and what AutoModelForCausalLM gives
+    ],
+)
+def test_the_auto_class_is_one_that_loads_again_what_it_loaded(kind, is_causal, is_whole):
+    config = tiny_config(kind)
+    assert auto_class(config) is (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    assert (type(model.config) is type(config)) == is_whole
+    assert auto_class(model.config) is auto_class(config)
+    assert type(model.config) in auto_class(config)._model_mapping
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny LLaVA with the bundled tokenizer, and a file that says how its images are read."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(builtin_folder("builtin:lilliput"))
+    config = llava_config()
+    config.text_config.vocab_size, config.image_token_id = len(tokenizer) + 1, len(tokenizer)
+    torch.manual_seed(3)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, base):
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60, encoding="utf-8")
+    values = {
+        "model_name_or_path": str(base),
+        "text": str(tmp_path / "text.txt"),
+        "block_size": 16,
+        "trainable": ["language.blocks[-1]", "final_norm"],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "prompts": ["It was"],
+        "save_steps": 2,
+        "eval_strategy": "no",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return str(tmp_path / "recipe.yaml")
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_train_teaches_the_language_part_on_text_and_leaves_the_rest_as_it_was(tmp_path, base, recipe):
+    run = tmp_path / "run"
+    assert main(["train", recipe]) == 0
+    before, after = tensors(base), tensors(run)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith(("language_model.model.layers.2.", "language_model.model.norm.")) for name in moved)
+    loaded = AutoModelForImageTextToText.from_pretrained(run)
+    assert type(loaded).__name__ == "LlavaForConditionalGeneration"
+    assert (run / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
+    assert "AutoModelForImageTextToText.from_pretrained" in (run / "README.md").read_text(encoding="utf-8")
+    claim = ["--trainable", "language.blocks[-1]", "final_norm"]
+    assert main(["verify", str(base), str(run), *claim]) == 0
+    assert main(["verify", str(base), str(run), "--trainable", "final_norm"]) == 3
+
+    again = tmp_path / "again"
+    shutil.copytree(run, again, ignore=lambda _, names: [name for name in names if name == "checkpoint-4"])
+    for name in ("model.safetensors", "evaluation.json", "exit.json"):
+        (again / name).unlink()
+    words = ["--output_dir", str(again), "--resume_from_checkpoint", "auto"]
+    assert main(["train", str(run / "recipe.yaml"), *words]) == 0
+    resumed = tensors(again)
+    assert all(torch.equal(resumed[name], after[name]) for name in after)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_delta_of_the_language_part_becomes_the_whole_model_again(tmp_path, base, recipe):
+    assert main(["train", recipe]) == 0
+    as_delta = ["--checkpoint_format", "delta", "--output_dir", str(tmp_path / "delta")]
+    assert main(["train", recipe, *as_delta]) == 0
+    assert main(["apply", str(tmp_path / "delta"), str(tmp_path / "whole")]) == 0
+    expected, whole = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    assert (tmp_path / "whole" / "preprocessor_config.json").is_file()
+    assert main(["verify", str(base), str(tmp_path / "delta"), "--trainable", "language.blocks[-1]", "final_norm"]) == 0
+
+
+@pytest.mark.parametrize("trainable", [["vision"], ["projector", "language.blocks[-1]"], [r"/.*vision_tower.*/"]])
+def test_what_no_text_reaches_is_refused_by_train(recipe, capsys, trainable):
+    assert main(["train", recipe, "--trainable", *trainable]) == 2
+    said = capsys.readouterr()
+    assert "no gradient reaches" in said.out + said.err
+    assert "attach(trainer, plan)" in said.out + said.err
+
+
+def test_a_model_that_reads_images_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    whole, _ = run(tmp_path / "whole", "llava", ["projector", "language.blocks[-1]"], True, settings=options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed, tuning = run(
+        tmp_path / "again", "llava", ["projector", "language.blocks[-1]"], True, settings=options, resume=checkpoint
+    )
+    expected = dict(named_weights(whole.model))
+    assert all(torch.equal(values, expected[name]) for name, values in named_weights(resumed.model))
+    assert tuning.audit.passed

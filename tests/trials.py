@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.model.conformance import CAUSAL_SETTINGS, Conformance, check_conformance
-from partialtune.model.loading import empty_model, load_config, load_model
+from partialtune.model.loading import auto_class, empty_model, load_config, load_model
 from partialtune.model.structure import read_structure
 from partialtune.recipe.recipe import recipe_from_values
 from partialtune.scoring.evaluation import ScoredText, score_text
@@ -83,7 +83,7 @@ def judge(model_type: str, setting: str = "") -> Verdict:
                 setattr(config, setting, CAUSAL_SETTINGS[setting])
             config.save_pretrained(base)
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
         except Exception as error:  # noqa: BLE001 - transformers' own, which ours has to say in words
             model = error
         try:

@@ -17,7 +17,7 @@ from partialtune.freeze.adapter_plan import merged_plan
 from partialtune.freeze.apply import untie_head
 from partialtune.model.checkpoint_folder import PLAN_FILE, TOKENIZER_FILES, checkpoint_folder
 from partialtune.model.digests import buffer_digest, digests
-from partialtune.model.loading import load_config, load_model, load_tokenizer
+from partialtune.model.loading import PROCESSOR_FILES, load_config, load_model, load_tokenizer
 from partialtune.model.parameters import persistent_buffers
 from partialtune.proof.saved_files import saved_differences
 from partialtune.run_folder import check_writable, read_json, write_json
@@ -85,6 +85,9 @@ def apply_delta(delta: str | os.PathLike, out: str | os.PathLike, base: str | No
         _check_written(whole, model, out)
         if (folder / "tokenizer_config.json").is_file():
             load_tokenizer(str(folder)).save_pretrained(whole)
+        for file in (folder / name for name in PROCESSOR_FILES):
+            if file.is_file():
+                shutil.copyfile(file, whole / file.name)
         if (folder / PLAN_FILE).is_file():
             _write_plan(folder / PLAN_FILE, whole / PLAN_FILE, model, merged=bool(opened.adapters))
         try:

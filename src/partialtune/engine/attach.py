@@ -157,10 +157,10 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2."
         )
-    if plan.names_rates and trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and any(p.learning_rate is not None or p.rate_name for p in plan.parameters):
         raise RecipeError(
-            "attach: FSDP shards the parameters, and the groups of part_learning_rates and layer_decay are made of "
-            "whole ones. Launch without it (DDP), or take them out."
+            "attach: FSDP shards the parameters, and groups of the optimizer with rates of their own are made of whole "
+            "ones. Launch without it (DDP), or take out part_learning_rates, layer_decay and rates in a schedule."
         )
     if plan.names_rates and trainer.args.lr_scheduler_type == "greedy":
         raise RecipeError(

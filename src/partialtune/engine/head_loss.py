@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from partialtune.model.row_parameters import TrainedRows
+from partialtune.model.trained_rows import TrainedRows
 
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 27}  # elements: 128 MiB in fp32 on a CPU, 512 MiB on a GPU
 ROWS_ADDED = 2048

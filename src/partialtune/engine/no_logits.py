@@ -18,8 +18,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from partialtune.engine.forward_stack import has_hooks_of_others, put_on
 from partialtune.engine.head_loss import head_cross_entropy
 from partialtune.errors import is_ours
-from partialtune.model.row_parameters import class_without_rows, matrix_and_rows, trained_rows_of
+from partialtune.model.row_parameters import class_without_rows, trained_rows_of
 from partialtune.model.train_mode import evaluating
+from partialtune.model.trained_rows import matrix_and_rows
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from torch import nn
 
 from partialtune.engine.head_loss import rows_at_once
 from partialtune.errors import ModelError
-from partialtune.model.row_parameters import matrix_and_rows, trained_rows_of
+from partialtune.model.row_parameters import trained_rows_of
+from partialtune.model.trained_rows import matrix_and_rows
 
 TRL = "trl.trainer.utils"
 DIFFERENTIABLE = ("log_probs", "entropy")

@@ -9,6 +9,7 @@ A phase may begin at an epoch, whose step is known once the text is read: before
 that is shown; after it, `in_steps` and `plan_of_recipe` make the one that is carried out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,10 @@ from partialtune.grammar.schedule_syntax import STARTS
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import empty_model, load_config, load_tokenizer
 from partialtune.model.new_tokens import extend_tokenizer, give_rows, new_tokens_of
+from partialtune.model.structure import ModelStructure, read_structure
 from partialtune.recipe.arguments import FreezeArguments, ModelArguments
+
+ADAPTER = re.compile(r"\.lora_[AB](?=\.)")
 
 
 def plan_of_recipe(
@@ -52,9 +56,23 @@ def plan_of_recipe(
         "layer_decay": freeze.layer_decay,
     }
     if freeze.method == "lora":
-        return plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+        plan = plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+    else:
+        plan = _plan_of_parts(model, freeze, schedule, seed, before_text, rates)
+    _refuse_unread(read_structure(model), plan)
+    return plan if tokenizer_length is None else replace(plan, tokenizer_length=tokenizer_length)
+
+
+def _plan_of_parts(
+    model: nn.Module,
+    freeze: FreezeArguments,
+    schedule: Sequence[Mapping[str, Any]],
+    seed: int,
+    before_text: bool,
+    rates: Mapping[str, Any],
+) -> FreezePlan:
     new_tokens = new_tokens_of(model)
-    plan = plan_freeze(
+    return plan_freeze(
         model,
         [*freeze.trainable, *(new_tokens.selectors if new_tokens else [])],
         head=freeze.head,
@@ -65,7 +83,6 @@ def plan_of_recipe(
         seed=seed,
         **rates,
     )
-    return plan if tokenizer_length is None else replace(plan, tokenizer_length=tokenizer_length)
 
 
 def names_rows(freeze: FreezeArguments) -> bool:
@@ -74,6 +91,26 @@ def names_rows(freeze: FreezeArguments) -> bool:
         parse_selector(text).rows is not None
         for text in [*freeze.trainable, *(text for entry in freeze.schedule for text in entry["trainable"])]
     )
+
+
+def _refuse_unread(structure: ModelStructure, plan: FreezePlan) -> None:
+    """Stop where a selector asks for what text does not reach. `all` may: there it is said by the audit, at the end.
+
+    Raises:
+        RecipeError: Names the selectors.
+    """
+    towers: dict[str, set[str]] = {}
+    for parameter in plan.parameters:
+        info = structure.by_name.get(ADAPTER.sub("", parameter.name))
+        if parameter.selector is not None and info is not None:
+            towers.setdefault(parameter.selector, set()).update(place.tower for place in info.places)
+    unread = [selector for selector, found in towers.items() if found <= {"vision", "projector"}]
+    if unread:
+        raise RecipeError(
+            f"{', '.join(unread)}: a recipe trains on text, in which no gradient reaches the vision tower and the "
+            f"projector of {structure.model_name}. Choose parts of its language model (language.blocks[-1]); to train "
+            f"with images, make a Trainer of your own and call attach(trainer, plan)."
+        )
 
 
 def plan_before_text(

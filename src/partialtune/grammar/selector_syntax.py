@@ -116,14 +116,15 @@ def parse_selector(text: str) -> Selector:
         return Selector(written, removes, word=body, of_language=of_language)
     of_word = re.fullmatch(r"([\w.]+)\[([^\[\]]*)\]", body)
     if of_word is not None and of_word[1] in WITH_ROWS:
-        rows = _parse_rows(written, of_word[1], of_word[2])
-        return Selector(written, removes, word=of_word[1], rows=rows, of_language=of_language)
+        of_matrix = _parse_rows(written, of_word[1], of_word[2])
+        return Selector(written, removes, word=of_word[1], rows=of_matrix, of_language=of_language)
     blocks = re.fullmatch(r"blocks\[([^\[\]]*)\](?:\.(.*))?", body)
     if blocks is None:
         advice = _nearest_of_language(body) if of_language else _nearest_selector(body, removes)
         raise RecipeError(f"unknown selector {written!r}. {advice}")
     indices = tuple(_parse_index(written, item) for item in blocks[1].split(","))
-    part, rows = blocks[2], None
+    part: str | None = blocks[2]
+    rows: tuple[int | slice, ...] | None = None
     of_part = re.fullmatch(r"(\w+)\[([^\[\]]*)\]", part or "")
     if of_part is not None and of_part[1] in WITH_ROWS:
         part, rows = of_part[1], _parse_rows(written, of_part[1], of_part[2])

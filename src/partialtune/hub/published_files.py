@@ -34,6 +34,7 @@ SENT = (
     *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("README.md", "report.html", "figures/*.png", "recipe.yaml", "freeze_plan.json", "audit.json", "evaluation.json"),
     *("insight.json", "performance.json", "train_results.json", "weight_deltas.jsonl", "block_draws.jsonl"),
 )

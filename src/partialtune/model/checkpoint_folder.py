@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from partialtune.errors import ModelError
-from partialtune.model.loading import model_location
+from partialtune.model.loading import PROCESSOR_FILES, model_location
 from partialtune.net.hub_client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits
 
 PLAN_FILE = "freeze_plan.json"
@@ -18,7 +18,7 @@ FETCHED = (
 )
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", *PROCESSOR_FILES),
 )
 
 

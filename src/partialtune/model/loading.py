@@ -10,12 +10,14 @@ or `load_model` (a run). What is asked of files and of what was loaded stands in
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,10 +40,13 @@ from partialtune.model.model_checks import (
     without_safetensors,
 )
 from partialtune.model.train_mode import set_dropout
+from partialtune.net.hub_client import HUB_ERRORS
 from partialtune.run_folder import is_delta
 
 logger = logging.getLogger(__name__)
 
+# How images become a model's inputs.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -98,20 +103,21 @@ def load_config(
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """The class of transformers' whose `from_pretrained` loads the whole model of a config.
+    """The class of transformers' whose `from_pretrained` loads the model of a config.
 
-    `AutoModelForCausalLM` knows no LLaVA and no Qwen2.5-VL, and of Llama 4 and Qwen3.5 it loads the text part alone, so
-    that the vision tower would not be in what is saved. What is no causal language model but for images is found out
-    as any other model: by `check_conformance`.
+    `AutoModelForCausalLM` wherever it gives a model that it loads again. It knows no LLaVA and no Qwen2.5-VL, and of
+    Mllama it gives a text part that it does not know afterwards: these are loaded whole, as models for images and text.
+    Of Llama 4 and Qwen3.5 it gives the text part alone, which is a model of its own; `check_loaded` says what is left
+    out. What cannot be trained on text is found out as any other model: by `check_conformance`.
 
     `_model_mapping` is private to transformers: the table that from_pretrained looks into. Asked beforehand, so that
     the refusal is one sentence and comes before any weights. `test_a_model_that_is_no_causal_lm_is_refused` and
-    `test_the_auto_class_is_the_one_that_loads_the_whole_model` notice a change.
+    `test_the_auto_class_is_one_that_loads_again_what_it_loaded` notice a change.
     """
     kind, causal = type(config), AutoModelForCausalLM._model_mapping
-    is_whole = kind in causal and causal[kind].config_class is kind
+    loads_again = kind in causal and causal[kind].config_class in causal
     sees = kind in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if sees and not is_whole else AutoModelForCausalLM
+    return AutoModelForImageTextToText if sees and not loads_again else AutoModelForCausalLM
 
 
 def _is_known(config: PretrainedConfig) -> bool:
@@ -178,6 +184,30 @@ def load_model(
         )
     refuse_wider_than(dtype, name, _files_folder(name, commit))
     return model
+
+
+def copy_processor_files(config: PretrainedConfig, folder: Path) -> None:
+    """Put the files beside a model that say how images become its inputs into `folder`, as they are.
+
+    Args:
+        config: Of the model that they lie beside, by `load_config`. A language model alone has none.
+        folder: Beside a model that reads the same inputs.
+    """
+    if config.get_text_config() is config:
+        return
+    location, commit = model_location(config.name_or_path), getattr(config, "_commit_hash", None)
+    for name in PROCESSOR_FILES:
+        file = Path(location) / name
+        if not Path(location).is_dir():
+            try:
+                file = Path(hf_hub_download(location, name, revision=commit))
+            except EntryNotFoundError:
+                continue
+            except HUB_ERRORS as error:
+                logger.warning("%s of %s could not be had: %s", name, location, in_one_line(error))
+                continue
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
 
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from partialtune.distributed import is_main
-from partialtune.model.row_parameters import TrainedRows, rows_by_matrix, write_rows
+from partialtune.model.row_parameters import rows_by_matrix, write_rows
 from partialtune.model.rows import Rows, other_rows_name
+from partialtune.model.trained_rows import TrainedRows
 
 Named = Iterable[tuple[str, torch.Tensor]]
 Result = TypeVar("Result")

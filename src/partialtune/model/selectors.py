@@ -187,7 +187,8 @@ def match(structure: ModelStructure, selector: Selector) -> Matches:
     }
     if not matches:
         raise RecipeError(f"{selector.text} matches no parameter: {_why_no_match(structure, selector, blocks)}")
-    if selector.rows is not None:  # a head's bias has none: the matrix beside it is meant
+    if selector.rows is not None and selector.word != "experts" != selector.part:
+        # A head's bias has none: the matrix beside it is meant. Of an expert that is a module all is meant.
         matrices = {name: names for name, names in matches.items() if len(structure.by_name[name].shape) > 1}
         matches = matrices or matches
     if selector.removes:  # what is fixed may be named, and is not there to be taken away

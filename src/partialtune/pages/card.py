@@ -77,6 +77,7 @@ def render_card(run: RunFiles) -> str:
             share=trained_share(run),
             new_tokens=new_tokens_words(run),
             is_delta=is_delta(run.folder),
+            auto_class=run.record.get("auto_class", "AutoModelForCausalLM"),
             findings=verdict(run),
             problems=audit_problems(run),
             texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],

@@ -21,6 +21,7 @@ from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.push import push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by
+from partialtune.model.loading import auto_class
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.recipe import Recipe, write_recipe
 from partialtune.recipe_run.evaluate_before_after import Evaluator
@@ -71,7 +72,7 @@ def train(recipe: Recipe) -> Path:
         # now already, so that a run that fails has its plan (`compare` reads it); below with the digests after training
         write_plan(folder, run.tuning)
         violation = train_to_the_end(run, start.checkpoint)
-        save_model(folder, run, start.tokenizer, recipe)
+        save_model(folder, run, start)
         # in memory all may be well: only what is read back proves what others will load
         violation = check_saved(folder, run) or violation
         write_plan(folder, run.tuning)
@@ -140,7 +141,7 @@ def record_run(start: RunStart, stopped_early: Mapping[str, int] | None = None) 
 
 def run_record(start: RunStart) -> dict[str, Any]:
     """What `recipe.yaml` keeps under `run`: how to make the run again, and from exactly what."""
-    args, data = start.args, start.data
+    args, data, loads_with = start.args, start.data, auto_class(start.config).__name__
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_VERSIONS}},
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
@@ -148,6 +149,7 @@ def run_record(start: RunStart) -> dict[str, Any]:
         "distributed": PartialState().distributed_type.value,
         "device": str(args.device),
         "base_commit": start.origin.base.commit,
+        **({} if loads_with == "AutoModelForCausalLM" else {"auto_class": loads_with}),
         "sources": [source_record(source) for source in data.sources],
         "windows": {"training": len(data.train), "held_out": len(data.held_out or [])},
         **replay_record(data),

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only
@@ -18,7 +16,7 @@ from partialtune.hub.published_files import WEIGHTS
 from partialtune.insight.effective_rank import effective_ranks
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.insight.moved_tokens import moved_tokens
-from partialtune.model.loading import empty_model
+from partialtune.model.loading import copy_processor_files, empty_model
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
 from partialtune.pages.findings import length_finding
@@ -26,7 +24,6 @@ from partialtune.pages.report import write_report
 from partialtune.pages.run_files import read_run
 from partialtune.proof.audit_result import Audit
 from partialtune.recipe.arguments import ModelArguments
-from partialtune.recipe.recipe import Recipe
 from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
 from partialtune.recipe_run.finished_run import score_rows
 from partialtune.recipe_run.prepare import RunStart
@@ -46,17 +43,20 @@ def write_plan(folder: Path, tuning: Tuning) -> None:
     write_json(folder / "freeze_plan.json", tuning.plan.to_json(audit.digests_before, audit.digests_after))
 
 
-def save_model(folder: Path, run: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """The adapted model and its tokenizer, for `from_pretrained(folder)`; as a delta for `partialtune.load(folder)`.
+def save_model(folder: Path, run: RecipeTrainer, start: RunStart) -> None:
+    """The adapted model, its tokenizer and what it reads images with, for `from_pretrained(folder)`.
+
+    As a delta it is for `partialtune.load(folder)`.
 
     All is written aside and then renamed, so that a run which ended before and goes on keeps a whole model till then.
     """
-    aside, trainer = folder / ASIDE / "model", run.trainer
+    aside, trainer, recipe = folder / ASIDE / "model", run.trainer, start.recipe
 
     def finish() -> None:
         if trainer.args.should_save:
             with disk_errors("The model", folder):
-                tokenizer.save_pretrained(aside)
+                start.tokenizer.save_pretrained(aside)
+                copy_processor_files(start.config, aside)
                 written = {path.name for path in aside.iterdir()}
                 move_all(aside, folder)
                 for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):

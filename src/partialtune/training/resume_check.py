@@ -134,9 +134,8 @@ def recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _is_same(key: str, old: Any, new: Any) -> bool:
-    if key == "part_learning_rates":  # the last that matches wins: their order counts
-        return old == new and [*old] == [*new]
-    return old == new or (key in SOURCE_KEYS and same_sources(old, new))
+    same = old == new and (key != "part_learning_rates" or [*old] == [*new])  # their order counts: the last wins
+    return same or (key in SOURCE_KEYS and same_sources(old, new))
 
 
 def _is_free(key: str) -> bool:

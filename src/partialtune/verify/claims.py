@@ -112,9 +112,9 @@ def claim_of_plan(structure: ModelStructure, file: Path, adapted: str) -> Claim:
         before=before,
         after=after,
         head=content.get("head"),
+        faults=draws.faults,
         lengths=lengths,
         new_rows=new_rows,
-        faults=draws.faults,
     )
 
 
