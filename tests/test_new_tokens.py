@@ -342,7 +342,7 @@ print(json.dumps(found))
 
 def test_run_and_checkpoint_load_in_a_fresh_process_with_their_tokenizer(finished):
     folders = [str(finished), str(finished / "checkpoint-4")]
-    done = subprocess.run([sys.executable, "-c", FRESH, *folders], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FRESH, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     model, tokenizer = pt.open_run(finished).load()
     ids = tokenizer("<poem>\nThe voyage <drama>", return_tensors="pt")["input_ids"]
@@ -360,7 +360,7 @@ def test_a_run_goes_on_bit_for_bit_and_not_with_other_tokens(run, finished, tmp_
     words[-1] = str(tmp_path / "other")
     assert main(["train", str(finished / "recipe.yaml"), *words, "--new_tokens_init", "{<drama>: a tragedy}"]) == 2
     err = capfd.readouterr().err
-    assert "new_tokens: ['<poem> from mean', '<drama> from a play'] then" in err
+    assert "new_tokens: [{'token': '<poem>', 'row': 4096, 'init': 'mean'}, {'token': '<drama>'" in err
     assert main(["train", str(finished / "recipe.yaml"), "--new_tokens", "<poem>", "--new_tokens_init", "{}"]) == 2
     assert "another recipe; they differ in new_tokens, new_tokens_init" in capfd.readouterr().err
 

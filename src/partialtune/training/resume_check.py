@@ -368,9 +368,8 @@ def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None
     Raises:
         InputError: If base, text, windows or trainable parameters differ; names every difference.
     """
-    tokens = [[f"{one['token']} from {one['init']}" for one in origin.new_tokens or []] for origin in (saved, present)]
     found = [
-        *([f"new_tokens: {tokens[0]} then, {tokens[1]} now"] if tokens[0] != tokens[1] else []),
+        *_setting_differences({"new_tokens": saved.new_tokens}, {"new_tokens": present.new_tokens}),
         *_base_differences(saved.base, present.base),
         *_text_differences(saved.text, present.text),
         *_setting_differences(saved.windows, present.windows),
