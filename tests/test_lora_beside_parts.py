@@ -511,6 +511,37 @@ def test_parts_of_a_schedule_learn_in_their_phase_beside_adapters(run, tmp_path)
     assert digests(pt.load(tmp_path / "again")) == digests(pt.load(tmp_path / "run"))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_rows_of_the_tied_embeddings_train_beside_adapters_and_nothing_else_of_the_matrix(run, tmp_path):
+    recipe = write_recipe(tmp_path, run.parent / "base", trainable=["final_norm", "embeddings.tokens[-4:]"])
+    assert main(["train", recipe]) == 0
+    folder, name = tmp_path / "run", "transformer.wte.weight"
+    stored = load_file(folder / "delta.safetensors")
+    assert {key: tuple(values.shape) for key, values in stored.items()} == {
+        name: (4, 32), "transformer.ln_f.weight": (32,), "transformer.ln_f.bias": (32,),
+    }  # fmt: skip
+    base, loaded = AutoModelForCausalLM.from_pretrained(run.parent / "base"), pt.load(folder)
+    before, now = base.get_parameter(name), loaded.get_base_model().get_parameter(name)
+    assert torch.equal(before[:-4], now[:-4])
+    assert torch.equal(now[-4:], stored[name])
+    assert not torch.equal(before[-4:], now[-4:])
+    again = ["--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(folder / "checkpoint-4")]
+    assert main(["train", recipe, *again]) == 0
+    for file in ("delta.safetensors", "adapter_model.safetensors"):
+        one, other = load_file(folder / file), load_file(tmp_path / "again" / file)
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+    assert main(["verify", str(run.parent / "base"), str(folder)]) == 0
+    assert main(["apply", str(folder), str(tmp_path / "whole")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(merged.get_parameter(name), now)
+    assert float((logits(merged) - logits(loaded)).abs().max()) <= 1e-5
+    plan = read(tmp_path / "whole", "freeze_plan.json")
+    adapted = 3 * (32 * 96 + 32 * 32)
+    assert plan["trainable_parameters"] == 4 * 32 + 2 * 32 + adapted
+    assert main(["verify", str(run.parent / "base"), str(tmp_path / "whole")]) == 0
+
+
 def test_card_and_report_speak_of_both(run, monkeypatch):
     card = (run / "README.md").read_text(encoding="utf-8")
     assert "library_name: partialtune" in card
