@@ -268,10 +268,15 @@ def _refuse_old_rows(model: nn.Module, plan: FreezePlan) -> None:
 
 def _refuse_whole_matrices(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """An optimizer that was made before apply_plan holds a matrix whole of which rows train."""
-    matrices = {id(parameter): name for name, parameter in named_weights(model)}
-    with_rows = {key: name for key, name in matrices.items() if key in rows_by_matrix(model)}
-    held = [with_rows.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
-    if found := next(filter(None, held), None):
+    rows, held = rows_by_matrix(model), {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # One that was made of all parameters after it holds both, and the matrix leaves it as what is frozen does.
+    alone = [
+        name
+        for name, matrix in named_weights(model)
+        if id(matrix) in rows and id(matrix) in held and id(rows[id(matrix)].parameter) not in held
+    ]
+    if alone:
+        found = alone[0]
         raise RecipeError(
             f"The optimizer holds the whole of {found}, of which only rows train: it was made before, and would learn "
             f"nothing of it. {MAKE_IT_AFTER}"
