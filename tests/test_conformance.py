@@ -1,5 +1,6 @@
 """What a model is asked when it is loaded: does it read ahead, is its loss the usual one, does it keep its weights?"""
 
+import copy
 import json
 
 import pytest
@@ -108,13 +109,18 @@ def test_a_model_that_wants_more_than_token_ids_is_refused_with_its_own_reason()
 
 
 def test_blocks_that_the_text_does_not_pass_are_refused():
+    model = tiny_gpt2().eval()
+    # a list of more blocks than the decoder has, which says not what it is
+    model.transformer.second = torch.nn.ModuleList(copy.deepcopy(block) for block in [*model.transformer.h] * 2)
+    with pytest.raises(ModelError, match=r"transformer.second was taken for its decoder blocks.*does not use it"):
+        check_conformance(model, block_size=64)
+
+
+def test_an_image_encoder_larger_than_the_decoder_is_not_taken_for_it():
     model = tiny("got_ocr2")
     for block in model.model.vision_tower.layers:
-        block.mlp.more = torch.nn.Linear(
-            200, 200
-        )  # an image encoder larger than the decoder, which says not what it is
-    with pytest.raises(ModelError, match=r"vision_tower.layers was taken for its decoder blocks.*does not use it"):
-        check_conformance(model, block_size=64)
+        block.mlp.more = torch.nn.Linear(200, 200)
+    check_conformance(model, block_size=64)
 
 
 def test_logits_of_another_shape_are_refused():

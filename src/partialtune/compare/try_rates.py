@@ -13,12 +13,12 @@ from transformers import PretrainedConfig, set_seed
 
 from partialtune.compare.learning_rates import RateTrial, keep_trial
 from partialtune.errors import FreezeViolation, PartialtuneError, TextError, TrainingDiverged
-from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe, tokens_of_recipe
 from partialtune.metrics import HEADLINE
 from partialtune.model.conformance import check_conformance
 from partialtune.model.loading import load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.model.model_checks import check_finite, check_ids
-from partialtune.model.new_tokens import NewTokens, config_with, give_rows, tokens_of_recipe
+from partialtune.model.new_tokens import NewTokens, config_with, give_rows
 from partialtune.net.addresses import without_secrets
 from partialtune.recipe.recipe import Recipe, read_recipe
 from partialtune.scoring.evaluation import score_text

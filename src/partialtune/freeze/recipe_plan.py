@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import plan_lora
@@ -23,7 +23,7 @@ from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.grammar.schedule_syntax import STARTS
 from partialtune.grammar.selector_syntax import parse_selector
 from partialtune.model.loading import empty_model, load_config, load_tokenizer
-from partialtune.model.new_tokens import extend_tokenizer, give_rows, new_tokens_of
+from partialtune.model.new_tokens import NewTokens, extend_tokenizer, give_rows, new_tokens_of
 from partialtune.model.structure import ModelStructure, read_structure
 from partialtune.recipe.arguments import FreezeArguments, ModelArguments
 
@@ -167,3 +167,14 @@ def in_steps(schedule: Sequence[Mapping[str, Any]], epoch_steps: int, run_steps:
             f"Begin earlier, train longer (max_steps, num_train_epochs), or take it out."
         )
     return resolved
+
+
+def tokens_of_recipe(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> NewTokens | None:
+    """Add a recipe's new tokens to the tokenizer of its base; None where it names none.
+
+    Raises:
+        RecipeError: As `extend_tokenizer`.
+    """
+    return (
+        extend_tokenizer(tokenizer, arguments.new_tokens, arguments.new_tokens_init) if arguments.new_tokens else None
+    )

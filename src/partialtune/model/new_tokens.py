@@ -25,7 +25,6 @@ from partialtune.model.digests import digest, same_bits
 from partialtune.model.parameters import is_sharded, plain_name, uncompiled
 from partialtune.model.row_parameters import modules_with_rows
 from partialtune.model.rows import Rows, as_runs, rows_in_words
-from partialtune.recipe.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -378,18 +377,4 @@ def _cannot_grow(model: nn.Module, why: str) -> ModelError:
     return ModelError(
         f"{type(model).__name__}: resize_token_embeddings {why}, so that new tokens cannot be added here. Resize the "
         f"model yourself, save it with its tokenizer, and train that one."
-    )
-
-
-# ---- of a recipe -----------------------------------------------------------------------------------------------------
-
-
-def tokens_of_recipe(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> NewTokens | None:
-    """Add a recipe's new tokens to the tokenizer of its base; None where it names none.
-
-    Raises:
-        RecipeError: As `extend_tokenizer`.
-    """
-    return (
-        extend_tokenizer(tokenizer, arguments.new_tokens, arguments.new_tokens_init) if arguments.new_tokens else None
     )

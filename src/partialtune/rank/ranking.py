@@ -16,12 +16,13 @@ from transformers import set_seed
 
 from partialtune.cost.advice import as_yaml
 from partialtune.freeze.planned import PlannedParameter
+from partialtune.freeze.recipe_plan import tokens_of_recipe
 from partialtune.grammar.named_selectors import WORDS
 from partialtune.model.conformance import check_conformance
 from partialtune.model.layout import COMPONENTS
 from partialtune.model.loading import empty_model, load_config, load_model, load_tokenizer
 from partialtune.model.model_checks import check_finite, check_fit, check_ids
-from partialtune.model.new_tokens import config_with, give_rows, tokens_of_recipe
+from partialtune.model.new_tokens import config_with, give_rows
 from partialtune.rank.choice_cost import ChoiceCost, costs_of
 from partialtune.rank.probe import Probe, draw_windows, probe
 from partialtune.recipe.recipe import Recipe

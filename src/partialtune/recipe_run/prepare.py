@@ -13,12 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from partialtune.distributed import decided_by_main, first_on_each_node, main_process_only
 from partialtune.engine.prefix_choice import PrefixPhase
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe
+from partialtune.freeze.recipe_plan import in_steps, plan_of_recipe, tokens_of_recipe
 from partialtune.hub.push import Target, check_access
 from partialtune.model.conformance import Conformance, check_conformance
 from partialtune.model.loading import load_config, load_model, load_tokenizer, model_location
 from partialtune.model.model_checks import check_finite, check_fit, check_ids, check_weights
-from partialtune.model.new_tokens import NewTokens, config_with, give_rows, tokens_of_recipe
+from partialtune.model.new_tokens import NewTokens, config_with, give_rows
 from partialtune.model.train_mode import check_support
 from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe.early_stopping import implied_by_early_stopping
