@@ -206,7 +206,9 @@ def ranking_table(ranking: Ranking, most_parts: int = 12) -> str:
     more = [f"... and {len(ranking.parts) - most_parts} more (--json lists them)"] if ranking.parts[most_parts:] else []
     paste = [f"To train the first {len(ranking.chosen)}:", f"  trainable: {as_yaml(ranking.selectors)}"]
     seconds = ranking.full_step_seconds
-    tables = [_rows("block", ranking.blocks, seconds), "", _rows("part", shown, seconds)]
+    # Measured by tests/benchmarks/rank.py --each; docs/what-may-learn.md has the figures.
+    beware = "(on the bundled model the order of blocks told what training gains, that of parts did not)"
+    tables = [_rows("block", ranking.blocks, seconds), "", _rows("part", shown, seconds), beware]
     return "\n".join([head, "", *tables, *more, *_about_costs(ranking), "", *paste])
 
 

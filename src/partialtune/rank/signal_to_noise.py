@@ -212,6 +212,9 @@ def weight_table(ranking: WeightRanking, most: int = 6) -> str:
             draw_table(rows),
             *(["(--json lists all)"] if more else []),
             "",
+            "Beware: on the bundled model this order did not tell what training a matrix gains; that of `--by gradient`",
+            "did so among whole blocks. See docs/what-may-learn.md, Choosing, and measure on your own text.",
+            "",
             f"To train the first {ranking.top} of each kind (backward stops in block {ranking.lowest_block}):",
             f"  trainable: {as_yaml(ranking.selectors)}",
         ]
