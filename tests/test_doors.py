@@ -117,7 +117,7 @@ def recipe_of(name, bases, folder):
     }
     for key in OF_THE_LOOP:
         values.pop(key, None)
-    if "trainable" in values:  # rows of GPT-2's tokens; the models here have fewer
+    if isinstance(values.get("trainable"), list):  # rows of GPT-2's tokens; the models here have fewer
         values["trainable"] = [ROWS.sub(lambda row: str(int(row[0]) % 4096), text) for text in values["trainable"]]
     if "schedule" in values:
         values["schedule"] = [{**entry, "from_step": PHASES[entry["from_step"]]} for entry in values["schedule"]]
