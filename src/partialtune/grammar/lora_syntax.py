@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from partialtune.grammar.schedule_syntax import converted
 from partialtune.grammar.selector_syntax import check_selector_syntax
-from partialtune.grammar.values import at_least, nearest
+from partialtune.grammar.values import at_least, read_keys
 
 RANK, ALPHA = 8, 16  # where nothing is said
 NOT_WITH_NEW_TOKENS = (
@@ -58,18 +57,7 @@ def read_lora(given: Mapping[str, Any]) -> tuple[Lora, list[str]]:
     Returns:
         The adapters, and what is wrong, in words; they are of use only if nothing is.
     """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for key, value in given.items():
-        if key not in KEYS:
-            near = nearest(key, KEYS)
-            advice = f" Did you mean {near}?" if near else ""
-            problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
-        elif value is not None:
-            try:
-                values[key] = converted(value, *KEYS[key])
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
+    values, problems = read_keys(given, KEYS)
     if not given.get("target"):
         problems.append("target is missing: nothing would get an adapter. Give selectors, such as [attention].")
     for selector in values.get("target", []):

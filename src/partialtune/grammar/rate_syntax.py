@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from partialtune.grammar.selector_syntax import check_selector_syntax
-from partialtune.grammar.values import MORE_THAN_ZERO, Bound, allowed, convert_value, show
+from partialtune.grammar.values import MORE_THAN_ZERO, Bound, converted, show
 
 DECAY = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 EXAMPLE = "{embeddings: 1.0e-5, 'blocks[-1]': 1.0e-4}"
@@ -35,7 +35,7 @@ def read_part_rates(given: Any) -> tuple[dict[str, float], list[str]]:
             problems.append(f"{selector!r}: {problem}")
             continue
         try:
-            rates[selector.strip()] = _converted(rate, MORE_THAN_ZERO)
+            rates[selector.strip()] = converted(rate, float, MORE_THAN_ZERO)
         except ValueError as error:
             problems.append(f"{selector}: {error}")
     return rates, problems
@@ -44,16 +44,6 @@ def read_part_rates(given: Any) -> tuple[dict[str, float], list[str]]:
 def read_layer_decay(given: Any) -> tuple[float | None, list[str]]:
     """The factor from one layer to the one below it, None for none, and what is wrong, in words."""
     try:
-        return None if given is None else _converted(given, DECAY), []
+        return None if given is None else converted(given, float, DECAY), []
     except ValueError as error:
         return None, [str(error)]
-
-
-def _converted(value: Any, bound: Bound) -> float:
-    try:
-        converted = convert_value(value, float)
-    except ValueError as error:
-        raise ValueError(f"got {error}; allowed: {allowed(float, bound)}.") from error
-    if not bound.holds(converted):
-        raise ValueError(f"got {show(value)}; allowed: {allowed(float, bound)}.")
-    return converted

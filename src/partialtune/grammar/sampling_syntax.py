@@ -6,9 +6,8 @@ block_sampling: {blocks: 2, every: 20, order: random, keep_state: false}
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from partialtune.grammar.schedule_syntax import converted
 from partialtune.grammar.selector_syntax import check_selector_syntax
-from partialtune.grammar.values import at_least, nearest
+from partialtune.grammar.values import at_least, read_keys
 
 KEYS = {  # type and bound
     "blocks": (int, at_least(1)),
@@ -38,18 +37,7 @@ def read_block_sampling(given: Any) -> tuple[dict[str, Any], list[str]]:
     """
     if not isinstance(given, Mapping):
         return {}, [f"got {given!r}; allowed: a mapping such as {{blocks: 2, every: 20}}."]
-    settings: dict[str, Any] = {}
-    problems = []
-    for key, value in given.items():
-        if key not in KEYS:
-            near = nearest(key, KEYS)
-            advice = f" Did you mean {near}?" if near else ""
-            problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
-        elif value is not None:
-            try:
-                settings[key] = converted(value, *KEYS[key])
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
+    settings, problems = read_keys(given, KEYS)
     for key, meaning in REQUIRED.items():
         if given.get(key) is None:
             problems.append(f"{key} is missing: it says {meaning}. Give a whole number, 1 or more.")

@@ -5,16 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from partialtune.grammar.selector_syntax import check_selector_syntax
-from partialtune.grammar.values import (
-    MORE_THAN_ZERO,
-    allowed,
-    at_least,
-    convert_value,
-    nearest,
-    nearest_choice,
-    quoting_advice,
-    show,
-)
+from partialtune.grammar.values import MORE_THAN_ZERO, at_least, read_keys
 
 STARTS = ("from_step", "from_epoch")
 KEYS = {  # of an entry -> type and bound
@@ -49,17 +40,7 @@ def read_schedule(
 
 
 def _read_entry(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    entry, problems = {}, []
-    for key, value in given.items():
-        if key not in KEYS:
-            near = nearest(key, KEYS)
-            advice = f" Did you mean {near}?" if near else ""
-            problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
-        elif value is not None:
-            try:
-                entry[key] = converted(value, *KEYS[key])
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
+    entry, problems = read_keys(given, KEYS)
     starts = [key for key in STARTS if given.get(key) is not None]
     if len(starts) == 2:
         problems.append("both from_step and from_epoch say when it begins. Keep one of them.")
@@ -71,22 +52,6 @@ def _read_entry(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problem = check_selector_syntax(selector)
         problems += [f"trainable, {selector!r}: {problem}"] if problem else []
     return entry, problems
-
-
-def converted(value: Any, hint: Any, bound: Any) -> Any:
-    """The value of an entry's key as its type.
-
-    Raises:
-        ValueError: If it cannot be, or is out of bounds: what was got, what is allowed.
-    """
-    try:
-        found = convert_value(value, hint)
-    except ValueError as error:
-        advice = nearest_choice(value, hint) or quoting_advice(value, hint)
-        raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{advice}") from error
-    if bound and not bound.holds(found):
-        raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.")
-    return found
 
 
 def _wrong_starts(entries: Sequence[Mapping[str, Any]], trains_from_start: bool) -> Iterator[str]:

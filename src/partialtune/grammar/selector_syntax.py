@@ -18,7 +18,7 @@ import difflib
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from partialtune.errors import RecipeError
@@ -138,6 +138,33 @@ def check_selector_syntax(selector: str) -> str | None:
     except RecipeError as error:
         return str(error)
     return None
+
+
+def numbers_of(
+    indices: Iterable[int | slice], count: int, empty: Callable[[slice], str], beyond: Callable[[int], str]
+) -> set[int]:
+    """Which of range(count) Python's indices and slices choose, so that [-2:] and [::2] mean what they mean there.
+
+    Args:
+        indices: As a selector has them between its brackets.
+        count: How many there are to choose from.
+        empty, beyond: What to say of a slice that chooses none, and of an index that is out of range.
+
+    Raises:
+        RecipeError: If one of them is so.
+    """
+    numbers: set[int] = set()
+    for index in indices:
+        if isinstance(index, slice):
+            chosen = range(count)[index]
+            if not chosen:
+                raise RecipeError(empty(index))
+            numbers.update(chosen)
+        elif not -count <= index < count:
+            raise RecipeError(beyond(index))
+        else:
+            numbers.add(index % count)
+    return numbers
 
 
 def slice_as_written(chosen: slice) -> str:

@@ -215,3 +215,47 @@ def wrong_new_tokens(tokens: Sequence[str], init: Mapping[str, str]) -> Iterator
             yield "new_tokens_init", f"{show(token)} is none of new_tokens, {show(list(tokens))}. Take it out."
         if not isinstance(words, str) or not words.strip():
             yield "new_tokens_init", f"{show(token)} has {show(words)}; allowed: words whose rows are averaged."
+
+
+def converted(value: Any, hint: Any, bound: Any) -> Any:
+    """The value of an entry's key as its type.
+
+    Raises:
+        ValueError: If it cannot be, or is out of bounds: what was got, what is allowed.
+    """
+    try:
+        found = convert_value(value, hint)
+    except ValueError as error:
+        advice = nearest_choice(value, hint) or quoting_advice(value, hint)
+        raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{advice}") from error
+    if bound and not bound.holds(found):
+        raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.")
+    return found
+
+
+def read_keys(given: Mapping[Any, Any], keys: Mapping[str, tuple[Any, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Convert and check a mapping within a recipe, such as `lora` or an entry of `schedule`.
+
+    read_keys({"rank": "4", "rnk": 1}, {"rank": (int, at_least(1))})
+    -> ({"rank": 4}, ["unknown key rnk; allowed are rank. Did you mean rank?"])
+
+    Args:
+        given: What the recipe says.
+        keys: Key -> its type and bound, as for `converted`.
+
+    Returns:
+        The values that could be converted, and what is wrong, in words. A key without a value is left out.
+    """
+    values: dict[str, Any] = {}
+    problems = []
+    for key, value in given.items():
+        if key not in keys:
+            near = nearest(key, keys)
+            advice = f" Did you mean {near}?" if near else ""
+            problems.append(f"unknown key {key}; allowed are {', '.join(keys)}.{advice}")
+        elif value is not None:
+            try:
+                values[key] = converted(value, *keys[key])
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+    return values, problems

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from partialtune.errors import RecipeError
-from partialtune.grammar.selector_syntax import slice_as_written
+from partialtune.grammar.selector_syntax import numbers_of, slice_as_written
 from partialtune.model.rows import Rows, as_runs
 from partialtune.model.structure import ModelStructure
 
@@ -76,22 +76,15 @@ def _counts(structure: ModelStructure) -> Mapping[str, int]:
 
 
 def _numbers(model: str, selector: str, indices: Sequence[int | slice], count: int) -> set[int]:
-    numbers: set[int] = set()
-    for index in indices:
-        if isinstance(index, slice):
-            chosen = range(count)[index]
-            if not chosen:
-                raise RecipeError(
-                    f"{selector}: the slice {slice_as_written(index)} holds no expert. {model} has {count} experts in "
-                    f"a block, 0 to {count - 1}, and a slice ends before its second number."
-                )
-            numbers.update(chosen)
-        elif not -count <= index < count:
-            where = "" if selector == f"experts[{index}]" else f" (in {selector})"
-            raise RecipeError(
-                f"experts[{index}]{where} is out of range: {model} has {count} experts in a block, 0 to {count - 1}. "
-                f"The last one is experts[{count - 1}] or experts[-1]."
-            )
-        else:
-            numbers.add(index % count)
-    return numbers
+    has = f"{model} has {count} experts in a block, 0 to {count - 1}"
+
+    def empty(chosen: slice) -> str:
+        written = slice_as_written(chosen)
+        return f"{selector}: the slice {written} holds no expert. {has}, and a slice ends before its second number."
+
+    def beyond(index: int) -> str:
+        where = "" if selector == f"experts[{index}]" else f" (in {selector})"
+        last = f"The last one is experts[{count - 1}] or experts[-1]."
+        return f"experts[{index}]{where} is out of range: {has}. {last}"
+
+    return numbers_of(indices, count, empty, beyond)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from partialtune.errors import RecipeError
 from partialtune.grammar.named_selectors import BLOCK_PARTS, NAMED, WORDS
-from partialtune.grammar.selector_syntax import Pattern, Selector, parse_selector, slice_as_written
+from partialtune.grammar.selector_syntax import Pattern, Selector, numbers_of, parse_selector, slice_as_written
 from partialtune.model.experts import single_experts
 from partialtune.model.layout import Place
 from partialtune.model.rows import Rows, as_runs, row_numbers
@@ -146,30 +146,22 @@ def _with_rows(structure: ModelStructure, selector: Selector, names: dict[str, s
 
 def _rows(structure: ModelStructure, selector: Selector, name: str) -> Rows:
     shape = structure.by_name[name].shape
-    numbers: set[int] = set()
     if len(shape) < 2:
         raise RecipeError(
             f"{selector.text}: {name} is a vector of {structure.by_name[name].numel} values and has no rows. "
             f"Take '/{re.escape(name)}/' away before it, or choose {selector.word} as a whole."
         )
     length = shape[0]
-    for index in selector.rows or ():
-        if isinstance(index, slice):
-            chosen = range(length)[index]
-            if not chosen:
-                raise RecipeError(
-                    f"{selector.text}: the slice {slice_as_written(index)} holds no row. {name} has {length:,} rows, "
-                    f"0 to {length - 1}, and a slice ends before its second number."
-                )
-            numbers.update(chosen)
-        elif not -length <= index < length:
-            raise RecipeError(
-                f"{selector.text}: row {index} is out of range. {name} has {length:,} rows, 0 to {length - 1}; the "
-                f"last one is {selector.word}[-1]."
-            )
-        else:
-            numbers.add(index % length)
-    return as_runs(numbers)
+    has = f"{name} has {length:,} rows, 0 to {length - 1}"
+
+    def empty(chosen: slice) -> str:
+        written = slice_as_written(chosen)
+        return f"{selector.text}: the slice {written} holds no row. {has}, and a slice ends before its second number."
+
+    def beyond(index: int) -> str:
+        return f"{selector.text}: row {index} is out of range. {has}; the last one is {selector.word}[-1]."
+
+    return as_runs(numbers_of(selector.rows or (), length, empty, beyond))
 
 
 def match(structure: ModelStructure, selector: Selector) -> Matches:
@@ -217,26 +209,20 @@ def _is_match(selector: Selector, blocks: set[int], place: Place) -> bool:
 
 def _numbers_of_blocks(structure: ModelStructure, selector: Selector) -> set[int]:
     """Python's own slicing of range(count) decides, so that blocks[-2:] and blocks[::2] mean what they mean there."""
-    count, model = structure.block_count, structure.model_name
-    numbers: set[int] = set()
-    for index in selector.indices or ():
-        if isinstance(index, slice):
-            chosen = range(count)[index]
-            if not chosen:
-                raise RecipeError(
-                    f"{selector.text}: the slice {slice_as_written(index)} holds no block. {model} has {count} blocks, "
-                    f"0 to {count - 1}, and a slice ends before its second number: blocks[0:1] is the first block."
-                )
-            numbers.update(chosen)
-        elif not -count <= index < count:
-            where = "" if selector.text == f"blocks[{index}]" else f" (in {selector.text})"
-            raise RecipeError(
-                f"blocks[{index}]{where} is out of range: {model} has {count} blocks, 0 to {count - 1}. "
-                f"The last one is blocks[{count - 1}] or blocks[-1]."
-            )
-        else:
-            numbers.add(index % count)
-    return numbers
+    count = structure.block_count
+    has = f"{structure.model_name} has {count} blocks, 0 to {count - 1}"
+
+    def empty(chosen: slice) -> str:
+        return (
+            f"{selector.text}: the slice {slice_as_written(chosen)} holds no block. {has}, and a slice ends before its "
+            f"second number: blocks[0:1] is the first block."
+        )
+
+    def beyond(index: int) -> str:
+        where = "" if selector.text == f"blocks[{index}]" else f" (in {selector.text})"
+        return f"blocks[{index}]{where} is out of range: {has}. The last one is blocks[{count - 1}] or blocks[-1]."
+
+    return numbers_of(selector.indices or (), count, empty, beyond)
 
 
 def _tie_contradictions(structure: ModelStructure, steps: Sequence[tuple[Selector, dict[str, set[str]]]]) -> list[str]:

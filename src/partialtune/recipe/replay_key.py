@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from partialtune.grammar.schedule_syntax import converted
-from partialtune.grammar.values import Bound, nearest
+from partialtune.grammar.values import Bound, read_keys
 from partialtune.recipe.arguments import NOT_EMPTY, SOURCES
 
 NAME = "replay"  # of the text in evaluation.json
@@ -31,17 +30,7 @@ def read_replay(given: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     if not given:
         return {}, []
-    replay, problems = {}, []
-    for key, value in given.items():
-        if key not in KEYS:
-            near = nearest(key, KEYS)
-            advice = f" Did you mean {near}?" if near else ""
-            problems.append(f"unknown key {key}; allowed are {', '.join(KEYS)}.{advice}")
-        elif value is not None:
-            try:
-                replay[key] = converted(value, *KEYS[key])
-            except ValueError as error:
-                problems.append(f"{key}: {error}")
+    replay, problems = read_keys(given, KEYS)
     missing = [key for key in REQUIRED if given.get(key) is None]
     return replay, [*problems, *(f"{key} is missing: {REQUIRED[key]}." for key in missing)]
 
