@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +72,29 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 
 WARM = """\
-import gc, importlib, json, os, sys
+import gc, importlib, json, os, sys, traceback
 import torch, transformers, datasets
 import evaluate, pydantic, torch.distributed.fsdp, transformers.models.gpt2.modeling_gpt2  # as runs do later: 0.8 s
-import partialtune.recipe_run.train, partialtune.cli
-from partialtune.pages import figures, report
+import annotated_types, pydantic.fields, pydantic.types, rich.console, rich.table, torch.utils.serialization.config
+import peft, pytest, torch.distributed.algorithms.ddp_comm_hooks, torch.distributed.checkpoint.state_dict
+import accelerate.commands.launch, fsdp_on_cpu  # for the functions that a run calls first: 0.3 s in each process
+import fork_server, torch.distributed.run
+import partialtune.recipe_run.train, partialtune.recipe_run.run_recipe, partialtune.cli
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from partialtune.pages import card, figures, html, report
+from partialtune.recipe_run import write_results
+from partialtune.scoring import evaluation
 torch.set_num_threads(1)
+for name in ("report.html.j2", "report_insight.html.j2", "macros.html.j2", "report.css", "report.js"):
+    html.html_environment().get_template(name)  # compiles it
+card._environment().get_template("card.md.j2")
+evaluation.metric_class()
+get_checkpoint_conversion_mapping("gpt2")  # compiles 1,000 expressions, of all architectures
+os.fsync = lambda descriptor: None  # no machine is switched off: 27 of them are a tenth of a small run's seconds
 gc.collect()
 gc.freeze()  # what was imported is not searched for garbage in each run
 figures.render_figure = report.render_figure = lambda *_, **__: b"not drawn"  # half of a small run's time
+write_results.needed_products = lambda *_, **__: None  # not counted, a sixth of it
 
 def run(job, rank):
     out = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -89,17 +104,33 @@ def run(job, rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {name: str(job["processes"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         os.environ["MASTER_PORT"] = str(job["port"])
+    os.environ |= job["environment"]
+    if job["nodes"]:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+        os.environ["PARTIALTUNE_CACHE"] = job["nodes"][rank]["cache"]
+        os.chdir(job["nodes"][rank]["folder"])
     code = 1
     try:
         for module, function in (name.split(":") for name in job["first"]):
             getattr(importlib.import_module(module), function)()
         code = partialtune.cli.main(job["words"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 for line in sys.stdin:
     job, children = json.loads(line), []
+    if "serve" in job:
+        between = os.fork()
+        if not between:
+            if not os.fork():  # nobody's child: the loop below waits for its own
+                fork_server.serve(job["serve"])
+            os._exit(0)
+        os.waitpid(between, 0)
+        continue
     for rank in range(job["processes"]):
         children.append(os.fork())
         if not children[-1]:
@@ -110,17 +141,27 @@ for line in sys.stdin:
 """
 
 
+@dataclass(frozen=True)
+class Node:
+    """What a machine of a cluster sees as its own."""
+
+    folder: Path
+    cache: Path
+
+
 class WarmProcess:
     """Runs of `partialtune`, each a process of its own on one thread, forked where everything is imported already.
 
-    Importing takes eight seconds, a small run two. Use it as a context manager.
+    Importing takes eight seconds, a small run two: most tests share the one of the fixture `warm`. One with an
+    `environment` of its own (what libraries read when they are imported) is used as a context manager.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
+        self.environment = os.environ if environment is None else environment
 
     def __enter__(self) -> "WarmProcess":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**self.environment, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
         self.parent = subprocess.Popen(
             [sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -132,15 +173,25 @@ class WarmProcess:
         self.parent.wait(timeout=60)
         self.parent.stdout.close()
 
-    def start_all(self, words: Sequence[str], processes: int, first: Sequence[str] = ()) -> list[int]:
+    def start_all(
+        self,
+        words: Sequence[str],
+        processes: int,
+        first: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        nodes: Sequence["Node"] = (),
+    ) -> list[int]:
         """Start a run of several processes, which find each other as those of a launcher do; their ids by rank.
 
-        `first` are functions that each of them calls before, as `module:function` of this folder.
+        `first` are functions that each of them calls before, as `module:function` of this folder; `environment` are
+        variables that a launcher sets. Each of `nodes` has one process, its own working directory and cache.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {"log": str(self.log), "words": list(words), "processes": processes, "port": port, "first": list(first)}
+        job = {"log": str(self.log), "words": list(words), "processes": processes, "port": port}
+        job |= {"first": list(first), "environment": dict(environment or {})}
+        job["nodes"] = [{"folder": str(node.folder), "cache": str(node.cache)} for node in nodes]
         self.parent.stdin.write(json.dumps(job) + "\n")
         self.parent.stdin.flush()
         return json.loads(self.parent.stdout.readline())
@@ -161,6 +212,12 @@ class WarmProcess:
         """Start it and wait for its end; its exit code."""
         self.start(words)
         return self.end()
+
+
+def limit_file_sizes() -> None:
+    """Let no file of this process have more bytes than `FILE_BYTES` says, as on a disk that is full."""
+    size = int(os.environ["FILE_BYTES"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 # ---- runs that are killed -------------------------------------------------------------------------------------------

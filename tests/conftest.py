@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -34,6 +35,70 @@ def little_garbage():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_runs(request):
+    """Runs draw no figures, count no products for `performance.json` and continue no prompts while they train: half, a
+    sixth and a sixth of a small run's time.
+
+    They do in the modules with `WHOLE_RUNS = True`: those that look at figures or products, and those which together
+    have every method and kind of model. `test_figures` draws every figure.
+    """
+    if getattr(request.module, "WHOLE_RUNS", False):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for page in ("figures", "report"):
+            patch.setattr(f"partialtune.pages.{page}.render_figure", lambda *_, **__: b"not drawn")
+        results = sys.modules.get("partialtune.recipe_run.write_results")  # to import it takes longer than to count
+        if results:
+            patch.setattr(results, "needed_products", lambda *_, **__: None)  # as where it is unknown
+            patch.setattr("partialtune.recipe_run.while_training.Samples.look", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks():
+    """No machine is switched off in tests: a run's 27 calls of fsync are a tenth of a small one's seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_session(tmp_path_factory):
+    """The user's own cache is left alone, and what lies in it decides nothing."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARTIALTUNE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory, cache_of_the_session):
+    """A `WarmProcess` for all tests; its log grows with each run."""
+    from cluster import WarmProcess
+
+    with WarmProcess(tmp_path_factory.mktemp("warm") / "log") as warm:
+        warm.log.touch()
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def agents(tmp_path_factory, warm):
+    """A `ForkServer`: real agents of torch, forked from the warm process."""
+    from fork_server import ForkServer
+
+    with ForkServer(warm, tmp_path_factory.mktemp("agents")) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_kept_scores_or_states(cache_of_the_session):
+    """A test that looks at how the base is scored does not find scores of another one. Texts are prepared once."""
+    for kind in ("prepared/scores", "prefix"):
+        shutil.rmtree(cache_of_the_session / kind, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """A run that believes that accelerate started it takes all cores, for good."""
@@ -57,13 +122,30 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Figures of runs are not drawn, which is half of a small run's time: for tests that look at other things.
+def in_this_process(monkeypatch):
+    """Runs of a comparison in this process, which costs no imports; the list of commands that were run."""
+    from partialtune.cli import main
+    from partialtune.compare import run_queue, try_rates
 
-    What the fixtures of a module run is drawn all the same, and `test_figures` draws every figure.
-    """
-    for module in ("figures", "report"):
-        monkeypatch.setattr(f"partialtune.pages.{module}.render_figure", lambda *_, **__: b"not drawn")
+    commands = []
+
+    def run_here(command, log, look, *held):
+        commands.append(command[2:])
+        look()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+        run = {"partialtune": main, "partialtune.compare.try_rates": try_rates.main}[command[2]]
+        return run(command[3:])
+
+    monkeypatch.setattr(run_queue, "run_child", run_here)
+    return commands
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of runs are not drawn, in a module with `WHOLE_RUNS` either: for its tests that look at other things."""
+    for page in ("figures", "report"):
+        monkeypatch.setattr(f"partialtune.pages.{page}.render_figure", lambda *_, **__: b"not drawn")
 
 
 @pytest.fixture(scope="session", params=SOURCES, ids=lambda folder: "whole" if folder == WHOLE_FILES else "excerpt")

@@ -617,8 +617,8 @@ def test_what_is_no_trainer_is_told_of_the_other_door(tmp_path):
     trainer, plan = made(tmp_path)
     with pytest.raises(RecipeError, match="fast_paths: logits is none; there are loss, gelu, casts"):
         pt.attach(trainer, plan, fast_paths=["logits"])
-    with pytest.raises(RecipeError, match="prefix_cache is 'disk'; allowed are auto, off, memory"):
-        pt.attach(made(tmp_path)[0], plan, prefix_cache="disk")
+    with pytest.raises(RecipeError, match="prefix_cache is 'tape'; allowed are auto, off, memory, disk"):
+        pt.attach(made(tmp_path)[0], plan, prefix_cache="tape")
 
 
 # ---- violations -----------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_a_text_that_may_not_be_read_is_refused(tmp_path, capfd, monkeypatch):
 
 def test_a_command_that_takes_no_keys_refuses_them(tmp_path, capfd):
     assert "--max_steps" in refused(capfd, ["report", str(tmp_path), "--max_steps", "3"])
-    assert "finished run" in refused(capfd, ["report", str(tmp_path)])
+    assert "Give the output_dir of a run that has begun to train" in refused(capfd, ["report", str(tmp_path)])
 
 
 def test_finite_weights_with_scores_that_are_not_are_said_so_before_training_diverges(tmp_path, capfd, caplog):
@@ -329,7 +329,7 @@ def test_ctrl_c_in_any_phase_before_the_first_step_leaves_a_folder_that_the_same
     words = ["train", write_recipe(tmp_path, {"prompts": ["It was"], "report_to": "none", "block_size": 64})]
     phases = {
         "text": (partialtune.recipe_run.prepare, "data_of_recipe"),
-        "loading": (partialtune.recipe_run.prepare, "load_model"),
+        "loading": (partialtune.recipe_run.prepare, "load_base"),
         "the folder": (partialtune.recipe_run.train, "begin_folder"),
         "scoring": (look, "probe_prompts"),
         "training's set-up": (FreezeAuditCallback, "on_train_begin"),
@@ -339,7 +339,7 @@ def test_ctrl_c_in_any_phase_before_the_first_step_leaves_a_folder_that_the_same
             patch.setattr(*place, interrupted)
             assert main(words) == 130, phase
     caplog.clear()
-    monkeypatch.setattr(look, "score_tokens", scored_after := scored_once_more(look.score_tokens))
+    monkeypatch.setattr(look, "score_windows", scored_after := scored_once_more(look.score_windows))
     assert main(words) == 0
     assert "ended before its first optimizer step: it starts again" in caplog.text
     assert "used again: validation, training, prompts" in caplog.text
@@ -347,12 +347,12 @@ def test_ctrl_c_in_any_phase_before_the_first_step_leaves_a_folder_that_the_same
     assert main(words) == 0  # finished: nothing to do
 
 
-def scored_once_more(score_tokens):
-    """`score_tokens` that keeps the labels of what it scored; learning curves have none."""
+def scored_once_more(score_windows):
+    """`score_windows` that keeps the labels of what it scored; learning curves have none."""
 
     def scored(model, text, batch_size, label, *args, **kwargs):
         scored.labels.append(label)
-        return score_tokens(model, text, batch_size, label, *args, **kwargs)
+        return score_windows(model, text, batch_size, label, *args, **kwargs)
 
     scored.labels = []
     return scored

@@ -47,6 +47,7 @@ def found(label="a.yaml", full=1, seconds=2.0, memory=1000.0, **changes):
     shares = {"data": 0.01, "forward": 0.4, "backward": 0.5, "optimizer": 0.05, "callbacks": 0.04}
     measured = {"median_step_seconds": seconds, "tokens_per_second": 4096 / seconds, "peak_memory_mb": memory}
     counts = {"trainable_parameters": 10, "total_parameters": 40, "tokens_per_step": 4096, "utilisation": 0.61}
+    counts |= {"counted_steps": 10, "fastest_step_seconds": seconds - 0.5, "slowest_step_seconds": seconds + 1}
     words = {"precision": "fp32", "device": "cpu, 2 threads", "time_shares": shares}
     return {"label": label, "full": full, **measured, **counts, **words, **changes}
 
@@ -206,12 +207,22 @@ def test_several_processes_are_refused(monkeypatch):
 def test_the_table_sets_each_variant_beside_full_and_says_what_did_not_run():
     table = bench_table(with_ratios(THREE), steps=11)
     own, full, failed = table.splitlines()[1:4]
-    shown = ["a.yaml", "25%", "2", "50%", "2,048", "1,000", "25%", "61%"]
+    shown = ["a.yaml", "25%", "2", "1.5–3", "50%", "2,048", "1,000", "25%", "61%"]
     assert own.split() == [*shown, "1%", "40%", "50%", "5%", "4%"]
-    assert full.split()[:5] == ["method:", "full", "100%", "4", "100%"]
+    assert full.split()[:6] == ["method:", "full", "100%", "4", "3.5–5", "100%"]
     assert failed == "c.yaml: out of memory"
     assert "cpu, 2 threads, fp32, median of 10 steps" in table
     assert "of the whole process" in table
+    assert "--steps" not in table
+
+
+def test_no_ratio_is_shown_where_fewer_than_three_steps_were_counted():
+    rows = with_ratios([{**row, "counted_steps": 2} for row in THREE])
+    assert [row["of_full"] for row in rows] == [{"time": None, "memory": None}] * 3
+    table = bench_table(rows, steps=3)
+    assert table.splitlines()[1].split()[:7] == ["a.yaml", "25%", "2", "1.5–3", "2,048", "1,000", "61%"]
+    assert "of full: takes 3 counted steps or more, here 2: --steps 4." in table
+    assert bench_figure(rows).startswith(PNG)
 
 
 def test_on_a_gpu_the_table_says_whose_memory_it_is():
@@ -250,6 +261,9 @@ def test_the_command_writes_what_was_asked_for_and_prints_json_alone(recipe, tmp
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(data.read_text())
     assert [result["label"] for result in printed["results"]] == [path, FULL]
+    assert [result["counted_steps"] for result in printed["results"]] == [1, 1]
+    first = printed["results"][0]
+    assert first["fastest_step_seconds"] == first["median_step_seconds"] == first["slowest_step_seconds"]
     assert figure.read_bytes().startswith(PNG)
     assert {file.name for file in tmp_path.iterdir()} == {"recipe.yaml", "bench.png", "bench.json"}
 

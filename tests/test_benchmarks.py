@@ -3,25 +3,35 @@
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import REPOSITORY, tiny_gpt2
+from partialtune.freeze.plan import plan_freeze
+from partialtune.model.loading import empty_model
+from test_no_logits import SMALL
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 
+import compare_prefix
+import random_models
 import trl_speed
+import yardsticks
 from growth import Point, all_series, fit, lines_of
-from plain_loop import train
+from plain_loop import freeze_by_hand, train
 from speed import BESIDE, JOBS, Measurement, Shape, as_table, beside_table, needed, rows_of
 
 
-@pytest.mark.parametrize(("policy", "trained"), [("full", None), ("notebook", {"wte", "wpe", "ln_f"})])
+@pytest.mark.parametrize(
+    ("policy", "trained"), [("full", None), ("notebook", {"wte", "wpe", "ln_f"}), ("last_2", {"h.1", "h.2", "ln_f"})]
+)
 def test_the_plain_loop_trains_what_its_policy_says(policy, trained):
     model = tiny_gpt2().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert len(train(model, policy, steps=2, batch_size=2, block_size=8)) == 2
     moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
     everything = {name for name, _ in model.named_parameters()}
-    assert moved == {name for name in everything if trained is None or name.split(".")[1] in trained}
+    assert moved == {n for n in everything if trained is None or n.split(".")[1] in trained or n[12:15] in trained}
 
 
 def test_the_speed_table_holds_medians_over_the_rounds_and_their_ratios_beside_the_targets():
@@ -92,3 +102,52 @@ def test_with_attach_the_products_of_the_frozen_blocks_are_not_needed():
     products = trl_speed.needed(job)
     assert products["attach"] == 2 * tokens * (3 * 2 * a_block + 2 * head)
     assert products["by hand"] == products["attach"] + 2 * tokens * 2 * a_block
+
+
+@pytest.mark.parametrize("policy", yardsticks.POLICIES)
+def test_by_hand_the_same_trains_as_by_the_recipe_of_each_policy(policy):
+    for shape in ("gpt2", "smollm2"):
+        model = random_models.empty(random_models.SHAPES[shape])
+        freeze_by_hand(model, policy)
+        by_hand = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        recipe = yardsticks.POLICIES[policy].recipe
+        assert by_hand == set(plan_freeze(model, recipe.get("trainable", ["all"])).trainable)
+
+
+def test_random_weights_are_written_file_by_file_and_load_as_a_model(tmp_path):
+    config = LlamaConfig(**SMALL, tie_word_embeddings=True, dtype=torch.bfloat16)
+    model = empty_model(config)
+    random_models.write_random_weights(model, torch.bfloat16, tmp_path, shard=3000)
+    config.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert loaded.model.norm.weight.eq(1).all()
+
+
+def test_the_table_of_yardsticks_holds_medians_and_what_ours_is_of_each_way():
+    setting = yardsticks.Setting("smollm2", "last_2", "fp32")
+    found = []
+    for turn, noise in enumerate((0, 1, 50)):  # other work disturbed the third round
+        found.append(yardsticks.Measurement(setting, "plain", 8 + noise, 4000, 60))
+        found.append(yardsticks.Measurement(setting, "trl", 10 + noise, 5000, 60))
+        found.append(yardsticks.Measurement(setting, "ours", 2 + noise, 2500, 60, 2000, 0.9 - turn / 10))
+    only_ours = yardsticks.Measurement(yardsticks.Setting("llama-1.1b", "last_2", "bf16", 4), "ours", 5, 5400, 60)
+    row, alone = yardsticks.rows_of([*found, only_ours])
+    assert (row["step_seconds_over_trl"], row["step_seconds_over_plain"]) == (3 / 11, 3 / 9)
+    assert (row["peak_mb_over_trl"], row["peak_mb_over_plain"]) == (0.5, 0.625)
+    assert alone["trl_step_seconds"] is alone["step_seconds_over_trl"] is None
+    table = yardsticks.as_table([row, alone])
+    assert "| 9.00 | 11.00 | 3.00 | 0.273 | 0.30 met | 0.333 |" in table
+    assert "| 4,000 | 5,000 | 2,500 | 2,000 | 0.500 | 0.40 MISSED | 0.625 | 0.80 |" in table
+    assert "| bf16 | 4 x 256 |  |  | 5.00 |  |  |  |  |  | 5,400 |" in table
+
+
+def test_comparisons_stand_beside_the_first_one_with_their_share_of_its_time_and_whether_bits_are_the_same():
+    alone = compare_prefix.Comparison(100.0, 180.0, {1e-4: 2.5}, {"a-seed0": "f00"})
+    shared = compare_prefix.Comparison(48.0, 90.0, {1e-4: 2.5}, {"a-seed0": "bad"})
+    _, first, second = compare_prefix.table({"each for itself": alone, "shared": shared}).splitlines()
+    assert first.split()[-4:] == ["trials", "True,", "weights", "True"]
+    assert second.split() == ["shared", "48.0", "0.48", "90.0", "0.50", "trials", "True,", "weights", "False"]

@@ -217,7 +217,6 @@ REFUSED = {
     ),
     "full": ({"method": "full", "trainable": ["all"]}, "block_sampling: method full trains everything"),
     "lora": ({"method": "lora", "trainable": ["mlp"]}, "block_sampling: method lora trains its adapters"),
-    "fsdp": ({"fsdp": "full_shard"}, "fsdp: shards what trains before the first step, and block_sampling"),
     "ddp": ({"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters: false does not go with block_sampling"),
     "prefix": ({"prefix_cache": "memory"}, "prefix_cache: memory does not go with block_sampling"),
     "no number": ({"block_sampling": {"blocks": "two", "every": 3}}, "blocks: got 'two'; allowed: a whole number"),

@@ -1,14 +1,17 @@
 """The model card: valid for the Hub, true to the run, and deaf to what texts and tokens hold."""
 
+import html
 import json
 import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from partialtune.pages.card import cell_code, code, name_repository, plain, write_card
 from run_folder import write_run_folder
 
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 ATTACK = "<script>alert(1)</script> | `a` *b* [c](http://d) _e_ $f$ \\ \n---\n# g"
 
 
@@ -48,6 +51,25 @@ def test_the_model_index_holds_perplexity_and_bits_per_byte_after_training(card)
     assert results["validation", "bits_per_byte"].metric_value == pytest.approx(1.612645)
     assert "pg829.txt" in results["validation", "perplexity"].dataset_name
     assert results["python_docs", "perplexity"].dataset_name == "python_docs"
+
+
+def test_the_card_says_at_which_rates_and_in_which_order_parts_trained(tmp_path, card):
+    folder = write_run_folder(tmp_path / "rates")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {
+        "part_learning_rates": {"embeddings": 1e-5, "/a|b/": 2e-5},
+        "schedule": [{"from_step": 4, "trainable": ["head"]}],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = write_card(folder).read_text()
+    rows = {row[0]: row[1] for row in cells(rendered(text)) if len(row) == 2}
+    said = {
+        key: json.loads(html.unescape(re.sub("</?code>", "", rows[f"<code>{key}</code>"])))
+        for key in ("part_learning_rates", "schedule")
+    }
+    assert said == {key: recipe[key] for key in said}
+    assert "layer_decay" not in text
+    assert "part_learning_rates" not in str(card)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -83,3 +84,38 @@ def test_the_wheel_holds_model_templates_and_quickstart_and_runs_from_an_empty_f
     code = "import partialtune; print(partialtune.__file__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert found.stdout.startswith(str(tmp_path))
+
+
+def test_a_misspelt_command_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["trian", "recipe.yaml"])
+    assert ended.value.code == 2
+    assert "there is no command 'trian'. Did you mean train?" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there_is_looked_for_in_the_folder_of_recipes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes" / "gpt2").mkdir(parents=True)
+    (tmp_path / "recipes" / "gpt2" / "norms.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "norm.yaml"]) == 2
+    assert "Did you mean recipes/gpt2/norms.yaml?" in capsys.readouterr().err
+    assert main(["plan", "x.yaml"]) == 2
+    assert "Those of the project are in recipes." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan recipe.yaml", "generate some/model", "verify builtin:lilliput some/model"])
+def test_without_a_network_a_model_of_the_hub_is_one_line_at_once(command, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("partialtune.net.hub_client.constants.ENDPOINT", "https://hub.invalid")  # RFC 2606
+    for name in ("https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    values = "{model_name_or_path: some/model, text: t, trainable: [all], output_dir: o}"
+    (tmp_path / "recipe.yaml").write_text(values)
+    started = time.monotonic()
+    assert main(command.split()) == 2
+    assert time.monotonic() - started < 10
+    said = capsys.readouterr().err.strip()
+    assert "some/model" in said
+    assert "hub.invalid cannot be reached" in said
+    assert len(said.splitlines()) == 1
+    assert "thrown while requesting" not in caplog.text

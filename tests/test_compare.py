@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,18 +20,29 @@ from matplotlib.text import Text
 from transformers import AutoTokenizer
 
 from chromium import Page, needs_chromium
+from cluster import wait_for
 from conftest import REPOSITORY, tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.compare import run_queue, try_rates
+from partialtune.compare import run_queue
 from partialtune.compare.comparable import check_recipes
 from partialtune.compare.frontier import draw_frontier
-from partialtune.compare.learning_rates import RateTrial, Search, at_the_end_of_the_list, best_rate
-from partialtune.compare.outcomes import Spread, grouped, read_outcome, unique_names
+from partialtune.compare.learning_rates import (
+    RateTrial,
+    Search,
+    at_the_end_of_the_list,
+    best_rate,
+    keep_trial,
+    progress_file,
+)
+from partialtune.compare.outcomes import Measures, Outcome, Row, Spread, grouped, read_outcome, unique_names
 from partialtune.compare.policies import changed_words, read_policies, value_words
-from partialtune.compare.presentation import subtitle
+from partialtune.compare.presentation import comparison_lines, subtitle
+from partialtune.compare.try_rates import StepsTaken
 from partialtune.errors import InputError, Interrupted, RecipeError
+from partialtune.files import lock
 from partialtune.pages.figure_style import LIGHT
+from partialtune.recipe.recipe import read_recipe
 from partialtune.run_folder import locked
 from partialtune.text.windows import split_text
 from run_folder import write_run_folder
@@ -141,7 +154,10 @@ def test_runs_whose_bits_per_byte_are_withheld_are_shown_without_them(tmp_path, 
 def test_the_terminal_shows_the_best_policy_first_with_its_spread(tmp_path, capsys):
     paths = write_runs(tmp_path / "runs", names=("final_norm", "full"))
     assert main(["compare", *paths, "--output_dir", str(tmp_path / "out")]) == 0
-    title, first, second, *_ = capsys.readouterr().out.splitlines()
+    best, cheapest, _, title, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert best.startswith("Best: full, ")
+    assert best.endswith("1.5220 ± 0.0028 bits per byte of held-out text.")
+    assert cheapest.startswith("Cheapest with 90% of its gain: ")
     assert "python_docs, change" in title
     assert first.startswith("full ")
     assert "1.5220 ± 0.0028" in first
@@ -422,23 +438,6 @@ def recipes(tmp_path, base):
     return files
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Runs in this process, which costs no imports; the list of commands that were run."""
-    commands = []
-
-    def run_here(command, log, look, *held):
-        commands.append(command[2:])
-        look()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("")
-        run = {"partialtune": main, "partialtune.compare.try_rates": try_rates.main}[command[2]]
-        return run(command[3:])
-
-    monkeypatch.setattr(run_queue, "run_child", run_here)
-    return commands
-
-
 @pytest.mark.slow
 def test_recipes_run_with_the_rate_that_did_best_on_the_end_of_the_training_text(recipes, tmp_path, in_this_process):
     out = tmp_path / "out"
@@ -533,16 +532,14 @@ def test_trials_that_crash_are_told_and_the_runs_go_on(recipes, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_comparison_that_was_killed_goes_on_and_repeats_nothing(recipes, tmp_path):
+def test_a_comparison_that_was_killed_goes_on_and_repeats_nothing(recipes, tmp_path, warm):
     out = tmp_path / "out"
     words = ["compare", recipes["norms"], recipes["head"], "--output_dir", str(out)]
     begun = out / "runs" / "norms-seed42" / "recipe.yaml"
-    comparison = subprocess.Popen([sys.executable, "-m", "partialtune", *words], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not begun.is_file() and comparison.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    comparison.kill()  # its run goes on without it
-    comparison.wait()
+    comparison = warm.start(words)
+    wait_for(begun.is_file, warm.parent, seconds=240)
+    os.kill(comparison, signal.SIGKILL)  # its run goes on without it
+    assert warm.end() == -signal.SIGKILL
     assert begun.is_file()
     assert main(words) == 0
     norms, head = read_json(out)["policies"]
@@ -602,18 +599,32 @@ def test_a_second_comparison_in_a_folder_is_refused(recipes, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+def test_the_bar_moves_with_the_steps_of_the_rate_that_is_being_tried(recipes, tmp_path):
+    policy, log = read_policies([recipes["norms"]])[0], tmp_path / "log"
+    search = Search(policy, [1e-3, 1e-2], [tmp_path / "text.txt"], 0, None, tmp_path / "norms.json", log)
+    assert search.steps_done(search.rates, 30) == 0
+    steps = StepsTaken(progress_file(search.file), 1e-3)
+    steps.on_step_end(None, SimpleNamespace(global_step=7), None)
+    steps.on_step_end(None, SimpleNamespace(global_step=8), None)  # within the same second: the file stays
+    assert search.steps_done(search.rates, 30) == 7
+    keep_trial(search.file, read_recipe(policy.path, search.command(search.rates)[6:]).values, RateTrial(1e-3, 2.0))
+    assert search.steps_done(search.rates, 30) == 30  # the step of a rate that has ended counts no more
+    StepsTaken(progress_file(search.file), 1e-2).on_step_end(None, SimpleNamespace(global_step=9), None)
+    assert search.steps_done(search.rates, 30) == 39
+    assert search.steps_done([1e-2], 30) == 9
+    progress_file(search.file).write_text("0.01")
+    assert search.steps_done(search.rates, 30) == 30
+
+
 @pytest.mark.slow
 def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(recipes, tmp_path):
     """The comparison's process is killed, the one that tries rates goes on: the next comparison takes what it finds."""
     trial = tmp_path / "trial.py"
     trial.write_text(
-        "import sys, time; from pathlib import Path\n"
-        "from partialtune.compare.learning_rates import RateTrial, keep_trial\n"
-        "from partialtune.recipe.recipe import read_recipe\n"
-        "Path(sys.argv[1] + '.begun').touch()\n"
-        "time.sleep(2)\n"
-        "values = read_recipe(sys.argv[3], sys.argv[4:]).values\n"
-        "for rate in sys.argv[2].split(','): keep_trial(Path(sys.argv[1]), values, RateTrial(float(rate), 2.0))\n"
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1] + '.begun').touch()\n"
+        "time.sleep(1)\n"
+        "os.replace(sys.argv[1] + '.found', sys.argv[1])\n"
     )
     search = Search(
         read_policies([recipes["norms"]])[0],
@@ -624,21 +635,25 @@ def test_trials_that_outlive_their_comparison_are_waited_for_and_not_made_twice(
         tmp_path / "rates" / "norms.json",
         tmp_path / "log",
     )
-    begin = (
-        "import sys; from partialtune.compare import run_queue; from partialtune.files import lock\n"
-        "with open(sys.argv[1], 'a') as held:\n"
-        "    lock(held, sys.exit)\n"
-        f"    words = [sys.executable, {str(trial)!r}, *sys.argv[3:]]\n"
-        "    run_queue.run_child(words, run_queue.Path(sys.argv[2]), int, held)\n"
-    )
+
+    def begin():
+        with search.file.with_suffix(".lock").open("a") as held:
+            lock(held, sys.exit)
+            run_queue.run_child([sys.executable, str(trial), *command[3:]], tmp_path / "first.log", int, held)
+
     search.file.parent.mkdir()
-    words = [str(search.file.with_suffix(".lock")), str(tmp_path / "first.log"), *search.command(search.rates)[3:]]
-    comparison = subprocess.Popen([sys.executable, "-c", begin, *words])
+    command = search.command(search.rates)
+    _, _, _, file, rates, *recipe = command
+    for rate in rates.split(","):  # what it will find: importing the package there would take most of this test
+        values = read_recipe(recipe[0], recipe[1:]).values
+        keep_trial(Path(f"{file}.found"), values, RateTrial(float(rate), 2.0))
+    comparison = multiprocessing.get_context("fork").Process(target=begin)
+    comparison.start()
     deadline = time.monotonic() + 120
-    while not Path(f"{search.file}.begun").exists() and comparison.poll() is None and time.monotonic() < deadline:
+    while not Path(f"{search.file}.begun").exists() and comparison.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
     comparison.kill()
-    comparison.wait()
+    comparison.join()
     with run_queue.RunQueue(8) as queue:
         assert [trial.bits_per_byte for trial in queue.search(search)] == [2.0, 2.0]
     assert not search.log.exists()  # nothing was tried again
@@ -664,3 +679,26 @@ def test_the_best_rate_has_the_fewest_bits_and_says_where_the_list_ends():
     assert at_the_end_of_the_list(1e-4, trials) == "smallest"
     assert at_the_end_of_the_list(1e-2, trials) == "largest"
     assert best_rate([RateTrial(1e-2, None, "diverged"), RateTrial(1e-3, None, "diverged")]) == 1e-3
+
+
+def policy(name, seconds, *after):
+    """A row of runs with these scores, one a seed."""
+    measures = [Measures(seconds, 600.0, 3.0, one, {}, 1.0, 0.1) for one in after]
+    runs = [Outcome(Path(name), {"seed": n}, 100, 10, {}, {}, {}, one, 0, "") for n, one in enumerate(measures)]
+    return Row(name, runs)
+
+
+def test_a_comparison_opens_with_the_best_policy_and_the_cheapest_that_gains_nearly_as_much():
+    rows = [
+        policy("norms", 0.01, 2.8),
+        policy("head", 0.05, 2.09),
+        policy("full", 0.2, 2.0, 2.02),
+        policy("all", 0.3, 2.05),
+    ]
+    best, cheapest, empty, *table = comparison_lines(rows).splitlines()
+    assert best == "Best: full, 3.000 -> 2.0100 ± 0.0141 bits per byte of held-out text."
+    assert cheapest == "Cheapest with 90% of its gain: head, 0.0500 s a step."
+    assert empty == ""
+    assert [line.split()[0] for line in table] == ["policy", "full", "all", "head", "norms"]
+    worse = comparison_lines([policy("full", 0.2, 3.5)]).splitlines()
+    assert worse[:2] == ["Best: full, 3.000 -> 3.5000 bits per byte of held-out text.", ""]

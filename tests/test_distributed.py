@@ -17,14 +17,15 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from cluster import WarmProcess, small_recipe, wait_for
-from conftest import REPOSITORY
+import partialtune as pt
+from cluster import small_recipe, wait_for
+from conftest import REPOSITORY, tiny_gpt2
 from partialtune.cli import main
 from partialtune.distributed import decided_by_main, done_together, first_on_each_node, peers_watched
 from partialtune.engine.checkpoint_files import ASIDE, checkpoints_in, damage_of
-from partialtune.errors import EndedElsewhere, InputError, Interrupted, code_of, disk_words, is_disk_fault
+from partialtune.errors import EndedElsewhere, InputError, Interrupted, RecipeError, code_of, disk_words, is_disk_fault
 from partialtune.text.reading import read_texts
 from partialtune.training.launch import check_engine
 from test_download import Server
@@ -57,12 +58,6 @@ def recipe(folder: Path, name: str, batch: int, text: str) -> tuple[Path, Path]:
 
 def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    with WarmProcess(tmp_path_factory.mktemp("warm") / "log") as warm:
-        yield warm
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +160,16 @@ def test_there_is_one_set_of_files(runs):
 @pytest.mark.slow
 def test_the_text_was_fetched_once_and_lies_prepared_on_disk_for_the_others(runs):
     assert runs.asked == [1, 1]
-    assert not list((runs.folder / "cache of one" / "prepared").glob("*/*"))  # one process keeps it in memory
-    prepared = runs.folder / "cache of two" / "prepared"
-    assert {path.parent.name for path in prepared.rglob("*.json")} == {"texts", "tokens", "windows"}
+    prepared = {name: (runs.folder / f"cache of {name}" / "prepared").rglob("*.json") for name in ("one", "two")}
+    kinds = {name: {path.parent.name for path in paths} for name, paths in prepared.items()}
+    assert kinds["one"] == {"scores"}  # one process keeps the text in memory
+    assert kinds["two"] == {"scores", "texts", "tokens", "windows"}
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapters_of_one(warm, tmp_path):
     adapters, text = {}, tmp_path / "text.txt"
-    text.write_text(read_texts(["builtin:python-docs"])[0].text[:30_000])  # the rest would be scored, no more
+    text.write_text(read_texts(["builtin:python-docs"])[0].text[:10_000])  # the rest would be scored, no more
     for processes, batch in ((1, 8), (2, 4)):
         file, run = recipe(tmp_path, f"lora on {processes}", batch, str(text))
         words = ["train", str(file), "--method", "lora", "--trainable", "blocks[-1].attention", "--prompts", "[]"]
@@ -190,7 +186,7 @@ def test_two_processes_train_the_adapters_of_one(warm, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_adapters_beside_parts_as_one_does(warm, tmp_path):
     trained, text = {}, tmp_path / "text.txt"
-    text.write_text(read_texts(["builtin:python-docs"])[0].text[:30_000])
+    text.write_text(read_texts(["builtin:python-docs"])[0].text[:10_000])
     for processes, batch in ((1, 8), (2, 4)):
         file, run = recipe(tmp_path, f"lora and parts on {processes}", batch, str(text))
         words = ["train", str(file), "--lora", '{target: ["blocks[-1].attention"]}', "--prompts", "[]"]
@@ -212,7 +208,7 @@ def test_two_processes_train_adapters_beside_parts_as_one_does(warm, tmp_path):
 @pytest.mark.slow
 def test_a_text_that_one_process_cannot_read_ends_all_of_them_in_seconds_with_its_message_once(warm, tmp_path):
     words = [*small_recipe(tmp_path), "--text", str(tmp_path / "missing.txt")]
-    started, before = time.monotonic(), len(warm.log.read_text()) if warm.log.exists() else 0
+    started, before = time.monotonic(), len(warm.log.read_text())
     warm.start_all(words, 2)
     assert warm.end_all() == [2, 2]
     assert time.monotonic() - started < 60
@@ -222,14 +218,34 @@ def test_a_text_that_one_process_cannot_read_ends_all_of_them_in_seconds_with_it
     assert not (tmp_path / "run").exists()
 
 
+BEFORE = {"MULTI_CPU": [], "FSDP": ["fsdp_on_cpu:let_accelerate_shard"]}  # engine -> what its processes call first
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_process_is_killed_the_other_ends_within_a_minute_in_words_and_the_run_goes_on(warm, tmp_path, killed):
+@pytest.mark.parametrize("engine", BEFORE)
+def test_a_signal_to_one_process_lets_all_save_and_end_with_143(warm, tmp_path, engine):
     words = small_recipe(tmp_path, max_steps=3000, logging_steps=100, eval_strategy="no", save_steps=5)
-    run, before = tmp_path / "run", len(warm.log.read_text()) if warm.log.exists() else 0
-    processes = warm.start_all(words, 2)
+    run = tmp_path / "run"
+    processes = warm.start_all(words, 2, BEFORE[engine])
+    wait_for((run / "checkpoint-5").is_dir, warm.parent)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["distributed"] == engine
+    os.kill(processes[1], signal.SIGTERM)
+    assert warm.end_all() == [143, 143]
+    assert read(run, "exit.json")["code"] == 143
+    newest = checkpoints_in(run)[-1]
+    assert damage_of(newest) == []
+    assert len(list(newest.glob("rng_state_*.pth"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed", "engine"), [(0, "MULTI_CPU"), (1, "MULTI_CPU"), (1, "FSDP")])
+def test_when_one_process_is_killed_the_other_ends_within_a_minute_in_words(warm, tmp_path, killed, engine):
+    words = small_recipe(tmp_path, max_steps=3000, logging_steps=100, eval_strategy="no", save_steps=5, schedule=[])
+    run, before = tmp_path / "run", len(warm.log.read_text())
+    processes = warm.start_all(words, 2, BEFORE[engine])
     wait_for((run / "checkpoint-5").is_dir, warm.parent)
     assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["processes"] == 2
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["distributed"] == engine
     os.kill(processes[killed], signal.SIGKILL)
     sent = time.monotonic()
     codes = warm.end_all()
@@ -293,7 +309,7 @@ def test_an_error_of_one_process_whatever_it_is_ends_both_with_one_code_and_its_
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_one_process_ends_both_with_2_and_leaves_whole_checkpoints(warm, tmp_path):
     words = small_recipe(tmp_path, max_steps=3000, schedule=[], logging_steps=100, eval_strategy="no", save_steps=5)
-    run, before = tmp_path / "run", len(warm.log.read_text()) if warm.log.exists() else 0
+    run, before = tmp_path / "run", len(warm.log.read_text())
     processes = warm.start_all(words, 2)
     wait_for((run / "checkpoint-5").is_dir, warm.parent)
     resource.prlimit(processes[0], resource.RLIMIT_FSIZE, (200_000, 200_000))  # the model has more
@@ -308,23 +324,27 @@ def test_a_disk_that_is_full_for_one_process_ends_both_with_2_and_leaves_whole_c
 
 
 @pytest.mark.slow
-def test_a_process_that_was_stopped_is_waited_for_as_long_as_ddp_timeout_and_the_other_ends_in_words(warm, tmp_path):
+@pytest.mark.parametrize("engine", BEFORE)
+def test_a_process_that_was_stopped_is_waited_for_as_long_as_ddp_timeout_and_the_other_ends_in_words(
+    warm, tmp_path, engine
+):
     words = small_recipe(
-        tmp_path, max_steps=3000, logging_steps=100, eval_strategy="no", save_steps=5, ddp_timeout=20, schedule=[]
+        tmp_path, max_steps=3000, logging_steps=100, eval_strategy="no", save_steps=5, ddp_timeout=10, schedule=[]
     )
-    run, before = tmp_path / "run", len(warm.log.read_text()) if warm.log.exists() else 0
-    processes = warm.start_all(words, 2)
+    run, before = tmp_path / "run", len(warm.log.read_text())
+    processes = warm.start_all(words, 2, BEFORE[engine])
     wait_for((run / "checkpoint-5").is_dir, warm.parent)
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["distributed"] == engine
     os.kill(processes[1], signal.SIGSTOP)
     wait_for((run / "exit.json").is_file, warm.parent, seconds=90)
     os.kill(processes[1], signal.SIGCONT)
     assert warm.end_all() == [1, 1]
     said = warm.log.read_text()[before:]
-    assert "Another process of this run did not answer for 20 seconds (ddp_timeout)" in said
+    assert "Another process of this run did not answer for 10 seconds (ddp_timeout)" in said
     # The one that woke up says it too: it hears of the closed connection, or that its own wait is over as well.
-    assert len(re.findall("^partialtune: Another process of this run (?:ended|did not answer)", said, re.M)) == 2
+    assert len(re.findall("partialtune: Another process of this run (?:ended|did not answer)", said)) == 2
     assert "Traceback" not in said
-    assert "did not answer for 20 seconds" in read(run, "exit.json")["reason"]
+    assert "did not answer for 10 seconds" in read(run, "exit.json")["reason"]
 
 
 @pytest.mark.parametrize(
@@ -366,10 +386,20 @@ ENGINES = {
         SimpleNamespace(device=GPU, fsdp=None),
         None,
     ),
-    "FSDP2 that would save shards": (
+    "FSDP2 that saves shards by default": (
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
         SimpleNamespace(device=GPU, fsdp=None),
-        "Set fsdp_state_dict_type: FULL_STATE_DICT",
+        None,
+    ),
+    "FSDP2 that saves shards": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+        SimpleNamespace(device=GPU, fsdp=None),
+        None,
+    ),
+    "FSDP2 that would save flat parameters": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"},
+        SimpleNamespace(device=GPU, fsdp=None),
+        "fsdp_state_dict_type is LOCAL_STATE_DICT. Allowed are SHARDED_STATE_DICT and FULL_STATE_DICT",
     ),
     "FSDP1 by the recipe": (
         {},
@@ -394,6 +424,22 @@ def test_engines_that_hide_whole_parameters_are_refused(name, monkeypatch):
     else:
         with pytest.raises(InputError, match=refusal):
             check_engine(args)
+
+
+def test_deepspeed_is_refused_by_attach_and_audited_too_also_where_accelerate_would_run_ddp_in_its_place(
+    tmp_path, monkeypatch
+):
+    model = tiny_gpt2()
+    plan = pt.plan_freeze(model, ["final_norm"])
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model=model, args=args)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # now: accelerate itself ends where DeepSpeed is not there
+    with pytest.raises(RecipeError, match=r"attach: DeepSpeed .* Launch with recipes/launch/fsdp2\.yaml"):
+        pt.attach(trainer, plan)
+    engine = type("DeepSpeedEngine", (torch.nn.Sequential,), {})(model)
+    with pytest.raises(RecipeError, match=r"audited: DeepSpeed is not supported at any stage"):
+        pt.audited(engine, plan, torch.optim.AdamW(model.parameters()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

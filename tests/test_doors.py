@@ -31,8 +31,10 @@ from test_recipes import RECIPES
 
 STEPS, WINDOWS, BATCH, LENGTH = 10, 16, 4, 32  # two and a half epochs
 # What says where a run's things are, how long it is and what it is scored on; all else is its policy.
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 OWN = {"model_name_or_path", "text", "output_dir", "max_steps", "per_device_train_batch_size", "block_size"}
 OWN |= {"eval_texts", "prompts", "push_to_hub", "hub_model_id", "hub_private_repo"}
+OWN |= {"prefix_cache"}  # where states lie is no part of the policy: test_prefix_on_disk has all doors
 # An evaluation draws a seed for its loader, and so moves dropout's draws; `train` scores the training text in it too.
 SCORED_AT_ITS_ENDS = {"eval_strategy": "no", "prompts": []}
 PHASES = {25: 6, 50: 7, 75: 8, 100: 9}  # of 123 steps -> of 10: the first is longer than an epoch
@@ -169,7 +171,7 @@ def through_attach(recipe, folder):
         plan = plan_lora(model, values["trainable"], values["lora_rank"], values["lora_alpha"], args.seed)
     else:
         trainable = ["all"] if values.get("method") == "full" else [*values.get("trainable", []), *selectors]
-        keys = ("lora", "block_sampling", "part_learning_rates", "layer_decay")
+        keys = ("lora", "block_sampling", "part_learning_rates", "layer_decay", "frozen_quantization")
         plan = pt.plan_freeze(
             model,
             trainable,
@@ -229,5 +231,6 @@ def test_every_recipe_of_the_repository_is_among_the_policies_or_has_a_twin_ther
     kinds = {kind for kind, _ in POLICIES.values()}
     assert kinds == {"gpt2", "llama", "lilliput"}
     of_other_models = sum(path.parent.name == "parts" for path in RECIPES)
-    assert len(RECIPES) - len(POLICIES) - of_other_models == 1  # gulliver_push pushes what gulliver trains
+    # gulliver_push pushes what gulliver trains, prefix_on_disk trains what last_2_blocks does
+    assert len(RECIPES) - len(POLICIES) - of_other_models == 2
     assert POLICIES.keys() >= QUICK

@@ -455,9 +455,9 @@ def test_a_text_over_the_size_limit_is_an_error(server, tmp_path, announced):
 def test_the_size_limit_follows_its_variable(server, tmp_path, monkeypatch):
     url = server.serve("/book.txt", TEXT * 50)
     monkeypatch.setenv("PARTIALTUNE_MAX_DOWNLOAD_MB", "1")
-    assert "allowed are 1.0 MiB" in refuse(url, tmp_path)
+    assert "allowed are 1.0 MB" in refuse(url, tmp_path)
     monkeypatch.setenv("PARTIALTUNE_MAX_DOWNLOAD_MB", "lots")
-    assert "whole number of MiB" in refuse(url, tmp_path)
+    assert "whole number of MB" in refuse(url, tmp_path)
     monkeypatch.setenv("PARTIALTUNE_MAX_DOWNLOAD_MB", "2")
     assert fetch(url, tmp_path, QUICK).size == len(TEXT) * 50
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from partialtune.errors import TextError
 from partialtune.metrics import METRICS
+from partialtune.scoring.continuations import SAMPLING
 from partialtune.scoring.evaluation import (
     METRIC_FILE,
     ScoredText,
@@ -30,9 +30,10 @@ from partialtune.scoring.evaluation import (
     scored_text,
     spaced_indices,
 )
-from partialtune.scoring.prompts import SAMPLING, PromptProbe, compare_prompts, format_prompts, probe_prompts
+from partialtune.scoring.prompts import PromptProbe, compare_prompts, format_prompts, probe_prompts
 from tiny_models import tiny_config
 from trials import letters
+from two_processes import on_two_processes
 
 VOCABULARY = 128
 BLOCK_SIZE = 12
@@ -142,7 +143,7 @@ def test_scores_equal_brute_force_whatever_the_batch(batch_size):
 def test_logits_in_small_portions_give_the_same_scores(monkeypatch):
     model, scored = tiny_gpt2(), random_text()
     whole = score_text(model, scored, batch_size=3, description="test")
-    monkeypatch.setattr("partialtune.scoring.evaluation.LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("partialtune.scoring.fast_scoring.LOGITS_AT_ONCE", 4 * VOCABULARY)
     assert score_text(model, scored, batch_size=3, description="test") == pytest.approx(whole, rel=1e-12)
 
 
@@ -267,27 +268,22 @@ def test_metric_module_loads_without_network_and_writes_nothing_into_the_working
     assert os.listdir(tmp_path) == []
 
 
-def score_as_one_of_two(rank: int, folder: str) -> None:
-    """What each of two processes does; a fresh one, so it also sees what importing the package imports."""
+def score_as_one_of_two() -> dict:
+    """What each of two processes does; no test ran in it, so it also sees what importing the package imports."""
     light = "evaluate" not in sys.modules
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     scores = {count: score_text(tiny_gpt2(), random_text(count), batch_size=2, description="test") for count in COUNTS}
     _, nats = score_tokens(tiny_gpt2(), random_text(5), batch_size=2, description="test", watched=3)
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump({"light": light, "scores": scores, "nats": nats.tolist()}, file)
     gc.collect()  # gloo may abort at exit if anything of it is still referred to
-    dist.destroy_process_group()
+    return {"light": light, "scores": scores, "nats": nats.tolist()}
 
 
 COUNTS = (1, 5, 6)  # windows: fewer than processes, uneven, even
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two_processes")
-    torch.multiprocessing.spawn(score_as_one_of_two, args=(str(folder),), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+def two_processes() -> list[dict]:
+    return on_two_processes(score_as_one_of_two)
 
 
 @pytest.mark.slow
@@ -296,7 +292,7 @@ def test_two_processes_report_what_one_reports(two_processes, count):
     alone = score_text(tiny_gpt2(), random_text(count), batch_size=2, description="test")
     assert alone["tokens"] == count * (BLOCK_SIZE - 1)
     for process in two_processes:
-        assert process["scores"][str(count)] == pytest.approx(alone, rel=1e-6)
+        assert process["scores"][count] == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -461,3 +457,22 @@ def test_a_continuation_is_that_of_whole_passes_whatever_the_models_cache_does(m
         if ids[-1] == config.eos_token_id:
             break
     assert (probe.sample if sampled else probe.continuation) == tokenizer.decode(ids[8:])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom", "opt", "mamba"])
+def test_prompts_of_several_lengths_together_are_continued_as_each_alone(model_type, caplog):
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval(), letters(99)
+    prompts = [tokenizer.decode(list(range(20, 20 + length))) for length in (3, 9, 5, 61)]  # the last one has no room
+    together = probe_prompts(model, tokenizer, prompts, new_tokens=6)
+    alone = [probe_prompts(model, tokenizer, [prompt], new_tokens=6)[0] for prompt in prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.continuation, one.sample) == (other.continuation, other.sample)
+        assert torch.equal(one.log_probabilities, other.log_probabilities)
+
+
+def test_several_prompts_take_the_passes_of_one():
+    model, passes = tiny_gpt2(), []
+    model.transformer.register_forward_pre_hook(lambda *_: passes.append(1))
+    probe_prompts(model, ascii_tokenizer(pad_token="<|end|>"), ["ab", "My father", "c"], new_tokens=20)
+    assert len(passes) <= 20 + 3 + 3  # a token each; what comes next after each prompt; what was generated, once more

@@ -19,6 +19,7 @@ from tiny_models import VOCABULARY, tiny_config
 from two_processes import on_two_processes
 
 STEPS, LENGTH, RATE, DECAY = 4, 16, 1e-3, 0.1
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 SELECTORS = ["blocks[-1].experts[3,0]", "blocks[0].experts[1]"]
 
 

@@ -85,6 +85,21 @@ def test_copies_are_of_frozen_matrices_alone_and_made_once():
     assert all(casts._copies[module] is copy for module, copy in copies.items())
 
 
+def test_a_frozen_matrix_that_is_held_in_bf16_is_used_as_it_is():
+    model = planned(tiny_gpt2(), "blocks[-1]")
+    casts = CastOnce(model)
+    casts.begin()
+    own, own_gradients = under_autocast(model)
+    for module in casts._copies.copy():
+        if module is not model.lm_head:  # tied: the embedding stays in fp32
+            module.weight.data = module.weight.data.bfloat16()
+    casts.begin()
+    ours, gradients = under_autocast(model)
+    assert torch.equal(ours, own)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in own_gradients.items())
+    assert casts.bytes == 2 * model.lm_head.weight.numel()
+
+
 def test_without_autocast_the_fp32_weights_are_used_and_nothing_stays_behind():
     model = planned(tiny_gpt2(), "blocks[-1]")
     before, own = digests(model), model(input_ids=IDS).logits

@@ -22,6 +22,7 @@ from partialtune.pages.run_files import read_deltas, read_run
 from partialtune.pages.step_figures import by_component, delta_series, held_out_losses, learning_curves, running_mean
 from run_folder import write_run_folder
 
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 ALWAYS = ["loss.png", "deltas_heatmap.png", "deltas_over_steps.png"]
 NOTEBOOK = [name for name in KINDS if name != "effective_ranks.png"]  # no block trains: nothing to show block by block
 

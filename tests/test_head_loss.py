@@ -1,8 +1,12 @@
 """The loss without logits is the plain one: value, and every gradient, in every dtype, whatever the chunks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from partialtune.engine import head_loss
 from partialtune.engine.head_loss import head_cross_entropy, rows_at_once
@@ -67,8 +71,11 @@ def test_rows_that_train_get_their_part_of_the_weights_gradient_and_none_of_its_
     head = torch.nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)
     head.load_state_dict({"weight": exact[1].detach(), "bias": exact[2].detach()})
     train_rows(head, {"weight": ((7, 9), (300, 301))}, dict(head.named_parameters()))
-    shapes, made = [], torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **kwargs: shapes.append(shape[0]) or made(*shape, **kwargs))
+    shapes = []
+    for name in ("zeros", "empty"):
+        made = getattr(torch, name)
+        noted = lambda *shape, made=made, **kwargs: shapes.append(shape[0]) or made(*shape, **kwargs)  # noqa: E731
+        monkeypatch.setattr(torch, name, noted)
     weight, rows = matrix_and_rows(head.weight)
     hidden = exact[0].detach().requires_grad_()
     loss = head_cross_entropy(hidden, weight, targets, head.bias, rows=rows)
@@ -117,12 +124,63 @@ def test_without_gradients_only_the_loss_is_computed():
     assert loss.item() == pytest.approx(plain(hidden, weight, None, targets).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_frozen_head_in_16_bits_gives_what_it_gives_widened_and_is_never_widened_whole(monkeypatch, rows):
+    hidden, weight, bias, targets = inputs(torch.float32)
+    head = torch.nn.Linear(WIDTH, VOCABULARY)
+    head.load_state_dict({"weight": weight.detach().bfloat16(), "bias": bias.detach()})
+    head.requires_grad_(False)
+    if rows:
+        train_rows(head, {"weight": ((7, 9),)}, dict(head.named_parameters()))
+    matrix, trained = matrix_and_rows(head.weight) if rows else (head.weight, None)
+    wanted = head_cross_entropy(hidden, matrix, targets, head.bias, rows=trained)
+    wanted.backward()
+    wide = [hidden.grad, head.weight_rows.grad if rows else hidden.grad]
+    hidden.grad = None
+    head.zero_grad()
+    monkeypatch.setattr(head_loss, "WIDENED_AT_ONCE", 50 * WIDTH)  # 301 rows are six slices and a short one
+    sizes, copied = [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, *given: sizes.append(len(to)) or copied(to, *given))
+    loss = head_cross_entropy(hidden, matrix.detach().bfloat16(), targets, head.bias, rows=trained)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert far(hidden.grad, wide[0]) < 1e-6
+    assert not rows or far(head.weight_rows.grad, wide[1]) < 1e-6
+    assert sizes[:7] == [50] * 6 + [1]
+    assert max(sizes) == 50
+
+
 def test_a_second_backward_is_an_error_and_no_wrong_gradient():
     hidden, weight, _, targets = inputs(torch.float32, bias=False)
     loss = head_cross_entropy(hidden, weight, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
+
+
+def test_without_targets_loss_and_gradients_are_zero():
+    hidden, weight, bias, targets = inputs(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = head_cross_entropy(hidden[:0], weight, targets[:0], bias, dtype)
+        assert loss.item() == 0
+        loss.backward()
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_and_groups_of_rows_change_nothing(monkeypatch, dtype):
+    *wanted, targets = inputs(torch.float32)
+    whole = head_cross_entropy(*wanted[:2], targets, wanted[2], dtype)
+    whole.backward()
+    monkeypatch.setattr(head_loss, "SLICE", 96)  # 301 rows are three of these and a short one
+    monkeypatch.setattr(head_loss, "SOFTMAX_AT_ONCE", 9 * VOCABULARY)
+    *floats, _ = inputs(torch.float32)
+    loss = head_cross_entropy(*floats[:2], targets, floats[2], dtype)
+    loss.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for ours, theirs in zip(floats, wanted, strict=True):
+        assert far(ours.grad, theirs.grad) < 1e-6
 
 
 def test_large_logits_do_not_overflow():
@@ -136,3 +194,20 @@ def test_chunks_are_powers_of_two_and_hold_no_more_than_allowed(monkeypatch):
     assert rows_at_once(4080, 50257, "cpu") == 512  # 667 rows would fit
     assert rows_at_once(10, 50257, "cpu") == 10
     assert rows_at_once(10_000, 1_000_000, "cpu") == 64  # fewer would be slow
+
+
+def test_the_forecast_of_a_frozen_head_in_16_bits_follows_few_operations(monkeypatch):
+    monkeypatch.setattr(head_loss, "WIDENED_AT_ONCE", 50 * WIDTH)
+    counts, sizes = {}, {}
+    for made in ("with values", "forecast"):
+        mode = FakeTensorMode() if made == "forecast" else nullcontext()
+        with mode:
+            weight = torch.zeros(301, WIDTH, dtype=torch.bfloat16)
+            slices = [wide for _, wide in head_loss._widened(weight, torch.float32)]
+            with FlopCounterMode(display=False) as counter:
+                head_loss.states_times_head(torch.zeros(4, WIDTH), weight, out=torch.empty(4, 301))
+        counts[made] = (len(slices), counter.get_total_flops())
+        sizes[made] = {wide.untyped_storage().nbytes() for wide in slices}
+    products = 2 * 4 * WIDTH * 301
+    assert counts == {"with values": (7, products), "forecast": (1, products)}
+    assert sizes["with values"] == sizes["forecast"] == {50 * WIDTH * 4}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.hf_api import RepoFile
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster import WarmProcess
 from conftest import tiny_gpt2
 from faulty_http import Fault
 from hub_server import Account, Blob, HubServer
@@ -73,6 +76,7 @@ class Desk:
 
     def __init__(self, hub: HubServer, home: Path) -> None:
         self.hub, self.home, self.output = hub, home, ""
+        self.warm: WarmProcess | None = None
 
     def environment(self, **changes: str) -> dict[str, str]:
         return {
@@ -103,6 +107,21 @@ class Desk:
         assert child.returncode == 0, printed
         return printed
 
+    def partialtune(self, *words: str, file_bytes: int | None = None, **changes: str) -> tuple[int, str]:
+        """Run the command line in a process forked from a warm one of this desk; exit code and what it printed.
+
+        No file of it may have more than `file_bytes`; `changes` are environment variables that are read when it runs.
+        """
+        if self.warm is None:
+            self.warm = WarmProcess(self.home.parent / "log", self.environment()).__enter__()
+            self.warm.log.touch()
+        first = [] if file_bytes is None else ["cluster:limit_file_sizes"]
+        said = len(self.warm.log.read_text())
+        self.warm.start_all(words, 1, first, {**changes, "FILE_BYTES": str(file_bytes)})
+        code, printed = self.warm.end(), self.warm.log.read_text()[said:]
+        self.output += printed
+        return code, printed
+
     def call(self, *calls: dict, **changes: str) -> list[dict]:
         """Run functions of `partialtune.hub.push`, `push_run` unless said otherwise, in one child."""
         lines = self.run(CHILD, json.dumps(calls), **changes).splitlines()
@@ -119,7 +138,11 @@ def desk_in(folder: Path) -> Iterator[Desk]:
     home.mkdir()
     with HubServer(ACCOUNTS) as hub:
         desk = Desk(hub, home)
-        yield desk
+        try:
+            yield desk
+        finally:
+            if desk.warm:
+                desk.warm.__exit__(None, None, None)
     for token in (*ACCOUNTS, BAD_TOKEN):
         assert token not in desk.output
         assert not [path for path in home.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
@@ -619,20 +642,18 @@ def test_a_run_from_a_base_on_the_hub_ends_there_and_a_stranger_can_check_it(des
     words = ["train", "builtin:quickstart", "--model_name_or_path", "guild/lilliput"]
     words += ["--text", str(tmp_path / "text.txt"), "--block_size", "32", "--max_steps", "1"]
     words += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "me/trained"]
-    code = "import sys; from partialtune.cli import main; print('exit', main(sys.argv[1:]))"
-    refused = desk.run(code, *words, HF_TOKEN=BAD_TOKEN)
-    assert "exit 2" in refused
+    assert desk.partialtune(*words, HF_TOKEN=BAD_TOKEN)[0] == 2
     assert not (tmp_path / "run").exists()
-    trained = desk.run(code, *words)
-    assert "exit 0" in trained
+    code, printed = desk.partialtune(*words)
+    assert code == 0, printed
     assert {"model.safetensors", "audit.json"} <= set(desk.hub.files("me/trained"))
     about = ModelCard(desk.hub.files("me/trained")["README.md"].decode()).data.to_dict()
     assert (about["base_model"], about["base_model_revision"]) == ("guild/lilliput", commit)
     assert (about["license"], about["language"]) == ("apache-2.0", "en")
-    again = desk.run(code, "push", str(tmp_path / "run"), "--repo_id", "me/trained")
+    _, again = desk.partialtune("push", str(tmp_path / "run"), "--repo_id", "me/trained")
     assert "Nothing was sent" in again
-    stranger = desk.run(code, "verify", f"guild/lilliput@{commit}", "me/trained", HF_TOKEN=OTHER_TOKEN)
-    assert "exit 0" in stranger
+    code, stranger = desk.partialtune("verify", f"guild/lilliput@{commit}", "me/trained", HF_TOKEN=OTHER_TOKEN)
+    assert code == 0, stranger
     assert "kept every bit" in stranger
 
 
@@ -642,18 +663,17 @@ def test_new_tokens_go_to_the_hub_with_their_tokenizer_and_a_delta_is_made_whole
     words = ["train", "builtin:quickstart", "--text", str(tmp_path / "text.txt"), "--trainable", "[]"]
     words += ["--new_tokens", "[<poem>]", "--block_size", "32", "--max_steps", "1", "--checkpoint_format", "delta"]
     words += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "me/poems"]
-    code = "import sys; from partialtune.cli import main; print('exit', main(sys.argv[1:]))"
-    assert "exit 0" in desk.run(code, *words)
+    assert desk.partialtune(*words)[0] == 0, desk.output
     sent = desk.hub.files("me/poems")
     assert {"delta.safetensors", "delta.json", "tokenizer.json", "tokenizer_config.json"} <= set(sent)
     assert "<poem>" in [token["content"] for token in json.loads(sent["tokenizer.json"])["added_tokens"]]
     assert "row 4,096, from the mean of all rows" in sent["README.md"].decode()
-    assert "exit 0" in desk.run(code, "apply", "me/poems", str(tmp_path / "whole"))
-    assert "exit 0" in desk.run(code, "verify", "builtin:lilliput", "me/poems")
-    load = """import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T
-tokenizer, model = T.from_pretrained(sys.argv[1]), M.from_pretrained(sys.argv[1])
-print(tokenizer("<poem>")["input_ids"], len(tokenizer), tuple(model.lm_head.weight.shape))"""
-    assert "[4096] 4097 (4097, 192)" in desk.run(load, str(tmp_path / "whole"))
+    assert desk.partialtune("apply", "me/poems", str(tmp_path / "whole"))[0] == 0, desk.output
+    assert desk.partialtune("verify", "builtin:lilliput", "me/poems")[0] == 0, desk.output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert (tokenizer("<poem>")["input_ids"], len(tokenizer)) == ([4096], 4097)
+    assert tuple(model.lm_head.weight.shape) == (4097, 192)
 
 
 @pytest.mark.slow
@@ -664,11 +684,62 @@ def test_a_disk_that_is_full_while_a_base_is_downloaded_ends_in_words_and_the_ne
     words = ["train", "builtin:quickstart", "--model_name_or_path", "guild/lilliput", "--prompts", "[]"]
     words += ["--text", str(tmp_path / "text.txt"), "--block_size", "32", "--max_steps", "1"]
     words += ["--output_dir", str(tmp_path / "run")]
-    refused = desk.run(FULL_DISK, "2000000", *words)  # the weights have 5 MB
-    assert "exit 2" in refused
+    code, refused = desk.partialtune(*words, file_bytes=2_000_000)  # the weights have 5 MB
+    assert code == 2, refused
     assert "Traceback" not in refused
     assert "File too large" in refused
     assert not (tmp_path / "run").exists()
-    assert "exit 0" in desk.run(FULL_DISK, "100000000", *words)
+    assert desk.partialtune(*words, file_bytes=100_000_000)[0] == 0, desk.output
     whole = hashlib.sha256(files["model.safetensors"]).hexdigest()
     assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in desk.home.rglob("model.safetensors")] == [whole]
+
+
+PASTE = """
+import contextlib, io, json, re, sys
+from pathlib import Path
+import torch
+from huggingface_hub import hf_hub_download
+
+written = {}
+for name in sys.argv[1:]:
+    card = Path(hf_hub_download(name, "README.md")).read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall("```python\\n(.*?)```", card, re.S) if "generate(" in block]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code.replace("written = ", "torch.manual_seed(3)\\nwritten = "), name, "exec"), {"torch": torch})
+    written[name] = printed.getvalue()
+print("written " + json.dumps(written))
+"""
+
+
+@pytest.mark.slow
+def test_what_was_pushed_writes_from_the_hub_beside_its_base_by_the_command_and_by_the_card(desk, tmp_path):
+    files = {path.name: path.read_bytes() for path in builtin_folder("builtin:lilliput").iterdir() if path.is_file()}
+    desk.hub.create("guild/lilliput").commit("main", {name: Blob(len(b), b) for name, b in files.items()}, "the base")
+    (tmp_path / "text.txt").write_text("A module holds functions and classes. " * 60)
+    words = ["train", "builtin:quickstart", "--model_name_or_path", "guild/lilliput", "--prompts", "[A module]"]
+    words += ["--text", str(tmp_path / "text.txt"), "--block_size", "32", "--max_steps", "2", "--eval_texts", "{}"]
+    words += ["--trainable", "[attention]", "--learning_rate", "0.01", "--push_to_hub", "true"]
+    kinds = {"me/whole": [], "me/delta": ["--checkpoint_format", "delta"], "me/adapters": ["--method", "lora"]}
+    for name, more in kinds.items():
+        there = ["--output_dir", str(tmp_path / name), "--hub_model_id", name, "--hub_private_repo", "true"]
+        assert desk.partialtune(*words, *more, *there)[0] == 0, desk.output
+    whole = desk.hub.repositories["me/whole"]
+    whole.tags["v1"] = whole.branches["main"]
+    whole.commit("main", {}, "all taken away")
+
+    written, bases = {}, set()
+    for name, at in {"me/whole": ["--revision", "v1"], "me/delta": [], "me/adapters": []}.items():
+        asked = ["generate", name, *at, "--prompt", "A module", "--seed", "3", "--beside-base"]
+        code, refused = desk.partialtune(*asked, HF_TOKEN=OTHER_TOKEN)
+        assert (code, "the Hub does not give" in refused, "Traceback" in refused) == (2, True, False), refused
+        code, printed = desk.partialtune(*asked)
+        assert code == 0, printed
+        of_base, written[name] = re.search(rf"--- guild/lilliput@\w+\n(.*)--- {name}\n(.*)", printed, re.S).groups()
+        bases.add(of_base)
+    assert written["me/whole"] == written["me/delta"] != written["me/adapters"]
+    assert len(bases) == 1
+    assert not bases & set(written.values())
+
+    whole.commit("main", whole.commits[whole.tags["v1"]].files, "put back")
+    pasted = desk.run(PASTE, *kinds)
+    assert json.loads(pasted[pasted.index("written {") :].removeprefix("written ")) == written

@@ -1,6 +1,7 @@
 """recipes/launch: each file starts what it says, and the SLURM script queues a job again only where it may."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import slurm, small_recipe, wait_for
+from cluster import fingerprint, slurm, small_recipe, wait_for
 from conftest import REPOSITORY
+from fork_server import PARTIALTUNE, client
+from fork_server import TORCHRUN as AGENT
 from test_launch import resolved
 
 LAUNCH = REPOSITORY / "recipes" / "launch"
@@ -28,7 +31,7 @@ def test_a_configuration_resolves_to_what_its_comments_say(name):
     assert not args.use_deepspeed
     if name == "fsdp2":
         assert str(args.fsdp_version) == "2"
-        assert args.fsdp_state_dict_type == "FULL_STATE_DICT"
+        assert args.fsdp_state_dict_type == "SHARDED_STATE_DICT"
 
 
 def test_machine_rank_and_address_win_over_the_file_for_several_machines():
@@ -123,9 +126,21 @@ def test_without_a_recipe_and_a_folder_the_script_says_what_it_needs(tmp_path):
     assert "OUTPUT_DIR" in out
 
 
+TORCHRUN = """\
+#!/usr/bin/env bash
+words=()
+while [ $# -gt 0 ]; do
+  if [ "$1 $2" = "-m partialtune" ]; then words+=(--no-python {process}) && shift 2; else words+=("$1") && shift; fi
+done
+exec {agent} "${{words[@]}}"
+"""
+
+
 @pytest.mark.slow
-def test_two_torchrun_agents_train_together_save_when_the_limit_comes_near_and_ask_to_be_queued_again(tmp_path):
-    small_recipe(tmp_path, max_steps=4000, logging_steps=500, eval_strategy="no", save_steps=20, schedule=[])
+def test_two_torchrun_agents_save_when_the_limit_comes_near_and_the_jobs_second_start_goes_on_to_the_same_bits(
+    tmp_path, warm, agents
+):
+    words = small_recipe(tmp_path, max_steps=120, logging_steps=500, eval_strategy="no", save_steps=20, schedule=[])
     environment, run = slurm(tmp_path / "bin"), tmp_path / "run"
     process = job(tmp_path, environment, str(tmp_path / "recipe.yaml"), str(run))
     wait_for((run / "checkpoint-20").is_dir, process)
@@ -138,3 +153,18 @@ def test_two_torchrun_agents_train_together_save_when_the_limit_comes_near_and_a
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     assert sorted(path.name for path in newest.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
     assert (newest / "complete.json").is_file()
+    # SLURM starts the same script again, under the same number
+    forked = TORCHRUN.format(
+        process=shlex.join(client(agents.path, PARTIALTUNE)), agent=shlex.join(client(agents.path, AGENT))
+    )
+    again = slurm(tmp_path / "second", torchrun=forked) | {"SLURM_RESTART_COUNT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = job(tmp_path, again, str(tmp_path / "recipe.yaml"), str(run))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert (tmp_path / "second" / "requests").read_text() == ""
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert newest.name in out  # from there it went on
+    warm.start_all([*words, "--output_dir", str(tmp_path / "whole")], 2)
+    assert warm.end_all() == [0, 0], warm.log.read_text()
+    ended, whole = fingerprint(run), fingerprint(tmp_path / "whole")
+    assert (ended["weights"], ended["losses"]) == (whole["weights"], whole["losses"])

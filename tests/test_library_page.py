@@ -5,12 +5,14 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from conftest import REPOSITORY
+from partialtune.cli import main
 from partialtune.engine.forward_stack import Patched
 from partialtune.model.loading import model_location
 
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGE = (REPOSITORY / "docs" / "library.md").read_text(encoding="utf-8")
 # (the heading above a snippet, the snippet): two snippets of one section have the same heading
 SNIPPETS = [
@@ -63,3 +65,24 @@ def test_each_door_stands_on_the_page():
         assert door in code
     for library in ("SFTTrainer", "Accelerator(", "lightning.Trainer("):
         assert library in code
+
+
+@pytest.mark.slow
+def test_what_the_readme_writes_in_python_runs_as_it_stands(surroundings, tmp_path, capsys):
+    whole_way, engine = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "notes.txt").write_text("On Monday it rained. On Tuesday the boat came in, and we went to sea. " * 60)
+    assert main(["init", "notes.txt"]) == 0
+    recipe = (tmp_path / "notes.yaml").read_text()
+    (tmp_path / "notes.yaml").write_text(re.sub(r"max_steps: \d+", "max_steps: 2", recipe))
+    exec(compile(whole_way, "README.md", "exec"), surroundings)
+    printed = capsys.readouterr().out
+    assert "freeze audit passed" in printed
+    assert len(printed[printed.index("On Monday") :].split()) > 10
+
+    args = TrainingArguments(tmp_path / "engine", max_steps=2, disable_tqdm=True, report_to="none")
+    model = AutoModelForCausalLM.from_pretrained(model_location("builtin:lilliput"))
+    data = {"train_dataset": surroundings["windows"], "data_collator": default_data_collator}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    surroundings |= {"model": model, "trainer": Trainer(model, args, **data), "optimizer": optimizer}
+    exec(compile(engine, "README.md", "exec"), surroundings)
+    assert surroundings["tuning"].audit.passed

@@ -229,7 +229,7 @@ def test_card_and_page_say_that_they_are_adapters(run, monkeypatch):
     card = (run / "README.md").read_text(encoding="utf-8")
     assert "library_name: peft" in card
     assert "These are LoRA adapters" in card
-    snippet = card.split("```python\n")[1].split("```")[0]
+    snippet = next(block.split("```")[0] for block in card.split("```python\n") if "hashlib" in block)
     monkeypatch.chdir(run)
     result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=300, check=True)
     assert "changed although frozen: nothing" in result.stdout

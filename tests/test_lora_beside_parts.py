@@ -34,6 +34,7 @@ from test_modeling import rename_to_hub
 
 pytestmark = pytest.mark.contract
 
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 LORA = {"target": ["attention"], "rank": 4, "alpha": 16}
 WITHOUT_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -553,7 +554,7 @@ def test_card_and_report_speak_of_both(run, monkeypatch):
 @pytest.mark.slow
 def test_the_cards_snippet_proves_the_freeze(run):
     card = (run / "README.md").read_text(encoding="utf-8")
-    snippet = card.split("```python\n")[1].split("```")[0]
+    snippet = next(block.split("```")[0] for block in card.split("```python\n") if "hashlib" in block)
     result = subprocess.run(
         [sys.executable, "-c", snippet], cwd=run, capture_output=True, text=True, timeout=300, check=True
     )
@@ -572,7 +573,8 @@ def test_lora_alone_leaves_the_folder_that_method_lora_leaves(run, tmp_path, und
         (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump({**values, "max_steps": 2}))
         assert main(["train", str(tmp_path / name / "recipe.yaml")]) == 0
     short, long = tmp_path / "short" / "run", tmp_path / "long" / "run"
-    assert {file.name for file in short.iterdir()} == {file.name for file in long.iterdir()}
+    scores = {".before.safetensors"}  # of the base: the second run has them from the cache
+    assert {file.name for file in short.iterdir()} - scores == {file.name for file in long.iterdir()} - scores
     for file in ("freeze_plan.json", "adapter_model.safetensors", "audit.json", "evaluation.json"):
         one, other = (
             json.loads((folder / file).read_text()) if file.endswith("json") else (folder / file).read_bytes()

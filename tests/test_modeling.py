@@ -12,6 +12,7 @@ from conftest import tiny_gpt2
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import ModelError
+from partialtune.model.digests import digests
 from partialtune.model.loading import empty_model, load_config, load_model, load_tokenizer, quiet_libraries
 from partialtune.model.model_checks import check_fit, check_ids
 from partialtune.model.train_mode import is_dropout, set_dropout
@@ -40,6 +41,33 @@ def test_a_16_bit_base_is_widened_exactly(tmp_path):
     for wide, original in zip(load(tmp_path).parameters(), narrow.parameters(), strict=True):
         assert wide.dtype == torch.float32
         assert torch.equal(wide, original.float())
+
+
+def test_a_16_bit_base_is_held_in_its_own_bits(tmp_path):
+    """Each parameter as it is in the file, mapped; what the model computes for itself as in fp32."""
+    from test_saving import MODELS
+
+    kinds = {"norm": torch.float32, "down_proj": torch.float16}
+    for name in ("Gemma 3", "Mixtral", "GPT-2"):
+        model, folder = MODELS[name](), tmp_path / name
+        for key, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(next((kinds[kind] for kind in kinds if kind in key), torch.bfloat16))
+        model.save_pretrained(folder)
+        file = folder / "model.safetensors"
+        before = file.read_bytes()
+        config = load_config(str(folder))
+        held, wide = load_model(str(folder), config, narrow=True), load_model(str(folder), config)
+        in_file = {n: p.dtype for n, p in model.named_parameters() if p.ndim > 1}
+        assert {n: p.dtype for n, p in held.named_parameters() if p.ndim > 1} == in_file
+        assert digests(held) == digests(wide) == digests(model)
+        for (key, mine), (_, theirs) in zip(held.named_buffers(), wide.named_buffers(), strict=True):
+            assert mine.dtype == theirs.dtype, key
+            assert torch.equal(mine, theirs), key
+        assert (held.config.to_dict(), held.training) == (wide.config.to_dict(), False)
+        with torch.no_grad():
+            for parameter in held.parameters():
+                parameter.add_(1)
+        assert file.read_bytes() == before
 
 
 def test_a_base_with_the_names_and_mask_buffers_of_the_hubs_file_loads_the_same(folder):

@@ -23,6 +23,7 @@ from transformers import (
 
 import partialtune as pt
 from conftest import REPOSITORY, some_windows
+from partialtune.bench.measure import measure
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
 from partialtune.errors import InputError, ModelError, RecipeError
@@ -526,7 +527,8 @@ def test_recipes_with_other_tokens_are_not_compared(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_rank_bench_and_learning_rates_take_such_a_recipe(tmp_path, capfd):
+def test_rank_bench_and_learning_rates_take_such_a_recipe(tmp_path, capfd, monkeypatch, in_this_process):
+    monkeypatch.setattr("partialtune.bench.bench.run_variant", lambda variant, steps: measure(variant.values, steps))
     recipe = written(tmp_path, max_steps=2)
     assert main(["rank", recipe, "--batches", "1", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["windows"] == 2
@@ -535,6 +537,7 @@ def test_rank_bench_and_learning_rates_take_such_a_recipe(tmp_path, capfd):
     words = ["--output_dir", str(tmp_path / "compared"), "--learning_rates", "1e-3", "1e-2"]
     Path(tmp_path / "two.yaml").write_text(yaml.safe_dump(values(tmp_path, max_steps=2, trainable=["final_norm"])))
     assert main(["compare", recipe, str(tmp_path / "two.yaml"), *words]) == 0
+    assert len(in_this_process) == 2 + 2
 
 
 def test_the_snippet_of_the_page_does_what_stands_there(tmp_path):

@@ -138,6 +138,28 @@ def test_a_frozen_head_is_cast_to_bf16_once_and_a_trainable_one_each_time():
     assert loss._frozen_copy is None
 
 
+def test_a_frozen_head_that_is_held_in_bf16_gives_the_same_loss_and_gradients_and_no_copy_is_kept():
+    model = build("phi")  # untied, its head has a bias
+    apply_plan(model, plan_freeze(model, ["blocks[-1]", "final_norm"]))
+    head = model.lm_head
+    head.weight.data = head.weight.data.bfloat16().float()
+    loss = LossWithoutLogits(model)
+    with loss.active():
+        own, own_gradients = loss_and_gradients(model)
+    head.weight.data = head.weight.data.bfloat16()
+    with loss.active():
+        ours, gradients = loss_and_gradients(model)
+    assert loss._frozen_copy is None
+    assert float(ours) == pytest.approx(float(own), rel=1e-6)
+    assert len(own_gradients) > 5
+    for name, gradient in own_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
+    with torch.autocast("cpu", dtype=torch.bfloat16), loss.active():
+        in_bf16, _ = loss_and_gradients(model)
+    assert loss._frozen_copy is None
+    assert float(in_bf16) == pytest.approx(float(own), rel=1e-2)
+
+
 @pytest.mark.parametrize(("name", "selector"), [("gpt2", "embeddings.tokens"), ("llama", "head"), ("phi", "head")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_rows_of_a_head_get_the_gradient_that_they_have_with_all_logits(name, selector, dtype):

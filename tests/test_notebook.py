@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import threading
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import partialtune as pt
 from cluster import small_recipe
-from conftest import some_windows, tiny_gpt2
+from conftest import REPOSITORY, some_windows, tiny_gpt2
 from partialtune.cli import main
 from partialtune.errors import InputError, PartialtuneError, RecipeError
 from partialtune.proof.audit_result import KEPT_EVERY_BIT, Audit, SavedDifference
@@ -22,6 +23,7 @@ from partialtune.recipe.recipe import read_recipe, recipe_from_values
 from partialtune.tables import html_table
 from test_deltas import make_trainer
 
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 SHORT = {"max_steps": 3, "schedule": [{"from_step": 2, "trainable": ["embeddings"]}]}
 
 
@@ -71,6 +73,7 @@ def test_a_thread_trains_the_same_weights_and_digests_as_the_command_line(home, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_mapping_is_a_recipe_and_keywords_win_over_it(home, tmp_path):
     values = yaml.safe_load((home / "recipe.yaml").read_text())
     run = pt.train(values, output_dir=str(tmp_path / "run"), max_steps=1, schedule=[], trainable="blocks[-1]")
@@ -125,6 +128,7 @@ def test_the_model_of_a_run_and_its_tokenizer_load(home):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("changes", [{"checkpoint_format": "delta"}, {"method": "lora", "trainable": ["attention"]}])
 def test_a_delta_and_adapters_load_as_the_model_that_was_scored(home, tmp_path, changes):
     values = yaml.safe_load((home / "recipe.yaml").read_text()) | {"schedule": []} | changes
@@ -247,6 +251,25 @@ def test_in_a_jupyter_kernel_plan_run_and_figure_are_shown_and_a_thread_trains(h
     assert f"<b>freeze audit passed</b> in {tmp_path / 'run'}" in shown[2]["text/html"]
     assert shown[3]["image/png"].startswith("iVBOR")
     assert shown[4]["text/plain"] == "(True, True)"
+
+
+@pytest.mark.slow
+def test_the_notebook_among_the_recipes_plans_trains_shows_and_generates(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(REPOSITORY / "recipes" / "quickstart.ipynb", as_version=4)
+    shutil.copyfile(REPOSITORY / "recipes" / "quickstart.yaml", tmp_path / "quickstart.yaml")
+    training = next(cell for cell in notebook.cells if "pt.train(" in cell.source)
+    training.source = training.source.replace('"outputs/notebook")', '"outputs/notebook", max_steps=3)')  # of 123
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(cwd=str(tmp_path))
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output["data"] for output in outputs if output["output_type"] == "execute_result"]
+    assert any("884,736" in one.get("text/html", "") for one in shown)  # the plan
+    assert any("freeze audit passed" in one.get("text/html", "") for one in shown)
+    assert sum("image/png" in one for one in shown) == 2
+    said = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    assert "freeze audit passed" in said
+    assert all(f"{name:8} The function returns" in said for name in ("base", "adapted"))
 
 
 # ---- copying and pickling -------------------------------------------------------------------------------------------

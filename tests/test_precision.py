@@ -1,8 +1,12 @@
 """bf16 is chosen by time, on the device that is really there."""
 
+import json
+
 import pytest
 import torch
 
+from cluster import small_recipe
+from partialtune.cli import main
 from partialtune.training import settings as precision
 from partialtune.training.settings import training_arguments
 
@@ -48,3 +52,16 @@ def test_the_rate_is_that_of_the_fastest_product_after_the_first(monkeypatch):
 def test_what_is_timed_fills_the_device():
     assert precision.shape_for(torch.device("cpu")) == (1024, 768, 3072)
     assert precision.shape_for(torch.device("cuda")) == (8192, 4096, 4096)
+
+
+@pytest.mark.parametrize("trainable", ["embeddings", "blocks[-1]"])
+def test_what_did_not_move_scores_the_same_before_and_after_in_bf16_too(tmp_path, trainable):
+    """accelerate has the model compute in bf16 only once it has prepared it: the base was scored in fp32 before."""
+    words = small_recipe(tmp_path, schedule=[], trainable=trainable, max_steps=2, learning_rate=0.0, bf16=True)
+    assert main([*words, "--weight_decay", "0", "--allow_failed_audit", "true"]) in (0, 3)  # 3: nothing has moved
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [entry["kl"] for entry in found.pop("prompts")] == [0.0]
+    assert {name: scores["before"]["loss"] for name, scores in found.items()} == {
+        name: scores["after"]["loss"] for name, scores in found.items()
+    }
+    assert set(found) == {"validation", "training"}

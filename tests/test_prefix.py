@@ -344,8 +344,8 @@ def test_auto_declines_and_says_why(trainable, words):
 def test_memory_is_an_error_where_it_cannot_be_had():
     with pytest.raises(RecipeError, match=r"memory is impossible here: transformer\.wte\.weight trains"):
         choose_prefix("memory", plan_of("embeddings"), tiny_gpt2())
-    with pytest.raises(RecipeError, match="prefix_cache is 'disk'; allowed are"):
-        choose_prefix("disk", plan_of("blocks[-1]"), tiny_gpt2())
+    with pytest.raises(RecipeError, match="prefix_cache is 'tape'; allowed are auto, off, memory, disk"):
+        choose_prefix("tape", plan_of("blocks[-1]"), tiny_gpt2())
     assert choose_prefix("off", plan_of("blocks[-1]"), tiny_gpt2())[0].blocks == 0
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +78,6 @@ MISTAKES = {
     "a decay of 0": ({"layer_decay": 0}, ["layer_decay: got 0; allowed: a number or null, more than 0 and at most 1"]),
     "a decay above 1": ({"layer_decay": 1.1}, ["layer_decay: got 1.1; allowed:"]),
     "a decay that is true": ({"layer_decay": True}, ["layer_decay: got true; allowed: a number"]),
-    "shards": ({"layer_decay": 0.9, "fsdp": "full_shard"}, ["fsdp: the groups of layer_decay are made of whole"]),
     "a bounded scheduler": (
         {"part_learning_rates": {"head": 1}, "lr_scheduler_type": "greedy"},
         ["lr_scheduler_type: greedy holds all rates above one bound, so that part_learning_rates would not"],
@@ -711,18 +709,6 @@ def test_a_trainer_with_the_greedy_scheduler_is_refused(tmp_path):
     changes = {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 3}
     with pytest.raises(RecipeError, match="greedy holds all rates above one bound"):
         trainer_of(tmp_path, "layer decay", changes=changes)
-
-
-def test_a_trainer_under_fsdp_is_refused_rather_than_trained_at_one_rate(tmp_path, monkeypatch):
-    from_the_start = [{"from_step": 0, "trainable": ["mlp"], "learning_rate": 1e-5}]
-    for said in ({"layer_decay": 0.5}, {"part_learning_rates": {"mlp": 1e-4}}, {"schedule": from_the_start}):
-        trained = model()
-        args = TrainingArguments(**SETTINGS, output_dir=str(tmp_path))
-        trainer = Trainer(model=trained, args=args, train_dataset=some_windows())
-        monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-        monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(fsdp_plugin=None))
-        with pytest.raises(RecipeError, match=r"FSDP shards the parameters.*Launch without it"):
-            attach(trainer, plan_freeze(trained, ["final_norm", "mlp"][: 1 if "schedule" in said else 2], **said))
 
 
 # ---- two processes --------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ BAD = [
     ("method: lora\ncheckpoint_format: delta", [], ["checkpoint_format: delta: adapters are all"]),
     ("label_smoothing_factor: 0.1", [], ["label_smoothing_factor", "bits per byte"]),
     ("save_on_each_node: true", [], ["save_on_each_node", "every node"]),
-    ("prefix_cache: disk", [], ["prefix_cache: got 'disk'", "auto, off or memory"]),
+    ("prefix_cache: tape", [], ["prefix_cache: got 'tape'", "auto, off, memory or disk"]),
     ("fast_paths: [los]", [], ["fast_paths: got 'los'", "loss, gelu or casts"]),
     ("window_sampling: random\nwindow_stride: 64", [], ["window_stride: is for window_sampling: chunked"]),
     ("validation_share: 0\neval_strategy: steps", [], ["eval_strategy: needs held-out text"]),

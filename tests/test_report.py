@@ -1,5 +1,6 @@
 """The report: one page that says what happened, asks nothing of the network and works in a browser."""
 
+import base64
 import html.parser
 import json
 import re
@@ -17,6 +18,7 @@ from partialtune.pages.run_files import read_run
 from partialtune.words import count, percent, significant
 from run_folder import write_run_folder
 
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 ATTACK = "<script>document.title = 'taken'</script>"
 FLAGS = {"odd_token": ATTACK, "source": f"{ATTACK}\"'&.txt", "prompts": (ATTACK, "The Emperor of")}
 
@@ -81,7 +83,9 @@ def test_the_verdict_stands_on_top_in_words(passed, failed):
     good, bad = text_of(passed), text_of(failed)
     assert "Audit passed" in good
     assert "Audit failed" not in good
-    assert good.index("Audit passed") < good.index("<h2>Recipe</h2>") < good.index("<h2>What it learnt")
+    order = ("Audit passed", "<h2>One prompt", "<h2>What it learnt", "<h2>What trained", "<h2>Recipe</h2>")
+    places = [good.index(words) for words in order]
+    assert places == sorted(places)
     assert "L2 change exactly 0" in good
     assert "85,054,464 frozen parameters in 144 tensors kept every bit" in good
     assert "1.888 → 1.613" in good
@@ -107,8 +111,11 @@ def test_the_page_is_well_formed_and_asks_for_nothing_outside_itself(passed, fai
         assert {link.removeprefix("#") for link in outline.links} <= set(outline.ids)
         assert all(address.startswith("data:") for address in outline.addresses)
         figures = describe_figures(read_run(page.parent))
-        assert len(outline.addresses) == 2 * len(figures) + 1  # light and dark, and an empty icon
-        assert outline.alts == [figure.alt for figure in figures]
+        shown = [figure.alt for figure in figures if figure.alt in outline.alts]
+        assert len(outline.addresses) == 2 * len(shown) + 1  # light and dark, and an empty icon
+        assert sorted(outline.alts) == sorted(shown)
+        left_out = {figure.path.name for figure in figures} - {f.path.name for f in figures if f.alt in shown}
+        assert left_out <= {"deltas_heatmap.png", "deltas_over_time.png"}  # where at most three groups moved
         assert all(alt and len(alt) > 40 for alt in outline.alts)
 
 
@@ -258,6 +265,13 @@ NOT_READ = """
 def test_tables_sort_by_mouse_and_by_keyboard_and_say_so(passed):
     with Page() as page:
         page.open(passed)
+        assert not page.value("document.querySelector('#parameters').open")
+        click = "document.querySelector('nav a[href=\"#parameters\"]').click()"
+        page.value(
+            f"(() => {{ {click}; return new Promise(done => addEventListener('hashchange', () => done(1))) }})()"
+        )
+        assert page.value("document.querySelector('#parameters').open")
+        page.value("document.querySelector('#tokens').open = true")
         original = page.value(ROWS.format(0, "textContent"))
         page.value("document.querySelectorAll('#parameters th button')[4].click()")
         sizes = [int(size) for size in page.value(ROWS.format(4, "dataset.sort"))]
@@ -293,6 +307,7 @@ def test_tables_sort_by_mouse_and_by_keyboard_and_say_so(passed):
 def test_every_control_and_scrolling_box_is_reached_by_the_tab_key(passed):
     with Page(width=390) as page:
         page.open(passed)
+        page.value("document.querySelectorAll('details').forEach(details => { details.open = true })")
         wanted = page.value("document.querySelectorAll('a, button, summary, [tabindex]').length")
         reached = set()
         for _ in range(wanted):
@@ -306,7 +321,37 @@ def test_every_control_and_scrolling_box_is_reached_by_the_tab_key(passed):
         boxes = page.value(
             "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth).length"
         )
-        assert boxes >= 3  # the wide tables and figures scroll in their own boxes
+        assert boxes >= 3  # the wide tables scroll in their own boxes
+
+
+# Numbers that are cut off by the box around them, where nobody can scroll it, or that stand out of the page.
+CUT_OFF = """
+[...document.querySelectorAll("td.number, dd, .value, .odds span")].filter(cell => {
+  const box = cell.getBoundingClientRect();
+  if (!box.width) return false;
+  const scrolled = cell.closest(".scroll");
+  const room = scrolled && scrolled.scrollWidth > scrolled.clientWidth;
+  return cell.scrollWidth > cell.clientWidth + 1 && getComputedStyle(cell).overflow !== "visible"
+    || !room && box.right > document.documentElement.clientWidth;
+}).map(cell => cell.outerHTML)
+"""
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_what_matters_comes_first_on_paper_and_on_a_telephone_too(passed):
+    with Page(width=1280) as page:
+        page.open(passed)
+        assert page.value("document.querySelector('#prompts blockquote').getBoundingClientRect().bottom") < 1500
+        printed = base64.b64decode(page.send("Page.printToPDF")["data"])
+        assert 1 <= len(re.findall(rb"/Type /Page\b", printed)) <= 7
+    with Page(width=390) as page:
+        page.open(passed)
+        page.value("document.querySelectorAll('details').forEach(details => { details.open = true })")
+        assert page.value(CUT_OFF) == []
+        assert page.value("[...document.images].filter(image => image.width > 390).length") == 0
+        scores = page.value("(box => [box.scrollWidth, box.clientWidth])(document.querySelector('#learning .scroll'))")
+        assert scores[0] == scores[1]  # the table of scores is read without scrolling
 
 
 @needs_chromium

@@ -12,16 +12,17 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import partialtune
-from cluster import WarmProcess
 from conftest import REPOSITORY, tiny_gpt2
 from partialtune.cli import main
 from partialtune.grammar.values import choices_of
+from partialtune.model import saving
 from partialtune.model.digests import buffer_digest, digests
 from partialtune.model.loading import load_tokenizer
-from partialtune.model.parameters import persistent_buffers
+from partialtune.model.parameters import persistent_buffers, plain_name
+from partialtune.model.sharded_files import ShardedFiles, is_sharded_checkpoint
 from partialtune.proof.saved_files import saved_differences
 from partialtune.recipe.arguments import TextArguments, argument_types
 from partialtune.training.training_data import prepare_data
@@ -86,29 +87,35 @@ WAYS = {
     "FSDP2": Way(launch="FSDP2"),
     "FSDP2, untied head": Way(launch="FSDP2", head="untied"),
     "FSDP2, delta": Way(launch="FSDP2", checkpoint_format="delta"),
+    "FSDP2, rows, untied head": Way(launch="FSDP2", rows=True, head="untied"),
+    "FSDP2, rows, delta": Way(launch="FSDP2", rows=True, checkpoint_format="delta"),
+    "FSDP2, new tokens": Way(launch="FSDP2", new_tokens=True),
     "FSDP2, adapters": Way(launch="FSDP2", method="lora"),
     "FSDP2, adapters beside parts": Way(launch="FSDP2", lora=True),
 }
-LAUNCHES = {"cpu_two_processes.yaml": "DDP", "ddp.yaml": "DDP", "multi_node.yaml": "DDP", "fsdp2.yaml": "FSDP2"}
+LAUNCHES = {
+    **dict.fromkeys(("cpu_two_processes.yaml", "ddp.yaml", "multi_node.yaml", "pytorchjob.yaml"), "DDP"),
+    "fsdp2.yaml": "FSDP2",
+}
 # Whatever in the package writes weights: where -> which ways of saving pass it.
 WRITERS = {
     "recipe_run/write_results.py": "trainer.save_model",  # all but deltas; twice: a delta cannot hold changed buffers
     "delta_checkpoint.py": "save_file",  # deltas
-    "rebuild.py": "model.save_pretrained",  # apply
+    "rebuild.py": "save_pretrained",  # apply
+    # in which all whole models end, Trainer's too; of a checkpoint in shards what is beside weights
+    "model/saving.py": "type(model).save_pretrained, write_tensors",
+    "engine/sharded_saves.py": "save_pretrained",  # by a process that takes part and writes nothing
     "freeze/lora.py": "save_file",  # adapters, alone or beside a delta
     "engine/trainer_overrides.py": "super(TunedTrainer, self).save_model",  # Trainer's own way, of checkpoints too
 }
 
 
-WRITE_WEIGHTS = ("save_pretrained", "save_file", "save_model")
+WRITE_WEIGHTS = ("save_pretrained", "save_file", "save_model", "write_tensors")
 
 
 def save_in_shards() -> None:
-    """Let `save_pretrained` cut files at 2 MB, as it does at 50 GB."""
-    whole = PreTrainedModel.save_pretrained
-    PreTrainedModel.save_pretrained = lambda self, *args, **kwargs: whole(
-        self, *args, **{**kwargs, "max_shard_size": "2MB"}
-    )
+    """Let files be cut at 40 KB, as they are at 5 GB."""
+    saving.MAX_SHARD_SIZE = "40KB"
 
 
 def draw_no_figures() -> None:
@@ -192,11 +199,23 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, text):
+def base(tmp_path_factory):
+    """A folder with a model of random weights and 0.2 million parameters, a twelfth of the builtin one whose tokenizer
+    it has."""
+    folder, tokenizer = tmp_path_factory.mktemp("base") / "base", load_tokenizer(BASE)
+    tiny_gpt2(vocab_size=len(tokenizer)).half().save_pretrained(folder)  # 16 bits a value, as in the builtin one's file
+    config = read(folder, "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))  # what its config says too
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, text, base, warm):
     """A folder with one run for each way of saving, and the exit codes of its processes."""
     folder, codes = tmp_path_factory.mktemp("ways"), {}
     recipe = {
-        "model_name_or_path": BASE,
+        "model_name_or_path": str(base),
         "text": str(text),
         "block_size": 32,
         "max_steps": 2,
@@ -206,22 +225,21 @@ def runs(tmp_path_factory, text):
         "prompts": [],
         "prefix_cache": "off",
     }
-    with WarmProcess(folder / "log") as warm:
-        for name, way in WAYS.items():
-            keys = {"method": way.method, "checkpoint_format": way.checkpoint_format, "head": way.head}
-            parts = {} if way.method == "full" else {"trainable": (ROWS if way.rows else PARTS)[way.head]}
-            parts = {"trainable": ["blocks[-1].attention"]} if way.method == "lora" else parts
-            parts = {**parts, "lora": {"target": ["attention"]}} if way.lora else parts
-            parts = {"new_tokens": NEW_TOKENS} if way.new_tokens else parts  # their rows, and nothing else
-            file = folder / f"{name}.yaml"
-            file.write_text(yaml.safe_dump({**recipe, **keys, **parts, "output_dir": str(folder / name)}))
-            warm.start_all(["train", str(file)], way.processes, way.first)
-            codes[name] = warm.end_all()
+    for name, way in WAYS.items():
+        keys = {"method": way.method, "checkpoint_format": way.checkpoint_format, "head": way.head}
+        parts = {} if way.method == "full" else {"trainable": (ROWS if way.rows else PARTS)[way.head]}
+        parts = {"trainable": ["blocks[-1].attention"]} if way.method == "lora" else parts
+        parts = {**parts, "lora": {"target": ["attention"]}} if way.lora else parts
+        parts = {"new_tokens": NEW_TOKENS} if way.new_tokens else parts  # their rows, and nothing else
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**recipe, **keys, **parts, "output_dir": str(folder / name)}))
+        warm.start_all(["train", str(file)], way.processes, way.first)
+        codes[name] = warm.end_all()
     return folder, codes
 
 
 @pytest.fixture(scope="module")
-def read_back(runs, text):
+def read_back(runs, text, base):
     """Way -> what a fresh process found in its folder; those of deltas made whole by `apply` too."""
     runs, codes = runs
     folders = {}
@@ -229,16 +247,11 @@ def read_back(runs, text):
         if any(codes[name]):
             continue
         kind = "adapters" if way.method == "lora" else "delta" if way.lora else way.checkpoint_format
-        tokenizer = str(runs / name) if way.new_tokens else BASE
-        folders[name] = (
-            kind,
-            str(runs / name),
-            str(Path(partialtune.__file__).parent / "builtin" / "lilliput"),
-            tokenizer,
-        )
+        tokenizer = str(runs / name) if way.new_tokens else str(base)
+        folders[name] = (kind, str(runs / name), str(base), tokenizer)
         if kind == "delta":
             out = partialtune.apply_delta(runs / name, runs / f"{name}, applied")
-            folders[f"{name}, applied"] = ("full", str(out), "", str(out) if way.new_tokens else BASE)
+            folders[f"{name}, applied"] = ("full", str(out), "", str(out) if way.new_tokens else str(base))
     windows = {}
     for tokenizer in {entry[-1] for entry in folders.values()}:
         data = prepare_data(TextArguments(text=[str(text)], block_size=32), {}, load_tokenizer(tokenizer), seed=0)
@@ -253,9 +266,9 @@ def read_back(runs, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
-def test_the_files_hold_what_the_audit_states_and_the_model_that_was_scored(runs, read_back, name):
+def test_the_files_hold_what_the_audit_states_and_the_model_that_was_scored(runs, read_back, name, warm):
     runs, codes = runs
-    assert codes[name] == [0] * WAYS[name].processes, (runs / "log").read_text()[-3000:]
+    assert codes[name] == [0] * WAYS[name].processes, warm.log.read_text()[-3000:]
     run, applied = runs / name, f"{name}, applied"
     stated = {entry["name"]: entry["sha256_after"] for entry in read(run, "freeze_plan.json")["parameters"]}
     audit = read(run, "audit.json")
@@ -276,16 +289,26 @@ def test_the_files_hold_what_the_audit_states_and_the_model_that_was_scored(runs
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.launch != "one process"])
-def test_several_processes_really_ran_and_save_the_files_of_one(runs, name):
+def test_several_processes_really_ran_and_save_the_files_of_one(runs, base, name):
     runs, way = runs[0], WAYS[name]
     alone = next(n for n, w in WAYS.items() if w == replace(way, launch="one process"))
     assert yaml.safe_load((runs / name / "recipe.yaml").read_text())["run"]["processes"] == 2
-    # what accelerate writes beside a model that it has sharded, and in no other case
-    assert (runs / name / "checkpoint-1" / "pytorch_model_fsdp.bin").is_file() == (way.launch == "FSDP2")
+    # what accelerate writes of a model that it has sharded, and in no other case
+    in_shards = way.launch == "FSDP2"
+    assert is_sharded_checkpoint(runs / name / "checkpoint-1") == in_shards
+    if in_shards:
+        shards = ShardedFiles(runs / name / "checkpoint-1")
+        model = AutoModelForCausalLM.from_pretrained(runs / name if way.new_tokens else base)
+        expected = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+        assert {plain_name(n): shards.shape(n) for n in shards.names if ".lora_" not in n} == expected
     for place in (".", "checkpoint-1"):
-        ours, theirs = ({f.name: contents(f) for f in (runs / n / place).glob("*.safetensors")} for n in (name, alone))
-        assert ours == theirs
-        assert ours
+        # but the base's scores, .before.safetensors, which a run may have from the cache
+        ours, theirs = (
+            {f.name: contents(f) for f in (runs / n / place).glob("[!.]*.safetensors")} for n in (name, alone)
+        )
+        whole = {"model.safetensors"} if in_shards and place == "checkpoint-1" else set()  # in shards, see above
+        assert ours == {file: content for file, content in theirs.items() if file not in whole}
+        assert ours or whole
 
 
 def contents(file):
@@ -336,7 +359,7 @@ def train_halving(tmp_path, text, monkeypatch, kind=Halving, **changes):
         model.config.name_or_path = BASE
         return model
 
-    monkeypatch.setattr("partialtune.recipe_run.prepare.load_model", loaded)
+    monkeypatch.setattr("partialtune.training.load_base.load_model", loaded)
     values = {"model_name_or_path": BASE, "text": str(text), "output_dir": str(tmp_path / "run"), **RECIPE, **changes}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return main(["train", str(tmp_path / "recipe.yaml")]), tmp_path / "run"

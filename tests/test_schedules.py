@@ -103,7 +103,6 @@ MISTAKES = {
         ["entry 1 begins at from_step 5, and `trainable` is empty: nothing would train before"],
     ),
     "beside method full": ([FIRST], {"method": "full"}, ["schedule: method full trains everything"]),
-    "beside fsdp": ([FIRST], {"fsdp": "full_shard"}, ["fsdp: shards what trains before the first step"]),
     "without find_unused": ([FIRST], {"ddp_find_unused_parameters": False}, ["ddp_find_unused_parameters: false"]),
     "an empty list": ([], {}, ["trainable: missing: nothing would train"]),
 }

@@ -123,7 +123,10 @@ def test_secrets_of_a_texts_address_are_in_no_byte_of_what_a_run_leaves(tmp_path
         assert main([*recipe, "--output_dir", str(tmp_path / "failed"), "--text", locked(path), url, url]) == 2
     assert main([*recipe, "--text", url, "ftp" + url[4:]]) == 2
     assert main([*recipe, "--texts", url]) == 2
-    assert main(["train", url]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", url, "--max_steps", "1", "--prompts", "[]"]) == 0  # the text alone: a recipe is proposed
+    assert main(["init", url]) == 0
+    assert main(["init", url]) == 2
     (tmp_path / "wrong.yaml").write_text(f"text: [{url}\nblock_size: - 3")
     assert main(["train", str(tmp_path / "wrong.yaml")]) == 2
     for file in ("wrong.yaml", "secret.yaml"):

@@ -11,13 +11,14 @@ import torch
 
 from conftest import tiny_gpt2
 from partialtune.freeze.plan import plan_freeze
-from partialtune.proof import snapshot
-from partialtune.proof.snapshot import FileCopies, MemoryCopies, measure_deltas, room_for_copies, take_snapshot
+from partialtune.proof import start_copies
+from partialtune.proof.snapshot import measure_deltas, take_snapshot
+from partialtune.proof.start_copies import FileCopies, MemoryCopies, room_for_copies
 
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    monkeypatch.setattr(snapshot, "IN_MEMORY_UP_TO", 1000)
+    monkeypatch.setattr(start_copies, "IN_MEMORY_UP_TO", 1000)
 
 
 def test_small_copies_stay_in_memory_and_large_ones_go_to_the_folder(tmp_path, small_memory):
@@ -69,7 +70,7 @@ def test_a_snapshot_on_disk_measures_what_one_in_memory_does(tmp_path, small_mem
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux's /proc to look at another process's files")
 def test_the_file_has_no_name_and_is_gone_with_a_killed_process(tmp_path):
     script = (
-        "import sys, torch; from pathlib import Path; from partialtune.proof.snapshot import FileCopies\n"
+        "import sys, torch; from pathlib import Path; from partialtune.proof.start_copies import FileCopies\n"
         "copies = FileCopies(Path(sys.argv[1])); copies['a'] = torch.ones(2**20)\n"
         "print(Path(sys.argv[1]).stat().st_nlink, flush=True); sys.stdin.read()"
     )

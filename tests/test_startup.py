@@ -41,6 +41,12 @@ def test_plan_imports_nothing_for_texts_or_figures_and_train_draws_only_at_its_e
     assert not {"matplotlib", "evaluate", "tensorboard"} & set(train)
 
 
+def test_a_push_and_the_pages_of_a_run_are_made_without_torch():
+    pushed, shown = imported_by("import partialtune.hub.push\nnote()\nimport partialtune.pages.report\nnote()")
+    assert "huggingface_hub" in pushed
+    assert not {"torch", "transformers", "datasets", "matplotlib"} & {*pushed, *shown}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_weights_are_mapped_from_their_file_and_not_copied(tmp_path):
     from partialtune.model.loading import load_config, load_model

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -10,10 +11,12 @@ from conftest import tiny_gpt2
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import plan_freeze
 from partialtune.proof.deltas import WeightDeltaCallback
+from partialtune.recipe_run.while_training import Samples
 from test_deltas import make_trainer
 
 pytest.importorskip("tensorboard", reason="needs the test extra's tensorboard")
 
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for: samples are taken
 # A dashboard is built on these: a name that changes is a broken promise.
 NAMES = {
     *("delta/frozen_l2", "delta/trainable_l2"),
@@ -93,6 +96,7 @@ def attached(tmp_path_factory):
         plan = plan_freeze(model, ["blocks[-1].mlp", "final_norm"])
         trainer = make_trainer(folder, model, [], report_to=list(TRACKERS), logging_steps=1)
         pt.attach(trainer, plan, delta_steps=2)
+        Samples(lambda model: [" of text\nand on"], ["A line"], [" of the base"], folder, 2).attach(trainer)
         trainer.train()
         wandb.finish()
         mlflow.flush_async_logging()
@@ -137,8 +141,11 @@ def read_wandb(folder):
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    for data in wandb_records(file):
-        record = Record.FromString(data)
+    end, records = time.monotonic() + 30, []
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < end:
+        time.sleep(0.1)  # its service is a process of its own, and writes when it comes to it
+        records = [Record.FromString(data) for data in wandb_records(file)]
+    for record in records:
         values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for name, value in values.items():
             yield values["train/global_step"], name, value
@@ -172,6 +179,52 @@ def test_with_attach_alone_every_tracker_holds_the_deltas_and_the_verdict(attach
     assert held["delta/frozen_l2"] == {2: 0.0, 4: 0.0, 5: 0.0}
     assert held["audit/passed"] == {5: 1.0}
     assert held["loss"].keys() == {1, 2, 3, 4, 5}
+
+
+SAMPLE_ROWS = [
+    {"step": 0, "prompt": "A line", "continuation": " of the base"},
+    *({"step": step, "prompt": "A line", "continuation": " of text\nand on"} for step in (2, 4)),
+]
+
+
+def sampled_by_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.glob("runs/*/events.out.tfevents.*")
+    for event in EventAccumulator(str(file)).Reload().Tensors("samples/1/text_summary"):
+        (text,) = event.tensor_proto.string_val
+        lines = [line.removeprefix("    ") for line in text.decode().splitlines()]  # else it would be read as Markdown
+        prompt, continuation = lines[0][:6], "\n".join([lines[0][6:], *lines[1:]])
+        yield {"step": event.step, "prompt": prompt, "continuation": continuation}
+
+
+def sampled_by_trackio(folder):
+    for _, name, value in read_trackio(folder):
+        if name.endswith("samples"):
+            yield from value["_value"]
+
+
+def sampled_by_wandb(folder):
+    for file in sorted(
+        folder.glob("wandb/offline-run-*/files/media/table/samples*.json"), key=lambda f: f.stat().st_mtime_ns
+    ):
+        table = json.loads(file.read_text())
+        yield from (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
+
+
+def sampled_by_mlflow(folder):
+    for file in sorted(folder.glob("**/artifacts/samples/step_*.json")):
+        yield from json.loads(file.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_every_tracker_holds_the_samples_of_each_step_as_text(attached, tracker):
+    folder, trainer = attached
+    assert list(globals()[f"sampled_by_{tracker}"](folder)) == SAMPLE_ROWS
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == SAMPLE_ROWS
+    assert not any("samples/" in key or key == "samples" for entry in trainer.state.log_history for key in entry)
 
 
 @pytest.mark.slow

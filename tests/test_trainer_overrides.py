@@ -21,10 +21,13 @@ PRIVATE = {
     "_run_epoch": {"model", "epoch", "train_dataloader"},
     "_save": {"output_dir", "state_dict"},
     "_save_checkpoint": {"model", "trial"},
+    "_save_optimizer_and_scheduler": {"output_dir"},
+    "_save_rng_state": {"output_dir"},
 }
 PUBLIC = {
     "compute_loss": {"model", "inputs", "return_outputs"},
     "create_optimizer": set(),
+    "create_scheduler": set(),
     "get_decay_parameter_names": {"model"},
     "get_eval_dataloader": set(),
     "get_train_dataloader": set(),

@@ -468,6 +468,29 @@ def test_a_frozen_head_gives_what_trls_own_function_gives(dtype, with_bias):
         torch.testing.assert_close(ours, own, atol=0.05 if low else 5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("capped", [None, 5.0])
+def test_a_frozen_head_in_16_bits_gives_what_it_gives_widened(capped, monkeypatch):
+    """Also where TRL's own function has to do it, which multiplies matrices of one dtype."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    from partialtune.engine import head_loss
+    from partialtune.engine.trl_head import ORDER, _InPlaceOf
+
+    monkeypatch.setattr(head_loss, "WIDENED_AT_ONCE", 300 * 64)
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(300, 64, generator=draw), (torch.randn(1000, 64, generator=draw) * 0.3).bfloat16()
+    targets, wanted = torch.randint(1000, (300,), generator=draw), torch.randn(2, 300, generator=draw)
+    given = []
+    for held in (weight.float(), weight):
+        states = hidden.clone().requires_grad_()
+        function = _InPlaceOf(ChunkedLogProbFunction)
+        outputs = function.apply(states, held, None, targets, 0.7, 128, capped, 1.5, ORDER)
+        (outputs[0] * wanted[0] + outputs[1] * wanted[1]).sum().backward()
+        given.append([*outputs, states.grad])
+    for wide, narrow in zip(*given, strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=5e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_a_head_get_the_gradient_that_trls_own_function_gives_them(dtype):
     from trl.kernels import ChunkedLogProbFunction

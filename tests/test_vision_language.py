@@ -31,6 +31,7 @@ from partialtune.model.parameters import named_weights
 from tiny_models import tiny_config
 
 LENGTH, WINDOWS, BATCH, EPOCHS = 12, 8, 4, 3
+WHOLE_RUNS = True  # what `quick_runs` in conftest.py looks for
 IMAGE = 90  # the id of the token that an image's patches take the place of
 PATCHES = 4
 CLOSE = 1e-6

@@ -23,19 +23,27 @@ def on_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        futures = [pool.submit(_as_rank, rank, port, function, arguments) for rank in range(2)]
+        futures = [pool.submit(as_rank, rank, 2, port, function, arguments) for rank in range(2)]
         return [future.result(timeout=300) for future in futures]
 
 
-def _as_rank(rank: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+def free_port() -> int:
+    """A port at which nobody listens yet, where the processes of a run find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def as_rank(rank: int, processes: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    """Call a function in this process as one of several of a run, on one thread."""
     import torch
 
     gc.freeze()  # what was imported before is not searched for garbage in each run
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     try:

@@ -68,8 +68,7 @@ def cached_by_content(
     Raises:
         TextError: If the cache cannot be written.
     """
-    key = hashlib.sha256(json.dumps([LAYOUT, kind, made_of], sort_keys=True).encode()).hexdigest()
-    path = cache_root() / "prepared" / kind / f"{key}{suffix}"
+    path = _path_of(kind, suffix, made_of)
 
     def build_with_time(part: Path) -> dict[str, Any]:
         _remove_unused(path.parents[1])
@@ -83,6 +82,16 @@ def cached_by_content(
         again=f"{path} is damaged or was left unfinished: it is made again.",
         advice="a folder where you may write, on a disk with space for four times the size of the text",
     )
+
+
+def find_cached(kind: str, suffix: str, made_of: Mapping[str, Any]) -> CachedFile | None:
+    """The file that `cached_by_content` made of the same, None where there is none or it is damaged."""
+    return _read(_path_of(kind, suffix, made_of))
+
+
+def _path_of(kind: str, suffix: str, made_of: Mapping[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps([LAYOUT, kind, made_of], sort_keys=True).encode()).hexdigest()
+    return cache_root() / "prepared" / kind / f"{key}{suffix}"
 
 
 def cached_file(

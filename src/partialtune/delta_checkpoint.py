@@ -23,14 +23,14 @@ from transformers import PreTrainedModel
 
 from partialtune import __version__
 from partialtune.delta_adapters import check_adapters, read_sha256, write_beside_delta
-from partialtune.distributed import is_main
+from partialtune.distributed import from_main, is_main
 from partialtune.errors import ModelError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.planned import PlannedParameter
 from partialtune.model.config_keys import config_digest
-from partialtune.model.digests import digests_of, whole_on_main
+from partialtune.model.digests import digests_of, digests_on_main, whole_on_main
 from partialtune.model.new_tokens import BaseTensor
-from partialtune.model.parameters import named_weights, plain_name, with_other_rows
+from partialtune.model.parameters import is_sharded, named_weights, plain_name, with_other_rows
 from partialtune.model.row_parameters import rows_by_matrix
 from partialtune.model.rows import Rows, as_rows, as_runs, count_rows, other_rows_name, put_rows, row_numbers, take_rows
 from partialtune.run_folder import DELTA_FILE, VALUES_FILE, is_delta, read_json, write_json
@@ -151,19 +151,25 @@ def write_delta_of_state(
     before: Mapping[str, str],
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """As `write_delta`, by one process alone, with digests of the model as it is now and the base that it names.
+    """As `write_delta`, with digests of the model as it is now and the base that it names.
+
+    All processes call this together where the model is sharded, and one process alone where it is not.
 
     Args:
         folder, model, plan, before: As for `write_delta`.
-        state_dict: The model's, where it had to be gathered from several processes.
+        state_dict: The model's, where it was gathered from several processes already.
     """
     planned = {parameter.name for parameter in plan.parameters}
     tensors = named_weights(model) if state_dict is None else state_dict.items()
     named = {plain_name(name): tensor.detach() for name, tensor in tensors if plain_name(name) in planned}
-    after = digests_of(with_other_rows(named.items(), plan.rows), plan.frozen_rows)
-    values = {name: stored(named[name]) for name, stored in _wanted(plan, before, after).items()}
+    parts = with_other_rows(named.items(), plan.rows)
     name = model.config.name_or_path or type(model).__name__  # made of a config, it has no place
     base = Base(name, commit=getattr(model.config, "_commit_hash", None))
+    if any(map(is_sharded, named.values())):
+        write_delta(folder, model, plan, before, from_main(digests_on_main(parts, plan.frozen_rows)), base)
+        return
+    after = digests_of(parts, plan.frozen_rows)
+    values = {name: stored(named[name]) for name, stored in _wanted(plan, before, after).items()}
     _write(folder, model, plan, values, before, after, base)
 
 

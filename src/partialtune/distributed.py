@@ -15,11 +15,16 @@ Something is still to be done, which may fail; a failure of one process then end
     first_on_each_node(make)   by every process, but on each machine by one before the others, which find its files
 
 On one process each of them is the plain value or the plain call.
+
+Nodes that share no disk may hold other files, and start from something else:
+    differences_from_main(own)          each process that differs from the main one, and in what
+    end_where_nodes_differ(own, do)     ends all of them in words where one does
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +37,7 @@ from transformers import TrainingArguments
 from partialtune.errors import (
     DiskError,
     EndedElsewhere,
+    InputError,
     PartialtuneError,
     code_of,
     disk_words,
@@ -40,6 +46,13 @@ from partialtune.errors import (
 
 Value = TypeVar("Value")
 DDP_TIMEOUT = 1800  # seconds, Trainer's default
+# Tried with DeepSpeed 0.19.8: Trainer trains under ZeRO-1 and -2, and ends where one process does; docs/clusters.md.
+DEEPSPEED = (
+    "DeepSpeed is not supported at any stage. ZeRO-3 partitions the parameters; ZeRO-1 and ZeRO-2 keep gradients and "
+    "optimizer state in flat pieces without names, and take the optimizer's step within backward, where the audit "
+    "does not see what learnt. Launch with recipes/launch/fsdp2.yaml, which divides all of these too, or, where the "
+    "model fits on each GPU, with recipes/launch/ddp.yaml."
+)
 
 
 def rank_and_processes() -> tuple[int, int]:
@@ -54,6 +67,22 @@ def is_main() -> bool:
     return rank_and_processes()[0] == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this process is the one of its node that fetches, prepares and compares for the others there."""
+    return PartialState().is_local_main_process
+
+
+def several_nodes() -> bool:
+    """Whether the processes of this run are on more than one node, which need not share a disk. All have to ask."""
+    return sum(from_all(is_first_of_node())) > 1 if _several() else False
+
+
+def node_name() -> str:
+    """What messages call the node of this process: `torchrun` counts nodes, and several of them may have one name."""
+    number = os.environ.get("GROUP_RANK")
+    return socket.gethostname() + (f", node {number}" if number else "")
+
+
 def _several() -> bool:
     return rank_and_processes()[1] > 1
 
@@ -66,6 +95,15 @@ def launcher_says(variable: str) -> bool:
 def shards_parameters(args: TrainingArguments) -> bool:
     """Whether recipe or launcher ask for FSDP."""
     return bool(args.fsdp) or launcher_says("ACCELERATE_USE_FSDP")
+
+
+def saves_sharded_checkpoints(args: TrainingArguments) -> bool:
+    """Whether FSDP lets each process write its own part of a checkpoint, into one folder (SHARDED_STATE_DICT)."""
+    if not shards_parameters(args):
+        return False
+    by_launcher = launcher_says("ACCELERATE_USE_FSDP")
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE") if by_launcher else args.fsdp_plugin_args.get("state_dict_type")
+    return "FULL_STATE_DICT" not in str(kind)
 
 
 # ---- every process has a value ---------------------------------------------------------------------------------------
@@ -171,7 +209,7 @@ def first_on_each_node(make: Callable[[], Value]) -> Value:
     Raises:
         Exception: As `done_together`.
     """
-    first = PartialState().is_local_main_process
+    first = is_first_of_node()
     made: Any = done_together(lambda: make() if first else None)
     return done_together(lambda: made if first else make())
 
@@ -182,6 +220,11 @@ class _Failure:
 
     words: str
     code: int
+    node: str
+
+    def on_main(self) -> str:
+        """The words as the main process prints them, with the node where it is another one."""
+        return self.words if self.node == node_name() else f"{self.words} (On {self.node}.)"
 
 
 def _attempt(make: Callable[[], Value]) -> tuple[Any, Exception | None]:
@@ -195,12 +238,11 @@ def _failure_of(error: Exception | None) -> _Failure | None:
     if error is None:
         return None
     if isinstance(error, PartialtuneError):
-        return _Failure(str(error), error.exit_code)
+        return _Failure(str(error), error.exit_code, node_name())
     if is_disk_fault(error):
-        return _Failure(disk_words(error), code_of(error))
-    return _Failure(
-        f"Another process of this run failed, and says more: {type(error).__name__}: {error}", code_of(error)
-    )
+        return _Failure(disk_words(error), code_of(error), node_name())
+    words = f"Another process of this run failed, and says more: {type(error).__name__}: {error}"
+    return _Failure(words, code_of(error), node_name())
 
 
 def _end_together(error: Exception | None, failure: _Failure | None) -> None:
@@ -218,7 +260,68 @@ def _end_together(error: Exception | None, failure: _Failure | None) -> None:
         is_bug = not isinstance(error, PartialtuneError) and not is_disk_fault(error)
         if is_bug or is_main():
             raise error
-    raise EndedElsewhere(failure.words if is_main() else "", failure.code) from error
+    raise EndedElsewhere(failure.on_main() if is_main() else "", failure.code) from error
+
+
+# ---- nodes that start from something else ----------------------------------------------------------------------------
+
+SHOWN = 60  # characters of a value
+
+
+def differences_from_main(own: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Each process that differs from the main one, with its node, and in what; the same list on all processes.
+
+    Args:
+        own: Of this process, by what a message calls it: a value that a reader is shown, a sha256, or a mapping of
+            either. Empty where this process has nothing to compare.
+    """
+    main = from_main(dict(own))
+    found = [*_differences(main, own)] if own else []
+    of_all = enumerate(from_all((node_name(), found)))
+    return [(f"Process {rank} ({node})", differences) for rank, (node, differences) in of_all if differences]
+
+
+def end_where_nodes_differ(own: Mapping[str, Any], what_to_do: str) -> None:
+    """Stop where a process has something else than the main one. All have to call this.
+
+    Args:
+        own: As for `differences_from_main`.
+        what_to_do: A sentence for the end of the message.
+
+    Raises:
+        InputError: On the main process; EndedElsewhere on the others.
+    """
+    found = differences_from_main(own)
+
+    def end() -> None:
+        if found:
+            lines = [f"  {place}: {'; '.join(differences)}" for place, differences in found]
+            raise InputError(
+                f"The processes of this run do not start from the same. They differ from process 0 ({node_name()}):\n"
+                + "\n".join(lines)
+                + f"\n{what_to_do} Nothing was written."
+            )
+
+    decided_by_main(end)
+
+
+def _differences(main: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    for key in {**main, **own}:
+        there, here = main.get(key), own.get(key)
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+            yield f"{key}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        elif isinstance(here, str) and len(here) == 64:  # a sha256 says nothing to a reader
+            yield key
+        else:
+            yield f"{key}: {_shown(here)} here, {_shown(there)} there"
+
+
+def _shown(value: Any) -> str:
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
 
 
 # ---- processes that are lost -----------------------------------------------------------------------------------------

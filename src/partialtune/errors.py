@@ -80,6 +80,17 @@ def is_peft_installed() -> bool:
     return find_spec("peft") is not None
 
 
+HOW_TO_INSTALL_BITSANDBYTES = (
+    "frozen_quantization needs bitsandbytes, which is not installed here. Install it: "
+    "pip install 'partialtune[quantized]'."
+)
+
+
+def is_bitsandbytes_installed() -> bool:
+    """Whether matrices can be held in few bits here. Found, not imported: importing it takes seconds."""
+    return find_spec("bitsandbytes") is not None
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether this package's code raised a caught error, and not that of a model or a library which it called."""
     *_, (frame, _) = walk_tb(error.__traceback__)

@@ -1,8 +1,10 @@
 """Files and folders that are there as a whole or not at all, and the locks that keep two processes apart."""
 
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -58,6 +60,37 @@ def write_whole(file: Path, content: bytes) -> None:
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def append_lines(file: Path, lines: Sequence[str]) -> None:
+    """Append whole lines, all of them or none.
+
+    Raises:
+        OSError: If they cannot be written. The file is as long as it was.
+    """
+    size = None
+    try:
+        with file.open("ab") as out:
+            size = out.tell()
+            out.write("".join(lines).encode())
+    except OSError:
+        with suppress(OSError):
+            if size is not None:
+                os.truncate(file, size)  # there may have been room for some of the lines
+        raise
+
+
+def keep_lines_up_to(step: int, file: Path) -> None:
+    """Take the lines of later steps out of a file of JSON lines with a `step`: a run that goes on writes them again.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    # A process that was killed may have left half a line, at the end.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(file, "".join(kept).encode())
 
 
 def move_all(source: Path, folder: Path, last: str = "config.json") -> None:

@@ -16,6 +16,7 @@ from partialtune.net.addresses import without_secrets
 RECIPE_FILE = "recipe.yaml"
 EXIT_FILE = "exit.json"
 LOCK_FILE = ".lock"
+SAMPLES_FILE = "samples.jsonl"  # {step, prompt, continuation} of each prompt, while the run trains
 DELTA_FILE = "delta.json"
 VALUES_FILE = "delta.safetensors"
 STATE_FILE = "trainer_state.json"  # Trainer's; written after the first step, and at the end
@@ -134,6 +135,22 @@ def locked(folder: Path, name: str = "output_dir") -> Iterator[None]:
     with file:
         lock(file, busy)
         yield
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether another process holds the folder's lock. False too where that cannot be found out."""
+
+    def busy() -> None:
+        raise RecipeError("held")
+
+    try:
+        with (folder / LOCK_FILE).open("r+") as file:
+            lock(file, busy)
+    except RecipeError:
+        return True
+    except OSError:  # no lock, or not ours to open
+        return False
+    return False
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -40,6 +40,16 @@ def percent(share: float | None, digits: int = 2) -> str:
     return f"{text}%"
 
 
+def megabytes(size: float, decimals: int = 0) -> str:
+    """Bytes of memory or of files -> MB, which are 2^20 bytes wherever this package writes them: 785 MB."""
+    return f"{size / 2**20:,.{decimals}f} MB"
+
+
+def gigabytes(size: float, decimals: int = 1) -> str:
+    """Bytes -> GB of 2^30 bytes: 9.4 GB."""
+    return f"{size / 2**30:,.{decimals}f} GB"
+
+
 def change(value: float, decimals: int = 3) -> str:
     """A difference with its sign: -0.5 -> −0.500, 0.5 -> +0.500, 0 -> 0.000."""
     text = f"{value:+,.{decimals}f}".replace("-", MINUS)

@@ -146,7 +146,7 @@ class Bench:
 
     def ours(self, job: Job, precision: str, source: Path | None = None) -> Measurement:
         """A job of ours, by the package in the folder `source` of another checkout, or by the installed one."""
-        recipe, run = self.folder / "recipe.json", self.folder / "run"
+        recipe, run = self.folder / "recipe.yaml", self.folder / "run"
         recipe.write_text(json.dumps(self._recipe(job, precision, run)))  # JSON is YAML
         _, peak, wall = run_process(["-m", "partialtune", "train", str(recipe), *self.more_words], source)
         seconds = json.loads((run / "performance.json").read_text())["median_step_seconds"]

@@ -4,8 +4,8 @@
 
 GPT-2's 124M shape with random weights, 16 x 256 tokens, a text of 32 windows. Figures are medians over whole commands;
 `train` is ended when its first step begins, which its progress bar shows. The scores before training are shown apart:
-they are the model's own time, here for 28 windows, in a run for up to 256 and the held-out text. Likewise prompts are
-left out and the frozen prefix is not kept, whose pass over all windows comes before the first step.
+they are the model's own time, here for 28 windows, in a run for up to 32 and the held-out text (`whole_run.py` has a
+run of that size). Likewise prompts are left out and the frozen prefix is not kept.
 """
 
 import argparse
@@ -30,11 +30,13 @@ def seconds_of(words: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def seconds_to_the_first_step(recipe: Path) -> dict[str, float]:
-    """From the command to the first step; with the scores before it, and without."""
+def seconds_to_the_first_step(recipe: Path, cache: Path) -> dict[str, float]:
+    """From the command to the first step; with the scores before it, and without. The cache is to be empty: the base's
+    scores would be taken from it."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "partialtune", "train", str(recipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"PARTIALTUNE_CACHE": str(cache)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     shown, scoring = b"", None
     while b"training:" not in shown:
         piece = os.read(process.stderr.fileno(), 4096)
@@ -56,7 +58,7 @@ def seconds_to_the_first_step(recipe: Path) -> dict[str, float]:
 
 
 def write_recipe(folder: Path, run: int) -> Path:
-    recipe = folder / "recipe.json"  # JSON is YAML
+    recipe = folder / "recipe.yaml"  # JSON is YAML
     values = {
         "model_name_or_path": str(folder / "model"),
         "text": str(folder / "text.txt"),
@@ -84,7 +86,7 @@ def main() -> None:
         for run in range(repeats):
             recipe = write_recipe(folder, run)
             found = {"help": seconds_of(["--help"]), "plan": seconds_of(["plan", str(recipe)])}
-            for what, seconds in {**found, **seconds_to_the_first_step(recipe)}.items():
+            for what, seconds in {**found, **seconds_to_the_first_step(recipe, folder / f"cache-{run}")}.items():
                 figures.setdefault(what, []).append(seconds)
     for what, seconds in figures.items():
         limit = f"limit {LIMITS[what]:g} s" if what in LIMITS else ""

@@ -49,8 +49,16 @@ def _draw_seconds(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
         axes.barh(range(len(rows)), widths, 0.62, left=left, color=colors[part], label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for at, (row, end) in enumerate(zip(rows, left, strict=True)):
-        axes.annotate(_ratio(row, "time"), (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axes.set_xlim(0, max(left) * 1.2)
+        slowest = row["slowest_step_seconds"] + end - row["median_step_seconds"]
+        fastest = row["fastest_step_seconds"] + end - row["median_step_seconds"]
+        axes.plot((fastest, slowest), (at, at), color=LIGHT.ink, linewidth=1)
+        axes.annotate(
+            _ratio(row, "time"), (max(end, slowest), at), (4, 0), textcoords="offset points", va="center", fontsize=8.5
+        )
+    slowest = max(
+        end + row["slowest_step_seconds"] - row["median_step_seconds"] for row, end in zip(rows, left, strict=True)
+    )
+    axes.set_xlim(0, slowest * 1.2)
     axes.set_xlabel("seconds a step", color=LIGHT.ink, fontsize=9.5)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=len(PARTS), borderaxespad=0.1, **LIGHT.legend)
 
@@ -63,7 +71,7 @@ def _draw_memory(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     for at, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         axes.annotate(_ratio(row, "memory"), (size, at), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_xlim(0, max(sizes) * 1.45)
-    axes.set_xlabel("peak memory (GiB)", color=LIGHT.ink, fontsize=9.5)
+    axes.set_xlabel("peak memory (GB)", color=LIGHT.ink, fontsize=9.5)
 
 
 def seconds_by_part(row: dict[str, Any]) -> dict[str, float]:

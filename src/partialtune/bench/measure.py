@@ -88,7 +88,11 @@ def result_of(run: RecipeTrainer, empty: PreTrainedModel, block_size: int) -> di
     needed = needed_products(empty, plan, *batch, prefix_cached=tuning.fast.starts_from_states)
     rate = product_rate(args.device, dtype)
     used = utilisation(needed, run.timer.median(), rate)
+    counted = run.timer.counted()
     return {
+        "counted_steps": len(counted),
+        "fastest_step_seconds": min(counted),
+        "slowest_step_seconds": max(counted),
         **performance(args, run.timer, run.products.flops_per_step, used, block_size, tuning.fast, tuning.seconds),
         "trainable_parameters": plan.trainable_parameters,
         "total_parameters": plan.total_parameters,

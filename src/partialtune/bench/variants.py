@@ -24,7 +24,7 @@ RUN_KEYS = (
     *("save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "report_to", "prompts", "eval_texts"),
     *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "greater_is_better"),
-    *("early_stopping_patience", "early_stopping_threshold"),
+    *("early_stopping_patience", "early_stopping_threshold", "sample_steps"),
 )
 # What changes neither the arithmetic nor the memory of a step on random windows.
 WITHOUT_EFFECT = (

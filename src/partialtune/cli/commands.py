@@ -5,17 +5,34 @@ does not wait for torch, and `verify` not for what only `train` needs.
 """
 
 import argparse
-import gc
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shlex
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from partialtune.cli.run_commands import (
+    add_apply,
+    add_generate,
+    add_json,
+    add_push,
+    add_run,
+    add_verify,
+    apply,
+    generate,
+    importing,
+    push,
+    refuse,
+    report,
+    verify,
+)
 from partialtune.errors import InputError, ModelError, RecipeError
+from partialtune.files import write_whole
 from partialtune.launcher_environment import check_launched
+from partialtune.terminal import prose_width, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,28 +55,28 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace, Sequence[str]], None]
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, metavar: str = "RECIPE", what: str = "YAML file") -> None:
     """A recipe's path, and below the options the help on every key of our own."""
     from partialtune.recipe.arguments import recipe_help
 
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, or builtin:quickstart; then --key value for each key to change"
+        "recipe", metavar=metavar, help=f"{what}, or builtin:quickstart; then --key value for each key to change"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = recipe_help()
 
 
-def _add_json(parser: argparse.ArgumentParser, help: str = "print JSON alone") -> None:
-    parser.add_argument("--json", action="store_true", help=help)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser, "RECIPE|TEXT", "YAML file; or a text, which is trained on as `init` proposes")
 
 
 def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     check_launched()
-    with _importing():
+    is_text = known.recipe == "builtin:python-docs" or not known.recipe.startswith("builtin:")
+    is_recipe = Path(known.recipe).suffix in (".yaml", ".yml") or not is_text
+    path = _checked_words(known.recipe, overrides, is_recipe)
+    with importing():
+        from partialtune.freeze.recipe_mistakes import read_with_model
         from partialtune.model.loading import quiet_libraries
         from partialtune.recipe.recipe import read_recipe
         from partialtune.recipe_run.run_recipe import run_recipe
@@ -71,22 +88,77 @@ def _train(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet_libraries()
     check_launcher()
     with ended_by_signals():
-        recipe = read_recipe(_recipe_path(known.recipe), overrides)
-        with _importing():
+        if is_recipe:
+            recipe = read_with_model(lambda: read_recipe(path, overrides), reads_text=True)
+        else:
+            recipe = _proposed(known.recipe, overrides)
+        with importing():
             import partialtune.recipe_run.train  # noqa: F401 - four seconds, for which no mistake in a recipe has to wait
 
         run_recipe(recipe)
 
 
+def _checked_words(name: str, overrides: Sequence[str], is_recipe: bool = True) -> str:
+    """A recipe's path, or the text, once the words of the command line are known to be right; torch is not needed."""
+    from partialtune.recipe.recipe import check_words
+    from partialtune.text.sources import expand_sources
+
+    path = _recipe_path(name) if is_recipe else name
+    check_words(path if is_recipe else None, overrides)
+    if not is_recipe:
+        expand_sources([name])
+    return path
+
+
+def _proposed(text: str, overrides: Sequence[str]) -> "Recipe":
+    """The recipe that `init` would write for a text, which is shown; `--key value` win over it."""
+    from partialtune.net.addresses import without_secrets
+    from partialtune.propose import MODEL, name_of, propose
+    from partialtune.recipe.parsing import group_words
+    from partialtune.recipe.recipe import recipe_from_values
+
+    words, _ = group_words(overrides)
+    model = words.get("model_name_or_path", (MODEL,))[0]
+    proposal = propose(text, model, words.get("output_dir", (None,))[0])
+    recipe = recipe_from_values(proposal.values, overrides)
+    logger.info("Recipe:\n%s", textwrap.indent(proposal.text(f"{name_of(text)}.yaml"), "  "))
+    logger.info("To change it: partialtune init %s, and train what that writes.", shlex.quote(without_secrets(text)))
+    return recipe
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="TEXT", help="as a recipe's `text`: a file, a glob, an address")
+    parser.add_argument(
+        "--model", default="builtin:lilliput", metavar="M", help="Hub id or folder (default: %(default)s)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="where to write it (default: NAME OF THE TEXT.yaml)")
+
+
+def _init(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+    refuse(overrides)
+    with importing():
+        from partialtune.model.loading import quiet_libraries
+        from partialtune.propose import name_of, propose
+
+    file = Path(known.output or f"{name_of(known.text)}.yaml")
+    _check_new(file)
+    quiet_libraries()
+    content = propose(known.text, known.model).text(str(file))
+    write_whole(file, content.encode())
+    print(f"{content}\nWritten: {file}", flush=True)
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_recipe(parser)
-    _add_json(parser, "print freeze_plan.json instead of tables")
+    add_json(parser, "print freeze_plan.json instead of tables")
 
 
 def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    with _importing():
+    path = _checked_words(known.recipe, overrides)
+    with importing():
         from partialtune.cost.forecast import forecast_table
         from partialtune.freeze.plan_table import plan_table
+        from partialtune.freeze.recipe_mistakes import check_with_model, read_with_model
         from partialtune.freeze.recipe_plan import empty_base, names_rows, plan_before_text
         from partialtune.model.loading import load_tokenizer, quiet_libraries
         from partialtune.model.train_mode import stop_layer_drop
@@ -94,9 +166,10 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         from partialtune.recipe.recipe import read_recipe
 
     quiet_libraries()
-    recipe = read_recipe(_recipe_path(known.recipe), overrides)
+    recipe = read_with_model(lambda: read_recipe(path, overrides), reads_text=False)
     base = recipe.model
     model = empty_base(base)
+    check_with_model(recipe, model, model.config, vocabulary=0, reads_text=False)
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
     tokens = None
@@ -109,14 +182,16 @@ def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         content = plan.to_json({}, {}) | (cost.to_json() if cost else {})
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        print("\n\n".join([plan_table(plan, rate), *([forecast_table(cost)] if cost else [])]))
+        show(plan_table(plan, rate), *([forecast_table(cost, prose_width())] if cost else []))
 
 
 def _forecast(recipe: "Recipe", model: "PreTrainedModel", plan: "FreezePlan") -> "Forecast | None":
     """Arithmetic and memory of a step; None, with a warning, for a model that computes none without weights."""
     from partialtune.cost.forecast import forecast
+    from partialtune.cost.held_dtype import held_dtype
 
     training = recipe.training
+    held = held_dtype(recipe, model.config)
     try:
         return forecast(
             model,
@@ -129,65 +204,13 @@ def _forecast(recipe: "Recipe", model: "PreTrainedModel", plan: "FreezePlan") ->
             optimizer=training.get("optim", "adamw_torch_fused"),
             checkpointing=bool(training.get("activation_checkpointing")),
             fast_paths=recipe.speed.fast_paths,
+            base_dtype=held.dtype,
+            held=held.reason,
+            prefix_cache=recipe.speed.prefix_cache,
         )
     except ModelError as error:  # a model whose forward pass decides by values has no step without them
         logger.warning("No forecast of arithmetic and memory: %s", error)
         return None
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="folder, builtin:lilliput or Hub id, also ID@REVISION")
-    parser.add_argument(
-        "adapted", metavar="ADAPTED", help="likewise; its freeze_plan.json is the claim where --trainable is absent"
-    )
-    parser.add_argument("--trainable", nargs="+", metavar="SELECTOR", help="what may have moved")
-    _add_json(parser)
-
-
-def _verify(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.model.loading import quiet_libraries
-    from partialtune.verify.comparison_table import comparison_table
-    from partialtune.verify.verify import verify
-
-    _refuse(overrides)
-    quiet_libraries()
-    found = verify(known.base, known.adapted, known.trainable)
-    as_json = json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False) if known.json else None
-    # printed first: where the claim is broken, the table says what broke it
-    print(as_json or comparison_table(found), flush=True)
-    found.raise_if_violated()
-
-
-def _add_push(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument("--repo_id", required=True, metavar="NAMESPACE/NAME", help="repository, created where missing")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch, main by default")
-    parser.add_argument("--private", choices=("true", "false"), help="visibility; the namespace's default where absent")
-    parser.add_argument("--allow_failed_audit", action="store_true", help="publish although the freeze audit failed")
-
-
-def _push(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.hub.push import Target, push_run
-
-    _refuse(overrides)
-    private = None if known.private is None else known.private == "true"
-    target = Target(known.repo_id, known.revision, private)
-    print(push_run(Path(known.run), target, known.allow_failed_audit), flush=True)
-
-
-def _add_apply(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="folder or Hub id of a run with checkpoint_format: delta")
-    parser.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
-    parser.add_argument("--base", metavar="BASE", help="the base, if it is no longer where the delta says")
-
-
-def _apply(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.model.loading import quiet_libraries
-    from partialtune.rebuild import apply_delta
-
-    _refuse(overrides)
-    quiet_libraries()
-    print(apply_delta(known.delta, known.out, known.base), flush=True)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +230,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trial_steps", metavar="N", help="optimizer steps in which a learning rate is tried; as a run's if absent"
     )
-    _add_json(parser)
+    add_json(parser)
 
 
 def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -223,29 +246,14 @@ def _compare(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     if known.json:
         print((options.output_dir / COMPARISON_FILE).read_text(encoding="utf-8"), end="", flush=True)
     else:
-        print(comparison_lines(rows), f"\nEverything is in {options.output_dir}", sep="\n", flush=True)
+        show(comparison_lines(rows), f"Everything is in {options.output_dir}")
     raise_if_failed(rows)
-
-
-def _report(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from partialtune.pages.card import write_card
-    from partialtune.pages.figures import draw_figures
-    from partialtune.pages.report import write_report
-    from partialtune.run_folder import exit_code_of
-
-    _refuse(overrides)
-    folder = Path(known.run)
-    if folder.is_dir() and exit_code_of(folder) is None:
-        logger.warning("The run in %s has not ended: its scores may be those of fewer steps than its weights.", folder)
-    draw_figures(folder)
-    write_card(folder)
-    print(write_report(folder))
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML files; then --key value for all of them")
     parser.add_argument("--steps", type=int, default=11, help="steps of each, the first not counted (default: 11)")
-    _add_json(parser)
+    add_json(parser)
     parser.add_argument(
         "--output",
         action="append",
@@ -261,7 +269,8 @@ def _bench(known: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     quiet_libraries()
     recipes = [_recipe_path(recipe) for recipe in known.recipes]
-    print(bench(recipes, overrides, known.steps, known.output, as_json=known.json), flush=True)
+    found = bench(recipes, overrides, known.steps, known.output, as_json=known.json)
+    print(found, flush=True) if known.json else show(found)
 
 
 def _check_new(file: Path) -> None:
@@ -294,11 +303,11 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
         default="gradient",
         help="gradient on the text beside weights; or signal to noise of the weights alone, matrix by matrix",
     )
-    _add_json(parser)
+    add_json(parser)
 
 
 def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
-    with _importing():
+    with importing():
         from partialtune.model.loading import quiet_libraries
         from partialtune.rank.ranking import rank_recipe, ranking_table, recipe_of
         from partialtune.rank.ranking_figure import draw_ranking
@@ -322,7 +331,7 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         by_weights = rank_weights(base.model_name_or_path + at, known.top, base.trust_remote_code)
         if written:
             write_recipe(written, recipe_of(recipe.values, by_weights.selectors), {"rank": {"ranked": known.recipe}})
-        print(json.dumps(by_weights.to_json(), indent=2, allow_nan=False) if known.json else weight_table(by_weights))
+        _print(by_weights.to_json(), None if known.json else weight_table(by_weights))
         if written and not known.json:
             print(f"\nWritten: {written}")
         return
@@ -332,25 +341,17 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         write_recipe(written, recipe_of(recipe.values, ranking.selectors), {"rank": record})
     if figure:
         draw_ranking(ranking, figure)
-    print(json.dumps(ranking.to_json(), indent=2, allow_nan=False) if known.json else ranking_table(ranking))
+    _print(ranking.to_json(), None if known.json else ranking_table(ranking))
     if not known.json and (written or figure):
         print("\n".join(["", *(f"Written: {file}" for file in (written, figure) if file)]))
 
 
-@contextmanager
-def _importing() -> Iterator[None]:
-    """Imports make a million objects that stay. Looking through these for garbage, again and again, takes a second."""
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
-
-
-def _refuse(overrides: Sequence[str]) -> None:
-    if overrides:
-        raise InputError(f"{' '.join(overrides)}: this command takes no further arguments.")
+def _print(values: Any, table: str | None) -> None:
+    """A table for people, or the values as JSON."""
+    if table is None:
+        print(json.dumps(values, indent=2, allow_nan=False), flush=True)
+    else:
+        show(table)
 
 
 def _recipe_path(name: str) -> str:
@@ -361,13 +362,15 @@ def _recipe_path(name: str) -> str:
 
 # In the order of the help.
 COMMANDS = {
-    "train": Command("run a recipe, from its text to its report", _add_recipe, _train),
+    "init": Command("write a recipe to begin with, for a text and a model", _add_init, _init),
+    "train": Command("run a recipe, or a text alone, from the text to the report", _add_train, _train),
     "plan": Command("show what a recipe would train, without weights", _add_plan, _plan),
-    "verify": Command("compare two checkpoints: what moved, and only what may?", _add_verify, _verify),
-    "push": Command("upload a finished run to the Hub, verify it; again: what is missing", _add_push, _push),
-    "apply": Command("make the whole model of a delta checkpoint and its base", _add_apply, _apply),
+    "generate": Command("continue a prompt with a run's model, or line by line", add_generate, generate),
+    "verify": Command("compare two checkpoints: what moved, and only what may?", add_verify, verify),
+    "push": Command("upload a finished run to the Hub, verify it; again: what is missing", add_push, push),
+    "apply": Command("make the whole model of a delta checkpoint and its base", add_apply, apply),
     "rank": Command("order blocks and parts by gradient norm beside weight norm, on the text", _add_rank, _rank),
     "compare": Command("run several recipes, or read finished runs, on the same text", _add_compare, _compare),
-    "report": Command("make figures, card and page of a finished run again", _add_run, _report),
+    "report": Command("make figures, card and page of a finished run again", add_run, report),
     "bench": Command("seconds a step and memory of recipes on this machine, beside full", _add_bench, _bench),
 }

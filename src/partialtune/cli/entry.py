@@ -1,9 +1,11 @@
 """The command line: words -> one command -> exit code."""
 
 import argparse
+import difflib
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,6 +14,7 @@ from partialtune import __version__
 from partialtune.cli.commands import COMMANDS
 from partialtune.errors import PartialtuneError, code_of, disk_words, is_disk_fault
 from partialtune.launcher_environment import forget_left_over
+from partialtune.terminal import columns_of, fitted
 
 DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
 EPILOG = """\
@@ -62,9 +65,21 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a guess what a misspelt command was meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if wrong:
+            near = difflib.get_close_matches(wrong[1], COMMANDS, 1, 0.5)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            message = f"there is no command {wrong[1]!r}.{guess} Commands are {', '.join(COMMANDS)}."
+        super().error(message)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their own arguments; `--key value` of a recipe are left to `recipe.read_recipe`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="partialtune",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -84,7 +99,7 @@ def _say(message: str, code: int) -> int:
     if message:
         from partialtune.net.addresses import without_secrets  # a help text need not wait for its patterns
 
-        print(f"partialtune: {without_secrets(message)}", file=sys.stderr, flush=True)
+        print(fitted(f"partialtune: {without_secrets(message)}", columns_of(sys.stderr)), file=sys.stderr, flush=True)
     return code
 
 
@@ -94,7 +109,7 @@ class _WithoutSecrets(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         from partialtune.net.addresses import without_secrets
 
-        return without_secrets(super().format(record))
+        return fitted(without_secrets(super().format(record)), columns_of(sys.stderr))
 
 
 def _set_up_logging() -> None:

@@ -18,6 +18,7 @@ from partialtune.compare.outcomes import Outcome, Row, failed_early, grouped, re
 from partialtune.compare.policies import Job, Options, Policy, read_policies
 from partialtune.compare.presentation import comparison_csv, comparison_json, render_page, subtitle
 from partialtune.compare.run_queue import RunQueue, last_words, steps_of
+from partialtune.compare.shared_prefix import SharedPrefixes, shared_prefixes
 from partialtune.errors import FreezeViolation, InputError, PartialtuneError, TrainingDiverged
 from partialtune.files import write_whole
 from partialtune.freeze.plan import FreezePlan
@@ -53,10 +54,14 @@ def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
     with locked(folder):
         # the marker comes before the first run, or `check_folder` would refuse to go on after an interruption
         begin_folder(folder)
-        searches = rate_searches(policies, options, seeds[0])
+        shared = shared_prefixes(policies, plans, seeds, rates_to_try(options))
+        searches = rate_searches(shared, options, seeds[0])
+        for line in shared.words():
+            logger.info(line)
         with RunQueue(total_steps(policies, seeds, searches)) as queue:
             trials = {search.policy.name: queue.search(search) for search in searches}
-            rows = run_policies(queue, policies, plans, seeds, options, trials)
+            outcomes = run_policies(queue, shared, seeds, options, trials)
+        rows = [Row(policy.name, outcomes[policy.name], trials.get(policy.name, ())) for policy in policies]
         write_comparison(folder, rows, notes_on(rows))
     return rows
 
@@ -167,12 +172,17 @@ def begin_folder(folder: Path) -> None:
         write_json(folder / COMPARISON_FILE, {"policies": [], "notes": ["This comparison has not ended yet."]})
 
 
-def rate_searches(policies: Sequence[Policy], options: Options, seed: int) -> list[Search]:
+def rates_to_try(options: Options) -> int:
+    """How many trials each policy has: none where one rate is all that there is."""
+    return len(options.learning_rates) if len(options.learning_rates) > 1 else 0
+
+
+def rate_searches(shared: SharedPrefixes, options: Options, seed: int) -> list[Search]:
     """What finds the learning rate of each policy; empty where there is nothing to choose."""
-    if len(options.learning_rates) < 2:
+    if not rates_to_try(options):
         return []
     folder = options.output_dir / "rates"
-    text = write_training_text(policies[0].recipe.text, folder / "text")
+    text = write_training_text(shared.policies[0].recipe.text, folder / "text")
     return [
         Search(
             policy,
@@ -182,12 +192,13 @@ def rate_searches(policies: Sequence[Policy], options: Options, seed: int) -> li
             options.trial_steps,
             folder / f"{policy.name}.json",
             options.output_dir / "logs" / f"rates-{policy.name}.log",
+            shared.has(policy, seed, trial=True),
         )
-        for policy in policies
+        for policy in shared.policies
     ]
 
 
-def run_job(policy: Policy, seed: int, rate: float | None, folder: Path) -> Job:
+def run_job(policy: Policy, seed: int, rate: float | None, folder: Path, shares_prefix: bool = False) -> Job:
     """One run that is compared."""
     name = f"{policy.name}{'' if rate is None else f'-lr{rate:g}'}-seed{seed}"
     changes: dict[str, Any] = {
@@ -197,7 +208,8 @@ def run_job(policy: Policy, seed: int, rate: float | None, folder: Path) -> Job:
         "resume_from_checkpoint": "auto",
         **({} if rate is None else {"learning_rate": rate}),
     }
-    return Job(policy, f"{policy.name}, seed {seed}", folder / "runs" / name, changes, folder / "logs" / f"{name}.log")
+    title, log = f"{policy.name}, seed {seed}", folder / "logs" / f"{name}.log"
+    return Job(policy, title, folder / "runs" / name, changes, log, shares_prefix)
 
 
 def total_steps(policies: Sequence[Policy], seeds: Sequence[int], searches: Sequence[Search]) -> int:
@@ -208,22 +220,24 @@ def total_steps(policies: Sequence[Policy], seeds: Sequence[int], searches: Sequ
 
 def run_policies(
     queue: RunQueue,
-    policies: Sequence[Policy],
-    plans: Mapping[str, FreezePlan],
+    shared: SharedPrefixes,
     seeds: Sequence[int],
     options: Options,
     trials: Mapping[str, Sequence[RateTrial]],
-) -> list[Row]:
-    """Run every policy with every seed, seed by seed, so that a comparison that is cut short has whole seeds."""
-    outcomes: dict[str, list[Outcome]] = {policy.name: [] for policy in policies}
+) -> dict[str, list[Outcome]]:
+    """Run every policy with every seed, seed by seed, so that a comparison that is cut short has whole seeds.
+
+    Within a seed policies with the same frozen prefix follow one another.
+    """
+    outcomes: dict[str, list[Outcome]] = {policy.name: [] for policy in shared.policies}
     for seed in seeds:
-        for policy in policies:
+        for policy in shared.policies:
             tried = trials.get(policy.name)
             # one rate alone needs no trial: every policy runs with it
             rate = best_rate(tried) if tried else next(iter(options.learning_rates), None)
-            job = run_job(policy, seed, rate, options.output_dir)
-            outcomes[policy.name].append(outcome_of(job, queue.run(job), plans[policy.name]))
-    return [Row(policy.name, outcomes[policy.name], trials.get(policy.name, ())) for policy in policies]
+            job = run_job(policy, seed, rate, options.output_dir, shared.has(policy, seed, trial=False))
+            outcomes[policy.name].append(outcome_of(job, queue.run(job), shared.plans[policy.name]))
+    return outcomes
 
 
 def outcome_of(job: Job, code: int, plan: FreezePlan) -> Outcome:

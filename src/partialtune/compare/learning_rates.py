@@ -51,6 +51,7 @@ class Search:
         steps: Optimizer steps of a trial, None for as many as a run has.
         file: Where the trials that ended are kept.
         log: What the process prints goes there.
+        shares_prefix: Whether others want the states of its frozen prefix, too.
     """
 
     policy: Policy
@@ -60,6 +61,7 @@ class Search:
     steps: int | None
     file: Path
     log: Path
+    shares_prefix: bool = False
 
     @property
     def title(self) -> str:
@@ -109,10 +111,25 @@ class Search:
         tried = {trial.learning_rate for trial in self.read()}
         return [rate for rate in self.rates if rate not in tried]
 
+    def steps_done(self, rates: Sequence[float], steps: int) -> int:
+        """Optimizer steps taken to try `rates`, `steps` for each that has ended, and those of the running one."""
+        try:
+            rate, step = progress_file(self.file).read_text().split()
+            running = {float(rate): int(step)}
+        except (OSError, ValueError):  # not there yet, or half written
+            running = {}
+        left = [rate for rate in self.missing() if rate in rates]
+        return steps * (len(rates) - len(left)) + sum(running.get(rate, 0) for rate in left)
+
     def trials(self, failure: str = "") -> list[RateTrial]:
         """The trials of the list's rates, ascending; those that are not there failed, and `failure` says why."""
         found = {trial.learning_rate: trial for trial in self.read()}
         return [found.get(rate) or RateTrial(rate, None, failure) for rate in self.rates]
+
+
+def progress_file(trials: Path) -> Path:
+    """Where the process that tries rates says which of them is at which step, beside the file of its trials."""
+    return trials.with_suffix(".progress")
 
 
 def keep_trial(file: Path, recipe: Mapping[str, Any], trial: RateTrial) -> None:

@@ -143,6 +143,7 @@ class Job:
         folder: The run's folder.
         changes: Recipe values that this run changes, `output_dir` among them.
         log: What the process prints goes there.
+        shares_prefix: Whether others want the states of its frozen prefix, too.
     """
 
     policy: Policy
@@ -150,6 +151,7 @@ class Job:
     folder: Path
     changes: Mapping[str, Any]
     log: Path
+    shares_prefix: bool = False
 
     @cached_property
     def values(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from partialtune.tables import draw_table
 from partialtune.words import MINUS, UNKNOWN, change, count, counted, joined, percent, significant
 
 NUMBER = "number"
+NEARLY = 0.9  # of the best gain: what costs less and gains so much is worth a look
 RATE_WORDS = (
     "Each policy ran with the rate in bold. It was chosen without the held-out text: a trial{length}, with the first "
     "seed, trained on the first part of the training text and was scored, in bits per byte, on the rest of it."
@@ -54,8 +55,33 @@ def further_texts(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for run in row.finished for name in run.measures.changes))
 
 
+def winner_words(rows: Sequence[Row]) -> str:
+    """Which policy did best on the held-out text, and which takes the least time of those that gained nearly as much.
+
+    Empty where no run has scores.
+    """
+    scored = [row for row in by_quality(rows) if row.spread("after") and row.spread("before")]
+    if not scored:
+        return ""
+    best, after = scored[0], scored[0].spread("after")
+    before = mean(best.spread("before"))
+    words = f"Best: {best.name}, {HEADLINE.words(before)} -> {with_deviation(after, 4)} bits per byte of held-out text."
+    near = [row for row in scored if gain_of(row) >= NEARLY * gain_of(best) and row.spread("step_seconds")]
+    if gain_of(best) <= 0 or not near:
+        return words
+    cheapest = min(near, key=lambda row: mean(row.spread("step_seconds")))
+    same = "the same" if cheapest is best else cheapest.name
+    seconds = significant(mean(cheapest.spread("step_seconds")), 3)
+    return f"{words}\nCheapest with {NEARLY:.0%} of its gain: {same}, {seconds} s a step."
+
+
+def gain_of(row: Row) -> float:
+    """Bits per byte of held-out text that a policy gained, on average over its seeds."""
+    return mean(row.spread("before")) - mean(row.spread("after"))
+
+
 def comparison_lines(rows: Sequence[Row]) -> str:
-    """The table for a terminal, best policy first."""
+    """The winner, and the table for a terminal, best policy first."""
     texts = further_texts(rows)
     titles = ["policy", "trainable", "of all", "rate", "s/step", "MB", "before", "held-out bits/byte"]
     lines = [[*titles, *(f"{name}, change" for name in texts), "L2 delta", "audit"]]
@@ -75,7 +101,8 @@ def comparison_lines(rows: Sequence[Row]) -> str:
                 audit_words(row),
             ]
         )
-    return draw_table(lines, left=(0, -1))
+    table = draw_table(lines, left=(0, -1))
+    return f"{words}\n\n{table}" if (words := winner_words(rows)) else table
 
 
 def by_quality(rows: Sequence[Row]) -> list[Row]:

@@ -15,8 +15,9 @@ from typing import IO, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from partialtune.compare.learning_rates import RateTrial, Search
+from partialtune.compare.learning_rates import RateTrial, Search, progress_file
 from partialtune.compare.policies import Job
+from partialtune.compare.shared_prefix import told_to_share
 from partialtune.errors import (
     FreezeViolation,
     InputError,
@@ -75,7 +76,8 @@ class RunQueue:
         if done is not None:
             self._leave_out(steps)
             return done
-        return self._child(job.title, job.command, job.log, steps, lambda: steps_done(job.folder))
+        with told_to_share(job.shares_prefix):
+            return self._child(job.title, job.command, job.log, steps, lambda: steps_done(job.folder))
 
     def search(self, search: Search) -> list[RateTrial]:
         """Try the learning rates of a policy, those left out that were tried before.
@@ -90,7 +92,8 @@ class RunQueue:
         # the child inherits this open file and with it the lock: it holds as long as one of the two lives
         with search.file.with_suffix(".lock").open("a") as held:
             lock(held, lambda: logger.info("%s: a process is still at work. Waiting for it.", search.title))
-            return self._search(search, held)
+            with told_to_share(search.shares_prefix):
+                return self._search(search, held)
 
     def _search(self, search: Search, held: IO) -> list[RateTrial]:
         missing, steps = search.missing(), steps_of(search.values)
@@ -101,9 +104,10 @@ class RunQueue:
                 search.command(missing),
                 search.log,
                 steps * len(missing),
-                lambda: steps * (len(missing) - len(search.missing())),
+                lambda: search.steps_done(missing, steps),
                 held,
             )
+            progress_file(search.file).unlink(missing_ok=True)
             if code:
                 failure = f"exit code {code}: {last_words(search.log)}"
                 logger.warning("%s: %s", search.title, failure)

@@ -15,6 +15,7 @@ from partialtune.freeze.lora import plan_lora
 from partialtune.freeze.plan import FreezePlan, plan_freeze
 from partialtune.grammar.named_selectors import BLOCK_PARTS
 from partialtune.machine import peak_memory_mb, total_memory
+from partialtune.words import megabytes
 
 WORTH_SAYING = 0.05  # saving of arithmetic, as a share, from which on an alternative is named
 
@@ -91,7 +92,7 @@ def _where_backward_stops(
             return (
                 f"{cause}, so backward runs through {_of_all(passed, plan.block_count)}{held}. "
                 f"{_in_a_recipe(plan, other)} would stop it at {_place(other)}, save {_percent(saved)} of the "
-                f"arithmetic and need {_mb(then.memory.peak)} instead of {_mb(cost.memory.peak)} of memory."
+                f"arithmetic and need {megabytes(then.memory.peak)} instead of {megabytes(cost.memory.peak)} of memory."
             )
     return None
 
@@ -140,14 +141,15 @@ def _logits(cost: Cost, batch_size: int, accumulation: int) -> str | None:
     memory = cost.memory
     if memory.logits < memory.peak / 3:  # (B, T, V) x 4 bytes x 3: of GPT-2 and 16 x 256 tokens 2.5 GB
         return None
-    text = f"The scores over the vocabulary take up to {_mb(memory.logits)} of {_mb(memory.peak)}, whatever is frozen"
+    share = f"{megabytes(memory.logits)} of {megabytes(memory.peak)}"
+    text = f"The scores over the vocabulary take up to {share}, whatever is frozen"
     if batch_size % 2:
         return f"{text}."
     # What goes with the batch is halved; weights, gradients and the optimizer's state are as large for any batch.
     halved = memory.weights + memory.gradients + memory.optimizer + (memory.activations + memory.logits) // 2
     return (
         f"{text}. `per_device_train_batch_size: {batch_size // 2}` with `gradient_accumulation_steps: "
-        f"{2 * accumulation}` is the same step with about {_mb(halved)}."
+        f"{2 * accumulation}` is the same step with about {megabytes(halved)}."
     )
 
 
@@ -156,7 +158,11 @@ def _too_large(plan: FreezePlan, cost: Cost) -> str | None:
     needed = cost.memory.peak
     if place == "this machine":  # which holds libraries, start values and what malloc keeps back, too
         needed = cost.memory.resident + int(peak_memory_mb() * 2**20) + 4 * plan.trainable_parameters
-    return f"It does not fit: the run needs about {_mb(needed)}, {place} has {_mb(held)}." if needed > held else None
+    return (
+        f"It does not fit: the run needs about {megabytes(needed)}, {place} has {megabytes(held)}."
+        if needed > held
+        else None
+    )
 
 
 def memory_here() -> tuple[str, int]:
@@ -182,7 +188,3 @@ def as_yaml(selectors: Sequence[str]) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 2**20:,.0f} MB"

@@ -24,11 +24,13 @@ class CostOfDraws:
         largest: Cost of a step in the draw that costs most; with the state of blocks that rest, where it is kept.
         average: Products of a step, on average over the draws.
         blocks: Of the draw that costs most.
+        first_step: Of that draw.
     """
 
     largest: Cost
     average: int
     blocks: tuple[int, ...]
+    first_step: int
 
     def words(self) -> str:
         """A sentence for the advice."""
@@ -64,7 +66,7 @@ def cost_of_draws(plan: FreezePlan, costing: Callable[[FreezePlan], Cost]) -> Co
     if plan.sampling.keep_state:
         largest = _with_state_of(largest, costing(replace(plan, sampling=None)))
     blocks = plan.sampling.draw(plan.sampling.number_at(lowest.first_step))
-    return CostOfDraws(largest, round(largest.products.total - share * saved), blocks)
+    return CostOfDraws(largest, round(largest.products.total - share * saved), blocks, lowest.first_step)
 
 
 def in_draw(plan: FreezePlan, draw: Phase) -> FreezePlan:

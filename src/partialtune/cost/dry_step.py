@@ -9,9 +9,9 @@ What the meter sees of a step without values is compared with what it sees of a 
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,23 +21,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialtune.cost.flops import ProductCounter, Products, tensors_in
 from partialtune.cost.memory import Memory, MemoryLedger
-from partialtune.engine.fast_modules import fused_gelu
+from partialtune.engine.fast_modules import CastOnce, fused_gelu
 from partialtune.engine.head_loss import rows_at_once
 from partialtune.engine.no_logits import LogitsInUse, LossWithoutLogits
 from partialtune.engine.recomputation import recompute_from
 from partialtune.errors import ModelError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.held_narrow import hold_narrow, narrow_values
+from partialtune.model.narrow_weights import held_matrix
+from partialtune.model.packed_weights import packed_size
+from partialtune.model.parameters import exact_values_of
 from partialtune.model.structure import decoder_blocks
 from partialtune.model.train_mode import stop_layer_drop
+
+# Of these, too, the fake result is a tensor beside it.
+WRITES_ITS_FIRST = (torch.ops.aten.copy_.default,)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Arithmetic and memory of one optimizer step on one process."""
+    """Arithmetic and memory of one optimizer step on one process.
+
+    Attributes:
+        products: Of the whole step.
+        memory: From the second step on.
+        narrow: dtype of 16 bits -> values of frozen matrices that are held in it.
+        unrounded: Bytes on the CPU beside `memory`: exact values of what is held rounded (`frozen_dtype: bf16`).
+    """
 
     products: Products
     memory: Memory
+    narrow: Mapping[str, int] = field(default_factory=dict)
+    unrounded: int = 0
 
 
 def _adafactor(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -67,19 +83,21 @@ def dry_step(
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
     fast_paths: Collection[str] = (),
+    base_dtype: torch.dtype | None = None,
 ) -> Cost:
     """Take one optimizer step of `plan` without values, with the operations that PyTorch has for a CPU.
 
     Args:
         model: Causal language model, on the meta device or another. It is not touched.
-        plan: What trains. Its weights are held in fp32, whatever the dtype of `model`.
+        plan: What trains. Its weights are held in fp32, whatever the dtype of `model`, but see `base_dtype`.
         batch_size: Windows of one forward pass on one process.
         block_size: Tokens per window.
         accumulation: Forward passes of one optimizer step.
         bf16: Whether products run in bf16 (autocast).
         optimizer: `optim` of the recipe, one of `OPTIMIZERS`.
         checkpointing: Whether blocks that backward passes are recomputed (`activation_checkpointing`).
-        fast_paths: Those of the recipe: `gelu` and `loss` hold fewer tensors.
+        fast_paths: Those of the recipe: `gelu` and `loss` hold fewer tensors, `casts` keeps copies for bf16.
+        base_dtype: 16-bit dtype in which frozen matrices are held, as `frozen_dtype: auto` holds those of such a base.
 
     Returns:
         The products of the whole step, and its memory from the second step on.
@@ -87,7 +105,7 @@ def dry_step(
     Raises:
         ModelError: If the model decides by values what it computes.
     """
-    step = (model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing)
+    step = (model, plan, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, base_dtype)
     try:
         return _cost_of_step(*step, fast_paths)
     except LogitsInUse:  # found out as in training: this model's loss is taken from its logits
@@ -103,10 +121,11 @@ def _cost_of_step(
     bf16: bool,
     optimizer: str,
     checkpointing: bool,
+    base_dtype: torch.dtype | None,
     fast_paths: Collection[str],
 ) -> Cost:
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # positions and masks that models make for themselves have values
-    twin = _twin_under_plan(model, plan, fake, checkpointing)
+    twin = _twin_under_plan(model, plan, fake, checkpointing, base_dtype)
     loss = _loss_without_logits(twin) if "loss" in fast_paths else None
     vocabulary = twin.config.get_text_config().vocab_size if loss else None
     rows = rows_of_logits(batch_size, block_size, vocabulary)
@@ -115,15 +134,34 @@ def _cost_of_step(
     with _failing_in_words(plan.model_name, loss), ExitStack() as paths:
         if "gelu" in fast_paths:
             paths.enter_context(fused_gelu(twin))
+        if bf16 and "casts" in fast_paths:
+            casts = CastOnce(twin)
+            casts.begin()
+            paths.callback(casts.end)
         if loss:
             paths.enter_context(loss.active())
         memory = take_step(twin, input_ids, meter, bf16=bf16, optimizer=optimizer, accumulates=accumulation > 1)
-    return Cost(meter.products(passes=accumulation), memory)
+    exact = {id(p): values for p in twin.parameters() if (values := exact_values_of(p)) is not None}
+    unrounded = sum(values.nbytes for values in exact.values())
+    narrow = narrow_values(twin, left_out=plan.quantized)
+    return Cost(meter.products(passes=accumulation), _packed(memory, plan), narrow, unrounded)
 
 
-def _twin_under_plan(model: nn.Module, plan: FreezePlan, fake: FakeTensorMode, checkpointing: bool) -> nn.Module:
+def _packed(memory: Memory, plan: FreezePlan) -> Memory:
+    """With weights in 8 or 4 bits where the plan has them. They took 16 until now, from first to last."""
+    held = [parameter for parameter in plan.parameters if parameter.quantized]
+    less = sum(2 * p.numel - packed_size(tuple(p.shape), plan.frozen_quantization or "") for p in held)
+    parts = ("weights", "peak", "resident")
+    return replace(memory, **{part: getattr(memory, part) - less for part in parts})
+
+
+def _twin_under_plan(
+    model: nn.Module, plan: FreezePlan, fake: FakeTensorMode, checkpointing: bool, base_dtype: torch.dtype | None
+) -> nn.Module:
     """A copy of `model` without values to which the plan is applied, as a run does it."""
-    twin = _without_values(model, fake)
+    twin = _without_values(model, fake, base_dtype or torch.float32, set(plan.quantized))
+    if base_dtype is not None or plan.quantized:
+        hold_narrow(twin)
     stop_layer_drop(twin)  # apply_plan does it too, and says so, which belongs to a run
     apply_plan(twin, plan)
     if checkpointing:
@@ -153,14 +191,23 @@ def _failing_in_words(model_name: str, loss: LossWithoutLogits | None) -> Iterat
         ) from error
 
 
-def _without_values(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
-    """A copy of `model` in fp32 whose parameters and buffers are fake tensors on the CPU. Ties are kept."""
+def _without_values(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype, packed: Collection[str]) -> nn.Module:
+    """A copy of `model` whose parameters and buffers are fake tensors on the CPU. Ties are kept.
+
+    Args:
+        model: Its dtypes do not matter.
+        fake: Their mode.
+        dtype: Of the parameters.
+        packed: Names of those that are held in 8 or 4 bits. They are in 16 here, and widened for a product likewise;
+            `_packed` takes the difference off.
+    """
     twins: dict[int, torch.Tensor] = {}
     with fake:
         for buffer in model.buffers():
             twins[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        for parameter in model.parameters():
-            twins[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device="cpu"))
+        for name, parameter in model.named_parameters():
+            own = torch.bfloat16 if name in packed else dtype
+            twins[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device="cpu"))
     return copy.deepcopy(model, twins)  # which takes the twins for copies made already
 
 
@@ -182,6 +229,7 @@ class StepMeter(TorchDispatchMode):
         self.ledger.assign(weights, "weights")
         self._fake, self._rows = fake, rows
         head = getattr(model.get_output_embeddings(), "weight", None)
+        head = None if head is None else held_matrix(head)
         self.counter = ProductCounter(self.ledger, list(model.parameters()), head)
         for block in decoder_blocks(model)[:first_block]:
             block.register_forward_pre_hook(lambda *_: setattr(self.counter, "in_prefix", True))
@@ -210,7 +258,9 @@ class StepMeter(TorchDispatchMode):
         if func._overloadpacket is torch.ops.aten._grouped_mm:
             return _empty_grouped_product(*args, **kwargs)
         result = self._fake.__torch_dispatch__(func, types, args, kwargs)
-        return kwargs.get("out", result)  # the fake result of an `out=` is a tensor beside it
+        if "out" in kwargs:  # the fake result is a tensor beside what was written to
+            return kwargs["out"]
+        return args[0] if func in WRITES_ITS_FIRST else result
 
     def _are_logits(self, tensor: torch.Tensor) -> bool:
         return self.counter.of_logits(tensor) and tensor.numel() >= self._rows * tensor.shape[-1]

@@ -26,7 +26,8 @@ class Products:
     Attributes:
         forward: Of activations with weights, forward. The product with a tied head counts; the lookup of an
             embedding is no product.
-        recomputed: The same once more, during backward, where activation checkpointing asks for it.
+        recomputed: The same once more, during backward, where activation checkpointing asks for it. Those with matrices
+            held in 16 bits are made without a graph, and count to `backward_activations`.
         backward_activations: Backward, to the gradients of activations.
         backward_weights: Backward, to the gradients of the weights that train.
         attention: Of activations with each other (queries with keys, the result with values; a state-space mixer's),
@@ -87,7 +88,8 @@ class ProductCounter:
         """
         packet = func._overloadpacket
         formula = FORMULAS.get(packet) or flop_registry.get(packet)
-        read = (args, {key: value for key, value in kwargs.items() if key != "out"})
+        inputs = args[1:] if packet is aten.copy_ else args  # of which the first is written
+        read = (inputs, {key: value for key, value in kwargs.items() if key != "out"})
         operands = {self._number(leaf) for leaf in tensors_in(read) if leaf.is_floating_point()}
         if formula is None:
             if operands & self._logits:
@@ -113,7 +115,8 @@ class ProductCounter:
         return self._is_wide(tensor) and self._number(tensor) in self._logits
 
     def _is_wide(self, tensor: torch.Tensor) -> bool:
-        return tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
+        # A slice of the vocabulary lies in rows of the whole width: products in or with 16 bits fill one after another.
+        return tensor.ndim > 1 and self._vocabulary in (tensor.shape[-1], tensor.stride(-2))
 
     def _purpose(self, packet: Any, operands: set[int], backward: bool) -> str:
         if "attention" in str(packet):  # one fused operation, whose result is a factor of the next product

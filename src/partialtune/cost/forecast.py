@@ -3,18 +3,22 @@ how much of what the machine can multiply it made use of: needed products / seco
 
 import textwrap
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from partialtune.cost.advice import advise
-from partialtune.cost.draw_costs import cost_of_draws
+from partialtune.cost.draw_costs import cost_of_draws, in_draw
 from partialtune.cost.dry_step import Cost, dry_step
+from partialtune.cost.fits import LIBRARIES_BYTES, Fits, fits
 from partialtune.cost.flops import Products
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import FreezePlan, plan_freeze
+from partialtune.proof.start_copies import IN_MEMORY_UP_TO
 from partialtune.tables import draw_table
+from partialtune.terminal import WIDTH
 
 FP32_BYTES = 4
 PRODUCTS = {
@@ -54,6 +58,8 @@ class Forecast:
         advice: Sentences that apply to this plan.
         average_draw: Products of a step on average over the draws, where blocks learn in turn; `cost` is then that of
             the draw that costs most.
+        fits: What the whole run fits in.
+        held: Why frozen matrices are held as they are: `its files are in bfloat16`.
     """
 
     batch_size: int
@@ -64,7 +70,9 @@ class Forecast:
     copies: int
     copies_full: int
     advice: tuple[str, ...]
+    fits: Fits
     average_draw: int | None = None
+    held: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """`flops`: multiplications and additions of a step. `memory`: bytes. `advice`: sentences."""
@@ -88,13 +96,30 @@ class Forecast:
                 },
                 "of_full": memory.peak / self.full.memory.peak,
             },
+            "frozen": {"held_as": self.cost.narrow or {"float32": None}, "reason": self.held},
+            "fits": self.fits.to_json(),
             "advice": list(self.advice),
         }
 
 
 def growth_of_process(cost: Cost, copies: int) -> int:
     """Bytes by which a process on a CPU grows beyond the started interpreter with its libraries."""
-    return cost.memory.resident + copies + FIRST_STEP_BYTES
+    return sum(_growth(cost, copies).values())
+
+
+def _growth(cost: Cost, copies: int) -> dict[str, int]:
+    return {
+        "tensors of a step": cost.memory.resident + FIRST_STEP_BYTES,
+        "start values": copies if copies <= IN_MEMORY_UP_TO else 0,  # more of them lie in a file
+        "unrounded values": cost.unrounded,
+    }
+
+
+def _pages(plan: FreezePlan, base_dtype: torch.dtype | None) -> int:
+    """Bytes of the base's files that stay mapped beside what is made of them: what is widened to train, or packed."""
+    size = FP32_BYTES if base_dtype is None else base_dtype.itemsize
+    widened = 0 if base_dtype is None else plan.trainable_parameters
+    return size * (widened + sum(parameter.numel for parameter in plan.parameters if parameter.quantized))
 
 
 def forecast(
@@ -107,6 +132,9 @@ def forecast(
     optimizer: str = "adamw_torch",
     checkpointing: bool = False,
     fast_paths: Collection[str] = (),
+    base_dtype: torch.dtype | None = None,
+    held: str = "",
+    prefix_cache: str = "off",
 ) -> Forecast:
     """Find out what a step of `plan` costs, without weights.
 
@@ -124,13 +152,17 @@ def forecast(
         optimizer: `optim` of the recipe.
         checkpointing: `activation_checkpointing` of the recipe.
         fast_paths: Of the recipe. Full fine-tuning is counted with the same.
+        base_dtype: 16-bit dtype in which frozen matrices are held; None for fp32. See `held_dtype`.
+        held: Why they are held so, in words.
+        prefix_cache: Of the recipe.
 
     Raises:
         ModelError: If the model cannot take a step without its weights.
     """
 
-    def costing(other: FreezePlan) -> Cost:
-        return dry_step(model, other, batch_size, block_size, accumulation, bf16, optimizer, checkpointing, fast_paths)
+    def costing(other: FreezePlan, windows: int = batch_size) -> Cost:
+        settings = (accumulation, bf16, optimizer, checkpointing, fast_paths, base_dtype)
+        return dry_step(model, other, windows, block_size, *settings)
 
     everything = plan_freeze(model, ["all"])
     draws = cost_of_draws(plan, costing)
@@ -139,16 +171,33 @@ def forecast(
     is_full = plan.trainable == everything.trainable and draws is None
     full = cost if is_full else costing(everything)
     said = () if draws is None else (draws.words(),)
+    copies = FP32_BYTES * plan.trainable_parameters
+    largest = plan if draws is None else in_draw(plan, plan.phase_at(draws.first_step))
+    text_config = model.config.get_text_config()
+    fit = fits(
+        cost,
+        lambda windows: costing(largest, windows),
+        batch_size,
+        block_size,
+        vocabulary=text_config.vocab_size,
+        process={"libraries": LIBRARIES_BYTES, **_growth(cost, copies), "pages of files": _pages(plan, base_dtype)},
+        bf16=bf16,
+    )
+    if prefix_cache != "off" and draws is None and any(phase.first_block for phase in plan.phases):
+        window = block_size * text_config.hidden_size * (2 if bf16 else FP32_BYTES)
+        fit = replace(fit, prefix_cache=prefix_cache, prefix_window=window)
     return Forecast(
         batch_size=batch_size,
         block_size=block_size,
         accumulation=accumulation,
         cost=cost,
         full=full,
-        copies=FP32_BYTES * plan.trainable_parameters,
+        copies=copies,
         copies_full=FP32_BYTES * everything.trainable_parameters,
         advice=(*said, *advise(model, plan, cost, full, batch_size, accumulation, costing)),
+        fits=fit,
         average_draw=None if draws is None else draws.average,
+        held=held,
     )
 
 
@@ -198,8 +247,8 @@ def utilisation(needed: int | None, step_seconds: float | None, rate: float) -> 
     return needed / step_seconds / rate if needed and step_seconds else None
 
 
-def forecast_table(forecast: Forecast) -> str:
-    """Arithmetic and memory beside those of full fine-tuning, then the advice."""
+def forecast_table(forecast: Forecast, width: int = WIDTH) -> str:
+    """Arithmetic and memory beside those of full fine-tuning, then the advice, in lines of `width` columns."""
     values = forecast.to_json()
     passes = f" x {forecast.accumulation} passes" if forecast.accumulation > 1 else ""
     batch = f"a step of {forecast.batch_size} x {forecast.block_size} tokens{passes}"
@@ -207,16 +256,26 @@ def forecast_table(forecast: Forecast) -> str:
     memory = _rows(MEMORY, values["memory"], 2**20)
     tables = draw_table(
         [
-            (f"matrix products of {batch}, GFLOP", "this plan", "full", "of full"),
+            ("matrix products, GFLOP", "this plan", "full", "of full"),
             *products,
             ("", "", "", ""),
-            (f"memory of {batch}, MB (each at its largest)", "this plan", "full", "of full"),
+            ("memory, MB, each at its largest", "this plan", "full", "of full"),
             *memory,
         ]
     )
-    advice = [textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in forecast.advice]
-    lines = tables.splitlines()
-    return "\n".join([*lines, "", *advice] if advice else lines)
+    advice = [textwrap.fill(f"- {sentence}", width, subsequent_indent="  ") for sentence in forecast.advice]
+    head = f"{batch[0].upper()}{batch[1:]}:\n{tables}"
+    sections = [head, _frozen_words(forecast) + forecast.fits.words(width), "\n".join(advice)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _frozen_words(forecast: Forecast) -> str:
+    """How frozen matrices are held, a line; empty where the forecast was not told."""
+    because = f" ({forecast.held})" if forecast.held else ""
+    held = [f"{count:,} values of matrices stay in {name}" for name, count in forecast.cost.narrow.items()]
+    if held:
+        return f"Frozen: {', '.join(held)}, 2 bytes each{because}.\n"
+    return f"Frozen weights are held in float32{because}.\n" if forecast.held else ""
 
 
 def _rows(labels: dict[str, str], values: dict[str, Any], unit: float) -> list[tuple[str, ...]]:

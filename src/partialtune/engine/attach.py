@@ -7,30 +7,47 @@ tuning.audit.passed, tuning.deltas
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from partialtune.distributed import decided_by_main, shards_parameters
+from partialtune.distributed import (
+    DEEPSPEED,
+    decided_by_main,
+    end_where_nodes_differ,
+    is_first_of_node,
+    launcher_says,
+    several_nodes,
+    shards_parameters,
+)
 from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
 from partialtune.engine.part_rates import RateCallback
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import apply_beside_optimizer
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
+from partialtune.engine.prefix_place import rows_of_run
 from partialtune.engine.row_checks import check_rows_fit_launch, check_rows_get_gradients
+from partialtune.engine.shard_model import check_sharding, hand_losses_on_unrounded
+from partialtune.engine.sharding import sum_in_fp32
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.trl_head import has_frozen_trl_head
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
-from partialtune.model.parameters import uncompiled
+from partialtune.model.digests import bit_sums
+from partialtune.model.parameters import named_weights, uncompiled
+from partialtune.model.row_parameters import await_shards
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -62,8 +79,8 @@ def attach(
             as an error.
         fast_paths: Of `loss` (without all logits; only where the Trainer takes the model's own loss or TRL's head is on
             it), `gelu` (in one operation) and `casts` (of frozen weights once).
-        prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory` (an error where
-            it is impossible), or what was chosen before.
+        prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory`, `disk` (both an
+            error where it is impossible), or what was chosen before.
         weight_decay_on: `matrices` (Trainer's rule) or `all`, where the Trainer makes the optimizer.
         whole_checkpoints: Write each checkpoint aside, compare it with the audit's digests, and rename it when it is
             complete, so that a kill never leaves half a one and what is frozen is proved in the files too.
@@ -89,6 +106,8 @@ def attach(
     else:  # a user's own: the Trainer was made with it
         missing = apply_beside_optimizer(model, plan, trainer.optimizer)
     check_rows_get_gradients(uncompiled(model))
+    if trainer.is_fsdp_enabled:
+        await_shards(uncompiled(model))
     if plan.changes_on_the_way:
         # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
         # for such parameters where activations are recomputed.
@@ -97,6 +116,7 @@ def attach(
         if trainer.accelerator.ddp_handler is not None:  # the Trainer has made it of its arguments already
             trainer.accelerator.ddp_handler.find_unused_parameters = True
 
+    _check_nodes(model, plan, trainer.args)
     fast = _fast_paths(trainer, plan, fast_paths, prefix_cache)
     audit = _callback(trainer, FreezeAuditCallback, plan) or FreezeAuditCallback(plan, output_dir)
     audit.stop_on_violation, audit.missing_at_start = stop_on_violation, missing
@@ -104,6 +124,10 @@ def attach(
     tuning = Tuning(model, plan, fast, audit, deltas)
     changes = TrainerChanges(weight_decay_on == "all", whole_checkpoints, write_beside, save_now)
     override(trainer, tuning, changes)
+    if trainer.is_fsdp_enabled:
+        hand_losses_on_unrounded(trainer.accelerator.state.fsdp_plugin)
+    if trainer.is_fsdp_enabled and sum_in_fp32(trainer.accelerator.state.fsdp_plugin):
+        logger.info("FSDP sums the gradients of the processes in fp32, as DDP does, and computes them in 16 bits.")
     # A phase begins first: the others measure what learns in the step. All of them before the trackers, which close
     # their files at the end of training: by then the verdict is logged.
     put_in_front(trainer, [PhaseCallback(plan, fast), RateCallback(tuning.part_rates), deltas, audit])
@@ -113,6 +137,23 @@ def attach(
         callback.take_snapshot(trainer.args, trainer.state, model)
     fast.sha256 = {**audit.digests_before, **audit.buffers_before}
     return tuning
+
+
+def _check_nodes(model: nn.Module, plan: FreezePlan, args: TrainingArguments) -> None:
+    """Stop where a node has another model, plan or rate: FSDP would make one model of the parts of several.
+
+    Raises:
+        InputError: Names the node.
+    """
+    if not several_nodes():
+        return
+    own = {}
+    if is_first_of_node():  # the others of a node may have no weights yet
+        sums = {name: str(total) for name, total in bit_sums(named_weights(model)).items()}
+        phases = {f"from step {phase.from_step}": list(phase.trainable) for phase in plan.phases}
+        rates = {"learning_rate": args.learning_rate, "max_steps": args.max_steps, "seed": args.seed}
+        own = {"model": sums, "plan": phases, **rates}
+    end_where_nodes_differ(own, "Give every node the same base, plan and arguments.")
 
 
 def put_in_front(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
@@ -157,23 +198,27 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             f"attach: FSDP version {version} flattens parameters, and frozen ones cannot be told from trainable ones. "
             f"Set fsdp_version: 2."
         )
-    if trainer.is_fsdp_enabled and any(p.learning_rate is not None or p.rate_name for p in plan.parameters):
-        raise RecipeError(
-            "attach: FSDP shards the parameters, and groups of the optimizer with rates of their own are made of whole "
-            "ones. Launch without it (DDP), or take out part_learning_rates, layer_decay and rates in a schedule."
-        )
+    if trainer.is_fsdp_enabled:
+        check_sharding(uncompiled(trainer.model), trainer.accelerator.state.fsdp_plugin)
     if plan.names_rates and trainer.args.lr_scheduler_type == "greedy":
         raise RecipeError(
             "attach: the scheduler greedy holds all rates above one bound, so that part_learning_rates and layer_decay "
             "would not keep their ratios. Take another lr_scheduler_type, such as cosine."
         )
-    if trainer.is_fsdp_enabled and plan.changes_on_the_way:
+    if plan.frozen_quantization and (trainer.is_fsdp_enabled or trainer.args.n_gpu > 1):
         raise RecipeError(
-            f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
+            f"frozen_quantization: FSDP shards parameters and DataParallel copies them, and a matrix in "
+            f"{plan.frozen_quantization} allows neither. Launch a process for each GPU without FSDP (DDP)."
         )
-    check_rows_fit_launch(plan, trainer.is_fsdp_enabled, trainer.args.n_gpu > 1)
-    if trainer.is_deepspeed_enabled:
-        raise RecipeError("attach: DeepSpeed holds weights and optimizer in a form of its own. Take FSDP2 or DDP.")
+    if plan.frozen_dtype is not None and (trainer.is_fsdp_enabled or trainer.args.n_gpu > 1):
+        raise RecipeError(
+            "attach: a plan with frozen_dtype leaves the model's parameters in two dtypes, which FSDP and DataParallel "
+            "do not take. Start a process for each GPU without FSDP (DDP), or load the model with dtype=torch.float32."
+        )
+    check_rows_fit_launch(plan, uncompiled(trainer.model), trainer.args.n_gpu > 1)
+    # On a CPU accelerate runs DDP in its place without a word.
+    if trainer.is_deepspeed_enabled or trainer.args.deepspeed or launcher_says("ACCELERATE_USE_DEEPSPEED"):
+        raise RecipeError(f"attach: {DEEPSPEED}")
 
 
 def _callback(trainer: Trainer, kind: type, plan: FreezePlan) -> Any:
@@ -202,8 +247,11 @@ def _fast_paths(
     model = uncompiled(trainer.model)
     if isinstance(prefix_cache, str):
         wanted = prefix_cache
-        prefix_cache = decided_by_main(lambda: choose_prefix(wanted, plan, model, args))
-    return FastPaths(model, enabled, prefix_cache, dtype)
+        rows = rows_of_run(args, trainer.train_dataset, trainer.eval_dataset)
+        prefix_cache = decided_by_main(lambda: choose_prefix(wanted, plan, model, args, rows))
+    fast = FastPaths(model, enabled, prefix_cache, dtype)
+    fast.compiled = bool(args.torch_compile) or model is not trainer.model
+    return fast
 
 
 def _takes_models_loss(trainer: Trainer) -> bool:

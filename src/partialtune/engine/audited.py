@@ -25,9 +25,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerControl, TrainerState
 
-from partialtune.distributed import decided_by_main, is_main, rank_and_processes
+from partialtune.distributed import DEEPSPEED, decided_by_main, from_all, is_main, rank_and_processes
 from partialtune.engine.fast_paths import FastPaths
 from partialtune.engine.forward_stack import put_on
+from partialtune.engine.gradient_reduction import leave_out_resting
+from partialtune.engine.other_engine import compare_processes
 from partialtune.engine.phases import Phases
 from partialtune.engine.plan_optimizer import apply_beside_optimizer, bare_optimizer, key_by_name
 from partialtune.engine.prefix_choice import choose_prefix
@@ -36,7 +38,7 @@ from partialtune.engine.tuning import Tuning, check_settings, check_untuned
 from partialtune.errors import FreezeViolation, PartialtuneError, RecipeError
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.planned import Phase
-from partialtune.model.parameters import is_sharded
+from partialtune.model.parameters import is_sharded, named_learners, reshard
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.deltas import WeightDeltaCallback
 
@@ -72,8 +74,8 @@ def audited(
         stop_on_violation: Whether a violation of the freeze audit raises FreezeViolation, or is only logged.
         fast_paths: Of `gelu` (in one operation), `casts` (of frozen weights once) and `loss` (without all logits, in
             train mode and where labels are given: `outputs.logits` are then none).
-        prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory` (an error where
-            it is impossible).
+        prefix_cache: Whether the states behind frozen first blocks are kept: `auto`, `off`, `memory`, `disk` (both an
+            error where it is impossible).
         first_step: Optimizer steps of the checkpoint from which the loop goes on. Give the base here and load weights
             and optimizer within the block: deltas and audit then count from the base.
 
@@ -91,9 +93,11 @@ def audited(
             f"Trainer: attach(trainer, plan)."
         )
     check_settings(plan, fast_paths, prefix_cache, delta_steps)
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):  # the library need not be there
+        raise RecipeError(f"audited: {DEEPSPEED}")
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     check_untuned(inner)
-    _reshard(inner)
+    reshard(inner)
     _check_wrapped(model, inner, plan)
     missing = apply_beside_optimizer(inner, plan, optimizer)
     check_rows_get_gradients(inner)
@@ -127,12 +131,13 @@ class AuditedLoop(Tuning):
     ) -> None:
         super().__init__(model, plan, fast, audit_callback, delta_callback)
         self._optimizer, self._given, self._first_step = optimizer, given, first_step
-        self._phases = Phases(plan, model, optimizer, fast)
+        self._phases = Phases(plan, model, optimizer, fast, given=given)
         # What a Trainer hands to callbacks: steps taken, the log, where files go.
         self._args = SimpleNamespace(output_dir=None, max_grad_norm=1.0)
         self._state, self._control = TrainerState(global_step=first_step), TrainerControl()
         self._held: ExitStack | None = None
-        self._is_skipped = False
+        self._is_skipped = self._makes_state = False
+        self._is_sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self._rates_logged_at = first_step
 
     @property
@@ -180,6 +185,7 @@ class AuditedLoop(Tuning):
         held.callback(self._phases.end)
         self._phases.recompute = bool(getattr(self.model, "is_activation_checkpointing", False))
         self._phases.start(self.steps)
+        leave_out_resting(self._given, self.plan)
         self._tell("on_train_begin")
         if "loss" in self.fast.in_use or self.fast.keeps_prefix:
             held.callback(put_on(self.model, self._with_fast_loss).take_off)
@@ -187,8 +193,9 @@ class AuditedLoop(Tuning):
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
-        if not any(is_sharded(parameter) for parameter in self.model.parameters()):  # sharded state has names already
+        if not self._is_sharded:  # torch's own functions give sharded state names, and look for places
             handles += key_by_name(self._optimizer, self.model)
+            handles += compare_processes(self._optimizer)
         for handle in handles:
             held.callback(handle.remove)
 
@@ -211,7 +218,7 @@ class AuditedLoop(Tuning):
 
     def _conclude(self) -> None:
         self._log_rates()
-        _reshard(self.model)
+        reshard(self.model)
         self._state.max_steps = self._state.global_step
         self._tell("on_train_end")
 
@@ -238,6 +245,9 @@ class AuditedLoop(Tuning):
         Args:
             args: Of `step`, which begin with the optimizer.
         """
+        self._makes_state = _only_makes_state(optimizer)
+        if self._makes_state:
+            return None
         self.part_rates.note(optimizer)
         closure = kwargs["closure"] if "closure" in kwargs else next(iter(args[1:]), None)
         if closure is None:
@@ -267,7 +277,9 @@ class AuditedLoop(Tuning):
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._is_skipped:
+        if self._makes_state:
+            self._phases.forget_state_of_new(self.steps)
+        if self._makes_state or self._is_skipped:
             return
         self._state.global_step += 1
         self.audit_callback.after_step()
@@ -281,11 +293,12 @@ class AuditedLoop(Tuning):
 
     def _check_processes(self) -> None:
         """Raises RecipeError where a later phase would learn on each process by itself."""
-        wrapped = isinstance(self._given, DistributedDataParallel)
+        wrapped = isinstance(self._given, DistributedDataParallel) or self._is_sharded
         if self.plan.changes_on_the_way and rank_and_processes()[1] > 1 and not wrapped:
             raise RecipeError(
                 f"{self.plan.what_changes}: DDP synchronises only what learns when it wraps the model, and this model "
-                "was not wrapped yet. Call apply_plan(model, plan) and wrap it (accelerator.prepare) before audited."
+                "was not wrapped yet. Call apply_plan(model, plan) and wrap it (accelerator.prepare, fully_shard) "
+                "before audited."
             )
 
     def _with_fast_loss(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -294,15 +307,23 @@ class AuditedLoop(Tuning):
             return forward(*args, **kwargs)
 
 
+def _only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is none of the loop's: torch's `set_optimizer_state_dict` takes one, at rate 0 and with gradients
+    of 0, so that there is state to load into."""
+    if optimizer.state or any(float(group.get("lr", 1)) for group in optimizer.param_groups):
+        return False
+    gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+    parts = [gradient.to_local() if is_sharded(gradient) else gradient for gradient in gradients]
+    return not any(from_all(any(bool(part.any()) for part in parts)))  # one process may have nothing of all shards
+
+
 def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None:
     """Raises RecipeError where the model is wrapped or sharded in a way that the plan does not bear."""
     several = plan.changes_on_the_way
     sharded = any(is_sharded(parameter) for parameter in inner.parameters())
-    check_rows_fit_launch(plan, sharded, isinstance(model, nn.DataParallel))
+    check_rows_fit_launch(plan, inner, isinstance(model, nn.DataParallel))
     if several and sharded:
-        raise RecipeError(
-            f"{plan.what_changes}: FSDP shards what trains before the first step. Launch without it (DDP)."
-        )
+        _check_shards(inner, plan)
     if not isinstance(model, DistributedDataParallel):
         return
     learning = sum(parameter.requires_grad for parameter in inner.parameters())
@@ -319,14 +340,19 @@ def _check_wrapped(model: nn.Module, inner: nn.Module, plan: FreezePlan) -> None
         )
 
 
-def _reshard(model: nn.Module) -> None:
-    """Let a model under `fully_shard` hold its shards, which are what the optimizer holds.
-
-    After a forward pass without backward, the outermost module has whole parameters in their places.
-    """
-    for module in model.modules():
-        if hasattr(module, "reshard"):  # FSDPModule, whose import takes 0.4 s where nothing is sharded
-            module.reshard()
+def _check_shards(model: nn.Module, plan: FreezePlan) -> None:
+    """Raises RecipeError where a plan that changes on the way does not fit how the model is sharded."""
+    if apart := [name for name, one in named_learners(model) if name in plan.trainable and not is_sharded(one)]:
+        raise RecipeError(
+            f"{plan.what_changes}: {apart[0]} trains and is not sharded, while others are, so that nothing sums its "
+            f"gradients. Call fully_shard(model) on the whole model before audited."
+        )
+    if plan.sampling is not None and plan.sampling.keep_state:
+        raise RecipeError(
+            "block_sampling: the state of blocks that rest is out of the optimizer, and torch's "
+            "get_optimizer_state_dict, by which a loop saves it under FSDP, takes none. Say keep_state: false, or take "
+            "attach(trainer, plan)."
+        )
 
 
 def _fast_paths(
@@ -338,4 +364,7 @@ def _fast_paths(
         enabled = {"gelu"} & set(enabled)
         prefix_cache = "off" if prefix_cache == "auto" else prefix_cache
     # In which dtype a loop computes shows when it does: casts look for autocast in each forward pass.
-    return FastPaths(model, enabled, decided_by_main(lambda: choose_prefix(prefix_cache, plan, model)), torch.bfloat16)
+    prefix = decided_by_main(lambda: choose_prefix(prefix_cache, plan, model))
+    fast = FastPaths(model, enabled, prefix, torch.bfloat16)
+    fast.compiled = any(hasattr(part, "_orig_mod") for part in (given, getattr(given, "module", None)))
+    return fast

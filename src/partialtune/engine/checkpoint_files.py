@@ -13,21 +13,27 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from partialtune.distributed import is_main
-from partialtune.errors import DiskError, InputError, in_one_line, is_ours
+from partialtune.errors import DiskError, InputError, ModelError, in_one_line, is_ours
 from partialtune.files import write_whole
-from partialtune.model.weight_files import open_weights
+from partialtune.model.digests import same_bits
+from partialtune.model.held_narrow import held_state_dict, modules_with_narrow
+from partialtune.model.loading import has_remote_code
+from partialtune.model.narrow_weights import NARROW
+from partialtune.model.parameters import chunks_of, is_sharded, reshard
+from partialtune.model.sharded_files import WRITTEN_BY
+from partialtune.model.weight_files import open_weights, tensor_files
 from partialtune.run_folder import STATE_FILE, read_json
 
 logger = logging.getLogger(__name__)
@@ -36,6 +42,7 @@ ASIDE = ".unfinished"  # a name that Trainer's own search and rotation never cou
 REPLACED = "replaced"  # in it: a checkpoint that one of the same step takes the place of
 MARKER = "complete.json"
 NAME = re.compile(r"checkpoint-\d+")
+LOADED_AT_ONCE = 2**25  # bytes
 
 # How PyTorch says that a file could not be written: in RuntimeErrors without a number.
 CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -66,7 +73,9 @@ def damage_of(checkpoint: Path, read: bool = True) -> list[str]:
     """
     try:
         promised = _promised(read_json(checkpoint / MARKER))
-        return [problem for entry in promised if (problem := _problem(checkpoint, *entry, read))]
+        with ThreadPoolExecutor() as pool:  # shards are many files
+            found = [pool.submit(_problem, checkpoint, *entry, read) for entry in promised]
+            return [problem for problem in (one.result() for one in found) if problem]
     except (OSError, ValueError):
         return [f"{MARKER} is missing or cannot be read"]
 
@@ -105,32 +114,77 @@ def newest_whole_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def has_other_names(checkpoint: Path, model: nn.Module) -> bool:
-    """Whether the weights in a checkpoint have names that the model does not know.
+def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Load the weights of a checkpoint into the model that wrote it, a few tensors at a time.
 
+    Trainer's own way takes the memory of a second model. It also passes over names that are not the model's own, and
     `save_pretrained` gives those of the model's origin back: each expert of Mixtral by itself, LLaVA's
-    `language_model.lm_head`. Trainer loads a checkpoint by the model's own names, and passes over all others with a
-    warning: what they had learnt would be lost.
-    """
-    if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        names = set(read_json(checkpoint / SAFE_WEIGHTS_INDEX_NAME)["weight_map"])
-    elif (checkpoint / SAFE_WEIGHTS_NAME).is_file():
-        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt") as file:
-            names = set(file.keys())
-    else:
-        return False
-    return not names <= model.state_dict().keys()
+    `language_model.lm_head`. Such names are read as `from_pretrained` would find them.
 
-
-def load_by_files_names(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Load the weights of a checkpoint into the model that wrote it, as `from_pretrained` would find them.
+    Of a sharded model each process takes its shards out of the file, with which none of them has to wait for others.
 
     Raises:
-        ModelError: If it lacks one of the model's tensors.
+        ModelError: If one of its tensors would be rounded.
     """
-    weights = open_weights(checkpoint, str(checkpoint))
-    known = [name for name in model.state_dict() if name in weights.structure.by_name or name in weights.buffers]
-    model.load_state_dict({name: weights.read(name) for name in known}, strict=False)
+    reshard(model)
+    state, as_held = held_state_dict(model), model.state_dict(keep_vars=True)
+    held = {id(module._parameters[key]) for module in modules_with_narrow(model) for key in module.narrow_weights}
+    frozen = {name for name, tensor in as_held.items() if id(tensor) in held}
+    files = tensor_files(checkpoint)
+    names: list[str] = files.names
+    read: Callable[[str], torch.Tensor] = files.read
+    if not set(names) <= state.keys():
+        weights = open_weights(checkpoint, str(checkpoint), has_remote_code(model))
+        names = [name for name in state if name in weights.structure.by_name or name in weights.buffers]
+        read = weights.read
+    values: dict[str, torch.Tensor] = {}
+    for name in names:
+        stored = read(name)
+        if is_sharded(state[name]):
+            values[name] = _shard_of(stored.to(state[name].dtype), state[name])
+        elif not _holds(state[name].detach(), stored):  # else it is let be: what is a view of the base's file stays one
+            values[name] = stored.to(state[name].dtype)
+            if name in frozen and (state[name].dtype not in NARROW or not _holds(values[name], stored)):
+                raise ModelError(f"{checkpoint}: {name} is frozen and held in 16 bits, and its file has other values.")
+        del stored  # before the next one is read
+        if sum(one.nbytes for one in values.values()) > LOADED_AT_ONCE or name == names[-1]:
+            model.load_state_dict(values, strict=False)  # with its own hooks: rows that train take theirs over
+            values = {}
+    # A tie is loaded under each of its names. Shards without values are all at address 0.
+    place = {name: id(as_held[name]) if is_sharded(one) else one.data_ptr() for name, one in state.items()}
+    loaded = {place[name] for name in names}
+    lacking = [name for name in state if place[name] not in loaded]
+    if lacking:
+        logger.warning(
+            "%s holds nothing for %d of the model's tensors, %s first.", checkpoint, len(lacking), lacking[0]
+        )
+
+
+def _shard_of(values: torch.Tensor, like: Any) -> torch.Tensor:
+    """The shard that this process has of a sharded tensor, cut out of all of its values."""
+    from torch.distributed.tensor import distribute_tensor  # takes 0.4 s, and is there already
+
+    mesh = like.device_mesh
+    shard = distribute_tensor(values.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+    return shard.to(like.device)
+
+
+def _holds(values: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether values, on any device, are these of a file in every bit, widened to their dtype."""
+    pairs = zip(chunks_of(values), chunks_of(stored), strict=True)
+    return all(bool(same_bits(mine.to("cpu", stored.dtype), theirs).all()) for mine, theirs in pairs)
+
+
+def best_checkpoint(run: Path, present: str, state: TrainerState) -> str | None:
+    """That of the best evaluation, if it is there or `present`, which is being written; it may lie in the folder of a
+    run that this one goes on from."""
+    if not state.best_global_step:
+        return None
+    best = run / f"checkpoint-{state.best_global_step}"
+    earlier = Path(state.best_model_checkpoint or best)
+    if best.is_dir() or best.name == present:
+        return str(best)
+    return str(earlier) if earlier.name == best.name and earlier.is_dir() else None
 
 
 def clear_aside(run: Path) -> None:
@@ -138,15 +192,48 @@ def clear_aside(run: Path) -> None:
     shutil.rmtree(run / ASIDE, ignore_errors=True)
 
 
-def finish_checkpoint(aside: Path, final: Path) -> None:
+Entries = dict[str, dict[str, Any]]  # name of a file below a checkpoint's folder -> bytes and sha256, as in its marker
+
+
+def entries_of_process(aside: Path, rank: int) -> Entries:
+    """What the marker says of the shards that a process wrote, read by that process: no other one has to read them."""
+    shards = [
+        path for path in sorted(aside.rglob("*")) if (by := WRITTEN_BY.fullmatch(path.name)) and by[1] == str(rank)
+    ]
+    return dict(_entry(aside, path) for path in shards)
+
+
+def check_shards_are_here(aside: Path, entries: Entries) -> None:
+    """Stop where a process has written shards to a disk that this one does not see.
+
+    Raises:
+        InputError: In that case.
+    """
+    for name, entry in entries.items():
+        file = aside / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"{aside.name} was saved in shards, and {name}, which another process wrote, is not in {aside.parent} "
+                f"as the main process sees it. Let output_dir lie on a disk that all nodes share, or set "
+                f"fsdp_state_dict_type: FULL_STATE_DICT, by which the main process writes all files."
+            )
+
+
+def finish_checkpoint(aside: Path, final: Path, known: Entries | None = None) -> None:
     """Mark the checkpoint at `aside` complete and put it in its place.
 
     Every file and folder is synced before the rename, so that a power cut leaves the old state or the new one.
     What stands in the place, a damaged checkpoint or one of a run that has gone back, makes way.
+
+    Args:
+        aside: Where it was written.
+        final: Its place.
+        known: What the marker says of files that other processes wrote and have read back, see `entries_of_process`.
     """
+    known = known or {}
     paths = sorted(path for path in aside.rglob("*") if path != aside / MARKER)
-    files = [path for path in paths if path.is_file()]
-    entries = {str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    files = [path for path in paths if path.is_file() and str(path.relative_to(aside)) not in known]
+    entries = {**dict(_entry(aside, path) for path in files), **known}
     (aside / MARKER).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
     for path in (*paths, aside / MARKER, aside):  # folders too: a file's name lies in its folder
         _sync(path)
@@ -155,6 +242,10 @@ def finish_checkpoint(aside: Path, final: Path) -> None:
     os.replace(aside, final)
     _sync(final.parent)
     shutil.rmtree(aside.parent)
+
+
+def _entry(aside: Path, file: Path) -> tuple[str, dict[str, Any]]:
+    return str(file.relative_to(aside)), {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def rotate_checkpoints(run: Path, keep: int | None, spare: str | None) -> None:

@@ -16,6 +16,7 @@ from transformers.activations import AccurateGELUActivation, FastGELUActivation,
 from transformers.pytorch_utils import Conv1D
 
 from partialtune.engine.forward_stack import Worn, is_patched_by_others, put_on
+from partialtune.model.packed_weights import PackedWeight
 
 # GELU by tanh as a chain of seven operations (GPT-2's `gelu_new`), all the same function:
 #     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))    (Hendrycks and Gimpel 2016, section 2)
@@ -67,7 +68,9 @@ class CastOnce:
         for module in self._model.modules():
             # A `forward` of the instance's own is somebody else's patch (a hook of accelerate), whose work would be
             # left out: the product here calls nothing beneath it.
-            if type(module) in PRODUCTS and not module.weight.requires_grad and not is_patched_by_others(module):
+            if type(module) not in PRODUCTS or module.weight.requires_grad or is_patched_by_others(module):
+                continue
+            if not isinstance(module.weight, PackedWeight):  # of which a copy would be what packing saves
                 self._worn.append(put_on(module, partial(self._product, module)))
 
     def end(self) -> None:
@@ -91,6 +94,8 @@ class CastOnce:
         if not torch.is_autocast_enabled(kind):
             return forward(x)
         dtype = torch.get_autocast_dtype(kind)
+        if module.weight.dtype == dtype:  # held in 16 bits: nothing to cast
+            return forward(x)
         copy = self._copies.get(module)
         if copy is None or copy.dtype != dtype:
             copy = self._copies[module] = module.weight.detach().to(dtype)

@@ -7,6 +7,7 @@ Before and after it the model is what `from_pretrained` gave: scores and digests
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,13 +17,16 @@ import torch
 from torch import nn
 
 from partialtune.engine.broken_off_pass import modules_before_blocks
+from partialtune.engine.disk_store import open_disk_store
 from partialtune.engine.fast_modules import CastOnce, fused_gelu
 from partialtune.engine.no_logits import LossWithoutLogits
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.prefix_facts import prefix_facts
+from partialtune.engine.prefix_place import SHARE_OF_FREE_MEMORY
 from partialtune.engine.prefix_weights import prefix_digest
 from partialtune.engine.row_digests import ROWS, Row
-from partialtune.engine.state_store import make_store
+from partialtune.engine.state_store import HandedOnStore, MemoryStore, StateStore, make_store
 from partialtune.engine.trl_head import fast_trl_head, has_frozen_trl_head
 from partialtune.errors import ModelError
 from partialtune.machine import free_memory
@@ -32,7 +36,6 @@ from partialtune.model.parameters import is_sharded
 logger = logging.getLogger(__name__)
 
 FAST_PATHS = ("loss", "gelu", "casts")
-SHARE_OF_FREE_MEMORY = 0.5  # what the states of a frozen prefix may take at most
 
 
 class FastPaths:
@@ -47,6 +50,9 @@ class FastPaths:
     Attributes:
         sha256: Digest of each weight at the start, by name, by which kept states are known.
         keeps_training_rows: Whether the rows of training come again.
+        compiled: Whether the passes go through `torch.compile`.
+        handed_on: By number of blocks, stores in memory that one training of this process hands on to the next; None
+            where each has its own.
         in_use: What of `enabled` was taken.
         before_blocks: Names of modules without parameters that belong to the prefix: they stay in eval mode with it.
         passed_by: Why passes were computed without a look at what is kept, and how many.
@@ -68,6 +74,8 @@ class FastPaths:
         self._held = ExitStack()
         self.sha256: Mapping[str, str] = {}
         self.keeps_training_rows = True
+        self.compiled = False
+        self.handed_on: MutableMapping[int, StateStore] | None = None
         self.in_use: list[str] = []
         self.before_blocks: list[str] = []
         self._hits = self._misses = self.kept_bytes = 0  # of phases that are over
@@ -81,6 +89,11 @@ class FastPaths:
     def keeps_prefix(self) -> bool:
         """Whether any phase starts from kept states."""
         return any(phase.blocks for phase in self._prefix)
+
+    @property
+    def keeps_on_disk(self) -> bool:
+        """Whether any phase keeps them on disk."""
+        return any(phase.on_disk for phase in self._prefix)
 
     @property
     def hits(self) -> int:
@@ -131,15 +144,32 @@ class FastPaths:
     def begin(self, step: int) -> None:
         """Suit the phase of this step; its parameters require gradients by now. On every process."""
         self.leave()
-        blocks = [phase for phase in self._prefix if phase.from_step <= step][-1].blocks if self._prefix else 0
-        if blocks:
-            limit = int(SHARE_OF_FREE_MEMORY * free_memory())
-            store = make_store(limit, torch.uint8)
-            digest = prefix_digest(self._model, blocks, self.sha256)
-            self._cache = PrefixCache(self._model, blocks, store, digest, self.keeps_training_rows)
+        phase = [phase for phase in self._prefix if phase.from_step <= step][-1] if self._prefix else None
+        if phase is not None and phase.blocks:
+            digest = prefix_digest(self._model, phase.blocks, self.sha256)
+            store = self._store(phase, digest)
+            keeps_training_rows = self.keeps_training_rows or store.outlives_run
+            self._cache = PrefixCache(self._model, phase.blocks, store, digest, keeps_training_rows)
             self._cache.put_on()
         if self._casts is not None:
             self._casts.begin()
+
+    def _store(self, phase: PrefixPhase, digest: bytes) -> StateStore:
+        """Where the states of a phase are kept."""
+        limit = int(SHARE_OF_FREE_MEMORY * free_memory())
+        if phase.on_disk:
+            try:
+                return open_disk_store(prefix_facts(self._model, phase.blocks, digest, self.compiled))
+            except (OSError, ModelError) as error:
+                logger.warning("The states of the frozen prefix are kept in memory, and not on disk: %s.", error)
+        if self.handed_on is not None:
+            if phase.blocks not in self.handed_on:
+                self.handed_on[phase.blocks] = HandedOnStore(limit, torch.uint8)
+            return self.handed_on[phase.blocks]
+        if not phase.on_disk:
+            return make_store(limit, torch.uint8)
+        # The others of the run may have their disk, so that nothing can be done together here.
+        return MemoryStore(limit // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.uint8)
 
     def leave(self) -> None:
         """Take off what depends on the phase."""

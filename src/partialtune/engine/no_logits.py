@@ -16,16 +16,18 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from partialtune.engine.forward_stack import has_hooks_of_others, put_on
-from partialtune.engine.head_loss import head_cross_entropy
+from partialtune.engine.head_loss import head_cross_entropy, widens
 from partialtune.errors import is_ours
-from partialtune.model.row_parameters import class_without_rows, trained_rows_of
+from partialtune.model.held_narrow import own_class_of
+from partialtune.model.narrow_weights import held_matrix
+from partialtune.model.row_parameters import trained_rows_of
 from partialtune.model.train_mode import evaluating
 from partialtune.model.trained_rows import matrix_and_rows
 
 logger = logging.getLogger(__name__)
 
 AGREEMENT = 1e-4  # nats a token between the model's own loss and ours: caps and scales of logits differ by far more
-CHECKED_LOGITS = 1 << 24  # of the model's own loss in the check: 64 MiB in fp32
+CHECKED_LOGITS = 1 << 24  # of the model's own loss in the check: 64 MB in fp32
 IGNORED = -100  # a label that is no target
 
 
@@ -73,7 +75,7 @@ class LossWithoutLogits:
 
     def needs_logits(self) -> str:
         """What in the model's build needs all logits, empty where nothing does. Nothing is computed."""
-        if class_without_rows(self._head) is not nn.Linear:
+        if own_class_of(self._head) is not nn.Linear:
             return f"its head is a {type(self._head).__name__}, no plain linear layer"
         if self._owner.loss_function is not ForCausalLMLoss:
             return "its loss is not the usual one of causal language models"
@@ -137,7 +139,7 @@ class LossWithoutLogits:
         targets = shift_labels.reshape(-1).to(logits.device)  # (B * T,)
         places = (targets != ignore_index).nonzero().squeeze(1)  # (N,)
         hidden = logits.reshape(-1, logits.shape[-1]).index_select(0, places)  # (N, D)
-        weight, rows = matrix_and_rows(self._head.weight)
+        weight, rows = matrix_and_rows(held_matrix(self._head.weight))  # of 16 bits: slices of it are widened
         dtype = _compute_dtype(hidden)
         low_weight = self._low_weight(weight, dtype)
         nats = head_cross_entropy(hidden, weight, targets[places], self._head.bias, dtype, low_weight, rows)
@@ -147,9 +149,9 @@ class LossWithoutLogits:
     def _low_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """A frozen head in the compute dtype, cast once; of rows that train the newest values are put into it.
 
-        None where the head trains as a whole or needs no cast.
+        None where the head trains as a whole, needs no cast, or is narrower and widened by slices.
         """
-        if weight.requires_grad or weight.dtype == dtype:
+        if weight.requires_grad or weight.dtype == dtype or widens(weight, dtype):
             return None
         if self._frozen_copy is None or self._frozen_copy.dtype != dtype:
             self._frozen_copy = weight.detach().to(dtype)

@@ -11,6 +11,9 @@ scheduler are complete. Only then is what belongs to later phases taken out agai
 
 Where blocks learn in turn, each draw is a phase: blocks that come to rest leave the optimizer, and those that are drawn
 enter it. Outside of it neither weight decay nor momentum moves them.
+
+Under `fully_shard` it is the same, since the dtypes of its groups are fixed once too, before anything is held: see
+`sharding`.
 """
 
 import logging
@@ -33,11 +36,12 @@ from partialtune.engine.plan_optimizer import (
     set_members,
 )
 from partialtune.engine.recomputation import recompute_from
+from partialtune.engine.sharding import fix_dtypes
 from partialtune.freeze.apply import let_learn
 from partialtune.freeze.block_sampling import blocks_words
 from partialtune.freeze.plan import FreezePlan
 from partialtune.freeze.planned import Phase
-from partialtune.model.parameters import named_learners
+from partialtune.model.parameters import named_learners, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class Phases:
         optimizer: As `suit_optimizer` left it.
         fast: The run's fast paths, which are told of each phase.
         recompute: Whether activations are checkpointed: exactly the blocks that backward passes are, in each phase.
+        given: What wraps the model, as torch.compile does; the model itself where absent.
 
     Attributes:
         phase: The present one, None before `start`.
@@ -80,8 +85,10 @@ class Phases:
         optimizer: torch.optim.Optimizer,
         fast: FastPaths,
         recompute: bool = False,
+        given: nn.Module | None = None,
     ) -> None:
         self.plan, self.model, self.fast, self.recompute = plan, model, fast, recompute
+        self._outermost = model if given is None else given
         self.phase: Phase | None = None
         self._optimizer = bare_optimizer(optimizer)
         self._held: list[Held] = []
@@ -94,6 +101,9 @@ class Phases:
             step: Number of steps that were taken already: 0, or those of a checkpoint, which is loaded by now.
         """
         self._held = []
+        reshard(self._outermost)
+        if self.plan.changes_on_the_way:
+            fix_dtypes(self._outermost)
         phase = self.plan.phase_at(step)
         if self.plan.sampling is not None:
             # A checkpoint of the last step of a draw holds the optimizer of that draw: what is drawn now rested in it.
@@ -106,15 +116,25 @@ class Phases:
         """Begin the phase of this step, if another one than the present."""
         phase = self.plan.phase_at(step)
         if phase is not self.phase:
+            reshard(self._outermost)
             self._take_out(step)  # first, so that both never have their state at one time
             self._let_in(phase.trainable)
             self._begin(phase)
+
+    def forget_state_of_new(self, step: int) -> None:
+        """Of what begins to learn in this step: the state that torch made to load a checkpoint into, which has none of
+        it. Left as it is, it would count one step too many."""
+        began = set(self.plan.phase_at(step).trainable) - set(self.plan.phase_at(step - 1).trainable)
+        for name, parameter in named_learners(self.model):
+            if name in began:
+                self._optimizer.state.pop(parameter, None)
 
     def end(self) -> None:
         """Take off what depends on the phase. Model and optimizer are then as `apply_plan` and `suit_optimizer` left
         them, with all phases in them: another training may begin."""
         if self.phase is None:
             return
+        reshard(self._outermost)
         self._let_in(self.plan.trainable)
         self.phase = None
         self._leave()

@@ -323,14 +323,19 @@ def key_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Remo
     Returns:
         What takes it back: `handle.remove()` of each.
     """
-    rows = {name: trained.rows for name, trained in rows_by_name(model).items()}
-    # With the rows in the name: the moments of other rows, though as many, do not load.
-    name_of = {id(parameter): name_with_rows(name, rows.get(name)) for name, parameter in named_learners(model)}
+    name_of = {id(parameter): name for name, parameter in learners_by_name(model).items()}
     optimizer = bare_optimizer(optimizer)
     return [
         optimizer.register_state_dict_post_hook(partial(_places_to_names, name_of)),
         optimizer.register_load_state_dict_pre_hook(partial(_names_to_places, name_of)),
     ]
+
+
+def learners_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an optimizer may hold, by the name that its saved state has for it."""
+    rows = {name: trained.rows for name, trained in rows_by_name(model).items()}
+    # With the rows in the name: the moments of other rows, though as many, do not load.
+    return {name_with_rows(name, rows.get(name)): parameter for name, parameter in named_learners(model)}
 
 
 def _places_to_names(

@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from partialtune.engine.block_output import Form, block_output
 from partialtune.engine.forward_stack import Worn, has_hooks_of_others, put_on
 from partialtune.engine.packed_rows import kind_of_packing, why_not_apart
 from partialtune.engine.padding_in_loss import PaddingInLoss, padding_beside
@@ -35,6 +36,8 @@ from partialtune.engine.prefix_weights import PrefixWeights
 from partialtune.engine.row_digests import Row, influencing, joined, may_be_packed, rows_of, words_of
 from partialtune.engine.state_store import StateStore
 from partialtune.errors import ModelError
+from partialtune.model.held_narrow import rounding_words
+from partialtune.model.packed_weights import source_words
 from partialtune.model.parameters import uncompiled
 from partialtune.model.structure import decoder_blocks, read_structure
 
@@ -42,20 +45,6 @@ logger = logging.getLogger(__name__)
 
 # What asks for more than the states behind the last block, where it is so or the model's config says so.
 ASKS_FOR_MORE = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
-
-
-class Form(NamedTuple):
-    """What a block gives beside its states' values.
-
-    Attributes:
-        dtype: Of the states.
-        tail: What follows them where it gives a tuple.
-        kept: In which dtype they are kept: under bf16 autocast in bf16, else in their own.
-    """
-
-    dtype: torch.dtype
-    tail: tuple[None, ...] | None
-    kept: torch.dtype
 
 
 class Pass:
@@ -66,14 +55,15 @@ class Pass:
         apart: Whether its rows are packed examples that the model keeps apart.
         decided: Whether it is known if the pass starts from states.
         given: The states (B, T, D) that it starts from, None where the prefix is computed.
-        rows: Those of the batch, or the examples packed in them, to keep their states; None where they are not kept.
+        rows: Those of the batch, or the examples packed in them, where their prefix is computed.
+        is_kept: Whether the states of these rows are kept.
         padding: Where no row of it is, (B, T); None where rows are all.
         prefix: What the keys of its rows begin with.
     """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         self.inputs = inputs
-        self.apart = self.decided = False
+        self.apart = self.decided = self.is_kept = False
         self.given: torch.Tensor | None = None
         self.rows: Sequence[Row] | None = None
         self.padding: torch.Tensor | None = None
@@ -223,11 +213,11 @@ class PrefixCache:
         if self._weights.have_changed():
             self.store.forget()
         now.prefix = self._key_prefix(words or "")
-        form = self._forms.get(now.prefix)
+        form = self._form(now.prefix)
         kept = [self.store.get(self._key(now.prefix, row)) for row in rows] if form and not is_first else [None]
         if form is None or any(states is None for states in kept):
             self.misses += len(rows)
-            now.rows = rows if self.keeps_training_rows or not self._model.training else None
+            now.rows, now.is_kept = rows, self.keeps_training_rows or not self._model.training
             return
         self.hits += len(rows)
         ids = now.inputs["input_ids"]
@@ -236,6 +226,20 @@ class PrefixCache:
         for row, states in zip(rows, found, strict=True):
             given[row.number, row.start : row.end] = states
         now.given = given.to(ids.device, form.dtype)
+
+    def _form(self, prefix: bytes) -> Form | None:
+        """The form of states that are kept, None where it is not known."""
+        if prefix not in self._forms and self.store.outlives_run:
+            kept = self.store.get(self._key_of_form(prefix))
+            if kept is not None:
+                self._forms[prefix] = Form.from_words(kept.numpy().tobytes().decode("ascii"))
+        return self._forms.get(prefix)
+
+    def _keep_form(self, prefix: bytes, form: Form) -> None:
+        self._forms[prefix] = form
+        if self.store.outlives_run:  # a later run computes no row from which it could tell
+            words = torch.frombuffer(bytearray(form.to_words().encode("ascii")), dtype=torch.uint8)
+            self.store.put(self._key_of_form(prefix), words[None])
 
     def _asks_for_more(self, inputs: Mapping[str, Any]) -> str:
         """Why the last block's states are not all that a pass is about, empty where they are."""
@@ -266,12 +270,17 @@ class PrefixCache:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # peft switches adapters off for a second pass over the same model, as for the reference of DPO
         adapters = [(one.disable_adapters, one.active_adapters, one.merged) for one in self._adapted]
-        text = f"{len(self.blocks)} blocks, autocast {autocast}, {words}, {adapters}"
+        values = rounding_words(self._model) + source_words(self._model)
+        text = f"{len(self.blocks)} blocks, autocast {autocast}, {words}, {adapters}{values}"
         return hashlib.blake2b(self._weights.digest + text.encode(), digest_size=16).digest()
 
     @staticmethod
     def _key(prefix: bytes, row: Row) -> bytes:
         return hashlib.blake2b(prefix + row.digest, digest_size=16).digest()
+
+    @staticmethod
+    def _key_of_form(prefix: bytes) -> bytes:
+        return hashlib.blake2b(prefix + b"form", digest_size=16).digest()
 
     # ---- what stands in for the blocks ------------------------------------------------------------------------------
 
@@ -302,16 +311,17 @@ class PrefixCache:
 
         Returns:
             What goes on: the states as they were rounded to be kept. A run that goes on from a checkpoint computes
-            what the whole one finds, and both have to be the same to the bit.
+            what the whole one finds, and both have to be the same to the bit. So are those of rows that are not kept,
+            since they never come again: the run is the same beside others that keep them for it.
         """
         now = self._pass
         if now is None or now.rows is None:
             return output
         states, form = block_output(self._model, output, now.inputs["input_ids"])
-        self._forms[now.prefix] = form
+        self._keep_form(now.prefix, form)
         low = states.detach().to(form.kept)
-        on_host = low.to("cpu")
-        for row in now.rows:
+        on_host = low.to("cpu") if now.is_kept else low
+        for row in now.rows if now.is_kept else ():
             kept = on_host[row.number, row.start : row.end].contiguous()
             self.store.put(self._key(now.prefix, row), kept.view(torch.uint8))
         if now.padding is not None and self._model.training and torch.is_grad_enabled():
@@ -330,32 +340,6 @@ def hooked_words(blocks: Sequence[nn.Module]) -> str:
         if has_hooks_of_others(module):
             return f"a forward hook on a frozen {type(module).__name__} would not see what it gives"
     return ""
-
-
-def block_output(model: nn.Module, output: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Form]:
-    """States (B, T, D) in what a block gave for `input_ids` (B, T), and the form that it gave them in.
-
-    Raises:
-        ModelError: If it gives anything else, or more, to those behind it. Gemma 3n's blocks give (4, B, T, D): four
-            streams, of which the rows of a batch are not the first axis.
-    """
-    name, tail = type(model).__name__, None
-    if isinstance(output, tuple):
-        if any(part is not None for part in output[1:]):
-            raise ModelError(
-                f"{name}: its blocks give more than their states to the next one, so that the frozen ones cannot be "
-                f"left out. Say prefix_cache: off."
-            )
-        tail, output = output[1:], output[0]
-    wanted = f"({', '.join(map(str, input_ids.shape))}, width)"
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(f"{name}: its blocks give a {type(output).__name__}, where states {wanted} are kept.")
-    if output.dim() != 3 or output.shape[:2] != input_ids.shape or not output.is_floating_point():
-        kind = str(output.dtype).removeprefix("torch.")
-        raise ModelError(f"{name}: its blocks give {kind} {tuple(output.shape)}, where states {wanted} are kept.")
-    kind = output.device.type
-    low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    return output, Form(output.dtype, tail, torch.bfloat16 if low else output.dtype)
 
 
 def _above_blocks(model: nn.Module) -> list[nn.Module]:

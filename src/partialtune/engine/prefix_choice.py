@@ -15,7 +15,9 @@ from transformers import TrainingArguments
 
 from partialtune.distributed import shards_parameters
 from partialtune.engine.broken_off_pass import modules_before_blocks, reach
+from partialtune.engine.disk_folders import limit_bytes
 from partialtune.engine.prefix import PrefixCache, hooked_words
+from partialtune.engine.prefix_place import Rows, choose_place
 from partialtune.engine.state_store import MemoryStore
 from partialtune.errors import ModelError, RecipeError
 from partialtune.freeze.plan import FreezePlan
@@ -29,7 +31,7 @@ from partialtune.model.train_mode import evaluating, no_layer_drop
 AGREEMENT = 1e-5
 TRIED_TOKENS = 32
 BY_LONGEST_ROW = ("dynamic", "longrope")  # kinds of rotary embedding that are computed for the longest row of a batch
-WANTED = ("auto", "off", "memory")
+WANTED = ("auto", "off", "memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,30 @@ class PrefixPhase:
         from_step: Its first step.
         blocks: Blocks whose states are kept, 0 where they are computed at every step.
         reason: In words.
+        on_disk: Whether the states are kept on disk, for later runs too, and not in memory.
     """
 
     from_step: int
     blocks: int
     reason: str
+    on_disk: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As `recipe.yaml` and checkpoints hold it."""
+        return asdict(self, dict_factory=without_memory)
+
+
+def without_memory(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `asdict`: of a phase that keeps its prefix in memory, or none, the fields that it had before."""
+    return {key: value for key, value in fields if (key, value) != ("on_disk", False)}
 
 
 def choose_prefix(
-    wanted: str, plan: FreezePlan, model: nn.Module, args: TrainingArguments | None = None
+    wanted: str,
+    plan: FreezePlan,
+    model: nn.Module,
+    args: TrainingArguments | None = None,
+    rows: Rows | None = None,
 ) -> list[PrefixPhase]:
     """What each phase does.
 
@@ -59,13 +73,15 @@ def choose_prefix(
     it all. Where the model's forward pass fails on the way, that is the obstacle, and no error.
 
     Args:
-        wanted: `auto`, `off` or `memory`.
+        wanted: `auto`, `off`, `memory` or `disk`.
         plan: Its phases say how many blocks are frozen below all that trains.
         model: A causal language model, on any device, the plan applied or not.
         args: Of the Trainer, where there is one.
+        rows: Of the run, where they are known: `auto` then chooses between memory and disk. Else it is memory.
 
     Raises:
-        RecipeError: If `memory` is wanted and no phase can keep anything, or something else is wanted.
+        RecipeError: If `memory` or `disk` is wanted and no phase can keep anything, or something else is wanted; if
+            the limit of what lies on disk is no number.
     """
     if wanted not in WANTED:
         raise RecipeError(f"prefix_cache is {wanted!r}; allowed are {', '.join(WANTED)}.")
@@ -73,9 +89,11 @@ def choose_prefix(
         return [PrefixPhase(phase.first_step, 0, "prefix_cache is off") for phase in plan.phases]
     if plan.sampling is not None:
         reason = "blocks learn in turn, so that the blocks below those that learn change from draw to draw"
-        if wanted == "memory":
-            raise RecipeError(f"prefix_cache: memory is impossible here: {reason}. Say prefix_cache: auto.")
+        if wanted != "auto":
+            raise RecipeError(f"prefix_cache: {wanted} is impossible here: {reason}. Say prefix_cache: auto.")
         return [PrefixPhase(0, 0, reason)]
+    if wanted == "disk":
+        limit_bytes()
     model = uncompiled(model)
     lengths = sorted({phase.first_block for phase in plan.phases if phase.first_block}, reverse=True)
     obstacle = _obstacle_of_the_run(args, model) if lengths else ""
@@ -86,10 +104,15 @@ def choose_prefix(
             reason = f"{phase.backward_from} trains, and no block before it is frozen"
         else:
             reason = tried[phase.first_block]
-        kept = 0 if reason else phase.first_block
-        chosen.append(PrefixPhase(phase.first_step, kept, reason or "rows that come again start from them"))
-    if wanted == "memory" and not any(phase.blocks for phase in chosen):
-        raise RecipeError(f"prefix_cache: memory is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
+        if reason:
+            chosen.append(PrefixPhase(phase.first_step, 0, reason))
+            continue
+        why_disk = choose_place(model, phase.first_block, rows, bool(args and args.bf16)) if wanted == "auto" else ""
+        reason = "rows that come again start from them" + (f"; {why_disk}" if why_disk else "")
+        on_disk = wanted == "disk" or bool(why_disk)
+        chosen.append(PrefixPhase(phase.first_step, phase.first_block, reason, on_disk))
+    if wanted != "auto" and not any(phase.blocks for phase in chosen):
+        raise RecipeError(f"prefix_cache: {wanted} is impossible here: {chosen[0].reason}. Say prefix_cache: auto.")
     return chosen
 
 
@@ -207,6 +230,7 @@ def prefix_words(phases: Sequence[PrefixPhase]) -> str:
     lines = []
     for phase in phases:
         step = f"from step {phase.from_step}: " if len(phases) > 1 else ""
-        kept = f"states behind {phase.blocks} blocks are kept" if phase.blocks else "not kept"
+        place = " on disk" if phase.on_disk else ""
+        kept = f"states behind {phase.blocks} blocks are kept{place}" if phase.blocks else "not kept"
         lines.append(f"Frozen prefix, {step}{kept}: {phase.reason}.")
     return "\n".join(lines)

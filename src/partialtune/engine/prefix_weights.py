@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from partialtune.model.digests import bit_sums
+from partialtune.model.packed_weights import PackedWeight
 from partialtune.model.parameters import named_weights, persistent_buffers, plain_name
 from partialtune.model.row_parameters import rows_by_matrix
 from partialtune.model.structure import decoder_blocks, read_structure
@@ -24,15 +25,26 @@ Mark = tuple[int, int, int]
 def prefix_digest(model: nn.Module, blocks: int, sha256: Mapping[str, str]) -> bytes:
     """A digest of all weights and stored buffers that the first `blocks` blocks compute with, and what is before them.
 
+    Final norm and head are not among them: another run may have others, and starts from the same states.
+
     Args:
         model: The model itself.
         blocks: Number of blocks.
         sha256: By name of each parameter, and of each persistent buffer where there are any.
     """
-    path = read_structure(model).blocks_path
-    behind = tuple(plain_name(f"{path}.{number}.") for number in range(blocks, len(decoder_blocks(model))))
-    names = [name for name, _ in (*named_weights(model), *persistent_buffers(model))]
-    parts = [f"{name} {sha256.get(name)}" for name in names if not name.startswith(behind)]
+    structure = read_structure(model)
+    behind = tuple(
+        plain_name(f"{structure.blocks_path}.{number}.") for number in range(blocks, len(decoder_blocks(model)))
+    )
+    after = {
+        info.name
+        for info in structure.parameters
+        if info.forward_rank > structure.block_count and info.component in ("final_norm", "head")
+    }
+    names = [name for name, _ in (*named_weights(model), *persistent_buffers(model)) if name not in after]
+    # A packed matrix has the digest of the base's values, and computes with others: its own bytes count beside it.
+    packed = {name: f" {w.kind} {w.packed_sha256}" for name, w in named_weights(model) if isinstance(w, PackedWeight)}
+    parts = [f"{name} {sha256.get(name)}{packed.get(name, '')}" for name in names if not name.startswith(behind)]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
 
 

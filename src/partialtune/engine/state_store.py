@@ -2,7 +2,7 @@
 
 A process writes to memory of its own and reads that of all. Of several processes each has two files that lie in memory:
 one of states, and one of records that say which key lies where. A record is appended when its states are written, so
-that nothing is ever locked and nobody reads half a row.
+that nothing is ever locked and nobody reads half a row. The store on disk is in `disk_store`.
 """
 
 import mmap
@@ -23,9 +23,15 @@ RECORD = struct.Struct("<16sQQQ")  # key, first byte, tokens of the row, values 
 
 
 class StateStore(Protocol):
-    """States of rows, (tokens, width), by key."""
+    """States of rows, (tokens, width), by key.
+
+    Attributes:
+        size: Bytes that this process has kept so far.
+        outlives_run: Whether later runs will find what is kept.
+    """
 
     size: int
+    outlives_run: bool
 
     def get(self, key: bytes) -> torch.Tensor | None:
         """The states of a row, None where they are not kept."""
@@ -51,6 +57,8 @@ class MemoryStore:
     Attributes:
         size: Bytes kept so far.
     """
+
+    outlives_run = False
 
     def __init__(self, limit: int, dtype: torch.dtype) -> None:
         self.limit, self.dtype, self.size = limit, dtype, 0
@@ -81,6 +89,15 @@ class MemoryStore:
         self.forget()
 
 
+class HandedOnStore(MemoryStore):
+    """States in the memory of this process that its later trainings start from, too: it stays when one is over."""
+
+    outlives_run = True
+
+    def close(self) -> None:
+        pass
+
+
 class SharedStore:
     """States in memory that the processes of a node share. All of a run have to make it together.
 
@@ -91,6 +108,8 @@ class SharedStore:
     Attributes:
         size: Bytes kept by this process so far.
     """
+
+    outlives_run = False
 
     def __init__(self, limit: int, dtype: torch.dtype) -> None:
         self.limit, self.dtype = max(1, limit // mmap.PAGESIZE) * mmap.PAGESIZE, dtype

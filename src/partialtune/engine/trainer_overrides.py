@@ -10,38 +10,69 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from partialtune.delta_checkpoint import put_stored, read_delta, write_delta_of_state
-from partialtune.distributed import done_together
+from partialtune.delta_checkpoint import write_delta_of_state
+from partialtune.distributed import (
+    decided_by_main,
+    done_together,
+    from_main,
+    is_main,
+    several_nodes,
+)
 from partialtune.engine.checkpoint_files import (
     ASIDE,
+    Entries,
+    best_checkpoint,
     clear_aside,
     disk_errors,
     finish_checkpoint,
-    has_other_names,
-    load_by_files_names,
+    load_weights,
     read_with_care,
     rotate_checkpoints,
     with_ties,
     write_state,
 )
+from partialtune.engine.checkpoint_transfer import (
+    gather_random_states,
+    on_each_node,
+    random_file,
+    remove_if_empty,
+    same_checkpoint,
+)
+from partialtune.engine.gradient_reduction import leave_out_resting
+from partialtune.engine.other_engine import check_step_is_kept, load_gathered_optimizer, seed_missing_ranks
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
 from partialtune.engine.row_digests import DigestingCollator
+from partialtune.engine.shard_model import put_back, shards_in
+from partialtune.engine.sharded_saves import (
+    as_it_was_saved,
+    holds_fsdp_files,
+    is_loaded_here,
+    load_beside_base,
+    put_optimizer_together,
+    save_sharded_model,
+    saves_shards,
+    shards_by_process,
+)
+from partialtune.engine.sharding import load_states, write_states
 from partialtune.engine.tuning import Tuning
-from partialtune.freeze.lora import load_adapters, save_adapters
+from partialtune.freeze.lora import save_adapters
+from partialtune.model.held_narrow import unrounded
+from partialtune.model.parameters import uncompiled
+from partialtune.model.saving import saved_in_pieces
+from partialtune.model.sharded_files import failures_unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +105,7 @@ class TunedTrainer(Base):
     These private methods of transformers' Trainer are overridden, here and nowhere else; each gives the reason, and
     what breaks without: `_determine_best_metric`, `_get_output_dir`, `_get_train_sampler`, `_load_best_model`,
     `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_run_epoch`, `_save`,
-    `_save_checkpoint`.
+    `_save_checkpoint`, `_save_optimizer_and_scheduler`, `_save_rng_state`.
 
     Attributes:
         tuning: The plan that is carried out.
@@ -84,16 +115,24 @@ class TunedTrainer(Base):
     tuning: Tuning
     changes: TrainerChanges
     _saving_in: str | None = None
+    _in_checkpoint: bool = False
     _state_by_name: Sequence[RemovableHandle] = ()
+    _held_shards: Sequence[Sequence[nn.Parameter]] = ()
     _is_predicting: bool = False
     _logits_wanted: bool = False
+    _sends_states: bool = False
+    _random_state: bytes = b""
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Every process goes on from the main process's checkpoint, which nodes that do not share its disk are sent."""
+        # Without, a process that finds no checkpoint, or another one, would train from other weights, silently.
+        self._sends_states = not self.args.save_on_each_node and several_nodes()
+        own_files = self.args.save_on_each_node  # then each node goes on from files of its own, as it was asked to
         try:
-            with self.tuning.fast:
-                return super().train(*args, **kwargs)
+            with self.tuning.fast, same_checkpoint(resume_from_checkpoint, self.args.output_dir, own_files) as folder:
+                return super().train(check_step_is_kept(self, folder), *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, PhaseCallback):  # broken off, as by Ctrl-C, it was not told of the end
@@ -105,11 +144,18 @@ class TunedTrainer(Base):
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)  # or a user's own, or that of a training before
-        if not self.is_fsdp_enabled:  # sharded state is keyed by name already
-            suit_optimizer(optimizer, self.model, self.tuning.plan)
-            if not self._state_by_name:
-                self._state_by_name = key_by_name(optimizer, self.model)
+        suit_optimizer(optimizer, self.model, self.tuning.plan)
+        self._held_shards = shards_in(optimizer)
+        # Under FSDP accelerate is about to put shards in the place of the parameters, group by group. Their state has
+        # names already, or gets them when it is saved.
+        if not self.is_fsdp_enabled and not self._state_by_name:
+            self._state_by_name = key_by_name(optimizer, self.model)
         return optimizer
+
+    def create_scheduler(self, *args, **kwargs):
+        # Called when accelerate has prepared model and optimizer, before anything looks for the latter's parameters.
+        put_back(self.optimizer, self._held_shards)
+        return super().create_scheduler(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Beside `learning_rate`, which is that of the optimizer's first group, the rates of the plan's parts."""
@@ -150,6 +196,7 @@ class TunedTrainer(Base):
         return loader
 
     def training_step(self, model, inputs, *args, **kwargs):
+        leave_out_resting(model, self.tuning.plan)  # here the model comes as it was wrapped, before its first backward
         # Here, since a class of the user's may change the batch in it: what was digested is the batch as it came.
         with self.tuning.fast.rows_known(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
@@ -164,7 +211,7 @@ class TunedTrainer(Base):
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         self._is_predicting, self._logits_wanted = True, not prediction_loss_only  # by compute_metrics
         try:
-            with self.tuning.fast.rows_known(inputs):
+            with self.tuning.fast.rows_known(inputs), unrounded():  # what is scored is what is saved
                 return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._is_predicting = self._logits_wanted = False
@@ -192,7 +239,13 @@ class TunedTrainer(Base):
             with disk_errors(what, Path(self.args.output_dir)):
                 super(TunedTrainer, self).save_model(output_dir, _internal_call)
 
-        done_together(save)
+        if not self.is_fsdp_enabled:
+            done_together(save)
+            return
+        # Trainer's own way gathers the whole model in one process (FULL_STATE_DICT), or saves nothing (SHARDED).
+        save_sharded_model(self, self.tuning, Path(output_dir or self.args.output_dir), what, self._in_checkpoint)
+        if self.args.push_to_hub and not _internal_call:  # as Trainer's own
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_state(self) -> None:
         """The log, as a whole or not at all."""
@@ -202,13 +255,14 @@ class TunedTrainer(Base):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as the model was loaded, each tied tensor once, and without the pickle; of LoRA the adapters alone.
 
-        Adapters beside trained parts of the base are saved as a delta: the base itself is in neither.
+        Adapters beside trained parts of the base are saved as a delta, and so is what trains beside quantised matrices:
+        the base itself is in neither.
         """
         # All of Trainer's ways to save end here. Without, the saved config has `use_cache: false`, FSDP saves a tied
         # head twice, LoRA the whole model, and `training_args.bin` is a pickle that nobody should have to open.
         folder, plan = Path(output_dir or self.args.output_dir), self.tuning.plan
-        if plan.adapter is None:
-            with self.tuning.as_loaded():
+        if not plan.leaves_base_out:
+            with self.tuning.as_loaded(), saved_in_pieces(uncompiled(self.model)):
                 super()._save(output_dir, state_dict and with_ties(state_dict, self.model))
         elif self.args.should_save and plan.parts:
             with self.tuning.as_loaded():
@@ -232,25 +286,39 @@ class TunedTrainer(Base):
         """Audit, write aside, rename: what stands under `checkpoint-N` is complete and frozen where it must be."""
         # Without, a checkpoint may hold a frozen parameter that changed, may be half written, and Trainer's rotation
         # may delete the last whole one.
+        self.tuning.audit_callback.check_frozen(self.args, self.state, self.model)
+        self._in_checkpoint = True
+        try:
+            if self.changes.whole_checkpoints:
+                self._save_whole_checkpoint(model, trial)
+                return
+            with failures_unwrapped():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+        saved = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._gather_random_states(saved)
+        if self._sends_states:  # else it is None where the best one is not on this node's disk
+            self.state.best_model_checkpoint = from_main(self.state.best_model_checkpoint)
+            remove_if_empty(saved, Path(self.args.output_dir))
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
         audit = self.tuning.audit_callback
-        audit.check_frozen(self.args, self.state, self.model)
-        if not self.changes.whole_checkpoints:
-            super()._save_checkpoint(model, trial)
-            return
-        run = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clear_aside(run)
         self.accelerator.wait_for_everyone()
         self._saving_in = str(run / ASIDE)
         try:
             done_together(lambda: self._write_checkpoint(name, model, trial))
+            self._gather_random_states(run / ASIDE / name)
             self.accelerator.wait_for_everyone()
+            shards = shards_by_process(run / ASIDE / name) if saves_shards(self) else {}
             found = self.tuning.read_back(run / ASIDE / name, *audit.known_digests(self.state))
             if found:
                 audit.conclude_saved(self.args, self.state, found)
-            self.state.best_model_checkpoint = self._best_checkpoint(run, name)
-            done_together(lambda: self._finish_checkpoint(name))
+            self.state.best_model_checkpoint = decided_by_main(lambda: best_checkpoint(run, name, self.state))
+            done_together(lambda: self._finish_checkpoint(name, shards))
         except Exception:
             if self.args.should_save:
                 clear_aside(run)  # of which this process may have written a part while another one failed
@@ -260,29 +328,38 @@ class TunedTrainer(Base):
         if self.args.should_save:
             rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+        if self._sends_states:
+            remove_if_empty(run / ASIDE / name, run)
 
-    def _best_checkpoint(self, run: Path, present: str) -> str | None:
-        """That of the best evaluation, if it is there or `present`, which is being written; it may lie in the folder
-        of a run that this one goes on from."""
-        if not self.state.best_global_step:
-            return None
-        best = run / f"checkpoint-{self.state.best_global_step}"
-        earlier = Path(self.state.best_model_checkpoint or best)
-        if best.is_dir() or best.name == present:
-            return str(best)
-        return str(earlier) if earlier.name == best.name and earlier.is_dir() else None
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The main process's as ever; on several nodes the others hand theirs to it, see `_gather_random_states`."""
+        # Without, each lies on the disk of its own node, and the checkpoint is whole nowhere.
+        if not self._sends_states or is_main():
+            super()._save_rng_state(output_dir)
+            return
+        with TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            self._random_state = (Path(own) / random_file(self.args.process_index)).read_bytes()
+
+    def _gather_random_states(self, checkpoint: Path) -> None:
+        if self._sends_states:
+            gather_random_states(self._random_state, checkpoint, Path(self.args.output_dir))
 
     def _write_checkpoint(self, name: str, model: nn.Module, trial) -> None:
-        with disk_errors(name, Path(self.args.output_dir)):
+        with disk_errors(name, Path(self.args.output_dir)), failures_unwrapped():
             super()._save_checkpoint(model, trial)
 
-    def _finish_checkpoint(self, name: str) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Under FSDP accelerate cannot load groups of the optimizer that are empty, nor state that is out of it.
+        write_states(output_dir, self, self.tuning.plan, super()._save_optimizer_and_scheduler)
+
+    def _finish_checkpoint(self, name: str, shards: Entries) -> None:
         if self.args.should_save:
             run = Path(self.args.output_dir)
             with disk_errors(name, run):
                 write_state(run / ASIDE / name / TRAINER_STATE_NAME, self.state)
                 self.changes.write_beside(run / ASIDE / name)
-                finish_checkpoint(run / ASIDE / name, run / name)
+                finish_checkpoint(run / ASIDE / name, run / name, shards)
 
     # ---- what is loaded again ---------------------------------------------------------------------------------------
 
@@ -292,45 +369,51 @@ class TunedTrainer(Base):
         Trainer looks for adapters in its own wrapper only, and knows no deltas.
         """
         # Without, adapters are not loaded, nor weights under the names of their origin (experts, vision-language
-        # models), and a damaged file ends in a traceback and exit code 1.
-        with read_with_care(Path(resume_from_checkpoint)):
-            if self.tuning.plan.adapter is None and _is_by_other_names(self, resume_from_checkpoint):
-                load_by_files_names(Path(resume_from_checkpoint), self.model)
+        # models); a second model's memory is taken, and a damaged file ends in a traceback and exit code 1.
+        with read_with_care(Path(resume_from_checkpoint)), as_it_was_saved(self, Path(resume_from_checkpoint)):
+            if self.is_fsdp_enabled and holds_fsdp_files(Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # base, adapters and all
                 return
-            if self.tuning.plan.adapter is None:
+            if not self.tuning.plan.leaves_base_out and is_loaded_here(self, resume_from_checkpoint):
+                load_weights(Path(resume_from_checkpoint), self.model)
+                return
+            if not self.tuning.plan.leaves_base_out:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
-            folder = Path(resume_from_checkpoint)
-            if self.tuning.plan.parts:
-                put_stored(read_delta(folder, folder.name), self.model)
-            load_adapters(self.model, load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME))
+            load_beside_base(self, self.tuning.plan, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint, audit and deltas too: they speak of the model that is saved."""
         # Called after the last step and before `on_train_end`, in which the audit concludes. Without, it would judge
         # the best model by what the last steps did, and find fault with parameters that went back to the base.
-        best = self.state.best_model_checkpoint
-        if self.tuning.plan.adapter is None and not _is_by_other_names(self, best):
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(best)
-        self.tuning.audit_callback.end_with(TrainerState.load_from_json(str(Path(best) / TRAINER_STATE_NAME)))
+        chosen = self.state.best_model_checkpoint
+        with on_each_node(Path(chosen), Path(self.args.output_dir), self.args.save_on_each_node) as folder:
+            self.state.best_model_checkpoint = best = str(folder)  # by which Trainer's own way finds it
+            if not (self.is_fsdp_enabled or self.tuning.plan.leaves_base_out or is_loaded_here(self, best)):
+                super()._load_best_model()
+            else:
+                self._load_from_checkpoint(best)
+            self.tuning.audit_callback.end_with(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
+        self.state.best_model_checkpoint = chosen
         self.tuning.delta_callback.report_again(self.args, self.state)
 
     # Without these two, a damaged optimizer.pt, scheduler.pt or rng_state.pth ends in a traceback and exit code 1.
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with read_with_care(Path(checkpoint or ".")):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        # Trainer has forgotten the best checkpoint where it is not on this node's disk: some would load it at the end.
+        self.state.best_model_checkpoint = from_main(self.state.best_model_checkpoint)
+        folder = Path(checkpoint or ".")
+        with read_with_care(folder), as_it_was_saved(self, folder):
+            if checkpoint is not None and (
+                put_optimizer_together(self, folder) or load_gathered_optimizer(self, folder)
+            ):
+                return
+            load_states(checkpoint, self, self.tuning.plan, super()._load_optimizer_and_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with read_with_care(Path(checkpoint or ".")):
             super()._load_rng_state(checkpoint)
-
-
-def _is_by_other_names(trainer: Trainer, checkpoint: str | None) -> bool:
-    """Whether Trainer would not find a checkpoint's weights by the model's names."""
-    is_whole = isinstance(trainer.model, PreTrainedModel) and not trainer.is_fsdp_enabled
-    return is_whole and checkpoint is not None and has_other_names(Path(checkpoint), trainer.model)
+        if checkpoint is not None:
+            seed_missing_ranks(self, Path(checkpoint))
 
 
 def override(trainer: Trainer, tuning: Tuning, changes: TrainerChanges) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from partialtune.engine.head_loss import rows_at_once
+from partialtune.engine.head_loss import logits_times_head, rows_at_once, states_times_head, widens
 from partialtune.errors import ModelError
 from partialtune.model.row_parameters import trained_rows_of
 from partialtune.model.trained_rows import matrix_and_rows
@@ -98,6 +98,9 @@ class _InPlaceOf:
         # On a GPU TRL's kernels read each tile of logits once, and these operations each of them several times.
         leaves_it = final_logit_softcapping is not None or (hidden.device.type != "cpu" and trained is None)
         if head_learns or leaves_it:
+            kind = hidden.device.type
+            if not weight.requires_grad and not torch.is_autocast_enabled(kind) and widens(weight, hidden.dtype):
+                weight = weight.to(hidden.dtype)  # TRL's own products are of one dtype
             rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             return self._own.apply(hidden, weight, bias, targets, *rest)
         learner, numbers = (None, None) if trained is None else (trained.parameter, trained.numbers_on(weight.device))
@@ -105,7 +108,10 @@ class _InPlaceOf:
 
 
 class _Head(NamedTuple):
-    """What logits are made of: (N, D), (V, D), (V,) or None, (N,), and what they are multiplied with."""
+    """What logits are made of: (N, D), (V, D), (V,) or None, (N,), and what they are multiplied with.
+
+    `hidden` has the dtype of the products; `weight` too, or a narrower one that is widened by slices.
+    """
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -125,7 +131,8 @@ class _FrozenHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        ctx.head = head = _Head(hidden.to(dtype), weight.to(dtype), bias, targets, scale)
+        held = weight if widens(weight, dtype) else weight.to(dtype)
+        ctx.head = head = _Head(hidden.to(dtype), held, bias, targets, scale)
         ctx.learner, ctx.numbers = learner, numbers
         # TRL gives positions that it ignores the target 0. Their gradients are 0 then: a row is made if one is not.
         ctx.late = targets == 0
@@ -193,7 +200,8 @@ def _of_logits(
     Returns:
         e to the power of the logits less the largest of each token, (C, V) in fp32.
     """
-    logits = torch.mm(head.hidden[part], head.weight.T)
+    logits = head.hidden.new_empty(len(part), len(head.weight))
+    states_times_head(head.hidden[part], head.weight, logits)
     if head.bias is not None:
         logits += head.bias.to(logits.dtype)
     shifted, goal = logits.float(), head.targets[part, None]
@@ -222,7 +230,7 @@ def _of_logits(
 
 def _rows(head: _Head, exponentials: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """d log p(target) / d hidden for some tokens, (C, D) in fp32."""
-    mean = torch.mm(exponentials.to(head.weight.dtype), head.weight).float() / exponentials.sum(1, keepdim=True)
+    mean = _times_head(head, exponentials) / exponentials.sum(1, keepdim=True)
     return (head.weight[head.targets[part]].float() - mean).mul_(head.scale)
 
 
@@ -230,4 +238,10 @@ def _entropy_rows(head: _Head, exponentials: torch.Tensor, entropy: torch.Tensor
     """d entropy / d hidden for some tokens, (C, D) in fp32: d entropy / d z = -p (log p + entropy)."""
     p = exponentials / exponentials.sum(1, keepdim=True)
     of_logits = torch.xlogy(p, p).add_(p * entropy[:, None]).neg_()
-    return torch.mm(of_logits.to(head.weight.dtype), head.weight).float().mul_(head.scale)
+    return _times_head(head, of_logits).mul_(head.scale)
+
+
+def _times_head(head: _Head, of_logits: torch.Tensor) -> torch.Tensor:
+    """(C, V) @ (V, D), in fp32."""
+    low = of_logits.to(head.hidden.dtype)
+    return logits_times_head(low, head.weight, low.new_empty(len(low), head.weight.shape[1])).float()

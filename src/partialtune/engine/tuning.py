@@ -2,26 +2,30 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from markupsafe import Markup
 from torch import nn
 
-from partialtune.distributed import decided_by_main
+from partialtune.distributed import decided_by_main, done_together, from_all, rank_and_processes
 from partialtune.engine.fast_paths import FAST_PATHS, FastPaths
 from partialtune.engine.part_rates import PartRates
 from partialtune.engine.prefix_choice import WANTED
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.model.parameters import is_sharded, named_weights, whole_on_main
+from partialtune.model.sharded_files import is_sharded_checkpoint
 from partialtune.proof.audit import FreezeAuditCallback
 from partialtune.proof.audit_result import Audit, SavedDifference
 from partialtune.proof.deltas import WeightDeltaCallback
 from partialtune.proof.distances import ParameterDelta
 from partialtune.proof.saved_files import saved_differences
 from partialtune.proof.snapshot import Stopwatch
+from partialtune.run_folder import is_delta
 from partialtune.tables import html_table
 
 # Weak on both sides: a tuning holds its model, and goes with its Trainer.
@@ -123,11 +127,24 @@ class Tuning:
             digests: sha256 by name of the parameters to compare.
             buffers: sha256 by name of the persistent buffers.
         """
-        read: Callable[[], list[SavedDifference]] = lambda: saved_differences(  # noqa: E731
-            folder, self.model, digests, buffers, self.plan
-        )
+
+        gathered: dict[str, torch.Tensor] = {}
+
+        def read(share: Mapping[str, str]) -> list[SavedDifference]:
+            return saved_differences(folder, self.model, share, buffers, self.plan, gathered)
+
         with self.reading_back, self.as_loaded():
-            return decided_by_main(read)
+            if bool(self.plan.rows) and decided_by_main(lambda: is_delta(folder)):
+                matrices = [(n, p) for n, p in named_weights(self.model) if n in self.plan.rows and is_sharded(p)]
+                whole = ((name, whole_on_main(matrix)) for name, matrix in matrices)
+                gathered |= {name: values for name, values in whole if values is not None}
+            if self.plan.leaves_base_out or not decided_by_main(lambda: is_sharded_checkpoint(folder)):
+                return decided_by_main(lambda: read(digests))
+            # All processes see the shards of all, and each puts together, and digests, its part of the tensors.
+            rank, processes = rank_and_processes()
+            share = dict(list(digests.items())[rank::processes])
+            found = from_all(done_together(lambda: read(share)))
+            return list(dict.fromkeys(difference for of_one in found for difference in of_one))
 
 
 def check_untuned(model: nn.Module) -> None:
@@ -148,7 +165,7 @@ def check_settings(plan: Any, enabled: Any, prefix_cache: Any, delta_steps: Any)
     Args:
         plan: A plan.
         enabled: Fast paths.
-        prefix_cache: `auto`, `off`, `memory`, or what was chosen before.
+        prefix_cache: `auto`, `off`, `memory`, `disk`, or what was chosen before.
         delta_steps: Steps, at least 1.
 
     Raises:

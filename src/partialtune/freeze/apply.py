@@ -9,6 +9,8 @@ from torch import nn
 from partialtune.errors import RecipeError
 from partialtune.freeze.lora import add_adapters
 from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.quantization import quantize_frozen
+from partialtune.model.held_narrow import hold_narrow, round_frozen, widen
 from partialtune.model.parameters import named_learners, named_weights, uncompiled
 from partialtune.model.row_parameters import forget_rows, train_rows
 from partialtune.model.train_mode import stop_layer_drop
@@ -21,7 +23,8 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
 
     From then on `model.train()` leaves modules that hold parameters, but none that trains, in eval mode with all
     below them, so that dropout in frozen blocks stays off. A module without parameters follows its parent. LayerDrop is
-    switched off: no block is left out of a step. Applying the same plan again changes nothing.
+    switched off: no block is left out of a step. What the plan quantises is packed, in its place. Applying the same
+    plan again changes nothing.
 
     Args:
         model: The model that the plan was made for. One that `torch.compile` has wrapped is treated as what it wraps.
@@ -31,6 +34,8 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
         RecipeError: If the plan was made for another model.
     """
     model = uncompiled(model)
+    if plan.frozen_dtype is not None:
+        hold_narrow(model)
     if plan.head == "untied":
         untie_head(model)
     planned = {parameter.name for parameter in plan.parameters}
@@ -53,6 +58,11 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
                 f"{planned_shape[name]} and has {tuple(parameter.shape)}. Make a plan for this model with plan_freeze, "
                 f"after all that changes its parameters (get_peft_model, resize_token_embeddings)."
             )
+    quantize_frozen(model, plan)
+    # Whatever phase trains it: memory is at its largest in the last one, and DDP wants one dtype of each parameter.
+    widen(model, plan.trainable, with_neighbours=plan.rows)
+    if plan.frozen_dtype == "bf16":
+        round_frozen(model, set(plan.frozen).difference(plan.quantized))
     train_rows(model, plan.rows, dict(named_weights(model)))
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)

@@ -26,11 +26,11 @@ IN_FILES = "base_model.model."  # before every name in `adapter_model.safetensor
 
 
 def plan_lora(
-    model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: int = 16, seed: int = 0, **rates: Any
+    model: nn.Module, trainable: Sequence[str], rank: int = 8, alpha: int = 16, seed: int = 0, **others: Any
 ) -> FreezePlan:
     """`method: lora`: `plan_freeze(model, [], lora={"target": trainable, "rank": rank, "alpha": alpha}, seed=seed)`.
 
-    `rates`: part_learning_rates and layer_decay of `plan_freeze`.
+    `others`: part_learning_rates, layer_decay and frozen_quantization of `plan_freeze`.
 
     plan_lora(gpt2, ["attention"]).trainable -> ["transformer.h.0.attn.c_attn.lora_A.weight", ...]
 
@@ -38,7 +38,7 @@ def plan_lora(
         RecipeError: If a selector chooses no matrix in a block, or a rate is wrong.
     """
     target = [trainable] if isinstance(trainable, str) else list(trainable)
-    return plan_freeze(model, [], lora=lora_of_method(target, rank, alpha), seed=seed, **rates)
+    return plan_freeze(model, [], lora=lora_of_method(target, rank, alpha), seed=seed, **others)
 
 
 def add_adapters(model: nn.Module, adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from partialtune.freeze.additions import additions_of, what_trains
 from partialtune.freeze.block_sampling import BlockSampling, in_turn, plan_sampling
 from partialtune.freeze.plan_table import padded_matrices, plan_html
 from partialtune.freeze.planned import Phase, PlannedParameter
+from partialtune.freeze.quantization import with_quantization
 from partialtune.freeze.rates import rate_to_json, rates_to_json, with_rates
 from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, Lora
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA
@@ -48,6 +49,9 @@ class FreezePlan:
         layer_decay: Factor of the rate from one layer to the one below it.
         new_tokens: What `add_tokens` gave to the model before the plan was made.
         tokenizer_length: Tokens of the model's tokenizer, where they are known.
+        frozen_quantization: In which bits frozen matrices of the blocks are held, `int8` or `nf4`; None for their own.
+        frozen_dtype: `auto` where frozen matrices that the model holds in 16 bits stay so and all else is widened;
+            `bf16` where frozen fp32 matrices are rounded besides; None where the model's dtypes are left as they are.
     """
 
     model_name: str
@@ -63,14 +67,18 @@ class FreezePlan:
     layer_decay: float | None = None
     new_tokens: NewTokens | None = None
     tokenizer_length: int | None = None
+    frozen_quantization: str | None = None
+    frozen_dtype: str | None = None
     _draws: dict[int, Phase] = field(default_factory=dict, init=False, repr=False, compare=False)  # by their number
 
     @property
     def total_parameters(self) -> int:
+        """Values of all parameters, a tied tensor once."""
         return sum(parameter.numel for parameter in self.parameters)
 
     @property
     def trainable_parameters(self) -> int:
+        """Values that any phase trains; of a matrix of which rows train, those rows."""
         return sum(parameter.learning for parameter in self.parameters)
 
     @property
@@ -102,6 +110,16 @@ class FreezePlan:
     def frozen_rows(self) -> dict[str, Rows]:
         """What the frozen rows of each such matrix are called by themselves -> the rows that they do not hold."""
         return {other_rows_name(name, rows): rows for name, rows in self.rows.items()}
+
+    @property
+    def quantized(self) -> list[str]:
+        """Names of the frozen matrices that are held in the bits of `frozen_quantization`."""
+        return [parameter.name for parameter in self.parameters if parameter.quantized]
+
+    @property
+    def leaves_base_out(self) -> bool:
+        """Whether what is saved holds what was trained and not the base: adapters, or what was quantised."""
+        return self.adapter is not None or self.frozen_quantization is not None
 
     @property
     def names_rates(self) -> bool:
@@ -173,13 +191,16 @@ class FreezePlan:
         """What a notebook shows in the place of `repr(plan)`."""
         return str(plan_html(self))
 
-    def to_json(self, before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    def to_json(
+        self, before: Mapping[str, str], after: Mapping[str, str], packed: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """The content of `freeze_plan.json`.
 
         Args:
             before: sha256 digest by parameter name at the start, and of the frozen rows of a matrix by their name in
                 `frozen_rows`; empty where no weights were read.
             after: The same at the end.
+            packed: sha256 of the bytes by which each quantised matrix is held; where it is known.
         """
         return {
             "total_parameters": self.total_parameters,
@@ -194,6 +215,7 @@ class FreezePlan:
             **rates_to_json(self),
             **({"tokenizer_length": self.tokenizer_length} if padded_matrices(self) else {}),
             **({"new_tokens": self.new_tokens.to_json()} if self.new_tokens else {}),
+            **({"frozen_quantization": self.frozen_quantization} if self.frozen_quantization else {}),
             "phases": [
                 {
                     "from_step": phase.from_step,
@@ -219,6 +241,7 @@ class FreezePlan:
                     "sha256_after": after.get(parameter.name),
                     **_digests_of_other_rows(parameter, before, after),
                     **(self.new_tokens.of_base(parameter.name) if self.new_tokens else {}),
+                    **({"sha256_packed": (packed or {}).get(parameter.name)} if parameter.quantized else {}),
                 }
                 for parameter in self.parameters
             ],
@@ -247,6 +270,8 @@ def plan_freeze(
     seed: int = 0,
     part_learning_rates: Mapping[str, float] | None = None,
     layer_decay: float | None = None,
+    frozen_quantization: str | None = None,
+    frozen_dtype: str | None = None,
 ) -> FreezePlan:
     """Decide which parameters of `model` train. The model is not touched and may lie on the meta device.
 
@@ -271,7 +296,13 @@ def plan_freeze(
         part_learning_rates: Selector -> learning rate: `{"embeddings": 1e-5, "blocks[-1]": 1e-4}`. The last that
             matches a parameter wins; what none names has the phase's rate, or the recipe's or the optimizer's own. An
             adapter answers to the selectors of the matrix that it adapts, and to expressions for its own name.
+        frozen_dtype: `auto` for a model that was loaded in 16 bits: what trains becomes fp32, frozen matrices stay as
+            they are, and every module computes as if all of it were fp32. `bf16` rounds frozen fp32 matrices while
+            training; scores and saved files have their own values. Without it the model's dtypes stay.
         layer_decay: That rate times layer_decay ** (layers up to the head), as in `rates.with_rates`.
+        frozen_quantization: `int8` or `nf4`: frozen matrices of the blocks are held in so many bits (by bitsandbytes)
+            and widened one at a time for each product. What any phase trains is not. The result belongs on the base as
+            it was: it is saved as a delta.
 
     Returns:
         The plan; `apply_plan` carries it out.
@@ -283,6 +314,10 @@ def plan_freeze(
     """
     if head not in HEAD_CHOICES:
         raise RecipeError(f"head is {head!r}; allowed are {', '.join(HEAD_CHOICES)}.")
+    if frozen_dtype not in (None, "auto", "bf16"):
+        raise RecipeError(
+            f"frozen_dtype is {frozen_dtype!r}; allowed are auto, bf16, and None for the model's own dtypes."
+        )
     first = [trainable] if isinstance(trainable, str) else list(trainable)
     if block_sampling and schedule:
         raise RecipeError(f"block_sampling: {NOT_WITH_A_SCHEDULE}")
@@ -325,7 +360,9 @@ def plan_freeze(
         sampling=sampling,
         new_tokens=new_tokens,
         tokenizer_length=None if new_tokens is None else new_tokens.tokenizer_length,
+        frozen_dtype=frozen_dtype,
     )
+    plan = with_quantization(plan, model, structure, frozen_quantization)
     return with_rates(plan, structure, part_learning_rates, layer_decay)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from partialtune.freeze.block_sampling import blocks_words
+from partialtune.freeze.quantization import quantization_line
 from partialtune.freeze.rates import rate_name
 from partialtune.model.new_tokens import words_on
 from partialtune.tables import draw_table, html_table
@@ -111,7 +112,14 @@ def _phase_rows(plan: "FreezePlan") -> Rows:
 
 
 def _closing_lines(plan: "FreezePlan") -> list[str]:
-    return [*_tie_and_fixed_lines(plan), *_sampling_lines(plan), *_rate_lines(plan), _backward_line(plan)]
+    held = quantization_line(plan)
+    return [
+        *_tie_and_fixed_lines(plan),
+        *([held] if held else []),
+        *_sampling_lines(plan),
+        *_rate_lines(plan),
+        _backward_line(plan),
+    ]
 
 
 def _tie_and_fixed_lines(plan: "FreezePlan") -> list[str]:

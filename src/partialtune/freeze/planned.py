@@ -28,6 +28,7 @@ class PlannedParameter:
         fixed: Whether the model's own code never trains it, so that no selector adds it.
         rows: Which of its rows train, None where all of it does.
         in_turn: Whether it learns only while its block is drawn.
+        quantized: Whether it is held in the bits of the plan's `frozen_quantization`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PlannedParameter:
     in_turn: bool = False
     rate_factor: float = 1.0
     rate_name: str = ""
+    quantized: bool = False
 
     @property
     def trainable(self) -> bool:

@@ -51,16 +51,18 @@ def plan_of_recipe(
     Raises:
         RecipeError: As `plan_freeze` and `plan_lora`.
     """
-    rates: dict[str, Any] = {
+    others: dict[str, Any] = {
         "part_learning_rates": freeze.part_learning_rates,
         "layer_decay": freeze.layer_decay,
+        "frozen_quantization": freeze.frozen_quantization,
     }
     if freeze.method == "lora":
-        plan = plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **rates)
+        plan = plan_lora(model, freeze.trainable, freeze.lora_rank, freeze.lora_alpha, seed, **others)
     else:
-        plan = _plan_of_parts(model, freeze, schedule, seed, before_text, rates)
+        plan = _plan_of_parts(model, freeze, schedule, seed, before_text, others)
     _refuse_unread(read_structure(model), plan)
-    return plan if tokenizer_length is None else replace(plan, tokenizer_length=tokenizer_length)
+    frozen_dtype = "bf16" if freeze.frozen_dtype == "bf16" else None  # what is held in 16 bits is loaded so
+    return replace(plan, tokenizer_length=tokenizer_length or plan.tokenizer_length, frozen_dtype=frozen_dtype)
 
 
 def _plan_of_parts(
@@ -69,7 +71,7 @@ def _plan_of_parts(
     schedule: Sequence[Mapping[str, Any]],
     seed: int,
     before_text: bool,
-    rates: Mapping[str, Any],
+    others: Mapping[str, Any],
 ) -> FreezePlan:
     new_tokens = new_tokens_of(model)
     return plan_freeze(
@@ -81,7 +83,7 @@ def _plan_of_parts(
         lora=freeze.lora or None,
         block_sampling=freeze.block_sampling,
         seed=seed,
-        **rates,
+        **others,
     )
 
 

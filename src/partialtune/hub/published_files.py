@@ -37,6 +37,7 @@ SENT = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("README.md", "report.html", "figures/*.png", "recipe.yaml", "freeze_plan.json", "audit.json", "evaluation.json"),
     *("insight.json", "performance.json", "train_results.json", "weight_deltas.jsonl", "block_draws.jsonl"),
+    "samples.jsonl",
 )
 WRITTEN_LAST = ("evaluation.json", "README.md", "report.html")
 

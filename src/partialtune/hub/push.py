@@ -32,6 +32,7 @@ from partialtune.net.hub_client import (
 )
 from partialtune.pages.card import name_repository
 from partialtune.run_folder import locked
+from partialtune.words import megabytes
 
 __all__ = ["Patience", "PushReport", "Target", "check_access", "push_after_training", "push_run"]
 
@@ -58,7 +59,7 @@ class PushReport:
     removed: tuple[str, ...]
 
     def __str__(self) -> str:
-        what = f"{self.files} files, {self.bytes / 1e6:,.1f} MB, at commit {self.commit[:12]}"
+        what = f"{self.files} files, {megabytes(self.bytes, 1)}, at commit {self.commit[:12]}"
         if not self.sent and not self.removed:
             return f"{self.url} holds the run already: {what}, sizes and digests verified. Nothing was sent."
         return f"Pushed to {self.url}: {what}, sizes and digests verified."
@@ -178,7 +179,7 @@ class _Upload:
     def _send(self, local: dict[str, LocalFile], gap: Gap, head: str) -> str:
         """One commit on top of `head`, so that a commit whose answer was lost is never made twice."""
         size = sum(local[name].size for name in gap.missing)
-        logger.info("Sending %d files, %.1f MB, to %s.", len(gap.missing), size / 1e6, self.target.repo_id)
+        logger.info("Sending %d files, %s, to %s.", len(gap.missing), megabytes(size, 1), self.target.repo_id)
         if gap.stale:
             logger.info("Taking away files of another model: %s.", ", ".join(gap.stale))
         self.sent.update(gap.missing)

@@ -8,13 +8,15 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from partialtune.errors import ModelError
 from partialtune.model.loading import PROCESSOR_FILES, model_location
-from partialtune.net.hub_client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits
+from partialtune.net.hub_client import HUB_ERRORS, Patience, ask, in_words, progress_bars, time_limits, unreachable_hub
+from partialtune.run_folder import RECIPE_FILE, is_delta
 
 PLAN_FILE = "freeze_plan.json"
 # Patterns of what is fetched from the Hub: weights as safetensors, never as pickles, and what says how to read them.
 FETCHED = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", "adapter_model.safetensors", "delta.json", "delta.safetensors", PLAN_FILE),
+    RECIPE_FILE,  # it names the base
 )
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
@@ -49,17 +51,29 @@ def checkpoint_folder(name: str, beside: Sequence[str] = ()) -> tuple[Path, str]
     return location, name
 
 
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder holds adapters in place of a model, or beside a delta that they belong to."""
+    alone = is_delta(folder) or not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and alone
+
+
 def _fetch(hub_id: str, revision: str, patterns: list[str]) -> Path:
     patience = Patience()
+    host = unreachable_hub()
 
     def fetch() -> str:
-        return snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns)
+        given = {"revision": revision or None, "allow_patterns": patterns}
+        return snapshot_download(hub_id, local_files_only=host is not None, **given)
 
     try:
         with progress_bars(), time_limits(patience.answer_seconds):
             return Path(ask(fetch, patience))
     except HUB_ERRORS as error:
         at = f" at revision {revision}" if revision else ""
+        if host is not None:
+            raise ModelError(
+                f"There is no folder {hub_id}, the cache has none, and {host} cannot be reached."
+            ) from error
         raise ModelError(
             f"There is no folder {hub_id}, and the Hub does not give {hub_id}{at}: {in_words(error)}"
         ) from error

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from partialtune.distributed import decided_by_main
 from partialtune.errors import ModelError, in_one_line
 from partialtune.model.digests import bit_sums
 from partialtune.model.parameters import named_weights, persistent_buffers
@@ -94,6 +95,17 @@ def check_conformance(model: PreTrainedModel, block_size: int) -> Conformance:
             raise
         fault = _ask(model, block_size)  # Reformer trains on one length alone
     return Conformance(fault, config_as_loaded)
+
+
+def conformance_of_main(model: PreTrainedModel, block_size: int) -> Conformance:
+    """`check_conformance` where other processes than the main one may have no weights yet: its answer is theirs.
+
+    Raises:
+        ModelError: As there. EndedElsewhere on the other processes.
+    """
+    found = decided_by_main(lambda: check_conformance(model, block_size))
+    _switch_off(model.config)
+    return found
 
 
 def _ask(model: PreTrainedModel, length: int) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from partialtune.distributed import is_main
+from partialtune.model.packed_weights import PackedWeight
 from partialtune.model.parameters import (
     CPU_PIECE,
     Named,
@@ -26,6 +27,7 @@ from partialtune.model.parameters import (
     whole,
     whole_on_main,
 )
+from partialtune.model.row_shards import first_row_of_shard
 from partialtune.model.rows import Rows, other_runs, take_other_rows, with_rows
 
 # Beside floats below 64 bits. Whole numbers of 32 bits are not among them: fp32 has 24 bits for its digits.
@@ -44,6 +46,9 @@ def digest(parameter: torch.Tensor) -> str:
     Widening bf16 or fp16 to fp32 is exact: a 16-bit base and an fp32 result have equal digests where no value changed.
     So have fp64 values that fp32 holds, each of them. What fp32 cannot hold (other fp64 values, integers of 32 and 64
     bits, complex numbers) is digested over its own bytes, little-endian.
+
+    A packed matrix has the digest of the values that it stands for, as long as its own bytes are those that were made
+    of them: their sha256 is taken and compared each time. Else the digest is that of what it holds now.
     """
     return _digest_of_whole(whole(parameter))
 
@@ -60,7 +65,19 @@ def digest_with_rows(values: torch.Tensor, rows: Rows, new: torch.Tensor) -> str
 
 
 def _digest_of_whole(values: torch.Tensor) -> str:
+    if isinstance(values, PackedWeight):
+        return _digest_of_packed(values)
     return _digest_of_pieces([values], fp32_holds(values))
+
+
+def _digest_of_packed(weight: PackedWeight) -> str:
+    now = weight.sha256()
+    if now == weight.packed_sha256:
+        return weight.base_sha256
+    changed = _digest_of_pieces([weight.values()], narrow=True)
+    return (
+        now if changed == weight.base_sha256 else changed
+    )  # other bytes never have the digest of those that were made
 
 
 def _digest_of_others(values: torch.Tensor, rows: Rows) -> str:
@@ -155,7 +172,7 @@ def bit_sums(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict[s
             of their places.
     """
     left_out = left_out or {}
-    parts = {name: _local_part(whole(tensor) if name in left_out else tensor) for name, tensor in named}
+    parts = {name: _local_part(tensor) for name, tensor in named}
     sums = in_threads(lambda name, part: _sum_of(part, left_out.get(name)), parts.items())
     for name, part in parts.items():
         for group in part.groups:
@@ -166,31 +183,32 @@ def bit_sums(named: Named, left_out: Mapping[str, Rows] | None = None) -> dict[s
 class _Part(NamedTuple):
     """What a process sums of a tensor: integers (n,), the place of the first in the whole, and who has the rest.
 
-    `rows` is the length of the tensor, which counts where some rows are left out.
+    `rows` is the length of the tensor, which counts where some rows are left out; the integers are those of its rows
+    from `first_row` on, `width` of them for each.
     """
 
     integers: torch.Tensor
     start: int
     rows: int
+    width: int
+    first_row: int = 0
     groups: Sequence[dist.ProcessGroup] = ()
 
 
 def _local_part(tensor: torch.Tensor) -> _Part:
     """A shard's sum is added to the others', so that nothing is gathered; the whole where shards are no rows of it."""
-    values, start = tensor.detach(), 0
+    values, first_row = tensor.detach(), 0
+    if isinstance(values, PackedWeight):
+        values = values.stored_bytes()
     groups: tuple[dist.ProcessGroup, ...] = ()
     if is_sharded(values):
-        from torch.distributed.tensor import Shard  # takes 0.4 s, and is there already where something is sharded
-
-        sharded = [(number, placement) for number, placement in enumerate(values.placements) if placement.is_shard()]
-        if not sharded:  # replicated: each process has all of it
+        found = first_row_of_shard(values)
+        if not any(placement.is_shard() for placement in values.placements):  # each process has all of it
             values = values.to_local()
-        # `type is`, not isinstance: the rows of torch's _StridedShard lie apart
-        elif len(sharded) == 1 and type(sharded[0][1]) is Shard and sharded[0][1].dim == 0:
-            dimension, mesh, shape = sharded[0][0], values.device_mesh, values.shape
-            rows = -(-shape[0] // mesh.size(dimension))  # of each process but the last ones, as torch.chunk does it
-            start = min(rows * mesh.get_local_rank(dimension), shape[0]) * shape[1:].numel()
-            values, groups = values.to_local(), (mesh.get_group(dimension),)
+        elif found is not None:
+            dimension, first_row = found
+            groups = (values.device_mesh.get_group(dimension),)
+            values = values.to_local()
         else:
             values = values.full_tensor()
     if values.is_complex():
@@ -198,16 +216,21 @@ def _local_part(tensor: torch.Tensor) -> _Part:
     flat = values.contiguous().reshape(-1)
     integers = flat.view(INTEGERS.get(flat.element_size(), torch.int32))
     integers_a_value = integers.numel() // max(1, values.numel())  # fp64 counts as two
-    return _Part(integers, start * integers_a_value, len(tensor) if tensor.ndim else 1, groups)
+    start = first_row * tensor.shape[1:].numel() * integers_a_value
+    rows = len(tensor) if tensor.ndim else 1
+    width = integers.numel() // max(1, len(values) if groups else rows)
+    return _Part(integers, start, rows, width, first_row, groups)
 
 
 def _sum_of(part: _Part, left_out: Rows | None) -> torch.Tensor:
-    """The sum of all of a part, or, of a whole matrix, of its other rows than these, each at its place."""
-    if left_out is None:
+    """The sum of all of a part, or, of a matrix, of its other rows than these, each at its place."""
+    if left_out is None or not part.integers.numel():
         return _weighted_sum(part.integers, part.start)
-    width = part.integers.numel() // part.rows
-    runs = [(start * width, stop * width) for start, stop in other_runs(left_out, part.rows)]
-    return torch.stack([_weighted_sum(part.integers[start:stop], start) for start, stop in runs]).sum()
+    first, last = part.first_row, part.first_row + part.integers.numel() // part.width
+    here = ((max(start, first) - first, min(stop, last) - first) for start, stop in other_runs(left_out, part.rows))
+    runs = [(start * part.width, stop * part.width) for start, stop in here if start < stop]
+    sums = [_weighted_sum(part.integers[start:stop], part.start + start) for start, stop in runs]
+    return torch.stack(sums or [_weighted_sum(part.integers[:0], part.start)]).sum()
 
 
 def _weighted_sum(integers: torch.Tensor, start: int) -> torch.Tensor:
@@ -222,10 +245,15 @@ def _weighted_sum(integers: torch.Tensor, start: int) -> torch.Tensor:
     body = integers[len(first) :]
     whole_rows = body[: len(body) // ROW * ROW].view(-1, ROW)
     last = body[whole_rows.numel() :]
+    # Results and products lie in rooms of their own. A product made anew for each row, with its result behind it,
+    # leaves a hole that is a little too small for the next one: of a matrix of 128,256 x 3,072 malloc held 3 GB so.
+    of_rows, at_once = table.new_empty(len(whole_rows)), 1 if device.type == "cpu" else ROWS_AT_ONCE
+    room = table.new_empty(min(at_once, len(whole_rows)), ROW)
+    for at in range(0, len(whole_rows), at_once):
+        rows, results = whole_rows[at : at + at_once], of_rows[at : at + at_once]
+        torch.sum(torch.mul(rows, table, out=room[: len(rows)]), 1, out=results)  # int64, (rows,)
     sums = [(first * table[column : column + len(first)]).sum().view(1)] if column else []
-    for rows in whole_rows.split(1 if device.type == "cpu" else ROWS_AT_ONCE) if len(whole_rows) else ():
-        sums.append((rows * table).sum(1))  # int64, (rows,)
-    sums.append((last * table[: len(last)]).sum().view(1))
+    sums += [of_rows, (last * table[: len(last)]).sum().view(1)]
     by_row = torch.cat(sums)
     # Rows are numbered from 2^32 on: a row's weight is then that of no place within a row.
     return (by_row * _odd_numbers(2**32 + number, len(by_row), device)).sum()

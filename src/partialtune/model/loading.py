@@ -1,4 +1,4 @@
-"""Model and tokenizer: a Hub id, folder or bundled name -> config, model in fp32, tokenizer; or an empty model.
+"""Model and tokenizer: a Hub id, folder or bundled name -> config, model, tokenizer; or an empty model.
 
 In:  `model_name_or_path` as a recipe has it, its revision, and what the recipe changes in the config.
 Out: transformers' own objects; or a ModelError that says in one sentence why not, and what to do.
@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
@@ -27,11 +28,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    core_model_loading,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from partialtune.builtin import builtin_folder
 from partialtune.errors import ModelError, in_one_line
+from partialtune.model.held_narrow import hold_narrow
 from partialtune.model.model_checks import (
     check_loaded,
     check_weights,
@@ -39,14 +43,16 @@ from partialtune.model.model_checks import (
     refuse_wider_than,
     without_safetensors,
 )
+from partialtune.model.narrow_weights import NARROW
 from partialtune.model.train_mode import set_dropout
-from partialtune.net.hub_client import HUB_ERRORS
+from partialtune.net.hub_client import HUB_ERRORS, unreachable_hub
 from partialtune.run_folder import is_delta
 
 logger = logging.getLogger(__name__)
 
 # How images become a model's inputs.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+REMOTE = "transformers_modules"  # the package of code that came with a model
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -85,6 +91,8 @@ def load_config(
     """
     with _loading(name, revision):
         location = model_location(name)
+        if location == name and not Path(name).is_dir():
+            _offline_where_unreachable(name, revision)
         if not is_delta(Path(location)):  # adapters beside a delta belong to it: `read_delta` sees to that
             refuse_adapter(name, location, revision)
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -100,6 +108,24 @@ def load_config(
     # (`test_a_base_that_moved_on_the_hub_is_taken_at_the_commit_that_the_run_began_with`).
     config._commit_hash = _hub_commit(name, revision)
     return config
+
+
+def _offline_where_unreachable(name: str, revision: str) -> None:
+    """Where there is no network, take what the cache has of a model, or say at once that it has nothing.
+
+    Raises:
+        ModelError: If the model's config is not in the cache.
+    """
+    host = unreachable_hub()
+    if host is None:
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        raise ModelError(
+            f"The model {name} is not in the cache, and {host} cannot be reached. Without a network take a folder, or "
+            f"builtin:lilliput; HF_HUB_OFFLINE=1 asks for what the cache has."
+        )
+    logger.warning("%s cannot be reached: %s is taken from the cache, as with HF_HUB_OFFLINE=1.", host, name)
+    constants.HF_HUB_OFFLINE = True  # which the client asks before each request
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
@@ -144,8 +170,11 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
     Raises:
         ModelError: If no model can be made of the config, such as one with 0 heads.
     """
-    with _loading(config.name_or_path, "main"), torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    # what has no values needs no start: half of its time
+    with _loading(config.name_or_path, "main"), torch.device("meta"), no_init_weights():
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights(recompute_mapping=False)  # which is a part of what was left out
+    return model
 
 
 def load_model(
@@ -154,8 +183,20 @@ def load_model(
     revision: str = "main",
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
+    narrow: bool = False,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """The pretrained model in fp32, or in a wider dtype, in eval mode. A 16-bit base is widened, which is exact.
+
+    Args:
+        name: Hub id, folder, or name of a bundled model.
+        config: By `load_config`.
+        revision: On the Hub.
+        trust_remote_code: Whether code that comes with it may run.
+        dtype: To hold it in.
+        narrow: Hold its matrices in the 16 bits of its files, as views of these, which the system reads in when they
+            are used; what is written into them stays in memory. What it computes is the same: see `held_narrow`.
+        empty: Leave the values of its parameters out, on the meta device: another process sends them.
 
     Raises:
         ModelError: If it cannot be loaded whole from safetensors files, or `dtype` would round its values.
@@ -164,7 +205,7 @@ def load_model(
         raise ModelError(f"{name} is a delta, not a whole model. Make it one first: partialtune apply {name} OUT")
     check_weights(name, model_location(name), config)
     commit = getattr(config, "_commit_hash", None) or revision  # that of the config, though the branch moved just now
-    with _loading(name, revision):
+    with _loading(name, revision), _as_in_files() if narrow else nullcontext():
         model, report = auto_class(config).from_pretrained(
             model_location(name),
             config=config,
@@ -173,6 +214,7 @@ def load_model(
             dtype=dtype,  # said outright: by default transformers takes the one that config.json names, mostly bf16
             use_safetensors=True,  # pickles can run code when they are opened
             output_loading_info=True,
+            **({"device_map": "meta"} if empty else {}),  # tables that it computes for itself it has all the same
         )
     model.config.name_or_path = name
     check_loaded(name, model, report)
@@ -183,7 +225,40 @@ def load_model(
             f"result could not be used."
         )
     refuse_wider_than(dtype, name, _files_folder(name, commit))
+    if narrow:
+        hold_narrow(model)
     return model
+
+
+@contextmanager
+def _as_in_files() -> Iterator[None]:
+    """Within it transformers puts 16-bit values as they are into a model that it makes in fp32.
+
+    `dtype=torch.bfloat16` would do another thing: tables that a model computes for itself, such as Gemma's
+    `embed_scale` and XGLM's positions, and code that asks for its dtype would have 16 bits too, and results be others.
+
+    `_materialize_copy` is private to transformers: what makes a tensor of a place in a file.
+    `test_a_16_bit_base_is_held_in_its_own_bits` notices a change; until then the base is loaded in fp32, as ever.
+    """
+    original = getattr(core_model_loading, "_materialize_copy", None)
+    if original is None:
+        yield
+        return
+
+    def as_it_is(tensor: Any, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        values = tensor[...]
+        return values.to(device=device, dtype=None if values.dtype in NARROW else dtype)
+
+    core_model_loading._materialize_copy = as_it_is
+    try:
+        yield
+    finally:
+        core_model_loading._materialize_copy = original
+
+
+def has_remote_code(model: PreTrainedModel) -> bool:
+    """Whether its code came with it, and was trusted when it was loaded."""
+    return any(one.__module__.startswith(REMOTE) for one in type(model).__mro__)
 
 
 def copy_processor_files(config: PretrainedConfig, folder: Path) -> None:

@@ -21,6 +21,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from partialtune.builtin import builtin_folder
 from partialtune.errors import ModelError
+from partialtune.model.parameters import chunks_of
+from partialtune.model.sharded_files import MODEL_FOLDER, is_sharded_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,12 @@ def check_weights(name: str, location: str, config: PretrainedConfig) -> None:
         )
     folder = Path(location)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        if is_sharded_checkpoint(folder):
+            raise ModelError(
+                f"{name} is a checkpoint in shards ({MODEL_FOLDER}), which a run goes on from. The whole model lies in "
+                f"the folder of its run once that has ended; while it goes on, set fsdp_state_dict_type: "
+                f"FULL_STATE_DICT, by which checkpoints hold it too."
+            )
         raise without_safetensors(name, location, any(folder.glob("*.bin")))
 
 
@@ -167,7 +175,7 @@ def check_finite(name: str, model: nn.Module) -> None:
     Raises:
         ModelError: Names the first such parameter.
     """
-    spoilt = {key: int((~values.isfinite()).sum()) for key, values in model.named_parameters()}
+    spoilt = {key: _not_finite(values.detach()) for key, values in model.named_parameters()}
     spoilt = {key: count for key, count in spoilt.items() if count}
     if spoilt:
         first = next(iter(spoilt))
@@ -176,6 +184,11 @@ def check_finite(name: str, model: nn.Module) -> None:
             f"{f', and so do {len(spoilt) - 1} further tensors' if len(spoilt) > 1 else ''}. "
             f"Its file is damaged, or its training diverged. Take another checkpoint."
         )
+
+
+def _not_finite(values: torch.Tensor) -> int:
+    """How many there are, a piece at a time: asked of all at once, a matrix takes three times its memory."""
+    return int(sum((~piece.isfinite()).sum() for piece in chunks_of(values)))
 
 
 def refuse_wider_than(dtype: torch.dtype, name: str, folder: Path) -> None:

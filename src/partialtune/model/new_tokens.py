@@ -22,7 +22,8 @@ from transformers import AddedToken, PretrainedConfig, PreTrainedModel, PreTrain
 from partialtune.errors import ModelError, RecipeError, in_one_line
 from partialtune.grammar.values import wrong_new_tokens
 from partialtune.model.digests import digest, same_bits
-from partialtune.model.parameters import is_sharded, plain_name, uncompiled
+from partialtune.model.held_narrow import widen
+from partialtune.model.parameters import is_sharded, named_weights, plain_name, uncompiled
 from partialtune.model.row_parameters import modules_with_rows
 from partialtune.model.rows import Rows, as_runs, rows_in_words
 
@@ -266,6 +267,8 @@ def give_rows(model: nn.Module, new: NewTokens) -> NewTokens:
     """
     _check_model(model)
     whole: Any = uncompiled(model)
+    names = {plain_name(name) for name in _vocabulary_tensors(whole)}
+    widen(whole, [name for name, _ in named_weights(whole) if name in names])  # rows of these are going to train
     before = _vocabulary_tensors(whole)
     shapes, ties = _shapes(whole), _ties(whole)
     base = {name: BaseTensor(tuple(old.shape), None if old.is_meta else digest(old)) for name, old in before.items()}
@@ -329,8 +332,8 @@ def _check_model(model: nn.Module) -> None:
 
 def _vocabulary_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Token matrix, head and its bias under all of their names, as they are now: a resize leaves these as they were."""
-    head = model.get_output_embeddings()
-    tensors = {id(one) for one in (model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None))}
+    embedding, head = model.get_input_embeddings()._parameters, model.get_output_embeddings()._parameters
+    tensors = {id(one) for one in (embedding["weight"], head["weight"], head.get("bias"))}
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -17,8 +17,12 @@ from partialtune.model.trained_rows import TrainedRows
 Named = Iterable[tuple[str, torch.Tensor]]
 Result = TypeVar("Result")
 
+IN_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch's names for what it has wrapped
 INSIDE_PEFT = re.compile(r"\.base_layer(?=\.)|(?<=\.lora_[AB])\.default(?=\.)")
 CHUNK = 4 * 2**20  # elements handled at once, 16 MB in fp32: keeps temporaries small beside any model
+# Elements widened or written at once, 1 MB in fp32. Pieces of 16 MB, made and freed in several threads, leave hundreds
+# of MB in malloc's arenas where a model in 16 bits is digested.
+PIECE = 2**18
 # Elements reduced at once. On a CPU temporaries of 2^15 x 4 bytes = 128 kB stay in its cache and below what malloc maps
 # afresh, and each operation in its own thread: four to ten times faster than in pieces of 16 MB, and nothing waits for
 # other threads on a busy machine. Elsewhere each piece costs a few launches, so pieces are large: 64 MB in fp32.
@@ -29,14 +33,15 @@ CPU_PIECE, DEVICE_PIECE = 2**15, 2**24
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what torch.compile, DDP and peft put into it.
+    """The name of a parameter without what torch.compile, DDP, FSDP's activation checkpointing and peft put into it.
 
     plain_name("_orig_mod.transformer.wte.weight") -> "transformer.wte.weight"
     plain_name("base_model.model.h.0.c_fc.base_layer.weight") -> "h.0.c_fc.weight"
     plain_name("base_model.model.h.0.c_fc.lora_A.default.weight") -> "h.0.c_fc.lora_A.weight"
     """
-    if "_orig_mod." in name:  # anywhere in the name: a block may be compiled by itself
-        name = name.replace("_orig_mod.", "")
+    for wrapper in IN_WRAPPERS:
+        if wrapper in name:  # anywhere in the name: a block may be compiled by itself
+            name = name.replace(wrapper, "")
     name = name.removeprefix("module.").removeprefix("base_model.model.")
     return INSIDE_PEFT.sub("", name)
 
@@ -50,12 +55,27 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter of `model` once, under its plain name, in the order of `named_parameters()`.
 
     A matrix of which some rows train is one of them, with their newest values; the parameter of these rows is not.
+
+    Of a model under `fully_shard` they are its shards, in the dtype that they are trained in. Not to be called in the
+    middle of a pass.
     """
+    reshard(model)
     write_rows(model)
     of_rows = {id(trained.parameter) for trained in rows_by_matrix(model).values()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in of_rows:
             yield plain_name(name), parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Let a model under `fully_shard` hold its shards, which are what the optimizer holds. Others stay as they are.
+
+    After a forward pass without backward, as in an evaluation, its outermost modules have whole copies in their places:
+    rounded ones where FSDP computes in 16 bits.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # FSDPModule, whose import takes 0.4 s where nothing is sharded
+            module.reshard()
 
 
 def named_learners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -107,12 +127,30 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "full_tensor")  # of DTensor, whose import takes 0.4 s where nothing is sharded
 
 
+def exact_values_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The values that a frozen parameter stands for, where it holds their rounding to 16 bits; else None.
+
+    They are the values that are digested, scored and saved. They lie on the CPU.
+    """
+    return getattr(parameter, "exact_values", None)
+
+
+def _is_rounding_of(parameter: torch.Tensor, exact: torch.Tensor) -> bool:
+    pairs = zip(chunks_of(parameter.detach()), chunks_of(exact), strict=True)
+    return all(torch.equal(held.cpu().view(torch.int16), e.to(held.dtype).view(torch.int16)) for held, e in pairs)
+
+
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """All values of a parameter, shape as declared, without gradient.
+
+    Of one that holds the rounding of others these others; where it holds something else by now, what it holds.
 
     A parameter sharded by `fully_shard` is gathered, so that a shard is never taken for the whole: every process of
     its mesh has to call this together.
     """
+    exact = exact_values_of(parameter)
+    if exact is not None and _is_rounding_of(parameter, exact):
+        return exact
     values = parameter.detach()
     return values.full_tensor() if is_sharded(values) else values
 
@@ -126,7 +164,7 @@ def whole_on_main(parameter: torch.Tensor) -> torch.Tensor | None:
 # ---- a piece and a thread at a time ---------------------------------------------------------------------------------
 
 
-def chunks_of(values: torch.Tensor, size: int = CHUNK) -> Iterator[torch.Tensor]:
+def chunks_of(values: torch.Tensor, size: int = PIECE) -> Iterator[torch.Tensor]:
     """Consecutive flat pieces of at most `size` elements, in C order."""
     yield from values.reshape(-1).split(size) if values.numel() else ()
 
@@ -142,7 +180,9 @@ def in_threads(work: Callable[[str, torch.Tensor], Result], named: Named) -> dic
     Tensors are taken one after another, in the order given, and no more of them are kept than are being worked on:
     `ThreadPoolExecutor.map` would take all of them first, and gather a sharded model whole.
     """
-    threads, found = max(1, torch.get_num_threads()), {}
+    threads, found = torch.get_num_threads(), {}
+    if threads <= 1:
+        return {name: work(name, tensor) for name, tensor in named}
     at_work: deque[tuple[str, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for name, tensor in named:

@@ -9,6 +9,8 @@ gradient and optimizer state have the size of the matrix. Here neither exists. W
 `MatrixWithRows`: it has all of the values, so that what is computed is bit for bit what the model computes, and in
 backward its rows alone get a gradient. So it is for whoever takes the attribute, the module's own forward or other
 code. The new values are written into the matrix each time that it is taken, digested or saved.
+
+Under FSDP2 matrix and parameter are sharded, each by itself, and written together after each step: see `row_shards`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,23 +50,25 @@ class WithTrainedRows(nn.Module):
     @contextmanager
     def rows_in_place(self) -> Iterator[None]:
         """Within it an attribute is one and the same `MatrixWithRows`, however often it is taken."""
-        found = {name: self._with_rows(name) for name in self.trained_rows}
+        found = {name: self._with_rows(name, in_pass=True) for name in self.trained_rows}
         self._standing = {name: one for name, one in found.items() if isinstance(one, MatrixWithRows)}
         try:
             yield
         finally:
             self.__dict__.pop("_standing", None)
 
-    def _with_rows(self, attribute: str) -> Any:
+    def _with_rows(self, attribute: str, in_pass: bool = False) -> Any:
         """What the attribute is: the matrix with its newest values, whose rows get gradients where they learn."""
         if attribute in self._standing and torch.is_grad_enabled():
             return self._standing[attribute]
         trained = self.trained_rows[attribute]
         matrix: Any = self._parameters[attribute]
+        if hasattr(matrix, "full_tensor") or (trained.awaits_shards and not in_pass):
+            return matrix  # to who shards, ties and loads it a parameter like any other
         if self._parameters.get(attribute + SUFFIX, trained.parameter) is not trained.parameter:
             raise ModelError(
                 f"Rows of a {self.own_class.__name__} train, and their parameter was replaced after apply_plan, as "
-                f"FSDP does. Rows train on one process or under DDP: launch without FSDP, or train the whole matrix."
+                f"FSDP version 1 does. Rows train under FSDP2 (fully_shard), under DDP and on one process."
             )
         trained.write_into(matrix)
         learns = torch.is_grad_enabled() and trained.parameter.requires_grad
@@ -83,8 +87,9 @@ class WithTrainedRows(nn.Module):
             matrix: Any = self._parameters[attribute]
             trained.write_into(matrix)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for attribute in self.trained_rows:
-            destination.pop(f"{prefix}{attribute}{SUFFIX}", None)
+        for attribute, trained in self.trained_rows.items():
+            if not trained.awaits_shards:  # else the main process sends them to others, as it does all parameters
+                destination.pop(f"{prefix}{attribute}{SUFFIX}", None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         missing = kwargs["missing_keys"] if "missing_keys" in kwargs else args[2]
@@ -98,7 +103,25 @@ class WithTrainedRows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Of a tie that is made again: `head.weight = embedding.weight`.
-        super().__setattr__(name, value.parameter if isinstance(value, MatrixWithRows) else value)
+        value = value.parameter if isinstance(value, MatrixWithRows) else value
+        if isinstance(value, nn.Parameter) and self._takes_over(name, value):
+            self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def _takes_over(self, name: str, value: nn.Parameter) -> bool:
+        """Whether FSDP2 puts something in the place of a matrix, or of its rows' parameter, which they then follow: its
+        shard, or within a pass the copy that was gathered."""
+        for attribute, trained in self.__dict__.get("trained_rows", {}).items():
+            is_shard, is_rows = hasattr(value, "full_tensor"), name == attribute + SUFFIX
+            if not (is_rows or name == attribute) or not (is_shard or trained.shards):
+                continue
+            if is_rows:
+                trained.parameter = value
+            if is_shard and attribute + SUFFIX in self._parameters:  # not of a tied head, which has it from there
+                trained.follow(value, "rows" if is_rows else "matrix")
+            return True
+        return False
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Its class is made when it is needed, and pickle looks for classes by their names."""
@@ -119,7 +142,7 @@ def train_rows(model: nn.Module, rows: Mapping[str, Rows], matrices: Mapping[str
         matrices: The model's parameters by their names, as `named_weights` gives them.
 
     Raises:
-        ModelError: If a matrix is sharded.
+        ModelError: If a matrix is sharded already, and other rows of it trained until now, or none.
     """
     wanted = {id(matrices[name]): numbers for name, numbers in rows.items()}
     for matrix, trained in [(id(m), trained) for m, trained in _held(model)]:
@@ -131,7 +154,10 @@ def train_rows(model: nn.Module, rows: Mapping[str, Rows], matrices: Mapping[str
         if id(matrix) in present:
             continue
         if hasattr(matrix, "full_tensor"):  # of DTensor
-            raise ModelError(f"Rows of {name} are to train, and it is sharded (FSDP). Launch without it (DDP).")
+            raise ModelError(
+                f"Rows of {name} are to train, and it is sharded already: the parameter that they learn through is "
+                f"sharded beside it. Call apply_plan(model, plan) before fully_shard."
+            )
         holders = _holders(model, matrix)
         refuse_kernels(holders[0][0], name)
         trained = TrainedRows(numbers, nn.Parameter(take_rows(matrix.detach(), numbers)))
@@ -147,6 +173,11 @@ def forget_rows(model: nn.Module, matrix: int) -> None:
     """Let a matrix be as it was before `train_rows`, with the newest values. Its id is given."""
     for module in list(modules_with_rows(model)):
         attributes = [key for key in module.trained_rows if id(module._parameters[key]) == matrix]
+        if any(module.trained_rows[key].shards for key in attributes):
+            raise ModelError(
+                "Other rows of a sharded matrix are to train than until now. Load the model anew, and call "
+                "apply_plan(model, plan) before fully_shard."
+            )
         for key in attributes:
             module.trained_rows[key].write_into(module._parameters[key])
             module._parameters.pop(key + SUFFIX, None)
@@ -185,11 +216,6 @@ def _new_with_rows(own: type, attributes: tuple[str, ...]) -> nn.Module:
     return nn.Module.__new__(_with_rows(own, attributes))
 
 
-def class_without_rows(module: nn.Module) -> type:
-    """The class that a module has, or had before rows of it were to train."""
-    return module.own_class if isinstance(module, WithTrainedRows) else type(module)
-
-
 def trained_rows_of(module: nn.Module) -> Mapping[str, TrainedRows]:
     """The rows of a module that train, by the matrix' attribute; empty for any other module."""
     return module.trained_rows if isinstance(module, WithTrainedRows) else {}
@@ -210,6 +236,12 @@ def write_rows(model: nn.Module) -> None:
     """Let every matrix hold the newest values of its rows that train."""
     for matrix, trained in _held(model):
         trained.write_into(matrix)
+
+
+def await_shards(model: nn.Module) -> None:
+    """Let rows that train be sharded with all other parameters: FSDP2 is about to do it to the model."""
+    for _, trained in _held(model):
+        trained.awaits_shards = not trained.shards
 
 
 def rows_by_matrix(model: nn.Module) -> dict[int, TrainedRows]:

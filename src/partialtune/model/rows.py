@@ -3,11 +3,14 @@
 A run is [start, stop), as a slice of Python; runs are in order, apart from each other and never empty.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # takes two seconds, and pages and a push count rows without it
+    import torch
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -73,6 +76,8 @@ def name_with_rows(name: str, rows: Rows | None) -> str:
 
 def take_rows(values: torch.Tensor, rows: Rows) -> torch.Tensor:
     """These rows of a tensor in a new tensor, in their order: (n, ...)."""
+    import torch
+
     return torch.cat([values[start:stop] for start, stop in rows])
 
 

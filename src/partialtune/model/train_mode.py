@@ -56,11 +56,24 @@ def set_dropout(config: PreTrainedConfig, share: float) -> None:
     Raises:
         ModelError: If a field does not take it.
     """
+    for part, key, _ in _dropouts(config):
+        _set(part, key, share)
+
+
+def has_dropout(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config draws at random, in train mode, which activations it drops."""
+    return any(share > 0 for _, _, share in _dropouts(config))
+
+
+def _dropouts(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str, float]]:
+    """Every dropout of `config`, of the text model in it, and of the parts of that: whose, its key, its probability."""
     text = config.get_text_config()
-    for part in {id(part): part for part in (config, text, *_parts(text))}.values():
-        for key, value in part.to_dict().items():
-            if is_dropout(key) and isinstance(value, int | float) and not isinstance(value, bool):
-                _set(part, key, share)
+    return [
+        (part, key, value)
+        for part in {id(part): part for part in (config, text, *_parts(text))}.values()
+        for key, value in part.to_dict().items()
+        if is_dropout(key) and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:

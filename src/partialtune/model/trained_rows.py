@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from partialtune.errors import ModelError
 from partialtune.model.expert_products import OF_EXPERTS, grouped_fallback
+from partialtune.model.row_shards import put_into_shard, write_after_steps
 from partialtune.model.rows import Rows, row_numbers, take_rows
 
 
@@ -28,11 +29,16 @@ class TrainedRows:
         rows: Which ones.
         parameter: (n, ...), their values: what learns.
         written: Version of the parameter that stands in the matrix.
+        awaits_shards: Whether FSDP2 is going to shard the model.
+        shards: Under FSDP2 the sharded matrix and the sharded parameter. Within a pass the modules, and `parameter`,
+            have whole copies in their places.
     """
 
     rows: Rows
     parameter: nn.Parameter
     written: int = -1
+    awaits_shards: bool = False
+    shards: dict[str, nn.Parameter] = field(default_factory=dict)
     _kept: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def write_into(self, matrix: torch.Tensor) -> None:
@@ -41,6 +47,8 @@ class TrainedRows:
         Always, since a step need not show in the parameter's count of versions: fused AdamW, Trainer's default, and
         optimizers that write to `parameter.data` leave it as it was.
         """
+        if self.shards:  # they have them since the last step, and what is gathered of them too
+            return
         moved, self.written = self.parameter._version != self.written, self.parameter._version
         # The same values once more are no change: a forward pass that saved the matrix may still want its backward.
         # Other values are one, and that backward is an error of autograd, as it is with a whole matrix that trains.
@@ -56,9 +64,31 @@ class TrainedRows:
 
     @torch.no_grad()
     def read_from(self, matrix: torch.Tensor) -> None:
-        """Take over the matrix' values, which were loaded."""
+        """Take over the matrix' values, which were loaded. Where it is sharded, all processes call this together."""
+        if self.shards:
+            values: Any = matrix
+            whole = values.full_tensor() if hasattr(matrix, "full_tensor") else matrix
+            put_into_shard(self.shards["rows"], ((0, len(self.parameter)),), take_rows(whole, self.rows))
+            return
         self.parameter.copy_(take_rows(matrix, self.rows))
         self.written = self.parameter._version
+
+    def follow(self, shard: nn.Parameter, part: str) -> None:
+        """Note that FSDP2 has put a sharded parameter in the place of the matrix or of the rows' own.
+
+        Args:
+            shard: On the meta device at first, where the main process sends the weights later.
+            part: `matrix` or `rows`.
+        """
+        self.shards[part] = shard
+        if part == "rows" and not shard.is_meta:
+            self.awaits_shards = False
+            write_after_steps(shard, self)
+
+    def write_into_shards(self) -> None:
+        """Let the shards of the matrix hold the newest values. All processes call this together."""
+        values: Any = self.shards["rows"].detach()
+        put_into_shard(self.shards["matrix"], self.rows, values.full_tensor())
 
     def numbers_on(self, device: torch.device) -> torch.Tensor:
         """int64 (n,): which row of the matrix each row of the parameter is."""
@@ -164,7 +194,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids, matrix, parameter, trained, padding_idx):
         ctx.save_for_backward(ids)
-        ctx.trained, ctx.length, ctx.padding_idx = trained, len(matrix), padding_idx
+        ctx.trained, ctx.length, ctx.padding_idx, ctx.dtype = trained, len(matrix), padding_idx, parameter.dtype
         return F.embedding(ids, matrix, padding_idx)
 
     @staticmethod
@@ -172,13 +202,13 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad):
         (ids,) = ctx.saved_tensors
         places = ctx.trained.places(ctx.length, ids.device)
-        n = len(ctx.trained.parameter)
+        n = len(ctx.trained.numbers_on(ids.device))
         where = places[ids]
         if ctx.padding_idx is not None:
             where = where.masked_fill(ids == ctx.padding_idx, n)
         # One row more, for what falls on rows that do not learn: as padding it is left out.
         rows = torch.ops.aten.embedding_dense_backward(grad, where, n + 1, n, False)[:n]
-        return None, None, rows.to(ctx.trained.parameter.dtype), None, None
+        return None, None, rows.to(ctx.dtype), None, None
 
 
 class _Product(torch.autograd.Function):
@@ -186,7 +216,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, matrix, bias, parameter, trained):
-        ctx.trained, ctx.dtypes = trained, (x.dtype, None if bias is None else bias.dtype)
+        ctx.trained, ctx.dtypes = trained, (x.dtype, None if bias is None else bias.dtype, parameter.dtype)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):  # cast here, as autocast would: backward needs the same copies
             dtype = torch.get_autocast_dtype(kind)
@@ -199,14 +229,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad):
         x, matrix = ctx.saved_tensors
         trained, wants = ctx.trained, ctx.needs_input_grad
-        of_x, of_bias = ctx.dtypes
+        of_x, of_bias, dtype_of_rows = ctx.dtypes
         x_grad = (grad @ matrix).to(of_x) if wants[0] else None
         flat = grad.reshape(-1, grad.shape[-1])
         bias_grad = flat.sum(0).to(of_bias) if wants[2] else None
         rows_grad = None
         if wants[3]:
             of_rows = flat.index_select(1, trained.numbers_on(grad.device))  # (N, n)
-            rows_grad = (of_rows.T @ x.reshape(-1, x.shape[-1])).to(trained.parameter.dtype)
+            rows_grad = (of_rows.T @ x.reshape(-1, x.shape[-1])).to(dtype_of_rows)
         return x_grad, None, bias_grad, rows_grad, None
 
 

@@ -8,6 +8,7 @@ parameter. Where a parameter has no tensor of its own even so, transformers load
 import copy
 import json
 import logging
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from partialtune.errors import ModelError
 from partialtune.model.loading import empty_model, load_config, load_model
+from partialtune.model.sharded_files import MODEL_FOLDER, ShardedFiles, is_sharded_checkpoint
 from partialtune.model.structure import ModelStructure, read_structure
 
 logger = logging.getLogger(__name__)
@@ -122,12 +124,16 @@ class TensorFiles:
     def read(self, name: str) -> torch.Tensor:
         return self._file_of[name].get_tensor(name)
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same values, as the names of a tie have."""
+        return torch.equal(self.read(one), self.read(other))
+
 
 def open_weights(folder: Path, name: str, trust_remote_code: bool = False) -> Weights:
     """The weights of the model in a folder.
 
     Args:
-        folder: Holds config.json and safetensors files, one or many.
+        folder: Holds config.json and safetensors files, one or many, or the shards of several processes.
         name: What messages call it.
         trust_remote_code: Whether the model's code may come from the folder.
 
@@ -141,16 +147,27 @@ def open_weights(folder: Path, name: str, trust_remote_code: bool = False) -> We
     model.config.name_or_path = name
     structure = read_structure(model)
     with _reading(name):
-        files = TensorFiles(_weight_files(folder, config))
-        names = map_names(model, files)
+        files = tensor_files(folder, config)
+        names = _own_names(model, files) if isinstance(files, ShardedFiles) else map_names(model, files)
         _check_shapes(name, structure, names, files)
         if _can_stream(structure, names, files):
             return _stream(folder, name, model.config, model, structure, names, files)
+        if isinstance(files, ShardedFiles):
+            raise ModelError(
+                f"{name} holds shards ({MODEL_FOLDER}) that are not the parameters of its config.json, each in one "
+                f"floating-point type. Take the folder of its run, where the whole model is once the run has ended."
+            )
         exact = all(files.dtype(in_file) in LOADED_IN_FP32 for in_file in files.names)  # no value is rounded
     return _load_whole(folder, name, config, trust_remote_code, names, torch.float32 if exact else torch.float64)
 
 
-def _weight_files(folder: Path, config: PretrainedConfig) -> Sequence[Path]:
+def tensor_files(folder: Path, config: PretrainedConfig | None = None) -> TensorFiles | ShardedFiles:
+    """The tensors of a model's files: of safetensors files where there are any, else of the shards of processes."""
+    files = weight_files(folder, config)
+    return ShardedFiles(folder) if not files and is_sharded_checkpoint(folder) else TensorFiles(files)
+
+
+def weight_files(folder: Path, config: PretrainedConfig | None = None) -> Sequence[Path]:
     """The files that transformers would take: the single one before the shards. None where it takes something else."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if getattr(config, "transformers_weights", None):  # a file name of the config's own choice
@@ -165,6 +182,13 @@ def _weight_files(folder: Path, config: PretrainedConfig) -> Sequence[Path]:
         raise ModelError(
             f"{index} is damaged: it does not say which file holds which tensor. Fetch it again."
         ) from error
+
+
+def _own_names(model: PreTrainedModel, files: ShardedFiles) -> NameMap:
+    """Of shards, which hold the tensors of the model as it has them: nothing was renamed or taken apart to save it."""
+    expected = model.state_dict()
+    unused = tuple(name for name in files.names if name not in expected)
+    return NameMap({name: name for name in files.names if name in expected}, {}, unused, clear=True)
 
 
 def map_names(model: PreTrainedModel, files: TensorFiles) -> NameMap:
@@ -221,7 +245,7 @@ def _made_by(
     return made_by
 
 
-def _check_shapes(name: str, structure: ModelStructure, names: NameMap, files: TensorFiles) -> None:
+def _check_shapes(name: str, structure: ModelStructure, names: NameMap, files: TensorFiles | ShardedFiles) -> None:
     for parameter, info in structure.by_name.items():
         in_file = names.in_file.get(parameter)
         if names.clear and in_file is not None and files.shape(in_file) != info.shape:
@@ -231,7 +255,7 @@ def _check_shapes(name: str, structure: ModelStructure, names: NameMap, files: T
             )
 
 
-def _can_stream(structure: ModelStructure, names: NameMap, files: TensorFiles) -> bool:
+def _can_stream(structure: ModelStructure, names: NameMap, files: TensorFiles | ShardedFiles) -> bool:
     """Whether every parameter has a tensor of its own in the files, in a dtype to take as it is, or is made of some.
 
     A file may hold several names of a tie. Where their values differ, loading makes two parameters of them.
@@ -242,7 +266,7 @@ def _can_stream(structure: ModelStructure, names: NameMap, files: TensorFiles) -
         sources = [name for place in places if place in names.converted for name, _ in names.converted[place].sources]
         if not (present or sources) or any(files.dtype(name) not in READ_AS_THEY_ARE for name in present + sources):
             return False
-        if len(present) > 1 and not all(torch.equal(files.read(present[0]), files.read(name)) for name in present[1:]):
+        if len(present) > 1 and not all(files.are_equal(present[0], name) for name in present[1:]):
             return False
         if sources and (present or sum(place in names.converted for place in places) > 1):
             return False
@@ -256,7 +280,7 @@ def _stream(
     model: PreTrainedModel,
     structure: ModelStructure,
     names: NameMap,
-    files: TensorFiles,
+    files: TensorFiles | ShardedFiles,
 ) -> Weights:
     def read(wanted: str) -> torch.Tensor:
         # A tied parameter may lie in the file under any of its names; a buffer has its own only.
@@ -294,7 +318,7 @@ def _reading(name: str) -> Iterator[None]:
     """Say in one sentence why a weight file cannot be read."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise ModelError(f"{name}: a weight file is damaged ({error}). Fetch the model again.") from error
     except OSError as error:
         raise ModelError(f"{name}: a weight file cannot be read ({error}).") from error

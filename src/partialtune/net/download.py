@@ -28,6 +28,7 @@ from partialtune.net.addresses import without_secrets
 from partialtune.net.retries import Tries, retry_after, whole_number, with_retries
 from partialtune.net.sniffing import refuse_non_text
 from partialtune.progress import progress_bar
+from partialtune.words import megabytes
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Limits(Tries):
-    """How patient a download is. `max_bytes` None means PARTIALTUNE_MAX_DOWNLOAD_MB (of 2^20 bytes) or 4 GiB."""
+    """How patient a download is. `max_bytes` None means PARTIALTUNE_MAX_DOWNLOAD_MB (of 2^20 bytes) or 4 GB."""
 
     connect_seconds: float = 10.0
     read_seconds: float = 20.0  # without a single byte
@@ -244,15 +245,15 @@ def _stream(response: requests.Response, file: BinaryIO, shown: str, charset: st
 
 def _largest_download() -> int:
     """Bytes that a download may have where no limit is given."""
-    megabytes = os.environ.get("PARTIALTUNE_MAX_DOWNLOAD_MB", "4096")
-    if whole_number(megabytes) is None:
-        raise TextError(f"PARTIALTUNE_MAX_DOWNLOAD_MB is {megabytes!r}: give a whole number of MiB, such as 4096.")
-    return int(megabytes) * 2**20
+    limit = os.environ.get("PARTIALTUNE_MAX_DOWNLOAD_MB", "4096")
+    if whole_number(limit) is None:
+        raise TextError(f"PARTIALTUNE_MAX_DOWNLOAD_MB is {limit!r}: give a whole number of MB, such as 4096.")
+    return int(limit) * 2**20
 
 
 def _too_large(shown: str, size: int, max_bytes: int) -> TextError:
     return TextError(
-        f"{shown} is too large: at least {size / 2**20:,.1f} MiB, allowed are {max_bytes / 2**20:,.1f} MiB. "
+        f"{shown} is too large: at least {megabytes(size, 1)}, allowed are {megabytes(max_bytes, 1)}. "
         f"Set PARTIALTUNE_MAX_DOWNLOAD_MB if you want it all the same."
     )
 

@@ -6,10 +6,12 @@ end. Here every call has a time-out and a few tries. A token never gets into a m
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
@@ -59,6 +61,22 @@ class Patience(Tries):
 def hub_api() -> HfApi:
     """The client, with the token of `hf auth login` or HF_TOKEN."""
     return HfApi(token=True, library_name="partialtune", library_version=__version__)
+
+
+def unreachable_hub() -> str | None:
+    """The Hub's host where its name is not known, as without a network; None where it is, or a proxy would know.
+
+    The client would ask for each file six times, half a minute in all.
+    """
+    proxied = any(os.environ.get(name) for key in ("https_proxy", "all_proxy") for name in (key, key.upper()))
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or proxied or not host:
+        return None
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return host
+    return None
 
 
 def ask(call: Callable[[], Answer], patience: Patience) -> Answer:

@@ -2,12 +2,14 @@
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment
 
 from partialtune.files import write_whole
 from partialtune.metrics import IN_CARD_METADATA, METRICS
@@ -17,6 +19,7 @@ from partialtune.pages.findings import (
     audit_problems,
     length_finding,
     new_tokens_words,
+    quantized_words,
     replayed_share,
     score_changes,
     text_label,
@@ -24,6 +27,7 @@ from partialtune.pages.findings import (
     verdict,
 )
 from partialtune.pages.html import page_environment
+from partialtune.pages.loading_snippet import auto_class, base_is_bundled, loading_snippet, needs_partialtune
 from partialtune.pages.run_files import RunFiles, read_run
 from partialtune.run_folder import is_delta
 
@@ -62,9 +66,8 @@ def name_repository(run: Path, repo_id: str) -> None:
 
 def render_card(run: RunFiles) -> str:
     """The card as text: YAML between dashes, then Markdown."""
-    escapes = {"plain": plain, "code": code, "cell": cell_code}  # Markdown: every value goes through one of these
     return (
-        page_environment(autoescape=False, **escapes)
+        _environment()
         .get_template("card.md.j2")
         .render(
             metadata=metadata(run).to_yaml(),
@@ -75,9 +78,11 @@ def render_card(run: RunFiles) -> str:
             revision=run.recipe.get("hub_revision"),
             verifiable_base=verifiable_base(run),
             share=trained_share(run),
-            new_tokens=new_tokens_words(run),
+            of_base=[words for words in (new_tokens_words(run), quantized_words(run)) if words],
             is_delta=is_delta(run.folder),
-            auto_class=run.record.get("auto_class", "AutoModelForCausalLM"),
+            needs_partialtune=needs_partialtune(run),
+            auto_class=auto_class(run),
+            snippet=loading_snippet(run, repository(run), run.recipe.get("hub_revision")),
             findings=verdict(run),
             problems=audit_problems(run),
             texts=[(text_label(name), score_changes(entry)) for name, entry in run.texts.items()],
@@ -90,6 +95,12 @@ def render_card(run: RunFiles) -> str:
             frozen_values=run.frozen_values,
         )
     )
+
+
+@cache  # as that of the HTML templates
+def _environment() -> Environment:
+    """The environment of the card's template: Markdown, in which every value goes through one of the filters."""
+    return page_environment(autoescape=False, plain=plain, code=code, cell=cell_code)
 
 
 def plain(text: Any) -> str:
@@ -140,7 +151,7 @@ def metadata(run: RunFiles) -> ModelCardData:
 def base_model(run: RunFiles) -> str | None:
     """The base's Hub id. A commit of the base is known only where it came from the Hub; a folder has none."""
     name = str(run.recipe.get("model_name_or_path", ""))
-    if name.startswith("builtin:") or not run.record.get("base_commit") or Path(name).is_dir():
+    if base_is_bundled(run) or not run.record.get("base_commit") or Path(name).is_dir():
         return None
     try:
         validate_repo_id(name)
@@ -152,7 +163,7 @@ def base_model(run: RunFiles) -> str | None:
 def verifiable_base(run: RunFiles) -> str | None:
     """The base as `partialtune verify` takes it, where others can get at it."""
     name = str(run.recipe.get("model_name_or_path", ""))
-    if name.startswith("builtin:"):
+    if base_is_bundled(run):
         return name
     return f"{name}@{run.record['base_commit']}" if base_model(run) else None
 

@@ -42,7 +42,7 @@ KINDS = {
     ),
     "learning_curves.png": Kind(
         "learning",
-        "Learnt and forgotten",
+        "Learning curves",
         step_figures.draw_curves,
         step_figures.curves_alt,
         "Bits per byte: how many bits of each byte of a text the model still cannot foresee; lower is better, and it "

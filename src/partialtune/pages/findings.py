@@ -58,6 +58,27 @@ def new_tokens_words(run: RunFiles) -> str:
     )
 
 
+def quantized_words(run: RunFiles) -> str:
+    """In which bits frozen matrices were held, and what the base scored so; empty where none were."""
+    kind = run.plan.get("frozen_quantization")
+    if not kind:
+        return ""
+    held = [parameter for parameter in run.plan["parameters"] if "sha256_packed" in parameter]
+    scored = {name: entry for name, entry in run.texts.items() if "quantized_base" in entry}
+    scores = [
+        f"{text_label(name)} {HEADLINE.words(entry['before'][HEADLINE.key])} as it is, "
+        f"{HEADLINE.words(entry['quantized_base'][HEADLINE.key])} in {kind}, "
+        f"{HEADLINE.words(entry['after'][HEADLINE.key])} with what was trained over it"
+        for name, entry in scored.items()
+    ]
+    return (
+        f"While it trained, {counted(len(held), 'frozen weight')} of the blocks "
+        f"({count(sum(parameter['numel'] for parameter in held))} values) were held in {kind}. What was trained is "
+        f"saved over the base as it was, and both columns below are of that base. "
+        f"{HEADLINE.label.capitalize()} of the base: {'; '.join(scores)}."
+    )
+
+
 def _start_of(token: Mapping[str, Any]) -> str:
     return f"the mean of “{token['init']}”" if token.get("init_rows") else "the mean of all rows"
 
@@ -80,8 +101,33 @@ class Finding:
 
 def verdict(run: RunFiles) -> list[Finding]:
     """The run in a few findings: was the freeze kept, how far did the rest move, what did it bring."""
+    if run.unfinished is not None and run.audit["passed"] is None:
+        return progress(run)
     weights = [frozen_finding(run), *resting_finding(run), trainable_finding(run), *saved_finding(run)]
     return [*weights, *length_finding(run), *held_out_finding(run), *replay_finding(run), *forgetting_finding(run)]
+
+
+def progress(run: RunFiles) -> list[Finding]:
+    """A run that has no verdict yet in a few findings: how far it is, how far the weights moved, the losses."""
+    found, at = run.unfinished, run.deltas.steps[-1] if run.deltas.steps else None
+    if found is None:
+        return []
+    value = f"step {count(found.step)}" + (f" of {count(found.steps)}" if found.steps else "")
+    share = f"{percent(found.step / found.steps)} of the steps. " if found.steps else ""
+    trained = f"{counted(len(run.trained), 'tensor')}: {trained_share(run)}."
+    findings = [Finding("plain", "Progress", value, f"{share}{trained}")]
+    for key, title in (("loss", "Training loss"), ("eval_loss", "Held-out loss")):
+        losses = [(one["step"], one[key]) for one in run.log if key in one]
+        if losses:
+            (first, before), (last, now) = losses[0], losses[-1]
+            detail = f"At step {count(last)}; it was {significant(before)} at step {count(first)}."
+            findings.append(Finding("plain", title, f"{significant(now)} nats/token", detail))
+    if at is not None:
+        frozen, moved = (run.deltas.l2_delta([p["name"] for p in part], at) for part in (run.frozen, run.trained))
+        words = "no distance" if frozen == 0 else "an unknown distance" if frozen is None else significant(frozen)
+        detail = f"At step {count(at)}. The frozen part has moved by {words}; its digests are compared at the end."
+        findings.append(Finding("plain", "Trained part", f"L2 change {significant(moved)}", detail))
+    return findings
 
 
 def length_finding(run: RunFiles) -> list[Finding]:

@@ -26,6 +26,7 @@ from partialtune.words import counted, joined, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure as Canvas
 
 # The small multiples; lengths in inches.
@@ -44,7 +45,7 @@ def draw_heatmap(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     axes = map_axes(canvas, height, theme)
     when = f" in {counted(run.deltas.steps[-1], 'step')}" if run.deltas.steps else ""
     write_title(canvas, theme, f"How far each part moved{when}", trained_title(run))
-    colors = color_scale(cells, theme)
+    colors = run_scale(run, theme)
     for cell, box in zip(cells, boxes, strict=True):
         draw_cell(axes, cell, box, colors, theme)
     first = min((box.left for box, cell in zip(boxes, cells, strict=True) if cell.group.block is not None), default=0.0)
@@ -112,8 +113,18 @@ def has_series(run: RunFiles) -> bool:
 
 def chosen_steps(steps: Sequence[int]) -> list[int]:
     """At most `MOST_PANELS` of the steps with a report, evenly spaced from the first to the last."""
+    if not steps:
+        return []
     places = np.linspace(0, len(steps) - 1, num=min(MOST_PANELS, len(steps)))
     return [steps[place] for place in places.round().astype(int).tolist()]
+
+
+def run_scale(run: RunFiles, theme: Theme) -> "ScalarMappable":
+    """One scale of colours for a run: a colour means the same in every panel, and in the map at its end."""
+    cells = [*heatmap_cells(run)]
+    for step in chosen_steps(run.deltas.steps):
+        cells += heatmap_cells(run, step)
+    return color_scale(cells, theme)
 
 
 def draw_series(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
@@ -126,7 +137,7 @@ def draw_series(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     height = PANEL_TOP + lines * (PANEL_TITLE + tall) + (lines - 1) * PANEL_ROW_GAP + PANEL_BOTTOM
     axes = map_axes(canvas, height, theme)
     write_title(canvas, theme, "How the movement spread", trained_title(run))
-    colors = color_scale([cell for cells in panels for cell in cells], theme)  # one scale: panels compare
+    colors = run_scale(run, theme)
     wide = (WIDTH - 2 * MARGIN - PANEL_LABELS - (columns - 1) * PANEL_GAP) / columns
     for number, (step, cells) in enumerate(zip(steps, panels, strict=True)):
         line, column = divmod(number, columns)

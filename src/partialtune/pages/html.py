@@ -4,6 +4,7 @@ import base64
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import yaml
@@ -29,6 +30,7 @@ def page_environment(autoescape: bool, **filters: Callable) -> Environment:
     return environment
 
 
+@cache  # compiling the templates takes longer than filling them
 def html_environment() -> Environment:
     """The environment of the HTML templates: every value is escaped."""
     return page_environment(autoescape=True, visible=visible, flowing=flowing)

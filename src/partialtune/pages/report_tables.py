@@ -7,7 +7,7 @@ from partialtune.pages.findings import replayed_share
 from partialtune.pages.html import Cell, cell, yaml_words
 from partialtune.pages.insight_figures import matrices, share_of_possible, shift, token_matrices
 from partialtune.pages.run_files import RunFiles, frozen_rows_name, runs_in_words
-from partialtune.words import change, count, counted, joined, percent, significant
+from partialtune.words import change, count, counted, joined, megabytes, percent, significant
 
 SHOWN_DIGITS = 8  # of a sha256 digest in a table; freeze_plan.json holds them whole
 
@@ -84,16 +84,22 @@ def performance_rows(performance: Mapping[str, Any]) -> list[tuple[str, str]]:
     known: dict[str, tuple[str, Callable[[Any], str]]] = {
         "median_step_seconds": ("Median step", lambda value: f"{significant(value, 3)} s"),
         "tokens_per_second": ("Throughput", lambda value: f"{significant(value, 3)} tokens/s"),
-        "peak_memory_mb": ("Peak memory", lambda value: f"{count(value)} MiB"),
+        "peak_memory_mb": ("Peak memory", lambda value: megabytes(value * 2**20)),
         "flops_per_step": ("Arithmetic a step", arithmetic),
         "utilisation": ("Utilisation", percent),
         "time_shares": ("Time by part", time_by_part),
         "callback_share": ("Time of deltas and audit", percent),
         "prefix_cache": ("Frozen prefix cached", str),
+        "training_seconds": ("All steps", lambda value: f"{significant(value, 3)} s"),
+        "run_seconds": ("Whole run", lambda value: f"{significant(value, 3)} s"),
+        "samples_seconds": ("Samples while training", lambda value: f"{significant(value, 3)} s"),
+        "page_seconds": ("Pages while training", lambda value: f"{significant(value, 3)} s"),
         "saved_files_check_seconds": ("Reading saved files back", lambda value: f"{significant(value, 3)} s"),
     }
     rows = []
     for key, value in performance.items():
+        if key in ("began", "command"):  # stand at the head of the page
+            continue
         label, words = known.get(key, (key.replace("_", " ").capitalize(), other_words))
         if value is not None:
             rows.append((label, words(value)))
@@ -139,6 +145,35 @@ def sampling_words(run: RunFiles) -> str | None:
     if not settings:
         return None
     return f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seed {settings['seed']}"
+
+
+# --- samples.jsonl: continuations while it trained
+
+MOST_SAMPLES = 5  # rows of a prompt: with the other prompts folded they fill a telephone's screen
+
+
+def sample_history(run: RunFiles) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, rows), each row (steps, continuation); a continuation that stays the same is one row.
+
+    Where there are more rows than `MOST_SAMPLES`, these are evenly spaced, the first and the last among them.
+    """
+    return [(prompt, _spaced(_changes(history))) for prompt, history in run.samples.items()]
+
+
+def _changes(history: Mapping[int, str]) -> list[tuple[str, str]]:
+    stretches: list[tuple[list[int], str]] = []
+    for step, text in sorted(history.items()):
+        if stretches and stretches[-1][1] == text:
+            stretches[-1][0].append(step)
+        else:
+            stretches.append(([step], text))
+    return [(count(steps[0]) + (f" to {count(steps[-1])}" if steps[1:] else ""), text) for steps, text in stretches]
+
+
+def _spaced(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    if len(rows) <= MOST_SAMPLES:
+        return rows
+    return [rows[round(at * (len(rows) - 1) / (MOST_SAMPLES - 1))] for at in range(MOST_SAMPLES)]
 
 
 # --- effective ranks

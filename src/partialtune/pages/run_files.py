@@ -1,10 +1,10 @@
-"""A finished run's folder -> RunFiles: its recipe, plan, audit, scores, log and weight deltas as plain data."""
+"""A run's folder -> RunFiles: its recipe, plan, audit, scores, log, samples and weight deltas as plain data."""
 
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,14 @@ import yaml
 
 from partialtune.errors import InputError
 from partialtune.model.rows import count_rows, other_rows_name, rows_in_words
+from partialtune.run_folder import SAMPLES_FILE, STATE_FILE, exit_code_of, read_json
 
 OUTER_ORDER = ("embeddings.tokens", "embeddings.positions", "embeddings.other", "final_norm", "head", "other")
+NO_VERDICT: Mapping[str, Any] = {
+    "passed": None,
+    "frozen": {"changed": [], "l2_delta": None},
+    "trainable": {"unmoved": [], "below_precision": [], "not_in_optimizer": [], "l2_delta": None},
+}
 BLOCK_ORDER = ("attention", "mixer", "mlp", "norms", "other")
 
 
@@ -103,8 +109,24 @@ def runs_in_words(runs: Sequence[Sequence[int]]) -> str:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """How far a run has come that has not taken its last step, or has no verdict yet.
+
+    Attributes:
+        step, steps: Optimizer steps taken, and of how many; None where nothing in the folder says it.
+        training: Whether it goes on.
+        reason: Why it does not, empty where that is not known.
+    """
+
+    step: int
+    steps: int | None
+    training: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class RunFiles:
-    """What a finished run left in its folder. Files that a run may lack are empty here.
+    """What a run left in its folder. Files that a run may lack are empty here.
 
     Attributes:
         folder: The run's folder.
@@ -113,6 +135,9 @@ class RunFiles:
         plan, audit, evaluation, performance, insight: The JSON files of these names, `plan` is `freeze_plan.json`.
         log: `log_history` of `trainer_state.json`; losses in it may be non-finite.
         deltas: `weight_deltas.jsonl`.
+        samples: prompt -> step -> continuation, of `samples.jsonl`.
+        unfinished: None for a run that came to its end. Of another, `audit` says nothing yet unless it failed, and
+            what is written after training is empty here: an earlier end may have left it.
     """
 
     folder: Path
@@ -125,6 +150,8 @@ class RunFiles:
     log: Sequence[Mapping[str, Any]]
     deltas: DeltaHistory
     insight: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    unfinished: Unfinished | None = None
 
     @property
     def name(self) -> str:
@@ -235,36 +262,73 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def read_run(folder: str | os.PathLike) -> RunFiles:
-    """Read a finished run's folder.
+def read_run(folder: str | os.PathLike, *, ended: bool = True, training: bool = False) -> RunFiles:
+    """Read a run's folder.
 
     Args:
-        folder: Folder with at least `recipe.yaml`, `freeze_plan.json` and `audit.json`.
+        folder: Folder with at least `recipe.yaml` and `freeze_plan.json`; of a run that ended also with `audit.json`.
+        ended: Refuse a run that did not come to its end, unless it has an audit all the same.
+        training: The run goes on: what an earlier end of it left is not read.
 
     Raises:
-        InputError: If one of these is missing or a file cannot be parsed.
+        InputError: If one of these files is missing, or one cannot be parsed.
     """
     folder = Path(folder)
-    missing = [name for name in ("recipe.yaml", "freeze_plan.json", "audit.json") if not (folder / name).is_file()]
+    needed = ("recipe.yaml", "freeze_plan.json", *(("audit.json",) if ended else ()))
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise InputError(
-            f"{folder} is not the folder of a finished run: it has no {', '.join(missing)}. "
-            f"Give the output_dir of a run that ended."
+            f"{folder} is not the folder of a {'finished run' if ended else 'run'}: it has no {', '.join(missing)}. "
+            f"Give the output_dir of a run that {'ended' if ended else 'has begun to train'}."
         )
     recipe = dict(parsed(folder / "recipe.yaml", yaml.safe_load))
     record = recipe.pop("run", None) or {}
+    audit = parsed(folder / "audit.json", json.loads)
+    state = parsed(folder / STATE_FILE, json.loads)
+    unfinished = None if ended else _unfinished(folder, audit, state, record, training)
+    if unfinished is not None:
+        state = _newest_state(folder, state)
+        unfinished = replace(unfinished, step=state.get("global_step", 0), steps=state.get("max_steps"))
+        audit = audit if audit.get("passed") is False else NO_VERDICT
+    at_end = {} if unfinished is not None else parsed(folder / "insight.json", json.loads)
     return RunFiles(
         folder=folder,
         recipe=recipe,
         record=record,
         plan=parsed(folder / "freeze_plan.json", json.loads),
-        audit=parsed(folder / "audit.json", json.loads),
-        evaluation=parsed(folder / "evaluation.json", json.loads),
-        performance=parsed(folder / "performance.json", json.loads),
-        log=parsed(folder / "trainer_state.json", json.loads).get("log_history", []),
-        deltas=parsed(folder / "weight_deltas.jsonl", read_deltas) or DeltaHistory((), {}, {}, {}),
-        insight=parsed(folder / "insight.json", json.loads),
+        audit=audit,
+        evaluation={} if unfinished is not None else parsed(folder / "evaluation.json", json.loads),
+        performance={} if unfinished is not None else parsed(folder / "performance.json", json.loads),
+        log=state.get("log_history", []),
+        deltas=parsed(folder / "weight_deltas.jsonl", lambda text: read_deltas(whole_lines(text)))
+        or DeltaHistory((), {}, {}, {}),
+        insight=at_end,
+        samples=parsed(folder / SAMPLES_FILE, read_samples),
+        unfinished=unfinished,
     )
+
+
+def _unfinished(
+    folder: Path, audit: Mapping[str, Any], state: Mapping[str, Any], record: Mapping[str, Any], training: bool
+) -> Unfinished | None:
+    """That a run is not finished, with its reason; None for one that is, a failed audit's too.
+
+    An audit alone does not tell: a run that a signal ends writes one too.
+    """
+    steps = state.get("global_step"), state.get("max_steps")
+    all_taken = None in steps or steps[0] >= steps[1] or bool(record.get("stopped_early"))
+    if not training and audit and (all_taken or audit.get("passed") is False):
+        return None
+    reason = ""
+    if not training and exit_code_of(folder) is not None:
+        reason = str(read_json(folder / "exit.json").get("reason", ""))
+    return Unfinished(0, None, training, reason)
+
+
+def _newest_state(folder: Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Trainer's state of the most steps: a run that was killed left that of its last checkpoint, or of its page."""
+    states = [state, *(parsed(file, json.loads) for file in folder.glob(f"checkpoint-*/{STATE_FILE}"))]
+    return max(states, key=lambda one: one.get("global_step") or 0)
 
 
 def parsed(file: Path, parse) -> Any:
@@ -279,6 +343,11 @@ def parsed(file: Path, parse) -> Any:
         return parse(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file} is damaged: {error}. Restore it, or run the recipe again.") from error
+
+
+def whole_lines(text: str) -> str:
+    """Without the half of a line that a process left which was killed while it wrote."""
+    return text[: text.rfind("\n") + 1]
 
 
 def read_deltas(text: str) -> DeltaHistory:
@@ -296,3 +365,12 @@ def read_deltas(text: str) -> DeltaHistory:
         if name not in last or line["step"] >= last[name]["step"]:
             last[name] = line
     return DeltaHistory(tuple(sorted(l2_by_step)), l2_by_step, norm_before, last)
+
+
+def read_samples(text: str) -> dict[str, dict[int, str]]:
+    """Parse the lines of `samples.jsonl`: prompt -> step -> continuation."""
+    found: dict[str, dict[int, str]] = {}
+    for row in whole_lines(text).splitlines():
+        line = json.loads(row)
+        found.setdefault(line["prompt"], {})[line["step"]] = line["continuation"]
+    return found

@@ -32,10 +32,19 @@ def training_losses(run: RunFiles) -> list[tuple[int, float]]:
 
 
 def held_out_losses(run: RunFiles) -> list[tuple[int, float]]:
-    """(step, nats/token) of the held-out text: what the evaluations found, and the scores before and after the run."""
+    """(step, nats/token) of the held-out text: what the evaluations found, and the scores before and after the run.
+
+    Where evaluations take some windows of it, the first point is that of these windows too.
+    """
     losses = {entry["step"]: float(entry["eval_loss"]) for entry in run.log if "eval_loss" in entry}
     last = max((entry["step"] for entry in run.log if "step" in entry), default=0)
     scored = run.texts.get("validation")
+    key, bits = f"{CURVE_KEYS}validation", (scored or {}).get("before", {}).get(HEADLINE.key)
+    first = next((entry[key] for entry in run.log if entry.get("step") == 0 and key in entry), None)
+    if scored and first is not None and bits:
+        losses.setdefault(
+            0, float(first) * scored["before"]["loss"] / bits
+        )  # one text: bits per byte and nats are in step
     for step, side in ((0, "before"), (last, "after")) if scored else ():
         if scored[side]["loss"] is not None:
             losses.setdefault(step, scored[side]["loss"])
@@ -64,7 +73,9 @@ def draw_loss(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
         axes.plot(steps, running_mean(losses, window), color=theme.lines[0], linewidth=2.2, label=label)
     if held_out:
         (_, first), (_, last) = held_out[0], held_out[-1]
-        label = f"held-out text, {nats(first)} → {nats(last)}"
+        some = run.insight.get("learning_curves", {}).get("windows", {}).get("validation")
+        of = "" if some is None else f" ({counted(some, 'window')})"
+        label = f"held-out text{of}, {nats(first)} → {nats(last)}"
         points = {"marker": "o", "markersize": 4.5, "markeredgecolor": theme.background, "markeredgewidth": 0.8}
         axes.plot(*zip(*held_out, strict=True), color=theme.lines[1], linewidth=1.8, label=label, **points)
     if spoilt:
@@ -159,7 +170,7 @@ def draw_curves(canvas: "Canvas", run: RunFiles, theme: Theme) -> None:
     height = TOP + 0.36 + lines * PANEL + (lines - 1) * PANEL_GAP + BOTTOM
     canvas.set_size_inches(WIDTH, height)
     more = f", the first {MOST_PANELS} of {len(curves)} texts" if len(curves) > MOST_PANELS else ""
-    write_title(canvas, theme, "Learnt and forgotten", f"Bits per byte over optimizer steps, lower is better{more}")
+    write_title(canvas, theme, "Learning curves", f"Bits per byte over optimizer steps, lower is better{more}")
     left, gap = 0.62, 0.62
     wide = (WIDTH - left - 0.2 - (columns - 1) * gap) / columns
     for number, curve in enumerate(shown):

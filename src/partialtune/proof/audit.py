@@ -92,10 +92,12 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
 
     @property
     def digests_before(self) -> Mapping[str, str]:
+        """sha256 of each parameter at the start, by its name; empty before training."""
         return self.snapshot.digests if self.snapshot else {}
 
     @property
     def buffers_before(self) -> Mapping[str, str]:
+        """sha256 of each saved buffer at the start, by its name; empty before training."""
         return self.snapshot.buffers if self.snapshot else {}
 
     # ---- at the start, and where a phase begins ---------------------------------------------------------------------

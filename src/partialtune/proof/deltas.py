@@ -4,11 +4,10 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from partialtune.distributed import raise_disk_error
-from partialtune.files import write_whole
+from partialtune.files import append_lines, keep_lines_up_to
 from partialtune.freeze.plan import FreezePlan
 from partialtune.proof.distances import ParameterDelta, together, unknown
 from partialtune.proof.snapshot import SnapshotCallback, measure_deltas
@@ -92,18 +91,10 @@ class WeightDeltaCallback(SnapshotCallback):
         if state.is_world_process_zero and file is not None:
             self._unwritten = [line for line in self._unwritten if json.loads(line)["step"] <= step]
             try:
-                self._rewrite(step, file)
+                keep_lines_up_to(step, file)
             except OSError as error:
                 refused = f"{file} could not be written: {error.strerror or error}. Make room on the disk."
         raise_disk_error(refused)
-
-    @staticmethod
-    def _rewrite(step: int, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-        # A process that was killed may have left half a line, at the end.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole(file, "".join(kept).encode())
 
     def _write_lines(self, args) -> str | None:
         """Append the lines that are not written yet; where that fails, all of them stay for the next time.
@@ -111,17 +102,12 @@ class WeightDeltaCallback(SnapshotCallback):
         Returns:
             Why it failed, None where it did not.
         """
-        file, size = self._file(args), None
+        file = self._file(args)
         if file is None or not self._unwritten:
             return None
         try:
-            with file.open("ab") as out:
-                size = out.tell()
-                out.write("".join(self._unwritten).encode())
+            append_lines(file, self._unwritten)
         except OSError as error:
-            with suppress(OSError):
-                if size is not None:
-                    os.truncate(file, size)  # there may have been room for some of the lines
             refused = f"{file} could not be written: {error.strerror or error}."
             logger.warning("%s Its %d new lines are tried again at the next save.", refused, len(self._unwritten))
             return refused

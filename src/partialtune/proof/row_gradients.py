@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from partialtune.model.parameters import is_sharded
+from partialtune.model.row_shards import first_row_of_shard
 from partialtune.model.rows import Rows, as_runs, row_numbers
 
 KEY = "rows_with_gradient"  # of what a checkpoint keeps
@@ -20,8 +21,9 @@ class RowGradients:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[int]] = {}
+        self._first: dict[str, int] = {}  # of these rows: where the shard of this process begins
         self._watched: dict[str, tuple[nn.Parameter, Mapping[str, Any]]] = {}
-        self._noted: dict[str, torch.Tensor] = {}  # bool (n,), of the step that is being taken
+        self._noted: dict[str, torch.Tensor] = {}  # bool (n,), of a shard its rows, of the step that is being taken
         self._since: dict[str, torch.Tensor] = {}  # of all steps since `_known`, on the parameter's device
         self._known: dict[str, set[int]] = {}  # as numbers of the matrix' rows
 
@@ -33,14 +35,18 @@ class RowGradients:
             rows: By name, which rows of its matrix the parameter is.
         """
         self._rows.update({name: row_numbers(rows[name]) for name in learning if name in rows})
-        self._watched = {name: pair for name, pair in learning.items() if name in rows and not is_sharded(pair[0])}
+        self._watched = {name: pair for name, pair in learning.items() if name in rows}
+        for name, (parameter, _) in self._watched.items():
+            found = first_row_of_shard(parameter) if is_sharded(parameter) else None
+            self._first[name] = found[1] if found is not None else 0
 
     def before_step(self) -> None:
         """Note the gradients, which are final."""
         for name, (parameter, group) in self._watched.items():
             rate = group.get("lr")
             if parameter.grad is not None and (rate is None or rate > 0):
-                self._noted[name] = parameter.grad.flatten(1).any(dim=1)
+                gradient = parameter.grad.to_local() if is_sharded(parameter.grad) else parameter.grad
+                self._noted[name] = gradient.flatten(1).any(dim=1)
 
     def after_step(self, skipped: bool) -> None:
         """The step was taken, or skipped for an overflow of fp16."""
@@ -49,7 +55,7 @@ class RowGradients:
             if name in self._since:
                 self._since[name] |= with_gradient
             elif bool(with_gradient.all()):  # as all rows of a head have: asked once, since it waits for the device
-                self._known[name] = set(self._rows[name])
+                self._known.setdefault(name, set()).update(self._rows_of(name, len(with_gradient)))
                 del self._watched[name]
             else:
                 self._since[name] = with_gradient
@@ -80,5 +86,11 @@ class RowGradients:
     def _gather(self) -> None:
         for name, with_gradient in self._since.items():
             found = with_gradient.nonzero().flatten().tolist()
-            self._known.setdefault(name, set()).update(self._rows[name][place] for place in found)
+            here = self._rows_of(name, len(with_gradient))
+            self._known.setdefault(name, set()).update(here[place] for place in found)
             with_gradient.zero_()
+
+    def _rows_of(self, name: str, count: int) -> list[int]:
+        """The matrix' rows whose gradients this process has, of a sharded parameter a part of them."""
+        first = self._first.get(name, 0)
+        return self._rows[name][first : first + count]

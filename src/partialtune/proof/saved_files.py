@@ -7,6 +7,7 @@ and the writer of the files. So the files are read back as a reader would read t
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
@@ -16,7 +17,7 @@ from partialtune.errors import ModelError, is_disk_fault
 from partialtune.freeze.plan import FreezePlan
 from partialtune.model.config_keys import config_differences
 from partialtune.model.digests import buffer_digest, digest_with_rows, digests_of
-from partialtune.model.loading import load_config
+from partialtune.model.loading import has_remote_code, load_config
 from partialtune.model.parameters import named_weights, plain_name
 from partialtune.model.rows import other_rows_name
 from partialtune.model.weight_files import TensorFiles, Weights, open_weights
@@ -25,7 +26,6 @@ from partialtune.run_folder import VALUES_FILE, is_delta, read_json
 
 OTHER_VALUES = "has other values in the saved files than it had when it was audited"
 NOT_SAVED = "is not in the saved files"
-REMOTE = "transformers_modules"  # the package of code that came with a model and was trusted when it was loaded
 NOT_OF_THE_MODEL = "is in the saved files, and is no tensor that was audited"
 
 
@@ -35,6 +35,7 @@ def saved_differences(
     digests: Mapping[str, str],
     buffers: Mapping[str, str],
     plan: FreezePlan | None = None,
+    gathered: Mapping[str, torch.Tensor] | None = None,
 ) -> list[SavedDifference]:
     """Read a saved model back and compare it with its digests; empty where the files hold that very model.
 
@@ -47,13 +48,14 @@ def saved_differences(
             frozen rows of a matrix are among them by their name in `plan.frozen_rows`.
         buffers: sha256 by name of the persistent buffers, see `digests.buffer_digest`.
         plan: Of the run, where there is one; says whether there are adapters, and of which matrices rows train.
+        gathered: Of a sharded model, the whole matrices of which a delta holds rows.
     """
-    remote_code = any(one.__module__.startswith(REMOTE) for one in type(model).__mro__)
+    remote_code = has_remote_code(model)
     try:
         if is_delta(folder):
             saved = load_config(str(folder), trust_remote_code=remote_code)
             return [
-                *_delta_differences(folder, model, digests, plan),
+                *_delta_differences(folder, model, digests, plan, gathered or {}),
                 *(_adapter_differences(folder, plan, digests) if plan is not None and plan.adapter is not None else ()),
                 *_config_differences(model.config, saved),
             ]
@@ -111,7 +113,11 @@ def _config_differences(audited: PretrainedConfig, saved: PretrainedConfig) -> I
 
 
 def _delta_differences(
-    folder: Path, model: PreTrainedModel, digests: Mapping[str, str], plan: FreezePlan | None
+    folder: Path,
+    model: PreTrainedModel,
+    digests: Mapping[str, str],
+    plan: FreezePlan | None,
+    gathered: Mapping[str, torch.Tensor],
 ) -> Iterator[SavedDifference]:
     """What is stored, by its values; the rest by the base's digests in `delta.json`, which each load compares."""
     delta = read_delta(folder, folder.name)
@@ -121,7 +127,7 @@ def _delta_differences(
     # Of a matrix of which rows are stored: of these, with the other rows of the model, whose digest the audit has.
     present = {name: parameter for name, parameter in named_weights(model) if name in delta.rows}
     for name, parameter in present.items():
-        stored[name] = digest_with_rows(parameter, delta.rows[name], values.read(name))
+        stored[name] = digest_with_rows(gathered.get(name, parameter), delta.rows[name], values.read(name))
     of_base = {name: sha256 for name, sha256 in delta.before.items() if name not in stored}
     not_here = {*plan.frozen_rows, *plan.adapters} if plan is not None else set()
     whole = {name: sha256 for name, sha256 in digests.items() if name not in not_here}

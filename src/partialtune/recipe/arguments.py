@@ -191,9 +191,24 @@ class FreezeArguments:
         default=16,
         metadata={"help": "Scale of an adapter's product, times lora_rank; for method lora.", "bound": at_least(1)},
     )
+    frozen_dtype: Literal["auto", "float32", "bf16"] = field(
+        default="auto",
+        metadata={
+            "help": "How frozen matrices are held while training. auto: in the base's own 16 bits where it has them, "
+            "widened for each product; float32: widened for good, with the same results; bf16: those of a float32 "
+            "base are rounded while training, and scored and saved unrounded. What trains is float32."
+        },
+    )
     weight_decay_on: Literal["matrices", "all"] = field(
         default="matrices",
         metadata={"help": "What weight_decay acts on: matrices alone (no norms, no biases), or all that trains."},
+    )
+    frozen_quantization: Literal["int8", "nf4"] | None = field(
+        default=None,
+        metadata={
+            "help": "Hold frozen matrices of the blocks in 8 or 4 bits (bitsandbytes), and widen them one at a time "
+            "for each product. What any phase trains stays in fp32. What is saved is a delta on the base as it was."
+        },
     )
     delta_steps: int = field(
         default=10, metadata={"help": "Optimizer steps between reports of the weight deltas.", "bound": at_least(1)}
@@ -226,6 +241,14 @@ class EvaluationArguments:
         default_factory=lambda: list(DEFAULT_PROMPTS),
         metadata={"help": "Texts whose next tokens and continuations are compared.", "bound": ENTRIES},
     )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between samples: the prompts continued while training, shown in log, trackers and "
+            "report. Without it at each evaluation; 0 is never. Training is not changed by it.",
+            "bound": at_least(0),
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -248,11 +271,11 @@ class EvaluationArguments:
 class SpeedArguments:
     """What is computed in less time and memory."""
 
-    prefix_cache: Literal["auto", "off", "memory"] = field(
+    prefix_cache: Literal["auto", "off", "memory", "disk"] = field(
         default="auto",
         metadata={
             "help": "Keep what the frozen blocks below all that trains give for each window, and never compute it "
-            "twice: where it pays and fits (auto), always (memory), or never (off)."
+            "twice: where it pays and fits (auto), always (memory; disk: for later runs too), or never (off)."
         },
     )
     fast_paths: list[Literal["loss", "gelu", "casts"]] = field(

@@ -4,12 +4,18 @@ In: entries (value and origin) by key. Out: a flat mapping of converted values: 
 bound, no two of them contradicting each other, and all of them accepted by `transformers.TrainingArguments`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from partialtune.errors import HOW_TO_INSTALL_PEFT, RecipeError, is_peft_installed
+from partialtune.errors import (
+    HOW_TO_INSTALL_BITSANDBYTES,
+    HOW_TO_INSTALL_PEFT,
+    RecipeError,
+    is_bitsandbytes_installed,
+    is_peft_installed,
+)
 from partialtune.grammar.lora_syntax import NOT_WITH_NEW_TOKENS, read_lora
 from partialtune.grammar.rate_syntax import read_part_rates
 from partialtune.grammar.sampling_syntax import NOT_WITH_A_SCHEDULE, NOT_WITH_LORA, read_block_sampling
@@ -52,6 +58,37 @@ REQUIRED = {
 STEPS_OR_SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay")
 
 
+class RecipeMistakes(RecipeError):
+    """Every mistake of a recipe in one message, a line each.
+
+    Attributes:
+        values: The values that could be converted.
+        wrong: Keys that something is wrong with.
+    """
+
+    def __init__(
+        self, name: str, problems: Sequence[Problem], values: Mapping[str, Any], given: Mapping[Any, Entry]
+    ) -> None:
+        self._name, self._problems, self._given = name, problems, given
+        self.values = values
+        self.wrong = {problem.key.split(".")[0] for problem in problems}
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [
+            f"  {problem.origin}{', ' * bool(problem.origin)}{problem.key}: {problem.message}"
+            for problem in sorted(problems, key=_position)
+        ]
+        super().__init__(without_secrets("\n".join([f"{name}: {count}. Nothing was loaded or written.", *lines])))
+
+    def with_further(self, found: Iterable[tuple[str, str]]) -> "RecipeMistakes":
+        """The same with further mistakes, (key, message), each put where its key stands."""
+        lines = [
+            (key, line.removeprefix(f"{key}, ").removeprefix(f"{key}: "))
+            for key, text in found
+            for line in text.splitlines()
+        ]
+        return RecipeMistakes(self._name, [*self._problems, *_placed(self._given, lines)], self.values, self._given)
+
+
 def with_present_names(given: Mapping[Any, Entry], problems: list[Problem]) -> dict[Any, Entry]:
     """Deprecated names of a field replaced by the present one; both at once is a problem."""
     for old, new in ALIASES.items():
@@ -72,10 +109,35 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
     Raises:
         RecipeError: If there is any problem; lists these and those found here, one a line.
     """
-    types, values, problems = recipe_types(), {}, list(problems)
+    values, problems = values_and_problems(given, problems, recipe_types(), training_defaults())
+    # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
+    wrong_keys = {problem.key.split(".")[0] for problem in problems}
+    if not wrong_keys & training_defaults().keys():
+        problems += _placed(given, training_problems(values))
+    if problems:
+        raise RecipeMistakes(name, problems, values, given)
+    return values
+
+
+def values_and_problems(
+    given: Mapping[Any, Entry], problems: Sequence[Problem], types: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """All that can be said of the values without building `TrainingArguments`.
+
+    Args:
+        given: As for `checked_values`.
+        problems: As for `checked_values`.
+        types: Type by key; None for one that is not known, whose value is left out.
+        defaults: Of the fields of `TrainingArguments`, which advice names.
+
+    Returns:
+        The values that could be converted, and all problems: those given and those found.
+    """
+    values, problems = {}, list(problems)
     for key, entry in given.items():
         try:
-            values[key] = _checked_value(key, entry.value, types)
+            if key in REFUSED or types.get(key, ...) is not None:
+                values[key] = _checked_value(key, entry.value, types, defaults)
         except ValueError as error:
             problems.append(Problem(entry.origin, str(key), str(error)))
     if "schedule" in values:
@@ -95,18 +157,15 @@ def checked_values(given: Mapping[Any, Entry], problems: list[Problem], name: st
     if "part_learning_rates" in values:
         values["part_learning_rates"], wrong = read_part_rates(values["part_learning_rates"])
         problems += [Problem(given["part_learning_rates"].origin, "part_learning_rates", message) for message in wrong]
-    found = [*_missing(given, values), *_contradictions(values)]
-    # TrainingArguments is built only where every key of its own is right: it would refuse a wrong one a second time.
-    wrong_keys = {key for key, _ in found} | {problem.key.split(".")[0] for problem in problems}
-    if not wrong_keys & training_defaults().keys():
-        found += training_problems(values)
-    problems += [Problem(given[key].origin if key in given else "", key, message) for key, message in found]
-    if problems:
-        raise _error(name, problems)
-    return values
+    return values, problems + _placed(given, [*_missing(given, values), *_contradictions(values)])
 
 
-def _checked_value(key: Any, value: Any, types: Mapping[str, Any]) -> Any:
+def _placed(given: Mapping[Any, Entry], found: Iterable[tuple[str, str]]) -> list[Problem]:
+    """(key, message) -> problems that say where the key stands."""
+    return [Problem(given[key].origin if key in given else "", key, message) for key, message in found]
+
+
+def _checked_value(key: Any, value: Any, types: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
     if key in REFUSED:
         raise ValueError(f"refused: {REFUSED[key]}. Take {key} out.")
     if key not in types:
@@ -118,17 +177,17 @@ def _checked_value(key: Any, value: Any, types: Mapping[str, Any]) -> Any:
         converted = convert_value(value, hint)
     except ValueError as error:
         near = nearest_choice(value, hint) + REASONS.get(key, "")
-        advice = near or quoting_advice(value, hint) or _default_advice(key)
+        advice = near or quoting_advice(value, hint) or _default_advice(key, defaults)
         raise ValueError(f"got {error}; allowed: {allowed(hint, bound)}.{advice}") from error
     if bound and converted is not None and not bound.holds(converted):
-        raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.{_default_advice(key)}")
+        raise ValueError(f"got {show(value)}; allowed: {allowed(hint, bound)}.{_default_advice(key, defaults)}")
     whole = key in STEPS_OR_SHARES and converted is not None and converted == int(converted)
     return int(converted) if whole else converted
 
 
-def _default_advice(key: str) -> str:
+def _default_advice(key: str, defaults: Mapping[str, Any]) -> str:
     entry = argument_fields().get(key)
-    default = default_of(entry) if entry else training_defaults()[key]
+    default = default_of(entry) if entry else defaults.get(key, MISSING)
     if default in (MISSING, None, [], {}) and key not in OTHER_DEFAULTS:
         return ""
     return f" Leave it out for the default, {OTHER_DEFAULTS.get(key) or show(default)}."
@@ -169,7 +228,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (values.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
         message = "use_reentrant needs gradients at every block's input: backward would run through all frozen blocks"
         yield "activation_checkpointing_kwargs", f"{message}. Take it out."
-    if values.get("prefix_cache") == "memory":
+    if values.get("prefix_cache") in ("memory", "disk"):
         yield from _wrong_beside_a_kept_prefix(values)
     if values.get("checkpoint_format") == "delta" and values.get("trust_remote_code"):
         message = "delta: a model whose code comes with it is not made whole again without that code"
@@ -187,6 +246,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("part_learning_rates") or values.get("layer_decay") is not None:
         yield from _wrong_beside_part_rates(values)
     yield from _wrong_about_lora(values)
+    yield from _wrong_about_quantization(values)
     yield from wrong_beside_replay(values)
     yield from wrong_about_early_stopping(values)
     yield from _wrong_checkpoint(values.get("resume_from_checkpoint"))
@@ -217,18 +277,16 @@ def _wrong_about_tokens(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _wrong_beside_a_kept_prefix(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    advice = "Say prefix_cache: auto, or off"
+    place, advice = values["prefix_cache"], "Say prefix_cache: auto, or off"
     if values.get("neftune_noise_alpha") is not None:
-        yield "prefix_cache", f"memory does not go with neftune_noise_alpha: no pass would give the same. {advice}."
+        yield "prefix_cache", f"{place} does not go with neftune_noise_alpha: no pass would give the same. {advice}."
     if values.get("fsdp"):
-        yield "prefix_cache", f"memory does not go with fsdp, which shards the frozen blocks. {advice}."
+        yield "prefix_cache", f"{place} does not go with fsdp, which shards the frozen blocks. {advice}."
 
 
 def _wrong_beside_a_schedule(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("method") == "full":
         yield "schedule", "method full trains everything from the first step. Leave it out, or take method: partial."
-    if values.get("fsdp"):
-        yield "fsdp", "shards what trains before the first step, and a schedule thaws later. Leave one of them out."
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with a schedule: until their phase parameters have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
@@ -244,21 +302,18 @@ def _wrong_beside_block_sampling(values: Mapping[str, Any]) -> Iterator[tuple[st
         yield key, "method lora trains its adapters in every step. Leave it out, or take method: partial."
     if values.get("lora"):
         yield key, NOT_WITH_LORA
-    if values.get("fsdp"):
-        yield "fsdp", "shards what trains before the first step, and block_sampling draws later. Leave one of them out."
     if values.get("ddp_find_unused_parameters") is False:
         message = "false does not go with block_sampling: parameters of blocks that rest have no gradient"
         yield "ddp_find_unused_parameters", f"{message}. Take it out."
-    if values.get("prefix_cache") == "memory":
-        message = "memory does not go with block_sampling: blocks below those that learn change from draw to draw"
+    if values.get("prefix_cache") in ("memory", "disk"):
+        place = values["prefix_cache"]
+        message = f"{place} does not go with block_sampling: blocks below those that learn change from draw to draw"
         yield "prefix_cache", f"{message}. Say prefix_cache: auto, or off."
 
 
 def _wrong_beside_part_rates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    keys = " and ".join(key for key in ("part_learning_rates", "layer_decay") if values.get(key))
-    if values.get("fsdp"):
-        yield "fsdp", f"the groups of {keys} are made of whole parameters, and it shards them. Leave one of them out."
     if values.get("lr_scheduler_type") == "greedy":
+        keys = " and ".join(key for key in ("part_learning_rates", "layer_decay") if values.get(key))
         message = f"greedy holds all rates above one bound, so that {keys} would not keep their ratios"
         yield "lr_scheduler_type", f"{message}. Take another one, such as cosine."
 
@@ -294,21 +349,31 @@ def _wrong_about_lora(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "lora", f"{message}. Leave one of the two out."
 
 
+def _wrong_about_quantization(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    key, kind = "frozen_quantization", values.get("frozen_quantization")
+    if kind is None:
+        return
+    if not is_bitsandbytes_installed():
+        yield key, HOW_TO_INSTALL_BITSANDBYTES
+    if values.get("method") == "full":
+        yield key, "method full trains everything, so that nothing is frozen. Leave it out, or take method: partial."
+    if values.get("checkpoint_format") == "full":
+        message = f"full: the base's own values are not in memory beside {kind}, and a delta is saved"
+        yield "checkpoint_format", f"{message}. Leave it out; `partialtune apply RUN OUT` makes the delta whole."
+    if values.get("trust_remote_code"):
+        message = "saves a delta, and a model whose code comes with it is not made whole again of one"
+        yield key, f"{message}. Leave one of the two out."
+    if values.get("fsdp"):
+        yield "fsdp", f"shards parameters, and a matrix in {kind} cannot be sharded. Leave one of the two out."
+    if values.get("torch_compile"):
+        yield "torch_compile", f"does not know matrices in {kind}. Leave one of the two out."
+
+
 def _wrong_checkpoint(checkpoint: str | None) -> Iterator[tuple[str, str]]:
     if checkpoint not in (None, "auto") and not Path(checkpoint).is_dir():
         kind = "is a file" if Path(checkpoint).exists() else "does not exist"
         advice = "auto takes the newest complete one"
         yield "resume_from_checkpoint", f"{checkpoint!r} {kind}; allowed: auto or a checkpoint's folder. {advice}."
-
-
-def _error(name: str, problems: list[Problem]) -> RecipeError:
-    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [
-        f"  {problem.origin}{', ' * bool(problem.origin)}{problem.key}: {problem.message}"
-        for problem in sorted(problems, key=_position)
-    ]
-    message = "\n".join([f"{name}: {count}. Nothing was loaded or written.", *lines])
-    return RecipeError(without_secrets(message))
 
 
 def _position(problem: Problem) -> tuple[int, int]:

@@ -99,7 +99,7 @@ REFUSED = {
     "fp16_full_eval": _SIXTEEN_BIT,
     "use_liger_kernel": "its fused loss may skip the head's gradient where the body is frozen",
     "liger_kernel_config": "use_liger_kernel is refused: its fused loss may skip the gradient of a head",
-    "deepspeed": "its parameters are partitioned, and snapshot and audit need whole ones. Use `accelerate launch`",
+    "deepspeed": "it hides from the audit what learnt. Launch with recipes/launch/fsdp2.yaml in its place",
     "parallelism_config": "a launcher sets it: see accelerate_config.yaml",
     "local_rank": "a launcher sets it: see accelerate_config.yaml",
     "enable_jit_checkpoint": "a run that is terminated always writes a checkpoint first, so that it does nothing here",
@@ -185,7 +185,7 @@ def recipe_types() -> dict[str, Any]:
     for name, entry in TrainingArguments.__dataclass_fields__.items():
         if entry.init and name not in REFUSED and name not in ALIASES:
             choices = entry.metadata.get("choices")
-            hint = Literal[tuple(choices)] if choices else _without_enums(hints[name])
+            hint = Literal[tuple(choices)] if choices else without_enums(hints[name])
             optional = hint | None if choices and entry.default is None else hint
             training[name] = TRAINING_TYPES.get(name, optional)
     return {**argument_types(), **training}
@@ -198,16 +198,16 @@ def training_defaults() -> dict[str, Any]:
     return {name: default_of(entry) for name, entry in TrainingArguments.__dataclass_fields__.items() if entry.init}
 
 
-def _without_enums(hint: Any) -> Any:
+def without_enums(hint: Any) -> Any:
     """`SchedulerType | str` -> the Literal of its values: there the text is one of them, too."""
     members = union_members(hint)
     enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
     if enums:
         return Literal[tuple(choice.value for choice in enums[0])]
     if get_origin(hint) is list:
-        return list[_without_enums(get_args(hint)[0])]  # type: ignore[misc]  # a type that is made at run time
+        return list[without_enums(get_args(hint)[0])]  # type: ignore[misc]  # a type that is made at run time
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(map(_without_enums, members))]  # noqa: UP007
+        return Union[tuple(map(without_enums, members))]  # noqa: UP007
     return hint
 
 

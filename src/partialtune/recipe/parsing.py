@@ -153,6 +153,12 @@ def _nearby_recipes(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(str(path.parent / name) for name in near)}?"
+    below = {entry.name: entry for entry in sorted((path.parent / "recipes").rglob("*.y*ml"), reverse=True)}
+    named = difflib.get_close_matches(path.name, below, n=3, cutoff=0.7)
+    if named:
+        return f"Did you mean {' or '.join(str(below[name]) for name in named)}?"
+    if below:
+        return f"Those of the project are in {path.parent / 'recipes'}."
     return _recipes_in(path.parent)
 
 

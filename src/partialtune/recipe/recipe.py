@@ -8,7 +8,7 @@ values (`checks`) before a model or a text is touched.
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from partialtune.recipe.arguments import (
     TextArguments,
     argument_fields,
 )
-from partialtune.recipe.checks import checked_values, with_present_names
+from partialtune.recipe.checks import RecipeMistakes, checked_values, values_and_problems, with_present_names
+from partialtune.recipe.declared_arguments import declared_arguments
 from partialtune.recipe.key_rules import LENGTHS, training_defaults
 from partialtune.recipe.parsing import (
     ARGUMENT,
     COMMAND_LINE,
     Entry,
     Problem,
+    RecipeFile,
     Words,
     group_words,
     read_recipe_file,
@@ -47,6 +49,7 @@ class Recipe:
         training: Keywords of `transformers.TrainingArguments` that were given. `bf16` may be "auto".
         resume: "auto", the folder of a checkpoint, or None.
         values: Every value that was given, converted, as one flat mapping; no defaults.
+        given: The same as they were given, with where each stands: a mistake that is found later is put there.
     """
 
     path: Path | None
@@ -58,6 +61,7 @@ class Recipe:
     training: dict[str, Any]
     resume: str | None
     values: dict[str, Any]
+    given: Mapping[Any, Entry] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def seed(self) -> int:
@@ -83,8 +87,8 @@ def read_recipe(path: str | os.PathLike, overrides: Sequence[str] | Mapping[str,
     return _checked_recipe(values, overrides, file.problems, str(path), Path(path))
 
 
-def recipe_from_values(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a mapping of keys to values, with the same checks; `overrides` win over it.
+def recipe_from_values(values: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a mapping of keys to values, with the same checks; `overrides` win over it, as in `read_recipe`.
 
     Raises:
         RecipeError: As `read_recipe`.
@@ -101,6 +105,45 @@ def _checked_recipe(
     path: Path | None,
 ) -> Recipe:
     """Values and what wins over them, checked together; `found` are the problems that reading the file had."""
+    merged, problems = _merged(given, overrides, found)
+    return _recipe(checked_values(merged, problems, name), merged, path)
+
+
+def check_words(path: str | os.PathLike | None, overrides: Sequence[str]) -> None:
+    """Stop, before torch is imported, where a recipe is missing or a word of the command line is wrong.
+
+    What is wrong with a recipe's file alone waits for the rest, so that `read_recipe` and the look at the model say all
+    of it together.
+
+    Args:
+        path: The recipe's file; None where its values are not known yet.
+        overrides: Words of the command line.
+
+    Raises:
+        RecipeError: If the file cannot be read; or lists all that can be known by now, where a word is wrong.
+    """
+    file = RecipeFile({}, {}, ()) if path is None else read_recipe_file(Path(path))
+    declared = declared_arguments()
+    if declared is None:  # this transformers keeps them elsewhere
+        return
+    given = {key: Entry(value, file.origin(key)) for key, value in file.values.items()}
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what takes the place of what is said when the recipe is read
+    try:
+        merged, found = _merged(given, overrides, file.problems)
+    finally:
+        logger.setLevel(level)
+    values, problems = values_and_problems(merged, found, *declared)
+    wrong_words = [problem for problem in problems if problem.origin == COMMAND_LINE]
+    if wrong_words:
+        name = "The command line" if path is None else str(path)
+        raise RecipeMistakes(name, wrong_words if path is None else problems, values, merged)
+
+
+def _merged(
+    given: Mapping[Any, Entry], overrides: Sequence[str] | Mapping[str, Any], found: Sequence[Problem]
+) -> tuple[dict[Any, Entry], list[Problem]]:
+    """Entries by present name, after what wins over them has won, and the problems so far."""
     problems = [*found]
     if isinstance(overrides, Mapping):
         entries = {key: Entry(value, ARGUMENT) for key, value in overrides.items()}
@@ -111,8 +154,7 @@ def _checked_recipe(
     # each by itself: a former name in one and the present name in the other is an override, no clash
     base = with_present_names({key: entry for key, entry in given.items() if key != "run"}, problems)
     winning = with_present_names(entries, problems)
-    merged = {**_without_other_length(base, winning), **winning}
-    return _recipe(checked_values(merged, problems, name), path)
+    return {**_without_other_length(base, winning), **winning}, problems
 
 
 def _without_other_length(base: dict[Any, Entry], winning: dict[Any, Entry]) -> dict[Any, Entry]:
@@ -124,7 +166,7 @@ def _without_other_length(base: dict[Any, Entry], winning: dict[Any, Entry]) -> 
     return base
 
 
-def _recipe(values: dict[str, Any], path: Path | None) -> Recipe:
+def _recipe(values: dict[str, Any], given: Mapping[Any, Entry], path: Path | None) -> Recipe:
     if values.get("method") == "full":
         freeze = _arguments(FreezeArguments, {**values, "trainable": ["all"]})
     else:
@@ -140,6 +182,7 @@ def _recipe(values: dict[str, Any], path: Path | None) -> Recipe:
         training={key: value for key, value in values.items() if key not in ours},
         resume=values.get("resume_from_checkpoint"),
         values=values,
+        given=given,
     )
 
 

@@ -60,21 +60,16 @@ class FinishedRun:
         Raises:
             ModelError: If the files, or the base of a delta or of adapters, cannot be read.
         """
-        from partialtune.model.loading import load_config, load_model, load_tokenizer
+        from partialtune.model.loading import load_tokenizer
         from partialtune.rebuild import load
 
         folder, trusted = str(self.folder), bool(self.files.recipe.get("trust_remote_code"))
-        if is_delta(self.folder):
-            return load(folder), load_tokenizer(folder)
-        if not self.files.adapts:
-            config = load_config(folder, trust_remote_code=trusted)
-            return load_model(folder, config, trust_remote_code=trusted), load_tokenizer(folder, "main", trusted)
-        from peft import PeftModel
-
+        if not self.files.adapts or is_delta(self.folder):
+            return load(folder, trust_remote_code=trusted), load_tokenizer(folder, "main", trusted)
         name = self.files.recipe["model_name_or_path"]
         revision = self.files.record.get("base_commit") or self.files.recipe.get("model_revision", "main")
-        base = load_model(name, load_config(name, revision, trust_remote_code=trusted), revision, trusted)
-        return PeftModel.from_pretrained(base, folder).eval(), load_tokenizer(name, revision, trusted)
+        base = name if revision == "main" else f"{name}@{revision}"
+        return load(folder, base, trusted), load_tokenizer(name, revision, trusted)
 
     def __repr__(self) -> str:
         return f"FinishedRun({str(self.folder)!r}, {self.audit.verdict()})"

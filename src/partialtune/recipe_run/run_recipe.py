@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from partialtune.builtin import builtin_recipe
-from partialtune.distributed import DDP_TIMEOUT, peers_watched
+from partialtune.distributed import DDP_TIMEOUT, decided_by_main, peers_watched, several_nodes
 from partialtune.errors import RecipeError
 from partialtune.launcher_environment import check_launched
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
@@ -18,9 +18,11 @@ from partialtune.training.stopping import ended_by_signals
 def train(recipe: str | os.PathLike | Mapping[str, Any] | Recipe, /, **overrides: Any) -> FinishedRun:
     """Run a recipe from its text to its report.
 
-    partialtune.train("recipe.yaml", max_steps=20)
-    partialtune.train({"model_name_or_path": "builtin:lilliput", "text": "book.txt", "trainable": ["blocks[-1]"],
-                       "output_dir": "outputs/book"})
+    ::
+
+        partialtune.train("recipe.yaml", max_steps=20)
+        partialtune.train({"model_name_or_path": "builtin:lilliput", "text": "book.txt", "trainable": ["blocks[-1]"],
+                           "output_dir": "outputs/book"})
 
     A run that is finished already is opened. In a thread that is not the main one, signals stay with the program that
     started it. One run at a time in a process: the random numbers are the process's own.
@@ -41,7 +43,11 @@ def train(recipe: str | os.PathLike | Mapping[str, Any] | Recipe, /, **overrides
     use_all_cores()
     check_launcher()
     with ended_by_signals():
-        return open_run(run_recipe(_checked(recipe, overrides)))
+        from partialtune.freeze.recipe_mistakes import read_with_model
+
+        folder = run_recipe(read_with_model(lambda: _checked(recipe, overrides), reads_text=True))
+        # On several nodes the folder may be on the main process's disk alone.
+        return decided_by_main(lambda: open_run(folder)) if several_nodes() else open_run(folder)
 
 
 def run_recipe(recipe: Recipe) -> Path:

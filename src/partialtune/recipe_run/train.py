@@ -13,19 +13,35 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from partialtune.distributed import decided_by_main, done_together, is_main, main_process_only, peers_watched
+from partialtune.delta_checkpoint import Base
+from partialtune.distributed import (
+    decided_by_main,
+    done_together,
+    from_main,
+    is_first_of_node,
+    is_main,
+    main_process_only,
+    node_name,
+    peers_watched,
+    saves_sharded_checkpoints,
+    several_nodes,
+    shards_parameters,
+)
 from partialtune.engine.prefix_choice import prefix_words
+from partialtune.engine.shard_model import shard_model
 from partialtune.errors import DiskError, FreezeViolation, InputError, RecipeError, code_of, disk_words, is_disk_fault
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan_table import plan_table
 from partialtune.hub.push import push_after_training
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.model.base_card import stated_by
+from partialtune.model.held_narrow import narrow_values
 from partialtune.model.loading import auto_class
 from partialtune.proof.deltas import DELTAS_FILE
 from partialtune.recipe.recipe import Recipe, write_recipe
-from partialtune.recipe_run.evaluate_before_after import Evaluator
+from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator, read_base_values
 from partialtune.recipe_run.prepare import RunStart, prepare, push_target
+from partialtune.recipe_run.while_training import LivePage, Samples, WhileTraining, page_says_when_it_ends
 from partialtune.recipe_run.write_results import (
     check_saved,
     save_model,
@@ -34,10 +50,15 @@ from partialtune.recipe_run.write_results import (
     write_plan,
     write_results,
 )
-from partialtune.run_folder import RECIPE_FILE, begin_writing, locked, write_exit
+from partialtune.run_folder import RECIPE_FILE, SAMPLES_FILE, begin_writing, locked, write_exit
+from partialtune.scoring.fast_scoring import FastScoring
+from partialtune.terminal import show
 from partialtune.text.reading import SourceText
-from partialtune.training.recipe_trainer import RecipeTrainer, make_trainer
+from partialtune.training.load_base import frozen_dtype_words
+from partialtune.training.recipe_trainer import RecipeTrainer, evaluated_windows, make_trainer, windows_of_curves
+from partialtune.training.replay import ReplayOrder
 from partialtune.training.resume_check import standing_of
+from partialtune.training.settings import compute_dtype
 from partialtune.training.training_data import RunData
 
 logger = logging.getLogger(__name__)
@@ -58,17 +79,34 @@ def train(recipe: Recipe) -> Path:
     if start is None:  # the folder holds this run, finished
         return Path(recipe.training["output_dir"])
     folder, model, plan = start.folder, start.model, start.plan
-    with ExitStack() as held, exit_recorded(folder), peers_watched(start.args.ddp_timeout):
+    with (
+        ExitStack() as held,
+        page_says_when_it_ends(folder),
+        exit_recorded(folder),
+        peers_watched(start.args.ddp_timeout),
+    ):
         decided_by_main(lambda: take_folder(held, start))
         begin_folder(start)
-        check_shared(folder, RECIPE_FILE)
+        if saves_sharded_checkpoints(start.args):
+            check_shared(folder, RECIPE_FILE)
+        say_where_results_are(folder)
 
         apply_plan(model, plan)  # now already: the base is scored as it will train, with its head untied
         evaluator = evaluator_of(start)
-        before = evaluator.before(model.to(start.args.device), folder, start.origin.base.sha256)
+        read_base_values(model, *base_of(start))
+        if shards_parameters(start.args):
+            # in shards, as it will train too: no device may hold it whole, and other processes may have no weights yet
+            run = trainer_at_start(start)
+            shard_model(run.trainer)
+            before = evaluator.before(model, folder, start.origin.base.sha256)
+            set_seed(start.args.seed)
+        else:
+            before = evaluator.before(model.to(start.args.device), folder, start.origin.base.sha256)
+            run = trainer_at_start(start)
+        quantized = evaluator.quantized(model)
 
-        run = trainer_at_start(start)
-        curves = LearningCurves(start.data.scored, start.args.per_device_eval_batch_size).attach(run.trainer)
+        curves = curves_of(start, evaluator, before).attach(run.trainer)
+        watching = watched(start, run, evaluator, before)
         # now already, so that a run that fails has its plan (`compare` reads it); below with the digests after training
         write_plan(folder, run.tuning)
         violation = train_to_the_end(run, start.checkpoint)
@@ -79,10 +117,11 @@ def train(recipe: Recipe) -> Path:
 
         if run.early_stopping is not None and run.early_stopping.stopped and is_main():
             record_run(start, run.early_stopping.stopped)
-        after = evaluator.after(model)
+        after = evaluator.after(model, curves.at_end)
+        evaluator.fast.forget()
         write_insight(start, run, curves, evaluator, before, after)
-        write_performance(start, run)
-        write_results(folder, run, before, after)
+        write_performance(start, run, watching)
+        write_results(folder, run, before, after, quantized)
         # after the results: a failed audit is a finding, and the pages show it
         if violation is not None:
             raise violation
@@ -95,7 +134,43 @@ def train(recipe: Recipe) -> Path:
 def evaluator_of(start: RunStart) -> Evaluator:
     """Scores the run's texts and prompts, before and after."""
     prompts, batch_size = start.recipe.evaluation.prompts, start.args.per_device_eval_batch_size
-    return Evaluator(start.tokenizer, start.data.scored, prompts, batch_size)
+    # what is frozen in every phase is the same before training and after it
+    fast = FastScoring(start.model, start.recipe.speed.fast_paths, min(phase.blocks for phase in start.prefix))
+    return Evaluator(start.tokenizer, start.data.scored, prompts, batch_size, fast, compute_dtype(start.args))
+
+
+def curves_of(start: RunStart, evaluator: Evaluator, before: Evaluation) -> LearningCurves:
+    """The learning curves, which begin with the scores before training and end with those after it."""
+    evaluated = evaluated_windows(start.args, start.data, start.plan.total_parameters)
+    # The best model is loaded after the last evaluation: its scores are other ones.
+    ends_with = None if start.args.load_best_model_at_end else lambda name: evaluator.score(name, start.model, "after")
+    return LearningCurves(
+        start.data.scored,
+        start.args.per_device_eval_batch_size,
+        windows_of_curves(start.args, start.data),
+        held_out=None if evaluated is None else len(evaluated),
+        fast=evaluator.fast,
+        before=before.texts,
+        score_whole=ends_with,
+    )
+
+
+def watched(
+    start: RunStart, run: RecipeTrainer, evaluator: Evaluator, before: Evaluation
+) -> Mapping[str, WhileTraining]:
+    """What the run shows while it trains: `page`, and `samples` unless the recipe wants none."""
+    asked, trainer, found = start.recipe.evaluation, run.trainer, {}
+    if asked.sample_steps != 0 and asked.prompts:
+        base = [probe.continuation for probe in before.prompts]
+        samples = Samples(evaluator.continuations, asked.prompts, base, start.folder, asked.sample_steps)
+        found["samples"] = samples.attach(trainer)
+    return {**found, "page": LivePage(start.folder).attach(trainer)}  # last: it shows what the others wrote
+
+
+def base_of(start: RunStart) -> tuple[Base, bool]:
+    """Where the base's files are, and whether code beside them may run."""
+    asked = start.recipe.model
+    return Base(asked.model_name_or_path, asked.model_revision, start.origin.base.commit), asked.trust_remote_code
 
 
 def take_folder(held: ExitStack, start: RunStart) -> None:
@@ -112,15 +187,17 @@ def take_folder(held: ExitStack, start: RunStart) -> None:
 
 @main_process_only
 def begin_folder(start: RunStart) -> None:
-    """Write the recipe, copy the deltas that another folder's run has reported so far, and print what will train."""
+    """Write the recipe, copy the deltas and samples that another folder's run has so far, and print what will train."""
     folder, checkpoint = start.folder, start.checkpoint
     begin_writing(folder)
     if checkpoint is not None and checkpoint.resolve().parent != folder.resolve():
-        history = checkpoint.parent / DELTAS_FILE
-        if history.is_file():
-            shutil.copyfile(history, folder / DELTAS_FILE)
+        for name in (DELTAS_FILE, SAMPLES_FILE):
+            if (checkpoint.parent / name).is_file():
+                shutil.copyfile(checkpoint.parent / name, folder / name)
     record_run(start)
-    print(plan_table(start.plan, start.args.learning_rate), flush=True)
+    show(plan_table(start.plan, start.args.learning_rate))
+    if words := frozen_dtype_words(start.model, start.plan):
+        logger.info(words)
     logger.info(prefix_words(start.prefix))
     logger.info("Loss: %s.", start.conformance.loss_words())
 
@@ -146,13 +223,16 @@ def run_record(start: RunStart) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_VERSIONS}},
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "processes": args.world_size,
-        "distributed": PartialState().distributed_type.value,
+        **({} if start.origin.dealt is None else {"accumulation": args.gradient_accumulation_steps}),
+        # under FSDP accelerate says what it has found, MULTI_GPU, until a Trainer is made
+        "distributed": "FSDP" if shards_parameters(args) else PartialState().distributed_type.value,
         "device": str(args.device),
         "base_commit": start.origin.base.commit,
         **({} if loads_with == "AutoModelForCausalLM" else {"auto_class": loads_with}),
         "sources": [source_record(source) for source in data.sources],
         "windows": {"training": len(data.train), "held_out": len(data.held_out or [])},
         **replay_record(data),
+        **({"frozen_dtype": held} if (held := narrow_values(start.model, start.plan.trainable)) else {}),
         "prefix_cache": [phase.to_json() for phase in start.prefix],
         "loss": start.conformance.loss_words(),
     }
@@ -171,7 +251,7 @@ def source_record(source: SourceText) -> dict[str, Any]:
 
 def replay_record(data: RunData) -> dict[str, Any]:
     """What is kept of the text that is replayed, nothing where none is."""
-    if data.replay is None or data.order is None:
+    if data.replay is None or not isinstance(data.order, ReplayOrder):
         return {}
     return {
         "replay": {
@@ -185,7 +265,8 @@ def replay_record(data: RunData) -> dict[str, Any]:
 
 
 def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
-    """Stop where this process does not see a file that the main process has written.
+    """Stop where this process does not see a file that the main process has written: a sharded checkpoint is written
+    by all of them into one folder. What else a run saves is written by the main process alone.
 
     Args:
         folder: The run's folder.
@@ -202,12 +283,20 @@ def check_shared(folder: Path, name: str, patience_seconds: float = 30) -> None:
         while not (folder / name).is_file():
             if time.monotonic() > end:
                 raise InputError(
-                    f"output_dir: {folder.absolute()} is not the same folder on every machine of this run. "
-                    f"Name one on a file system that they share."
+                    f"output_dir: {folder.absolute()} is not the same folder on every machine of this run, "
+                    f"and with SHARDED_STATE_DICT each writes a part of every checkpoint. Name one on a file system "
+                    f"that they share, or set fsdp_state_dict_type: FULL_STATE_DICT."
                 )
             time.sleep(0.5)
 
     done_together(wait)
+
+
+def say_where_results_are(folder: Path) -> None:
+    """On the nodes that get no results of their own: whose disk they are on."""
+    place = from_main(f"{folder.absolute()} on {node_name()}")
+    if several_nodes() and is_first_of_node() and not is_main():
+        print(f"This node, {node_name()}, trains. The run's results are in {place}.", flush=True)
 
 
 def trainer_at_start(start: RunStart) -> RecipeTrainer:
@@ -291,7 +380,14 @@ def push(start: RunStart) -> None:
     """Upload the finished run and verify what arrived; everything is on disk by now, so that no process waits."""
     if is_main():
         allowed = start.recipe.freeze.allow_failed_audit
-        print(push_after_training(start.folder, push_target(start.recipe), allowed), flush=True)
+        show(push_after_training(start.folder, push_target(start.recipe), allowed))
+
+
+@contextmanager
+def recorded_end(folder: Path) -> Iterator[None]:
+    """Leave `exit.json` at the end, and then no page that says the run goes on."""
+    with page_says_when_it_ends(folder), exit_recorded(folder):
+        yield
 
 
 @contextmanager

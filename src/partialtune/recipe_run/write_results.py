@@ -1,9 +1,14 @@
 """What a run leaves in its folder: plan, model, insight, performance, scores and pages."""
 
 import logging
+import shlex
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from partialtune.cost.forecast import needed_products, utilisation
 from partialtune.delta_checkpoint import Base, write_delta
@@ -17,6 +22,9 @@ from partialtune.insight.effective_rank import effective_ranks
 from partialtune.insight.learning_curves import LearningCurves
 from partialtune.insight.moved_tokens import moved_tokens
 from partialtune.model.loading import copy_processor_files, empty_model
+from partialtune.model.packed_weights import packed_in
+from partialtune.model.parameters import plain_name
+from partialtune.net.addresses import without_secrets
 from partialtune.pages.card import write_card
 from partialtune.pages.figures import draw_figures
 from partialtune.pages.findings import length_finding
@@ -27,8 +35,11 @@ from partialtune.recipe.arguments import ModelArguments
 from partialtune.recipe_run.evaluate_before_after import Evaluation, Evaluator
 from partialtune.recipe_run.finished_run import score_rows
 from partialtune.recipe_run.prepare import RunStart
+from partialtune.recipe_run.while_training import WhileTraining
 from partialtune.run_folder import write_json
-from partialtune.scoring.prompts import SAMPLING, compare_prompts, format_prompts
+from partialtune.scoring.continuations import SAMPLING
+from partialtune.scoring.prompts import compare_prompts, format_prompts
+from partialtune.terminal import is_narrow, show
 from partialtune.training.performance import performance
 from partialtune.training.recipe_trainer import RecipeTrainer
 from partialtune.training.settings import compute_dtype, product_rate
@@ -40,7 +51,8 @@ logger = logging.getLogger(__name__)
 def write_plan(folder: Path, tuning: Tuning) -> None:
     """`freeze_plan.json`, with the digests that are known."""
     audit = tuning.audit_callback
-    write_json(folder / "freeze_plan.json", tuning.plan.to_json(audit.digests_before, audit.digests_after))
+    packed = {plain_name(name): weight.sha256() for name, weight in packed_in(tuning.model).items()}
+    write_json(folder / "freeze_plan.json", tuning.plan.to_json(audit.digests_before, audit.digests_after, packed))
 
 
 def save_model(folder: Path, run: RecipeTrainer, start: RunStart) -> None:
@@ -65,9 +77,10 @@ def save_model(folder: Path, run: RecipeTrainer, start: RunStart) -> None:
 
     try:
         decided_by_main(lambda: clear_aside(folder))
-        if recipe.freeze.checkpoint_format == "full":
+        of_base = run.tuning.plan.frozen_quantization is not None and bool(run.tuning.plan.parts)
+        if recipe.freeze.checkpoint_format == "full" and not of_base:
             trainer.save_model(str(aside))
-        elif run.tuning.audit is not None and run.tuning.audit.changed_buffers:
+        elif run.tuning.audit is not None and run.tuning.audit.changed_buffers and not of_base:
             logger.warning("Buffers changed, which a delta does not hold: the model is saved whole.")
             trainer.save_model(str(aside))
         else:
@@ -132,43 +145,81 @@ def write_insight(
 
 
 @main_process_only
-def write_performance(start: RunStart, run: RecipeTrainer) -> None:
-    """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of."""
+def write_performance(start: RunStart, run: RecipeTrainer, watching: Mapping[str, WhileTraining]) -> None:
+    """`performance.json`: what the steps cost, and how much of the machine's rate of products they made use of.
+
+    Args:
+        start, run: Of the run.
+        watching: What it showed while it trained, whose seconds are written too.
+    """
     args, tuning, block_size = run.trainer.args, run.tuning, start.recipe.text.block_size
     empty = empty_model(start.config, start.recipe.model.trust_remote_code)
     batch = (args.per_device_train_batch_size, block_size, args.gradient_accumulation_steps)
     needed = needed_products(empty, tuning.plan, *batch, prefix_cached=tuning.fast.starts_from_states)
-    used = utilisation(needed, run.timer.median(), product_rate(args.device, compute_dtype(args)))
+    rate = product_rate(args.device, compute_dtype(args)) if needed else 0.0  # nothing is measured for no answer
+    used = utilisation(needed, run.timer.median(), rate)
     content = performance(args, run.timer, run.products.flops_per_step, used, block_size, tuning.fast, tuning.seconds)
-    write_json(start.folder / "performance.json", {**content, "saved_files_check_seconds": tuning.reading_back.seconds})
+    checked = {"saved_files_check_seconds": tuning.reading_back.seconds}
+    checked |= {f"{name}_seconds": shown.seconds for name, shown in watching.items() if shown.seconds}
+    write_json(start.folder / "performance.json", {**content, **checked, **this_process()})
+
+
+def this_process() -> dict[str, Any]:
+    """When this process began, how long it has run, and by which command, without the secrets of addresses in it."""
+    began = datetime.fromtimestamp(psutil.Process().create_time(), UTC)
+    known = {"began": began.isoformat(timespec="seconds"), "run_seconds": (datetime.now(UTC) - began).total_seconds()}
+    program = Path(sys.argv[0])
+    if "partialtune" in (program.name, program.parent.name):  # else a program of the user's, or a notebook
+        known["command"] = without_secrets(shlex.join(["partialtune", *sys.argv[1:]]))
+    return known
 
 
 @main_process_only
-def write_results(folder: Path, run: RecipeTrainer, before: Evaluation, after: Evaluation) -> None:
-    """Everything that is known only after training, and the pages made of it."""
+def write_results(
+    folder: Path,
+    run: RecipeTrainer,
+    before: Evaluation,
+    after: Evaluation,
+    quantized: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Everything that is known only after training, and the pages made of it.
+
+    Args:
+        folder, run: Of the run.
+        before, after: Scores of the base, and of what is saved over it.
+        quantized: Scores of the base as it was held in few bits, by text; empty where it was held whole.
+    """
     logged = reversed(run.trainer.state.log_history)
     metrics = next((entry for entry in logged if "train_runtime" in entry), None)  # if the last save found no fault
     write_json(folder / "train_results.json", metrics or {})
     comparison = compare_prompts(before.prompts, after.prompts)
-    scores = {name: {"before": before.scores[name], "after": after.scores[name]} for name in before.scores}
+    of_base = {name: {"quantized_base": scores} for name, scores in quantized.items()}
+    scores: dict[str, Mapping[str, Mapping[str, Any]]] = {
+        name: {"before": before.scores[name], "after": after.scores[name], **of_base.get(name, {})}
+        for name in before.scores
+    }
     write_json(folder / "evaluation.json", {**scores, "prompts": comparison})
     # the pages come last and read the files above, so that `partialtune report` makes the same ones again
     draw_figures(folder)
     write_card(folder)
     write_report(folder)
-    print(format_prompts(comparison), _closing_words(folder, run.tuning.audit, scores), sep="\n\n", flush=True)
+    prompt = comparison[0]["prompt"] if comparison else "..."
+    show(format_prompts(comparison, stacked=is_narrow()), _closing_words(folder, run.tuning.audit, scores, prompt))
 
 
 # ---- what the terminal shows last: how far the weights moved, the verdict, the scores, the folder --------------------
 
 
-def _closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def _closing_words(
+    folder: Path, audit: Audit, scores: Mapping[str, Mapping[str, Mapping[str, Any]]], prompt: str
+) -> str:
     """What the terminal shows last.
 
     Args:
         folder: The run's folder.
         audit: The final audit.
         scores: TEXT -> `before` and `after`, as in `evaluation.json`.
+        prompt: For the command that generates.
     """
     stopped = [f"Early stopping: {found.value}. {found.detail}" for found in length_finding(read_run(folder))]
     return "\n".join(
@@ -179,6 +230,9 @@ def _closing_words(folder: Path, audit: Audit, scores: Mapping[str, Mapping[str,
             *_score_lines(scores),
             "",
             f"Everything is in {folder}; the page to look at is {folder / 'report.html'}",
+            "Next:",
+            f"  partialtune generate {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)} --beside-base",
+            f"  partialtune push {shlex.quote(str(folder))} --repo_id NAMESPACE/NAME",
         ]
     )
 

@@ -8,24 +8,26 @@ The same windows are scored before and after training. Nothing is drawn at rando
 scoring does not alter the training that follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 
 from partialtune.distributed import from_all, rank_and_processes
 from partialtune.metrics import METRICS, WINDOW_SUMS
+from partialtune.model.held_narrow import unrounded
 from partialtune.model.train_mode import evaluating
 from partialtune.progress import progress_bar
+from partialtune.scoring.fast_scoring import FastScoring, score_by_all_logits
 from partialtune.text.windows import chunked_windows
 
 METRIC_FILE = Path(__file__).with_name("causal_lm.py")
-LOGITS_AT_ONCE = 1 << 24  # widened to fp32 at a time: 64 MiB, whatever the batch, the window and the vocabulary
 
 T = TypeVar("T")
 
@@ -84,6 +86,7 @@ def score_text(
     batch_size: int,
     description: str | None,
     autocast_dtype: torch.dtype | None = None,
+    fast: FastScoring | None = None,
 ) -> dict[str, float | int | None]:
     """Score every token of every window but the first one, which is context.
 
@@ -97,12 +100,13 @@ def score_text(
         description: Label of the progress bar; None shows none.
         autocast_dtype: Forward pass under autocast to this dtype; None computes in the model's own. Losses are taken
             from fp32 logits and summed in fp64 in either case.
+        fast: Scores the batches, where it agrees with the model's own way; None takes that.
 
     Returns:
         The metrics of `metrics.METRICS`, `tokens` (scored), `bytes` and `text_tokens` (of the whole text). What is not
         finite is None, and so are the bits per byte of a text that does not come back from its tokens.
     """
-    return score_tokens(model, scored, batch_size, description, watched=0, autocast_dtype=autocast_dtype)[0]
+    return score_windows(model, scored, batch_size, description, autocast_dtype=autocast_dtype, fast=fast).figures
 
 
 def score_tokens(
@@ -113,15 +117,41 @@ def score_tokens(
     watched: int,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, float | int | None], np.ndarray]:
-    """As `score_text`, and what single tokens scored, at no further cost.
+    """As `score_text`, and what single tokens scored, at no further cost: `figures` and `nats` of `score_windows`."""
+    found = score_windows(model, scored, batch_size, description, watched, autocast_dtype)
+    return found.figures, found.nats
+
+
+class TextScores(NamedTuple):
+    """What a text scored.
+
+    Attributes:
+        figures: As `score_text` returns them.
+        nats: -ln p(token | those before it in its window) of the watched windows, fp32, shape
+            (watched, block_size - 1): column t is the window's token t + 1.
+        sums: What each window contributes, fp64, shape (windows, `WINDOW_SUMS`).
+    """
+
+    figures: dict[str, float | int | None]
+    nats: np.ndarray
+    sums: np.ndarray
+
+
+def score_windows(
+    model: torch.nn.Module,
+    scored: ScoredText,
+    batch_size: int,
+    description: str | None,
+    watched: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+    fast: FastScoring | None = None,
+) -> TextScores:
+    """As `score_text`, and what single windows and tokens scored, at no further cost.
 
     Args:
         watched: Windows of which every token's score is kept: so many, evenly spaced (`spaced_indices`).
+        fast: Scores the batches, where it agrees with the model's own way; None takes that.
         Others: As for `score_text`.
-
-    Returns:
-        The figures, and nats = -ln p(token | those before it in its window) of the watched windows, fp32, shape
-        (watched, block_size - 1): column t is the window's token t + 1.
     """
     rank, processes = rank_and_processes()
     count = len(scored.windows)
@@ -135,36 +165,30 @@ def score_tokens(
     kept: dict[int, np.ndarray] = {}
     keep = set(wanted)
 
+    def ids_of(batch: list[int]) -> torch.Tensor:
+        return torch.from_numpy(windows[batch]["input_ids"]).to(device)
+
     rows: list[list[float]] = []
     bar = progress_bar(count, description, "windows", **({} if description else {"disable": True}))
-    with bar, evaluating(model), torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with ExitStack() as held:
+        held.enter_context(bar)
+        held.enter_context(evaluating(model))
+        held.enter_context(unrounded())
+        held.enter_context(torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None))
+        own = partial(score_by_all_logits, model)
+        score = held.enter_context(fast.active(ids_of(padded[:1]))) if fast is not None and padded else own
         for at in range(0, len(padded), batch_size):
             batch = padded[at : at + batch_size]
-            nats, hits = _score_batch(model, torch.from_numpy(windows[batch]["input_ids"]).to(device))
+            nats, hits = score(ids_of(batch))
             rows += _rows(nats, hits)
             kept |= {index: line.numpy().copy() for index, line in zip(batch, nats, strict=True) if index in keep}
             bar.update(min(len(batch) * processes, count - bar.n))
-    figures = _metric_of(_gathered(rows[: len(mine)]), scored.text_tokens, scored.text_bytes)
-    if not scored.comes_back:
-        figures |= {key: None for key, metric in METRICS.items() if metric.per_byte}
+    shares = from_all(rows[: len(mine)])
+    ordered = [shares[at % processes][at // processes] for at in range(count)]
     kept = dict(_gathered(list(kept.items())))
-    return figures, np.array([kept[index] for index in wanted], dtype=np.float32)
-
-
-def _score_batch(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of each scored token, fp32 (B, T - 1), and which of the five first guesses is it, bool (B, T - 1, 5)."""
-    # the mask of ones says that a window which happens to hold the pad token is not padded
-    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits  # (B, T, V)
-    positions = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    nats, ranks = [], []
-    for row_logits, row_ids in zip(logits, input_ids, strict=True):
-        for at in range(0, len(row_ids) - 1, positions):
-            targets = row_ids[1:][at : at + positions]  # (P,)
-            scores = row_logits[:-1][at : at + positions].float()  # (P, V): position t predicts token t + 1
-            nats.append(F.cross_entropy(scores, targets, reduction="none"))
-            ranks.append(scores.topk(min(5, scores.shape[-1])).indices == targets[:, None])
-    shape = (len(input_ids), input_ids.shape[1] - 1)
-    return torch.cat(nats).cpu().view(shape), torch.cat(ranks).cpu().view(*shape, -1)
+    nats_of_watched = np.array([kept[index] for index in wanted], dtype=np.float32)
+    sums = np.array(ordered, dtype=np.float64)
+    return TextScores(figures_of(ordered, scored), nats_of_watched, sums)
 
 
 def _rows(nats: torch.Tensor, hits: torch.Tensor) -> list[list[float]]:
@@ -178,10 +202,29 @@ def _gathered(rows: list[T]) -> list[T]:
     return [row for share in from_all(rows) for row in share]
 
 
-def _metric_of(rows: list[list[float]], text_tokens: int, text_bytes: int) -> dict[str, float | int | None]:
-    import evaluate  # several seconds on its own
+def figures_of(rows: Sequence[Sequence[float]], scored: ScoredText) -> dict[str, float | int | None]:
+    """The figures of `score_text`, of what windows contributed.
 
+    Args:
+        rows: Of all its windows or of some, each in the order of `WINDOW_SUMS`.
+        scored: The text.
+    """
+    found = _metric_of(rows, scored.text_tokens, scored.text_bytes)
+    if not scored.comes_back:
+        found |= {key: None for key, metric in METRICS.items() if metric.per_byte}
+    return found
+
+
+def _metric_of(rows: Sequence[Sequence[float]], text_tokens: int, text_bytes: int) -> dict[str, float | int | None]:
     # in memory: no Arrow or lock files that two runs on one machine could share
-    metric = evaluate.load(str(METRIC_FILE), keep_in_memory=True)
+    metric = metric_class()(keep_in_memory=True)
     metric.add_batch(**dict(zip(WINDOW_SUMS, map(list, zip(*rows, strict=True)), strict=True)))
     return metric.compute(text_tokens=text_tokens, text_bytes=text_bytes)
+
+
+@cache
+def metric_class() -> Callable[..., Any]:
+    """The class in `METRIC_FILE`, which the library copies and imports under a lock: once a process."""
+    import evaluate  # several seconds on its own
+
+    return type(evaluate.load(str(METRIC_FILE), keep_in_memory=True))

@@ -26,7 +26,7 @@ from partialtune.text.stored_text import StoredText, write_pieces
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY_BYTES = 16 << 20  # of all texts that are read together; 64 MiB in memory would take half a GB on the way
+IN_MEMORY_BYTES = 16 << 20  # of all texts that are read together; 64 MB in memory would take half a GB on the way
 # A text in the cache is made of its bytes and of the code that reads them: where one of these changes, it is made anew.
 CODE = (cleaning_code, decoding, gutenberg, sniffing, stored_text, unwrapping)
 
@@ -220,7 +220,7 @@ def _log_decisions(source: SourceText, cleaning: str) -> None:
             f"cut {source.removed_head:,} characters at the head and {source.removed_foot:,} at the foot, lines joined"
         )
     elif cleaning == "auto":
-        done = "left as it is but for line ends (LF), no header or footer of Project Gutenberg"
+        done = "left as it is but for line ends (LF)"
     else:
         done = "left as it is"
     logger.info(

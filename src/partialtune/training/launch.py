@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from partialtune.distributed import DDP_TIMEOUT, launcher_says, shards_parameters
+from partialtune.distributed import DDP_TIMEOUT, DEEPSPEED, launcher_says, shards_parameters
 from partialtune.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # devices on which accelerate carries out FSDP; on others it silently runs something else
 SHARDED_ON = ("cuda", "xpu", "npu", "mlu", "musa", "sdaa", "hpu", "neuron")
+STATE_DICT_TYPES = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")  # the first is accelerate's default under FSDP2
 
 
 def use_all_cores() -> None:
@@ -45,7 +46,7 @@ def join_processes(given: Mapping[str, Any]) -> None:
         given: Fields of `TrainingArguments` that the recipe names.
 
     Raises:
-        InputError: If some of them are not there.
+        InputError: If some of them are not there, or find what processes before them left.
     """
     on_cpu = given.get("use_cpu") or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -53,7 +54,7 @@ def join_processes(given: Mapping[str, Any]) -> None:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         seconds = given.get("ddp_timeout", DDP_TIMEOUT)
         try:
-            PartialState(timeout=timedelta(seconds=seconds))
+            PartialState(timeout=timedelta(seconds=seconds), **store_after_restart(seconds))
         except dist.DistError as error:
             promised, place = os.environ["WORLD_SIZE"], os.environ.get("MASTER_ADDR")
             raise InputError(
@@ -63,6 +64,37 @@ def join_processes(given: Mapping[str, Any]) -> None:
             ) from error
 
 
+def store_after_restart(seconds: float) -> dict[str, Any]:
+    """Where processes that torch's agent has started again find each other: a part of its store that is still empty.
+
+    The agent keeps one store for all of its starts. In it stand the addresses of the processes that were killed, and
+    those that come after would read them: gloo ends with `connectFullMesh failed`.
+
+    Args:
+        seconds: How long one of them waits for what another one has to say.
+
+    Returns:
+        Arguments of torch's `init_process_group`; none where the store is a new one anyway.
+
+    Raises:
+        InputError: Where several agents have begun again, which count their starts each for itself.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        raise InputError(
+            "The launcher has started the processes of several machines again, and left them the addresses of those "
+            "that are gone. Launch with torchrun --rdzv_backend c10d, on all machines with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1. What was saved before is in the run's folder."
+        )
+    processes, address = int(os.environ["WORLD_SIZE"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    # not the master: that is the agent
+    store = dist.TCPStore(*address, processes, is_master=False, timeout=timedelta(seconds=seconds))
+    own = dist.PrefixStore(f"start {start}", store)
+    return {"store": own, "rank": int(os.environ["RANK"]), "world_size": processes}
+
+
 def check_launcher() -> None:
     """Stop where the launcher asks for DeepSpeed; checked before anything else, since it need not be installed.
 
@@ -70,10 +102,7 @@ def check_launcher() -> None:
         InputError: In that case.
     """
     if launcher_says("ACCELERATE_USE_DEEPSPEED"):
-        raise InputError(
-            "The launcher says DeepSpeed: it partitions parameters, and snapshot, deltas and audit need whole ones. "
-            "Take recipes/launch/fsdp2.yaml where one GPU is too small, else recipes/launch/ddp.yaml."
-        )
+        raise InputError(f"The launcher says DeepSpeed. {DEEPSPEED}")
 
 
 def check_engine(args: TrainingArguments) -> None:
@@ -83,7 +112,7 @@ def check_engine(args: TrainingArguments) -> None:
         args: Of the run; what the launcher asks for is looked up in the environment.
 
     Raises:
-        InputError: For FSDP1, for FSDP that saves shards, and for FSDP without a GPU.
+        InputError: For FSDP1, for FSDP that saves flat parameters, and for FSDP without a GPU.
     """
     by_launcher = launcher_says("ACCELERATE_USE_FSDP")
     if not shards_parameters(args):
@@ -100,10 +129,10 @@ def check_engine(args: TrainingArguments) -> None:
             "Take recipes/launch/cpu_two_processes.yaml."
         )
     kind = os.environ.get("FSDP_STATE_DICT_TYPE") if by_launcher else args.fsdp_plugin_args.get("state_dict_type")
-    if "FULL_STATE_DICT" not in str(kind):
+    if kind is not None and not any(allowed in str(kind) for allowed in STATE_DICT_TYPES):
         raise InputError(
-            f"FSDP would save shards (state dict type {kind or 'SHARDED_STATE_DICT, the default'}) and no whole model. "
-            f"Set fsdp_state_dict_type: FULL_STATE_DICT, as recipes/launch/fsdp2.yaml does."
+            f"fsdp_state_dict_type is {kind}. Allowed are {' and '.join(STATE_DICT_TYPES)}: each process saves its own "
+            f"shards, or one gathers and saves all. recipes/launch/fsdp2.yaml says when to take which."
         )
 
 

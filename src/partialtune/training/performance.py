@@ -1,8 +1,10 @@
 """How training goes, and what it cost: its bar, seconds of steps and their parts, memory -> `performance.json`."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from partialtune.cost.flops import FORMULAS
 from partialtune.machine import peak_memory_mb
 from partialtune.progress import progress_bar
+from partialtune.terminal import NARROW, columns_of
 from partialtune.training.forward_callback import ForwardCallback
 
 if TYPE_CHECKING:
@@ -24,27 +27,52 @@ PARTS = ("data", "forward", "backward", "optimizer", "callbacks")
 
 
 class TrainingProgress(TrainerCallback):
-    """The bar of training: steps done, training loss, held-out loss, in place of a printed line for every log entry."""
+    """The bar of training: steps done, training loss, held-out loss, tokens a second, and when it will end.
 
-    def __init__(self) -> None:
+    It stands in place of a printed line for every log entry. In a narrow terminal it is a line without the bar.
+
+    Args:
+        step_tokens: Tokens of an optimizer step, of all processes together; 0 where nobody knows.
+    """
+
+    def __init__(self, step_tokens: int) -> None:
         self._bar: tqdm | None = None
         self._shown: dict[str, str] = {}
+        self._step_tokens = step_tokens
+        self._narrow = (columns_of(sys.stderr) or NARROW) < NARROW
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = progress_bar(state.max_steps, "training", "steps", initial=state.global_step)
+        bar = "" if self._narrow else "|{bar}|"
+        form = f"{{desc}}: {{percentage:3.0f}}%{bar} {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}{{postfix}}]"
+        self._bar = progress_bar(state.max_steps, "training", "steps", initial=state.global_step, bar_format=form)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._bar.set_postfix_str(self._words(), refresh=False)
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        digits = 3 if self._narrow else 4
         names = {"loss": "loss", "eval_loss": "held-out"}
-        self._shown |= {shown: f"{logs[name]:.4f}" for name, shown in names.items() if name in (logs or {})}
-        if self._bar is not None:
-            self._bar.set_postfix(self._shown, refresh=False)
+        self._shown |= {shown: f"{logs[name]:.{digits}f}" for name, shown in names.items() if name in (logs or {})}
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._bar.set_postfix_str(self._words(), refresh=False)
         self._bar.close()
         self._bar = None
+
+    def _words(self) -> str:
+        if self._bar is None or self._bar.disable:  # of all processes but the first
+            return ""
+        words, facts = [f"{name}={value}" for name, value in self._shown.items()], self._bar.format_dict
+        done = self._bar.n - self._bar.initial
+        rate = facts["rate"] or (done / facts["elapsed"] if facts["elapsed"] else 0.0)  # steps a second
+        if done and rate:
+            if self._step_tokens:
+                words.append(f"{rate * self._step_tokens:,.0f} tokens/s")
+            left = (self._bar.total - self._bar.n) / rate
+            if not self._narrow and left > 60:
+                words.append(f"ends {datetime.now() + timedelta(seconds=left):%H:%M}")
+        return ", ".join(words)
 
 
 class StepTimer(ForwardCallback):
@@ -126,6 +154,10 @@ class StepTimer(ForwardCallback):
     def median(self) -> float | None:
         """Median seconds a step, callbacks not counted. The first, which warms up, counts only where it is alone."""
         return statistics.median(_warm(self.seconds)) if self.parts else None
+
+    def counted(self) -> Sequence[float]:
+        """Seconds of the steps that `median` is of."""
+        return _warm(self.seconds)
 
     def shares(self) -> dict[str, float] | None:
         """Share of each part in the time of all steps but the first; None before the first."""
@@ -305,11 +337,12 @@ def performance(
     return {
         "median_step_seconds": median,
         "tokens_per_second": tokens / median if median else None,
+        "training_seconds": sum(timer.seconds),
         "peak_memory_mb": peak_memory_mb(),
         "flops_per_step": flops,
         "utilisation": utilisation,
         "time_shares": timer.shares(),
-        "prefix_cache": "memory" if fast.keeps_prefix else "off",
+        "prefix_cache": "disk" if fast.keeps_on_disk else "memory" if fast.keeps_prefix else "off",
         "fast_paths": fast.in_use,
         "callback_share": callback_seconds / (callback_seconds + sum(timer.seconds)) if timer.seconds else None,
     }

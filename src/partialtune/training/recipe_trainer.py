@@ -19,21 +19,34 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from partialtune.engine.attach import attach, put_in_front
 from partialtune.engine.checkpoint_files import FirstStepRecord
 from partialtune.engine.prefix_choice import PrefixPhase, choose_prefix
+from partialtune.engine.prefix_place import rows_of_run
 from partialtune.engine.tuning import Tuning
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.insight.learning_curves import HELD_OUT_TIMES, POINTS, windows_a_point
 from partialtune.metrics import best_model_metric, value_of_loss
 from partialtune.model.conformance import Conformance, next_token_loss
 from partialtune.recipe.recipe import Recipe
+from partialtune.scoring.evaluation import evenly_spaced
+from partialtune.training.other_processes import EpochOrder
 from partialtune.training.performance import EndOfCallbacks, ProductCount, StepTimer, TrainingProgress
 from partialtune.training.replay import ReplayOrder
-from partialtune.training.resume_check import RunOrigin, write_origin
+from partialtune.training.run_origin import RunOrigin, write_origin
+from partialtune.training.settings import LED_BY_EVALUATIONS, evaluation_steps, run_length, windows_a_step
 from partialtune.training.stopping import BatchWatch, EarlyStopping, StopOnSignal
 from partialtune.training.training_data import RunData, collate_windows
 
+# Up to here all held-out windows are evaluated each time: a minute or less on two cores.
+FLOPS_OF_ALL = 10**13
+
 
 def prefix_phases(
-    recipe: Recipe, plan: FreezePlan, model: PreTrainedModel, args: TrainingArguments, saved: RunOrigin | None = None
+    recipe: Recipe,
+    plan: FreezePlan,
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    saved: RunOrigin | None = None,
+    data: RunData | None = None,
 ) -> list[PrefixPhase]:
     """What each phase does with its frozen prefix: as the run that goes on here chose it, else chosen now.
 
@@ -43,11 +56,13 @@ def prefix_phases(
         model: As it was loaded.
         args: Of the run.
         saved: What the run began with, where it goes on from a checkpoint.
+        data: Of the run, by which `auto` chooses between memory and disk; without it, memory.
     """
     wanted = recipe.speed.prefix_cache
     if wanted == "auto" and saved is not None and saved.choices.prefix_cache is not None:
         return saved.choices.prefix_cache
-    return choose_prefix(wanted, plan, model, args)
+    rows = None if data is None else rows_of_run(args, data.rows, data.held_out)
+    return choose_prefix(wanted, plan, model, args, rows)
 
 
 @dataclass(frozen=True)
@@ -117,9 +132,43 @@ def make_trainer(
         train_dataset=data.rows,
         order=data.order,
         early_stopping=early_stopping_of(recipe, args),
-        eval_dataset=data.held_out,
+        eval_dataset=evaluated_windows(args, data, plan.total_parameters),
         data_collator=collate_windows,
     )
+
+
+def evaluated_windows(args: TrainingArguments, data: RunData, parameters: int) -> Dataset | None:
+    """Held-out windows of the evaluations during training: all, or a sample where these do no more than to draw a curve
+    and take long.
+
+    Args:
+        args, data: Of the run.
+        parameters: Of the model.
+    """
+    if data.held_out is None or decides_by_held_out(args):
+        return data.held_out
+    points = run_length(args, data.epoch_windows) // (evaluation_steps(args, data.epoch_windows) or 1)
+    tokens = points * sum(map(len, data.held_out["input_ids"]))
+    if 2 * parameters * tokens <= FLOPS_OF_ALL:  # a product and a sum for each, forward
+        return data.held_out
+    return evenly_spaced(data.held_out, HELD_OUT_TIMES * windows_of_curves(args, data))
+
+
+def decides_by_held_out(args: TrainingArguments) -> bool:
+    """Whether anything depends on the held-out loss during training: the best model, an early end, the learning rate.
+
+    `early_stopping_patience` names a metric, see `early_stopping.implied_by_early_stopping`.
+    """
+    chooses = args.load_best_model_at_end or args.metric_for_best_model is not None
+    return chooses or args.lr_scheduler_type in LED_BY_EVALUATIONS or args.save_strategy == "best"
+
+
+def windows_of_curves(args: TrainingArguments, data: RunData) -> int:
+    """Windows of each text that are scored at each point of the learning curves; of the held-out one `HELD_OUT_TIMES`
+    as many."""
+    steps = run_length(args, data.epoch_windows)
+    every = evaluation_steps(args, data.epoch_windows) or max(1, steps // POINTS)
+    return windows_a_point(steps * windows_a_step(args), steps // every, len(data.scored))
 
 
 def attached_trainer(
@@ -128,7 +177,7 @@ def attached_trainer(
     model: PreTrainedModel,
     args: TrainingArguments,
     train_dataset: Dataset,
-    order: ReplayOrder | None = None,
+    order: ReplayOrder | EpochOrder | None = None,
     early_stopping: EarlyStopping | None = None,
     eval_dataset: Dataset | None = None,
     delta_steps: int = 10,
@@ -147,11 +196,11 @@ def attached_trainer(
     Args:
         plan, delta_steps, stop_on_violation, weight_decay_on, fast_paths: As for `attach`.
         prefix: What each phase does with its frozen prefix; nothing is kept where it is absent.
-        origin: What the run began with, kept in each checkpoint (see `resume_check.origin_of`).
+        origin: What the run began with, kept in each checkpoint (see `run_origin.origin_of`).
         tokenizer: Is put into each checkpoint; None for none.
         conformance: Whether the model's own loss is used, and the values of its config that the run changed.
         tokens_per_byte: Of the held-out text, for `metric_for_best_model: bits_per_byte`.
-        order: That of the windows, where some of them are replayed ones.
+        order: That of the windows, where it is not the Trainer's own.
         early_stopping: Ends the run where the held-out loss no longer improves.
         model, args, train_dataset, eval_dataset, data_collator: As for the Trainer.
     """
@@ -196,7 +245,9 @@ def attached_trainer(
     put_in_front(trainer, [timer, products, BatchWatch(train_dataset, order.texts if order else None), best])
     for printer in (PrinterCallback, ProgressCallback):  # they print every log entry as a line
         trainer.remove_callback(printer)
-    bar = [] if args.disable_tqdm else [TrainingProgress()]
+    row = len(train_dataset[0]["input_ids"]) if isinstance(train_dataset, Dataset) else 0  # a stream has no first row
+    step_tokens = windows_a_step(args) * row
+    bar = [] if args.disable_tqdm else [TrainingProgress(step_tokens)]
     for callback in (stop, *([early_stopping] if early_stopping else []), FirstStepRecord(), *bar):
         trainer.add_callback(callback)
     return RecipeTrainer(trainer, tuning, timer, products, stop, early_stopping)

@@ -3,62 +3,48 @@
 Three things are compared, each with what the present run would begin with:
     the recipe in the output folder      `standing_of`, before anything is loaded
     the checkpoint's optimizer           `check_checkpoint`: the parameters that it holds
-    the checkpoint's `origin.json`       `check_origin`: base, texts, windows, what each phase trains
-
-`origin.json` is what a run began with, kept in each of its checkpoints. It also holds what `auto` chose, which a run
-that goes on keeps and does not choose again.
+    the checkpoint's `origin.json`       `run_origin.check_origin`: base, texts, windows, what each phase trains
 """
 
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import MISSING
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import nn
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from partialtune.distributed import rank_and_processes
 from partialtune.engine.checkpoint_files import damage_of, newest_whole_checkpoint, read_with_care
-from partialtune.engine.plan_optimizer import saved_groups
-from partialtune.engine.prefix_choice import PrefixPhase
+from partialtune.engine.sharded_saves import parameters_of_optimizer
 from partialtune.errors import InputError, RecipeError
 from partialtune.freeze.plan import FreezePlan
-from partialtune.freeze.rates import rates_in_words
-from partialtune.model.config_keys import differences_between, function_keys
-from partialtune.model.digests import digests
 from partialtune.model.rows import name_with_rows
 from partialtune.net.addresses import SOURCE_KEYS, same_sources
-from partialtune.recipe.arguments import ModelArguments, argument_fields, default_of
+from partialtune.recipe.arguments import argument_fields, default_of
 from partialtune.recipe.early_stopping import implied_by_early_stopping
 from partialtune.recipe.key_rules import training_defaults
-from partialtune.recipe.recipe import Recipe
 from partialtune.run_folder import (
     RECIPE_FILE,
     check_writable,
     has_taken_a_step,
     is_finished,
     is_left_by_a_start,
-    read_json,
     recorded_recipe,
 )
-from partialtune.training.settings import data_seed, windows_a_step
-from partialtune.training.training_data import RunData, traits_of_windows
 
 logger = logging.getLogger(__name__)
 
-ORIGIN_FILE = "origin.json"
-WINDOW_SETTINGS = ("text_cleaning", "block_size", "window_stride", "window_sampling", "validation_share")
 
-# Keys that do not make it another run: where it is put, where it goes on from, what is logged and pushed.
+# Keys that do not make it another run: where it is put, where it goes on from, what is logged, shown and pushed.
 FREE_KEYS = (
     *("run", "output_dir", "resume_from_checkpoint", "push_to_hub", "report_to", "run_name", "project"),
-    *("disable_tqdm", "include_num_input_tokens_seen"),
+    *("disable_tqdm", "include_num_input_tokens_seen", "sample_steps"),
 )
+# Keys that may change with the number of processes, as long as together they give the same windows a step.
+DEALING_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 FREE_PREFIXES = ("logging_", "log_", "hub_", "trackio_")
 
 
@@ -95,6 +81,10 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
         )
     earlier = recorded_recipe(folder)
     different = recipe_differences(earlier, values)
+    if resume is not None and _may_be_dealt_otherwise(earlier, folder):
+        different = [
+            key for key in different if key not in DEALING_KEYS
+        ]  # `suited_accumulation` keeps what they make up
     if different:
         raise RecipeError(
             f"output_dir: {folder} holds a run of another recipe; they differ in {', '.join(different)}. "
@@ -110,6 +100,14 @@ def standing_of(folder: Path, values: Mapping[str, Any], resume: str | None) -> 
             f"--resume_from_checkpoint auto; or name another folder: --output_dir {folder}-2. Nothing was touched."
         )
     return Standing.BEGUN
+
+
+def _may_be_dealt_otherwise(earlier: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a run that was begun goes on, or went on already, on another number of processes."""
+    record = earlier.get("run")
+    if not isinstance(record, dict) or is_finished(folder) or not has_taken_a_step(folder):
+        return False
+    return "accumulation" in record or record.get("processes") != rank_and_processes()[1]
 
 
 def _goes_further(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
@@ -192,14 +190,12 @@ def check_checkpoint(checkpoint: Path, plan: FreezePlan) -> None:
     _check_whole(checkpoint, read=False)  # `checkpoint_to_resume` has read it
     with read_with_care(checkpoint):
         step = _checked_state(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))).global_step
-    file = checkpoint / OPTIMIZER_NAME
     if not any(checkpoint.glob("optimizer*")):
         raise InputError(f"{checkpoint} holds no optimizer: going on with a fresh one would be another run.")
-    if not file.is_file():  # sharded: PyTorch keeps it in a folder of its own, by name
-        return
     with read_with_care(checkpoint):
-        groups = saved_groups(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        held = {str(name) for group in groups for name in group["params"]}
+        held = parameters_of_optimizer(checkpoint)
+    if held is None:  # FSDP has gathered them into a file of another name
+        return
     trained = {name_with_rows(name, plan.rows.get(name)) for name in plan.phase_at(step - 1).trainable}
     if held != trained:
         both = {"not in the plan": sorted(held - trained), "not in the checkpoint": sorted(trained - held)}
@@ -219,211 +215,3 @@ def _checked_state(state: TrainerState) -> TrainerState:
     if not (isinstance(history, list) and all(isinstance(entry, dict) for entry in history)):
         raise ValueError(f"{TRAINER_STATE_NAME} holds no history")
     return state
-
-
-# ---- the checkpoint: origin.json -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BaseOrigin:
-    """The base: its name, the Hub's commit, sha256 by parameter as it was loaded, the keys of its config that count."""
-
-    name: str
-    commit: str | None
-    sha256: dict[str, str]
-    config: dict[str, Any] = field(default_factory=dict)  # older checkpoints have none
-
-
-@dataclass(frozen=True)
-class SourceOrigin:
-    """A training text as it was read."""
-
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class PhaseOrigin:
-    """What trains from a step on."""
-
-    from_step: int
-    trainable: list[str]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What `auto` became; None in older checkpoints, which then choose again."""
-
-    bf16: bool | None = None
-    prefix_cache: list[PrefixPhase] | None = None
-
-
-@dataclass(frozen=True)
-class RunOrigin:
-    """What a run begins with: the content of `origin.json`.
-
-    Attributes:
-        base, text, phases, choices: As in their classes.
-        windows: The recipe's settings of windows, their seed, how many make a step on all processes together, how many
-            there are, and a digest of some.
-        rates: `part_learning_rates` and `layer_decay` in words; None where the recipe has neither.
-        sampling: The plan's, where blocks learn in turn.
-        new_tokens: What was added to the tokenizer, as in `freeze_plan.json`; None where nothing was.
-    """
-
-    base: BaseOrigin
-    text: list[SourceOrigin]
-    windows: dict[str, Any]
-    phases: list[PhaseOrigin]
-    choices: Choices
-    rates: dict[str, str] | None = None
-    sampling: dict[str, Any] | None = None
-    new_tokens: list[dict[str, Any]] | None = None
-
-
-def origin_of(
-    recipe: Recipe,
-    *,
-    args: TrainingArguments,
-    model: nn.Module,
-    data: RunData,
-    plan: FreezePlan,
-    prefix: Sequence[PrefixPhase],
-) -> RunOrigin:
-    """What a run begins with.
-
-    Args:
-        recipe: Of the run.
-        args: Trainer's arguments, in which `bf16: auto` is decided.
-        model: The base as it was loaded, before the plan is applied.
-        data: Texts and windows.
-        plan: What trains in which phase.
-        prefix: What `prefix_cache: auto` became.
-    """
-    name, config = recipe.model.model_name_or_path, model.config
-    return RunOrigin(
-        BaseOrigin(name, getattr(config, "_commit_hash", None), digests(model), function_keys(config.to_dict())),
-        [SourceOrigin(source.name, source.sha256) for source in data.sources],
-        {
-            **{key: getattr(recipe.text, key) for key in WINDOW_SETTINGS},
-            "data_seed": data_seed(args),
-            "windows a step": windows_a_step(args),
-            **traits_of_windows(data),
-        },
-        [PhaseOrigin(phase.from_step, list(phase.trainable)) for phase in plan.phases],
-        Choices(args.bf16, list(prefix)),
-        rates_in_words(plan) or None,
-        None if plan.sampling is None else plan.sampling.to_json(),
-        plan.new_tokens.to_json() if plan.new_tokens else None,
-    )
-
-
-def write_origin(folder: Path, origin: RunOrigin | None) -> None:
-    """Put `origin.json` into a checkpoint; of a Trainer that was told of no origin an empty one."""
-    content = {} if origin is None else {key: value for key, value in asdict(origin).items() if value is not None}
-    (folder / ORIGIN_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_origin(checkpoint: Path) -> RunOrigin:
-    """The `origin.json` of a checkpoint.
-
-    Raises:
-        InputError: If it has none that can be read.
-    """
-    with read_with_care(checkpoint):
-        try:
-            # not validate_json: names of files that are no UTF-8 hold surrogates, which its parser refuses
-            return TypeAdapter(RunOrigin).validate_python(read_json(checkpoint / ORIGIN_FILE))
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            place = ".".join(map(str, wrong["loc"]))
-            raise ValueError(f"{ORIGIN_FILE}, {place}: {wrong['msg']}") from error
-
-
-def with_choices(given: Mapping[str, Any], saved: RunOrigin | None) -> dict[str, Any]:
-    """Trainer's keys of a recipe with what their `auto` became when the run began, where it goes on."""
-    if saved is None or saved.choices.bf16 is None or given.get("bf16") != "auto":
-        return dict(given)
-    logger.info("bf16: auto -> %s, as when the run began.", str(saved.choices.bf16).lower())
-    return {**given, "bf16": saved.choices.bf16}
-
-
-def at_saved_commit(base: ModelArguments, saved: RunOrigin | None) -> ModelArguments:
-    """The base at the commit that the run began with, where it goes on: a branch may have moved on the Hub."""
-    commit = saved.base.commit if saved is not None and saved.base.name == base.model_name_or_path else None
-    if not commit or commit == base.model_revision:
-        return base
-    logger.info("Base: %s at commit %s, as when the run began.", base.model_name_or_path, commit)
-    return replace(base, model_revision=commit)
-
-
-def check_origin(checkpoint: Path, saved: RunOrigin, present: RunOrigin) -> None:
-    """Stop where a checkpoint belongs to another run than the one that wants to go on from it.
-
-    Args:
-        checkpoint: For the message.
-        saved: Its `origin.json`.
-        present: `origin_of` the present run.
-
-    Raises:
-        InputError: If base, text, windows or trainable parameters differ; names every difference.
-    """
-    found = [
-        *_setting_differences({"new_tokens": saved.new_tokens}, {"new_tokens": present.new_tokens}),
-        *_base_differences(saved.base, present.base),
-        *_text_differences(saved.text, present.text),
-        *_setting_differences(saved.windows, present.windows),
-        *_phase_differences(saved.phases, present.phases),
-        *_setting_differences(saved.rates or {}, dict.fromkeys(saved.rates or {}) | (present.rates or {})),
-        *_setting_differences({"block_sampling": saved.sampling}, {"block_sampling": present.sampling}),
-    ]
-    if found:
-        raise InputError(
-            f"{checkpoint} belongs to another run. Go on with what that run began with, or start in a new output_dir "
-            f"without resume_from_checkpoint. They differ in\n" + "\n".join(f"  {difference}" for difference in found)
-        )
-
-
-def _base_differences(then: BaseOrigin, now: BaseOrigin) -> Iterator[str]:
-    differing = [name for name, sha256 in now.sha256.items() if then.sha256.get(name) != sha256]
-    if differing:
-        bases = [base.name + (f" at {base.commit}" if base.commit else "") for base in (then, now)]
-        share = f"{len(differing)} of {len(now.sha256)} parameters, {differing[0]} first"
-        yield f"base: {share} ({bases[0]} then, {bases[1]} now)"
-    known = then.config.keys() & now.config.keys()  # another version of transformers knows other keys
-    changes = differences_between(*({key: base.config[key] for key in known} for base in (then, now)))
-    if changes:
-        yield f"base: its config.json, {', '.join(changes)}"
-
-
-def _text_differences(then: Sequence[SourceOrigin], now: Sequence[SourceOrigin]) -> Iterator[str]:
-    if len(then) != len(now):
-        yield f"text: {len(then)} sources then, {len(now)} now"
-        return
-    for old, new in zip(then, now, strict=True):
-        if old.sha256 != new.sha256:
-            yield f"text: {new.name} has another content than {old.name} had (sha256)"
-
-
-def _setting_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    gone = [key for key in then if key.startswith("replay") and key not in now]
-    for key, value in {**now, **dict.fromkeys(gone)}.items():
-        if key == "tokens":
-            if then.get(key) != value:
-                yield "windows: their tokens (another tokenizer, text or version of partialtune)"
-        elif then.get(key) != value:
-            yield f"{key}: {then.get(key)} then, {value} now"
-
-
-def _phase_differences(then: Sequence[PhaseOrigin], now: Sequence[PhaseOrigin]) -> Iterator[str]:
-    steps = [[phase.from_step for phase in phases] for phases in (then, now)]
-    if steps[0] != steps[1]:
-        yield f"schedule: phases from step {steps[0]} then, {steps[1]} now"
-        return
-    for old, new in zip(then, now, strict=True):
-        for names, when in (
-            (set(old.trainable) - set(new.trainable), "then, not now"),
-            (set(new.trainable) - set(old.trainable), "now, not then"),
-        ):
-            if names:
-                yield f"trainable from step {new.from_step}: {len(names)} parameters {when}, such as {min(names)}"

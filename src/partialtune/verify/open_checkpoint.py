@@ -17,7 +17,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 from partialtune.delta_checkpoint import Delta, check_base, read_delta
 from partialtune.errors import ModelError
 from partialtune.freeze.adapter_plan import adapted_matrix
-from partialtune.model.checkpoint_folder import checkpoint_folder
+from partialtune.model.checkpoint_folder import checkpoint_folder, holds_adapters
 from partialtune.model.digests import digests_of
 from partialtune.model.loading import empty_model, load_config
 from partialtune.model.parameters import plain_name
@@ -126,12 +126,6 @@ class Adapters:
             return values.float() + self.added_to(name) if name in adapted else values
 
         return Weights(self.folder, self.name, base.config, base.structure, base.buffers, (), base.streamed, read=read)
-
-
-def holds_adapters(folder: Path) -> bool:
-    """Whether a folder holds adapters in place of a model, or beside a delta that they belong to."""
-    alone = is_delta(folder) or not (folder / "config.json").is_file()
-    return (folder / ADAPTER_CONFIG_NAME).is_file() and alone
 
 
 def open_adapters(folder: Path, name: str, base: Weights) -> Adapters:

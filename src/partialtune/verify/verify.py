@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from partialtune.errors import ModelError
-from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder
+from partialtune.model.checkpoint_folder import PLAN_FILE, checkpoint_folder, holds_adapters
 from partialtune.model.config_keys import config_differences
 from partialtune.model.digests import digest, digest_of_other_rows, same_bits
 from partialtune.model.parameters import chunks_of
@@ -24,7 +24,7 @@ from partialtune.proof.distances import ParameterDelta, delta_between, l2_norm
 from partialtune.run_folder import is_delta
 from partialtune.verify.claims import AdaptedBase, Claim, claim_of_adapters, claim_of_plan, claim_of_selectors
 from partialtune.verify.comparison import ComparedParameter, Comparison, notes_on
-from partialtune.verify.open_checkpoint import Adapters, holds_adapters, open_adapters, open_checkpoint, open_delta
+from partialtune.verify.open_checkpoint import Adapters, open_adapters, open_checkpoint, open_delta
 from partialtune.words import counted, joined
 
 SECONDS_WITHOUT_BAR = 1

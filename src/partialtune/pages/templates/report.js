@@ -17,3 +17,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// A link of the page to a folded section opens it.
+const unfold = () => {
+  const target = document.getElementById(location.hash.slice(1));
+  if (target instanceof HTMLDetailsElement) target.open = true;
+};
+addEventListener("hashchange", unfold);
+unfold();
