@@ -6,7 +6,6 @@ trainer.train()
 tuning.audit.passed, tuning.deltas
 """
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -38,6 +37,7 @@ from partialtune.engine.sharding import sum_in_fp32
 from partialtune.engine.trainer_overrides import TrainerChanges, TunedTrainer, override
 from partialtune.engine.trl_head import has_frozen_trl_head
 from partialtune.engine.tuning import Tuning, check_settings, check_untuned
+from partialtune.engine.unused_parameters import set_search
 from partialtune.errors import RecipeError
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.plan import FreezePlan
@@ -70,8 +70,9 @@ def attach(
     behind frozen blocks are computed once for each row, whatever the data set and the collator are.
 
     Args:
-        trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Where the plan has
-            several phases, or blocks that learn in turn, its `args` become a copy with `ddp_find_unused_parameters`.
+        trainer: `transformers.Trainer` or a subclass of it, such as TRL's, made and not trained yet. Its
+            `args` may become a copy with `ddp_find_unused_parameters`: true where the plan changes on the way, false on
+            several processes where the model uses all that trains and nothing is set.
         plan: Made for this model as it is now, after peft has wrapped it. It is applied here.
         delta_steps: Steps between two reports of the weight deltas.
         output_dir: Where `audit.json` and `weight_deltas.jsonl` are written; the Trainer's where absent.
@@ -108,14 +109,7 @@ def attach(
     check_rows_get_gradients(uncompiled(model))
     if trainer.is_fsdp_enabled:
         await_shards(uncompiled(model))
-    if plan.changes_on_the_way:
-        # What later phases train has no gradient yet, and DDP would wait for it. Trainer's own choice is not to look
-        # for such parameters where activations are recomputed.
-        trainer.args = copy.copy(trainer.args)
-        trainer.args.ddp_find_unused_parameters = True
-        if trainer.accelerator.ddp_handler is not None:  # the Trainer has made it of its arguments already
-            trainer.accelerator.ddp_handler.find_unused_parameters = True
-
+    searching = set_search(trainer, plan, _takes_models_loss(trainer))
     _check_nodes(model, plan, trainer.args)
     fast = _fast_paths(trainer, plan, fast_paths, prefix_cache)
     audit = _callback(trainer, FreezeAuditCallback, plan) or FreezeAuditCallback(plan, output_dir)
@@ -130,7 +124,7 @@ def attach(
         logger.info("FSDP sums the gradients of the processes in fp32, as DDP does, and computes them in 16 bits.")
     # A phase begins first: the others measure what learns in the step. All of them before the trackers, which close
     # their files at the end of training: by then the verdict is logged.
-    put_in_front(trainer, [PhaseCallback(plan, fast), RateCallback(tuning.part_rates), deltas, audit])
+    put_in_front(trainer, [PhaseCallback(plan, fast), RateCallback(tuning.part_rates), deltas, audit, *searching])
     deltas.attach(trainer)
     audit.attach(trainer)
     for callback in (audit, deltas):  # now, and not at the first step: a checkpoint may be loaded before it
