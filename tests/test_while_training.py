@@ -280,6 +280,19 @@ def test_the_page_of_a_run_that_goes_on_is_readable_in_a_browser(killed):
             assert browser.value("document.getElementById('samples').getBoundingClientRect().height") <= height
             assert browser.value("document.querySelector('.samples').getBoundingClientRect().right") <= width
             assert browser.value("document.querySelectorAll('#learning img').length") >= 1
+            assert browser.value("document.getElementById('stale').hidden") is True
+
+
+@needs_chromium
+def test_a_page_that_was_not_written_again_for_long_says_that_the_run_may_have_been_killed(killed):
+    page = write_report(killed, training=True)
+    text = page.read_text()
+    page.write_text(re.sub(r'data-written="(\d+)"', lambda found: f'data-written="{int(found[1]) - 1260}"', text))
+    with Page() as browser:
+        browser.open(page)
+        assert browser.complaints() == []
+        said = browser.value("document.getElementById('stale').innerText")
+    assert said.startswith("It was last written 21 minutes ago.")
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

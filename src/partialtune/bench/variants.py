@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from partialtune.errors import RecipeError
 from partialtune.freeze.plan import FreezePlan
+from partialtune.freeze.recipe_mistakes import read_with_model
 from partialtune.freeze.recipe_plan import empty_base, plan_before_text
 from partialtune.model.model_checks import check_fit
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values
@@ -62,7 +64,8 @@ def read_variants(paths: Sequence[str], overrides: Sequence[str]) -> list[Varian
     Raises:
         InputError: If a recipe is wrong, or its model is; all are checked before the first is measured.
     """
-    own = [entry for path in paths for entry in own_variants(path, read_recipe(path, overrides))]
+    recipes = [read_with_model(partial(read_recipe, path, overrides), reads_text=False) for path in paths]
+    own = [entry for path, recipe in zip(paths, recipes, strict=True) for entry in own_variants(path, recipe)]
     entries = [*own, *((FULL, full_values(values)) for _, values in own)]
     numbers: dict[str, int] = {}  # of the first entry that trains everything on a batch
     for number, (_, values) in enumerate(entries):

@@ -308,6 +308,7 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 
 def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     with importing():
+        from partialtune.freeze.recipe_mistakes import read_with_model
         from partialtune.model.loading import quiet_libraries
         from partialtune.rank.ranking import rank_recipe, ranking_table, recipe_of
         from partialtune.rank.ranking_figure import draw_ranking
@@ -318,7 +319,8 @@ def _rank(known: argparse.Namespace, overrides: Sequence[str]) -> None:
     _at_least_one(batches=known.batches, top=known.top)
     use_all_cores()
     quiet_libraries()
-    recipe = read_recipe(_recipe_path(known.recipe), overrides)
+    path = _recipe_path(known.recipe)
+    recipe = read_with_model(lambda: read_recipe(path, overrides), reads_text=known.by == "gradient")
     written = Path(known.write) if known.write else None
     figure = Path(known.figure) if known.figure else written.with_suffix(".png") if written else None
     for file in filter(None, (written, figure)):

@@ -5,12 +5,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from partialtune.builtin import builtin_recipe
 from partialtune.errors import InputError, RecipeError
+from partialtune.freeze.recipe_mistakes import read_with_model
 from partialtune.grammar.values import MORE_THAN_ZERO, convert_value
 from partialtune.recipe.key_rules import LENGTHS, SEED
 from partialtune.recipe.parsing import group_words
@@ -186,7 +187,8 @@ def read_policies(recipes: Sequence[str], words: Sequence[str] = ()) -> list[Pol
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise RecipeError(f"Several recipes would be called {', '.join(doubled)}. Rename all but one of the files.")
-    return [Policy(name, path, tuple(words), read_recipe(path, words)) for name, path in zip(names, paths, strict=True)]
+    recipes = [read_with_model(partial(read_recipe, path, words), reads_text=True) for path in paths]
+    return [Policy(name, path, tuple(words), one) for name, path, one in zip(names, paths, recipes, strict=True)]
 
 
 def changed_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,8 @@ KINDS = {
         step_figures.draw_curves,
         step_figures.curves_alt,
         "Bits per byte: how many bits of each byte of a text the model still cannot foresee; lower is better, and it "
-        "compares between texts. Each text has a scale of its own. A blue line that falls was learnt; an orange one "
-        "that rises was forgotten.",
+        "compares between texts. Each text has a scale of its own. A line that falls was learnt; one that rises "
+        "was forgotten.",
         step_figures.has_curves,
     ),
     "deltas_heatmap.png": Kind(

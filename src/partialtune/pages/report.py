@@ -80,11 +80,12 @@ def reloads_itself(folder: Path) -> bool:
 
 def render_report(run: RunFiles) -> str:
     """The page as text."""
-    environment = html_environment()
+    environment, now = html_environment(), datetime.now(UTC)
     return environment.get_template("report.html.j2").render(
         run=run,
         passed=run.audit["passed"],
-        written=f"{datetime.now(UTC):%d %B %Y, %H:%M:%S} UTC".lstrip("0"),
+        written=f"{now:%d %B %Y, %H:%M:%S} UTC".lstrip("0"),
+        written_at=int(now.timestamp()),
         refresh=REFRESH_SECONDS if run.unfinished is not None and run.unfinished.training else None,
         samples=sample_history(run),
         facts=facts_of(run),

@@ -24,3 +24,11 @@ const unfold = () => {
 };
 addEventListener("hashchange", unfold);
 unfold();
+// A page of a run that goes on loads itself again; where it has long been the same, it says so: a run that was killed
+// could not write that it ended.
+const stale = document.getElementById("stale");
+const minutes = stale ? Math.floor((Date.now() / 1000 - Number(stale.dataset.written)) / 60) : 0;
+if (minutes >= 10) {
+  stale.querySelector("span").textContent = minutes;
+  stale.hidden = false;
+}
