@@ -187,8 +187,8 @@ def read_policies(recipes: Sequence[str], words: Sequence[str] = ()) -> list[Pol
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise RecipeError(f"Several recipes would be called {', '.join(doubled)}. Rename all but one of the files.")
-    recipes = [read_with_model(partial(read_recipe, path, words), reads_text=True) for path in paths]
-    return [Policy(name, path, tuple(words), one) for name, path, one in zip(names, paths, recipes, strict=True)]
+    read = [read_with_model(partial(read_recipe, path, words), reads_text=True) for path in paths]
+    return [Policy(name, path, tuple(words), one) for name, path, one in zip(names, paths, read, strict=True)]
 
 
 def changed_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
