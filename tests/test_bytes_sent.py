@@ -116,8 +116,10 @@ def test_under_ddp_gradients_of_what_trains_travel_and_nothing_else_does(tmp_pat
         trainable, total = rank["plan"]
         assert trainable == 51_072 < total == 177_280
         assert rank["a step"] == [{"all-reduce": trainable}] * 6
-        # nothing beside them: nobody looks for parameters that were not used; and once the whole model is sent
-        assert rank["other"] == [[]] * 6
+        # Nothing beside them in each step: nobody looks for parameters that were not used. Once: which parameter is in
+        # which of the buckets, in the order of their gradients (14 numbers and their count, the buckets' sizes), and
+        # the whole model.
+        assert rank["other"] == [[], [("broadcast", 4 * 15, "int32"), ("broadcast", 4, "int32")], [], [], [], []]
         assert rank["whole"]["broadcast"] == total
         # Of 24 rows each process computed the prefix of its 12. In the second epoch they are dealt out otherwise, and
         # none is computed again: those that the other one has computed are found.
