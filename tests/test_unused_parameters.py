@@ -131,7 +131,7 @@ class SkipsLater(TrainerCallback):
             model.transformer.h[-1].forward = lambda hidden, *_, **__: hidden
 
 
-def train(folder, make, search=None, callbacks=()):
+def train(folder, make, search=None, callbacks=(), trainable=("all",)):
     """Six steps as one of two processes -> what DDP was told, and how it ended."""
     torch.manual_seed(0)
     model = make()
@@ -149,7 +149,7 @@ def train(folder, make, search=None, callbacks=()):
         data_collator=default_data_collator,
         callbacks=list(callbacks),
     )
-    tuning = pt.attach(trainer, pt.plan_freeze(model, ["all"]), prefix_cache="off")
+    tuning = pt.attach(trainer, pt.plan_freeze(model, list(trainable)), prefix_cache="off")
     try:
         trainer.train()
     except RecipeError as error:
@@ -170,6 +170,12 @@ def test_the_search_is_left_out_of_a_plain_model_unless_it_was_asked_for(tmp_pat
     for asked in (None, True):
         for found in on_two_processes(train, tmp_path, tiny_gpt2, asked):
             assert found == (bool(asked), True, [])
+
+
+@pytest.mark.slow
+def test_rows_that_train_beside_a_block_have_their_gradients_without_the_search(tmp_path):
+    for found in on_two_processes(train, tmp_path, tiny_gpt2, None, (), ("embeddings.tokens[:64]", "blocks[-1]")):
+        assert found == (False, True, [])
 
 
 @pytest.mark.slow
