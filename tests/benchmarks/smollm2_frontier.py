@@ -9,10 +9,13 @@ command goes on where it stopped, killed or not: it leaves out what the file hol
 after `--hours`. `--list` shows what is done, what is to come, and about how long it takes. Without `--gguf` the base is
 `--model`, a folder or a Hub id; a file of results holds one base, one text and one length of run (`inputs`).
 
-The order is that of value. Each policy is trained with the middle one of its five learning rates, then with those on
-either side of it, then with the one beyond where the better side is the best so far: bits per byte of a `choice` text
-decide, which is neither trained on nor reported. Then come two more seeds of the chosen rate, every block alone, the
-notebook's own recipe, and last the rates that the search left out.
+The order is that of value. Each policy is trained with the middle one of its five learning rates, then with the one
+above it, then with the one below it where the one above was no better, then with the one beyond where that side is the
+best so far: bits per byte of a `choice` text decide, which is neither trained on nor reported. Then come two more seeds
+of the chosen rate, every block alone, the notebook's own recipe, and last the rates that the search left out.
+
+Scores do not need a quiet machine. Two of these commands side by side, each with its own `--work` and `--only` and
+OMP_NUM_THREADS=1, get through more of them; they may write into one file.
 
 Times are of use where `busy` is no: then other processes took less than a tenth of a core while the run went on.
 """
@@ -258,6 +261,7 @@ def append_line(file: Path, line: str, header: str = "") -> None:
     """Add a line, after a torn last one has been taken off; under a header where the file has none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # two commands may add to one file
         stream.seek(0)
         end = stream.read().rfind(b"\n") + 1
         stream.truncate(end)
@@ -288,8 +292,11 @@ def next_run(rows: Sequence[Row], only: Sequence[str] = ()) -> Key | None:
 
 def plan(rows: Sequence[Row]) -> Iterator[Key]:
     """All runs. What comes later depends on the results of what came before."""
-    for place in (2, 1, 3):
+    for place in (2, 3):
         yield from (Key(name, policy.rates[place], SEEDS[0]) for name, policy in POLICIES.items())
+    for name, policy in POLICIES.items():
+        if chosen_rate(rows, name) not in policy.rates[3:]:  # else the best is not below the middle
+            yield Key(name, policy.rates[1], SEEDS[0])
     for name, policy in POLICIES.items():
         best = chosen_rate(rows, name)
         for inner, outer in ((1, 0), (3, 4)):
@@ -303,7 +310,7 @@ def plan(rows: Sequence[Row]) -> Iterator[Key]:
     for block in sorted(range(BLOCKS), key=lambda block: (block % 3, block)):
         yield Key(f"block_{block:02}", BLOCK_RATE, SEEDS[0])
     yield Key(NOTEBOOK, 5e-5, 42)
-    for place in (0, 4):
+    for place in (1, 0, 4):
         yield from (Key(name, policy.rates[place], SEEDS[0]) for name, policy in POLICIES.items())
 
 
