@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 import partialtune
 from conftest import REPOSITORY
 from partialtune.cli.entry import make_parser
-from partialtune.recipe.arguments import argument_fields
+from partialtune.recipe.arguments import argument_fields, recipe_help
 from partialtune.recipe.recipe import read_recipe, recipe_from_values
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -106,6 +106,11 @@ def test_every_option_of_a_benchmark_is_one_that_it_has(words):
     source = (REPOSITORY / file).read_text(encoding="utf-8")
     for option in [option for option in options if option.startswith("--")]:
         assert f'"{option}"' in source or "add_argument(f" in source, option
+
+
+def test_the_keys_of_the_recipes_page_are_those_of_the_help():
+    page = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page.endswith(f"```text\n{recipe_help()}```\n"), "put what `partialtune train --help` prints there"
 
 
 def test_the_recipe_of_the_readme_is_one():

@@ -195,7 +195,7 @@ def policy_table(rows: Sequence[Row]) -> str:
         f"Before training: {before.held_out_before:.4f} bits per byte of the held-out end, "
         f"{before.python_before:.4f} of Python's reference, {before.novel_before:.4f} of *Persuasion*. The "
         f"last two columns are what these change by: above 0 is forgotten.\n"
-        f"`*`: the best rate so far has a neighbour that has not been tried, or none in the list."
+        f"`*`: the search is not over: a rate next to the best one is untried, or the best one ends the list."
     )
     return f"{as_table(titles, lines)}\n\n{words}\n\n![{FRONTIER_WORDS}]({FRONTIER})"
 

@@ -18,8 +18,9 @@ from partialtune.terminal import columns_of, fitted
 
 DESCRIPTION = "Fine-tune chosen parts of a causal language model, keep the rest frozen, and prove that it stayed so."
 EPILOG = """\
-exit codes: 0 done, 1 a bug, 2 bad input, 3 a frozen weight changed or a trainable one could not learn,
-4 training diverged, 5 the upload did not complete, 130 interrupted and 143 terminated, both after a checkpoint
+exit codes: 0 done, 1 a bug or another process was lost, 2 bad input or a full disk, 3 a frozen weight changed or a
+trainable one could not learn, 4 training diverged, 5 the upload did not complete, 130 interrupted and 143 terminated,
+both after a checkpoint once a step was taken
 """
 
 

@@ -314,7 +314,10 @@ def recipe_help() -> str:
             lines += [f"  {entry.name}: {_allowed_and_default(entry, hints[entry.name])}"]
             lines += [f"      {line}" for line in textwrap.wrap(entry.metadata["help"], 100)]
         sections.append("\n".join(lines))
-    rest = "Every field of transformers.TrainingArguments is a key as well; output_dir is required."
+    rest = (
+        "Nearly every field of transformers.TrainingArguments is a key as well; output_dir is required. "
+        "The others are\nrefused with the reason."
+    )
     return "\n\n".join([*sections, rest]) + "\n"
 
 
@@ -329,4 +332,4 @@ def _show_default(default: Any) -> str:
         return str(default).lower()
     if isinstance(default, list | tuple):
         return "; ".join(default) or "none"
-    return str(default) if default else "none"
+    return "none" if default in (None, {}) else str(default)
