@@ -199,6 +199,13 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             "attach: the scheduler greedy holds all rates above one bound, so that part_learning_rates and layer_decay "
             "would not keep their ratios. Take another lr_scheduler_type, such as cosine."
         )
+    scheduler = trainer.args.lr_scheduler_kwargs
+    absolute = isinstance(scheduler, dict) and scheduler.get("min_lr")
+    if plan.names_rates and trainer.args.lr_scheduler_type == "reduce_lr_on_plateau" and absolute:
+        raise RecipeError(
+            "attach: min_lr of reduce_lr_on_plateau is one bound for all rates, so that part_learning_rates and "
+            "layer_decay would not keep their ratios. Leave min_lr out of lr_scheduler_kwargs."
+        )
     if plan.frozen_quantization and (trainer.is_fsdp_enabled or trainer.args.n_gpu > 1):
         raise RecipeError(
             f"frozen_quantization: FSDP shards parameters and DataParallel copies them, and a matrix in "

@@ -284,6 +284,16 @@ def with_ties(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str
     return tied
 
 
+def say_without_optimizer(checkpoint: str | None) -> None:
+    """Warn of a checkpoint that a run cannot go on from as it would have gone on."""
+    if checkpoint is not None and not any(Path(checkpoint).glob("optimizer*")):
+        logger.warning(
+            "%s holds no optimizer state (save_only_model): the run goes on with a new optimizer, and so with other "
+            "weights than one that was not interrupted.",
+            Path(checkpoint).name,
+        )
+
+
 @contextmanager
 def read_with_care(checkpoint: Path) -> Iterator[None]:
     """Say in one sentence that a checkpoint does not hold what it should.

@@ -21,7 +21,7 @@ from partialtune.errors import is_ours
 from partialtune.model.held_narrow import own_class_of
 from partialtune.model.narrow_weights import held_matrix
 from partialtune.model.row_parameters import trained_rows_of
-from partialtune.model.train_mode import evaluating
+from partialtune.model.train_mode import evaluating, no_layer_drop
 from partialtune.model.trained_rows import matrix_and_rows
 
 logger = logging.getLogger(__name__)
@@ -52,26 +52,37 @@ class LossWithoutLogits:
     def refusal(self, input_ids: torch.Tensor) -> str:
         """Why this model needs its own loss, empty where it does not: both are taken on one batch and compared.
 
+        In eval mode, and in train mode from one seed: a model may use its logits in training alone.
+
         Args:
             input_ids: int64 (B, T), on the model's device; as much of it is used as keeps the logits small.
         """
         if needs_them := self.needs_logits():
             return needs_them
         few = input_ids[:1, : max(2, CHECKED_LOGITS // self._head.out_features)]
-        with evaluating(self._owner), torch.autocast(few.device.type, enabled=False):
-            own = float(self._owner(input_ids=few, labels=few).loss)
-            try:
-                with self.active():
-                    ours = float(self._owner(input_ids=few, labels=few).loss)
-            except LogitsInUse:
-                return "it changes its logits after the head, by a cap or a scale"
-            except Exception as error:  # BART computes its loss itself, and finds that states are no logits
-                if is_ours(error):
-                    raise
-                return f"its forward pass fails without logits ({type(error).__name__})"
-        if abs(own - ours) > AGREEMENT:
-            return f"on the first window its own loss is {own:.6f} and the loss without logits {ours:.6f}"
+        with evaluating(self._owner), no_layer_drop(self._owner), torch.autocast(few.device.type, enabled=False):
+            for mode in ("eval", "train"):
+                self._owner.train(mode == "train")
+                own = self._loss_of(few)
+                try:
+                    with self.active():
+                        ours = self._loss_of(few)
+                except LogitsInUse:
+                    return "it changes its logits after the head, by a cap or a scale"
+                except Exception as error:  # BART computes its loss itself, and finds that states are no logits
+                    if is_ours(error):
+                        raise
+                    return f"its forward pass fails without logits ({type(error).__name__})"
+                if abs(own - ours) > AGREEMENT:
+                    return f"in {mode} mode its own loss on a window is {own:.6f}, the loss without logits {ours:.6f}"
         return ""
+
+    def _loss_of(self, input_ids: torch.Tensor) -> float:
+        """Nats a token, drawn from one seed; the random numbers of the run are not used up."""
+        devices = [] if input_ids.device.type == "cpu" else [input_ids.device]
+        with torch.random.fork_rng(devices, device_type=input_ids.device.type if devices else "cuda"):
+            torch.manual_seed(0)
+            return float(self._owner(input_ids=input_ids, labels=input_ids).loss)
 
     def needs_logits(self) -> str:
         """What in the model's build needs all logits, empty where nothing does. Nothing is computed."""

@@ -353,6 +353,11 @@ def _names_to_places(
 ) -> dict[str, Any]:
     """Parameters that are not named, those of later phases, keep the state that the optimizer was made with."""
     names, saved = _names_by_group(name_of, optimizer), saved_groups(state_dict)
+    if any(isinstance(name, int) for group in saved for name in group["params"]):
+        raise InputError(
+            "The checkpoint was saved without attach: its optimizer numbers its parameters and names none. Load "
+            "its weights (from_pretrained), and begin a new training from them, without resume_from_checkpoint."
+        )
     if len(saved) != len(names) or any(set(old["params"]) - set(new) for old, new in zip(saved, names, strict=True)):
         raise InputError(
             "The checkpoint's optimizer has other groups of parameters than this run's: `weight_decay_on`, `schedule`, "

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from partialtune.engine.block_output import Form, block_output
-from partialtune.engine.forward_stack import Worn, has_hooks_of_others, put_on
+from partialtune.engine.forward_stack import Worn, has_hooks_of_others, is_patched_by_others, put_on
 from partialtune.engine.packed_rows import kind_of_packing, why_not_apart
 from partialtune.engine.padding_in_loss import PaddingInLoss, padding_beside
 from partialtune.engine.prefix_weights import PrefixWeights
@@ -104,6 +104,7 @@ class PrefixCache:
         self.padding = PaddingInLoss()
         self._not_apart: dict[tuple[Any, ...], str] = {}
         self._worn: list[Worn] = []
+        self._before = modules_below(model)
         inside = [module for block in self.blocks for module in block.modules()]
         self._adapted: list[Any] = [module for module in inside if hasattr(module, "disable_adapters")]
 
@@ -253,7 +254,7 @@ class PrefixCache:
             asked = inputs.get(name)
             if getattr(text, name, False) if asked is None else asked:
                 return f"{name} is on"
-        return hooked_words(self.blocks)  # put there since it was tried, too
+        return hooked_words(self.blocks, self._before)  # put there since it was tried, too
 
     def _rows(self, inputs: Mapping[str, Any]) -> list[Row] | None:
         tensors = influencing(inputs)
@@ -334,12 +335,36 @@ def _writes(tensor: torch.Tensor) -> float:
     return float("nan") if tensor.is_inference() else tensor._version
 
 
-def hooked_words(blocks: Sequence[nn.Module]) -> str:
-    """Who wants to see what frozen blocks give, in words, empty where nobody does."""
+def hooked_words(blocks: Sequence[nn.Module], before: Sequence[nn.Module]) -> str:
+    """Who wants to see or to change what frozen blocks get and give, in words, empty where nobody does.
+
+    Args:
+        blocks: The frozen ones.
+        before: What the model computes with before them, see `modules_below`.
+    """
     for module in (module for block in blocks for module in block.modules()):
         if has_hooks_of_others(module):
             return f"a forward hook on a frozen {type(module).__name__} would not see what it gives"
+    for module in before:
+        if getattr(module, "neftune_noise_alpha", None) is not None:  # whose hook is transformers' own
+            return "neftune_noise_alpha adds noise to the embeddings"
+        # accelerate's own moves weights to their device and back
+        if has_hooks_of_others(module) or (is_patched_by_others(module) and not hasattr(module, "_hf_hook")):
+            return f"a hook or another forward on the {type(module).__name__} may change what the frozen blocks get"
     return ""
+
+
+def modules_below(model: nn.Module) -> list[nn.Module]:
+    """Embeddings, rotary tables and dropouts: what lies beside the blocks, but for final norm and head."""
+    structure = read_structure(model)
+    norms = {info.name.rpartition(".")[0] for info in structure.parameters if info.component == "final_norm"}
+    above = structure.blocks_path.rpartition(".")[0]
+    left_out = [model.get_output_embeddings(), model.get_submodule(structure.blocks_path)]
+    found = [model.get_input_embeddings()]
+    for name, module in model.get_submodule(above).named_children():
+        if module not in left_out and f"{above}.{name}".removeprefix(".") not in norms:
+            found.append(module)
+    return list(dict.fromkeys(module for one in found if one is not None for module in one.modules()))
 
 
 def _above_blocks(model: nn.Module) -> list[nn.Module]:

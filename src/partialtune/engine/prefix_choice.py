@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from partialtune.distributed import shards_parameters
 from partialtune.engine.broken_off_pass import modules_before_blocks, reach
 from partialtune.engine.disk_folders import limit_bytes
-from partialtune.engine.prefix import PrefixCache, hooked_words
+from partialtune.engine.prefix import PrefixCache, hooked_words, modules_below
 from partialtune.engine.prefix_place import Rows, choose_place
 from partialtune.engine.state_store import MemoryStore
 from partialtune.errors import ModelError, RecipeError
@@ -148,7 +148,7 @@ def _rope_kinds(settings: Any) -> Iterator[str]:
 
 def _tried(model: nn.Module, blocks: int) -> str:
     """What forbids to keep the states behind the first blocks, in words; empty if nothing does."""
-    if hooked := hooked_words(decoder_blocks(model)[:blocks]):
+    if hooked := hooked_words(decoder_blocks(model)[:blocks], modules_below(model)):
         return hooked
     try:
         apart = try_prefix(model, blocks, probe_windows(model, TRIED_TOKENS, [TRIED_TOKENS // 2]))

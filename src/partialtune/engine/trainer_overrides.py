@@ -40,6 +40,7 @@ from partialtune.engine.checkpoint_files import (
     load_weights,
     read_with_care,
     rotate_checkpoints,
+    say_without_optimizer,
     with_ties,
     write_state,
 )
@@ -132,7 +133,9 @@ class TunedTrainer(Base):
         own_files = self.args.save_on_each_node  # then each node goes on from files of its own, as it was asked to
         try:
             with self.tuning.fast, same_checkpoint(resume_from_checkpoint, self.args.output_dir, own_files) as folder:
-                return super().train(check_step_is_kept(self, folder), *args, **kwargs)
+                output = super().train(check_step_is_kept(self, folder), *args, **kwargs)
+                self.tuning.audit_callback.check_again(self)
+                return output
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, PhaseCallback):  # broken off, as by Ctrl-C, it was not told of the end
@@ -205,7 +208,8 @@ class TunedTrainer(Base):
         # A prediction always asks for outputs, and looks at logits or not. Others ask for them to look.
         outputs = kwargs.get("return_outputs", args[0] if args and isinstance(args[0], bool) else False)
         wanted = self._logits_wanted if self._is_predicting else bool(outputs)
-        with self.tuning.fast.batch(inputs, wanted, wanted):
+        own = self.compute_loss_func or self.label_smoother  # may be set since `attach`
+        with self.tuning.fast.batch(inputs, wanted or own is not None, wanted):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
@@ -402,6 +406,7 @@ class TunedTrainer(Base):
         # Trainer has forgotten the best checkpoint where it is not on this node's disk: some would load it at the end.
         self.state.best_model_checkpoint = from_main(self.state.best_model_checkpoint)
         folder = Path(checkpoint or ".")
+        say_without_optimizer(checkpoint)
         with read_with_care(folder), as_it_was_saved(self, folder):
             if checkpoint is not None and (
                 put_optimizer_together(self, folder) or load_gathered_optimizer(self, folder)

@@ -244,6 +244,19 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         if faults:
             self._audit_everything(args, state, model)
 
+    def check_again(self, trainer: Any) -> None:
+        """Compare once more after the verdict, where callbacks of others may have written weights since.
+
+        Those that keep averages of the weights put them in when training ends, after the audit.
+
+        Raises:
+            FreezeViolation: As `check_frozen`.
+        """
+        known = ("transformers.", "partialtune.")
+        if any(not type(o).on_train_end.__module__.startswith(known) for o in trainer.callback_handler.callbacks):
+            self._checked_at = None
+            self.check_frozen(trainer.args, trainer.state, trainer.model)
+
     def known_digests(self, state) -> tuple[dict[str, str], dict[str, str]]:
         """sha256 by name of the parameters and buffers that have to be in a checkpoint as they were at the start.
 
