@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -280,10 +281,22 @@ def test_a_folder_that_is_no_finished_run_is_refused_by_name_of_what_it_lacks(tm
         draw_figures(tmp_path)
 
 
-def test_a_damaged_file_is_named(tmp_path):
+READ = ("recipe.yaml", "freeze_plan.json", "audit.json", "evaluation.json", "performance.json", "insight.json")
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("content", ['{"validation": ', "null", "[]", "1", '"x"'])
+def test_a_damaged_file_is_named(tmp_path, name, content):
     run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1)
-    (run / "evaluation.json").write_text('{"validation": ')
-    with pytest.raises(InputError, match=r"evaluation\.json is damaged"):
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{re.escape(name)} is damaged"):
+        draw_figures(run)
+
+
+def test_a_plan_without_parameters_is_damaged(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1)
+    (run / "freeze_plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"freeze_plan\.json is damaged: it lists no parameters"):
         draw_figures(run)
 
 

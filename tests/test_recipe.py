@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from partialtune.errors import RecipeError
+from partialtune.recipe.parsing import parse_yaml
 from partialtune.recipe.recipe import Recipe, read_recipe, recipe_from_values, write_recipe
 from partialtune.training.resume_check import recipe_differences
 
@@ -179,6 +180,9 @@ BAD = [
     ("dataloader_prefetch_factor: 2", [], ["dataloader_prefetch_factor: transformers says"]),
     ("load_best_model_at_end: true\nsave_strategy: epoch", [], ["load_best_model_at_end: transformers says"]),
     ("accelerator_config: {nonsense: 1}", [], ["transformers says", "nonsense"]),
+    ('prompts: ["a\\0b"]', [], ["prompts: got 'a\\x00b' as entry 1"]),
+    # YAML 1.1 takes it for 90, base 60
+    ("delta_steps: 1:30", [], ["delta_steps: got '1:30'", "a whole number"]),
     # duplicate keys
     ("seed: 1\nblock_size: 64\nseed: 2", [], ["seed: said twice, in lines 8 and 10"]),
     ("eval_texts: {a: x, a: y}", [], ["eval_texts.a: said twice, in line 8"]),
@@ -571,3 +575,16 @@ def test_every_default_of_trainingarguments_passes_the_checks(recipe_file):
     assert recipe_from_values({**GOOD, **defaults}).training.keys() == {*defaults, "output_dir"} - {
         "resume_from_checkpoint"
     }
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]" for n in range(9)]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=r"aliases .* stand for 4,412,961,\d+ values; allowed are 100,000"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_whole_number_is_read_as_it_is_written_and_not_as_an_octal_one():
+    values, _, _ = parse_yaml("a: 010\nb: 1_000\nc: 5e-5\nd: 0x10")
+    assert values == {"a": "010", "b": 1000, "c": 5e-5, "d": "0x10"}

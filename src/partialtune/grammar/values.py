@@ -143,6 +143,8 @@ def _text(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise ValueError("no text")  # noqa: TRY004 - as above
     text = os.fspath(value)
+    if "\0" in text:  # no file's name holds one, and no text needs one
+        raise ValueError("a NUL character")
     text.encode("utf-8")  # a command line may hold bytes that are no UTF-8: UnicodeEncodeError, a ValueError
     return text
 

@@ -295,7 +295,7 @@ def read_run(folder: str | os.PathLike, *, ended: bool = True, training: bool = 
         folder=folder,
         recipe=recipe,
         record=record,
-        plan=parsed(folder / "freeze_plan.json", json.loads),
+        plan=parsed(folder / "freeze_plan.json", _plan_of),
         audit=audit,
         evaluation={} if unfinished is not None else parsed(folder / "evaluation.json", json.loads),
         performance={} if unfinished is not None else parsed(folder / "performance.json", json.loads),
@@ -340,9 +340,19 @@ def parsed(file: Path, parse) -> Any:
     if not file.is_file():
         return {}
     try:
-        return parse(file.read_text(encoding="utf-8"))
+        found = parse(file.read_text(encoding="utf-8"))
+        if parse in (json.loads, yaml.safe_load) and not isinstance(found, dict):
+            raise ValueError(f"it holds {'a list' if isinstance(found, list) else repr(found)[:40]}, and no mapping")
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file} is damaged: {error}. Restore it, or run the recipe again.") from error
+
+
+def _plan_of(text: str) -> Any:
+    plan = json.loads(text)
+    if not (isinstance(plan, dict) and isinstance(plan.get("parameters"), list)):
+        raise ValueError("it lists no parameters")  # noqa: TRY004 - as a file that is no JSON
+    return plan
 
 
 def whole_lines(text: str) -> str:

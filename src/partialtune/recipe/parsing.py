@@ -21,6 +21,12 @@ from partialtune.files import write_whole
 from partialtune.grammar.values import describe_type, union_members
 from partialtune.net.addresses import without_secrets
 
+# Decimal numbers alone: to YAML 1.1 010 is 8, and 1:30 is 90. All else is text, taken as written or refused.
+WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+POINT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+MANY_VALUES = 100_000  # that aliases stand for: a few hundred bytes may stand for billions
 # What YAML takes for its own syntax although a recipe means text: regex, selector with brackets, negation, glob.
 UNQUOTED = re.compile(
     r"(?<![\w:/.])!?/[^\s,]+/(?=[\s,\]]|$)|!?[\w.]+\[[^\]]*\](?:\.\w+)?|![\w./]+|(?<![\w/.])\*[^\s,\]]*"
@@ -49,10 +55,13 @@ class _RecipeDumper(yaml.SafeDumper):
 
 
 # A mapping of its own: SafeLoader's is shared by everything in this process that reads YAML.
+_OWN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "int", "float")}
 _RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OWN_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, list("-+0123456789"))
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", POINT, list("-+.0123456789"))
 for _yaml_class in (_RecipeLoader, _RecipeDumper):  # both: a text that would be read as a number is written in quotes
     _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
@@ -118,6 +127,7 @@ def parse_yaml(text: str) -> tuple[Any, dict[str, int], tuple[Problem, ...]]:
     try:
         loader = _RecipeLoader(text)
         node = loader.get_single_node()
+        _check_aliases(node)
         lines, problems = _key_lines(node), tuple(_duplicate_keys(node))  # construct_document rewrites merged nodes
         return loader.construct_document(node) if node is not None else None, lines, problems
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -167,6 +177,24 @@ def _recipes_in(folder: Path) -> str:
     if not names:
         return f"{folder.resolve()} holds no .yaml file."
     return f"{folder.resolve()} holds {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}."
+
+
+def _check_aliases(node: yaml.Node | None) -> None:
+    """Raises ValueError where aliases stand for so many values that reading them would never end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # of one that holds itself
+            inside = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
+            sizes[id(node)] = 1 + sum(map(size, inside))
+        return sizes[id(node)]
+
+    values = size(node)
+    if values > MANY_VALUES and values > 100 * len(sizes):
+        raise ValueError(f"its aliases (*name) stand for {values:,} values; allowed are {MANY_VALUES:,}")
 
 
 def _duplicate_keys(
