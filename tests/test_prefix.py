@@ -164,18 +164,23 @@ def test_a_frozen_block_runs_once_a_window_and_never_in_a_step(tmp_path):
     assert sum(windows_seen) == 12 * 4
 
 
-def test_the_prefix_runs_in_eval_mode_its_embedding_dropout_too(tmp_path):
+def test_the_prefix_runs_in_eval_mode_its_embedding_dropout_too(tmp_path, monkeypatch):
     """GPT-2's usual dropout of 0.1 is on in what trains, and off below it, whether states are kept or not."""
-    modes = []
+    modes, forward = [], torch.nn.Dropout.forward
+
+    def watched(module, *args):  # of the class: with a hook below the blocks nothing is kept
+        if module is model.transformer.drop:
+            modes.append(module.training)
+        return forward(module, *args)
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", watched)
     model = tiny_gpt2()
-    model.transformer.drop.register_forward_hook(lambda module, *_: modes.append(module.training))
-    run(tmp_path / "a", model, ["blocks[-1]"])
+    run(tmp_path / "a", model, ["blocks[-1]"], fast_paths=())  # `loss` tries the model in train mode, too
     assert modes
     assert not any(modes)
     modes.clear()
     model = tiny_gpt2()
-    model.transformer.drop.register_forward_hook(lambda module, *_: modes.append(module.training))
-    run(tmp_path / "b", model, ["blocks[0]"])  # nothing is frozen below it but the embeddings: no prefix
+    run(tmp_path / "b", model, ["blocks[0]"], fast_paths=())  # nothing is frozen below it but the embeddings: no prefix
     assert any(modes)
 
 

@@ -74,7 +74,8 @@ class LossWithoutLogits:
                         raise
                     return f"its forward pass fails without logits ({type(error).__name__})"
                 if abs(own - ours) > AGREEMENT:
-                    return f"in {mode} mode its own loss on a window is {own:.6f}, the loss without logits {ours:.6f}"
+                    both = f"its own loss is {own:.6f} and the loss without logits {ours:.6f}"
+                    return f"on the first window {both} ({mode} mode)"
         return ""
 
     def _loss_of(self, input_ids: torch.Tensor) -> float:
