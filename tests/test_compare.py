@@ -247,6 +247,14 @@ def test_the_page_opens_without_complaint_or_request_and_its_tables_sort(compare
 # --- failures and refusals
 
 
+def test_a_damaged_plan_of_a_run_that_failed_is_named(tmp_path, capsys):
+    paths = write_runs(tmp_path / "runs", names=("full", "norms"))
+    (Path(paths[1]) / "exit.json").write_text(json.dumps({"code": 4, "reason": "Training diverged"}))
+    (Path(paths[1]) / "freeze_plan.json").write_text("{}")
+    assert main(["compare", *paths, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "freeze_plan.json is damaged: it lists no parameters" in capsys.readouterr().err
+
+
 def test_a_run_that_failed_is_told_with_its_reason_and_the_others_are_compared(tmp_path, capsys):
     paths = write_runs(tmp_path / "runs", names=("full", "norms"))
     diverged = Path(paths[1])

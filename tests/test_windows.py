@@ -12,9 +12,12 @@ from transformers import logging as transformers_logging
 
 from conftest import EXCERPTS, gpt2_tokenizer
 from partialtune.errors import RecipeError, TextError
+from partialtune.model.loading import load_tokenizer
+from partialtune.recipe.arguments import TextArguments
 from partialtune.text import tokenizing, windows
 from partialtune.text.tokenizing import tokenize_text
 from partialtune.text.windows import chunked_windows, random_windows, split_text
+from partialtune.training.training_data import prepare_data
 
 PROSE = "".join(
     f'Chapter {number}.\r\n\r\n"I said {number * 7}, didn\'t I?" he asked --  twice;\n\tthe {number}th time.\n\n'
@@ -260,3 +263,17 @@ def test_text_shorter_than_a_window_says_what_to_change(make):
         make([source(0, 120), source(0, 200), source(0, 80)])
     with pytest.raises(TextError, match=r"has 0\. Change one of these: give a longer text"):
         make([source(0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("words", "share", "message"),
+    [
+        (9, 0.2, "Of the held-out text: .*the text has [1-5].* validation_share: 0 holds nothing out"),
+        (2, 0.0, "Of the text that trains: "),
+    ],
+)
+def test_which_part_of_a_text_is_too_short_is_said(tmp_path, words, share, message):
+    (tmp_path / "few.txt").write_text(" ".join(["ship"] * words) + "\n\n" + ("sea" if share else ""))
+    arguments = TextArguments(text=[str(tmp_path / "few.txt")], block_size=6, validation_share=share)
+    with pytest.raises(TextError, match=message):
+        prepare_data(arguments, {}, load_tokenizer("builtin:lilliput"), seed=0)

@@ -1,6 +1,5 @@
 """Finished runs -> what is compared: the figures of each run, and those of a policy over its seeds."""
 
-import json
 import os
 import re
 import statistics
@@ -17,7 +16,7 @@ from partialtune.errors import FreezeViolation, InputError, UploadIncomplete
 from partialtune.freeze.adapter_plan import FACTOR
 from partialtune.metrics import HEADLINE
 from partialtune.net.addresses import sources_without_secrets
-from partialtune.pages.run_files import RunFiles, as_list, parsed, read_run
+from partialtune.pages.run_files import RunFiles, as_list, parsed, plan_of, read_run
 from partialtune.recipe.key_rules import training_defaults
 from partialtune.run_folder import EXIT_FILE, exit_code_of, read_json
 from partialtune.training.resume_check import recipe_differences
@@ -171,7 +170,7 @@ def read_outcome(folder: str | os.PathLike, code: int | None = None, reason: str
         raise InputError(f"{folder} is not the folder of a run: it has no {', '.join(missing)}. {_other(folder)}")
     values = dict(parsed(folder / "recipe.yaml", yaml.safe_load))
     record = values.pop("run", None) or {}
-    plan = parsed(folder / "freeze_plan.json", json.loads)
+    plan = parsed(folder / "freeze_plan.json", plan_of)
     if code is None or code in FAILURES:
         code, reason = ended(folder)
     run = read_run(folder) if code == 0 else None

@@ -80,10 +80,14 @@ class LossWithoutLogits:
 
     def _loss_of(self, input_ids: torch.Tensor) -> float:
         """Nats a token, drawn from one seed; the random numbers of the run are not used up."""
-        devices = [] if input_ids.device.type == "cpu" else [input_ids.device]
-        with torch.random.fork_rng(devices, device_type=input_ids.device.type if devices else "cuda"):
+        kind = input_ids.device.type
+        of_mps = torch.mps.get_rng_state() if kind == "mps" else None  # fork_rng cannot keep it
+        with torch.random.fork_rng([input_ids.device] if kind == "cuda" else []):
             torch.manual_seed(0)
-            return float(self._owner(input_ids=input_ids, labels=input_ids).loss)
+            loss = float(self._owner(input_ids=input_ids, labels=input_ids).loss)
+        if of_mps is not None:
+            torch.mps.set_rng_state(of_mps)
+        return loss
 
     def needs_logits(self) -> str:
         """What in the model's build needs all logits, empty where nothing does. Nothing is computed."""

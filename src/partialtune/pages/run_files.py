@@ -295,7 +295,7 @@ def read_run(folder: str | os.PathLike, *, ended: bool = True, training: bool = 
         folder=folder,
         recipe=recipe,
         record=record,
-        plan=parsed(folder / "freeze_plan.json", _plan_of),
+        plan=parsed(folder / "freeze_plan.json", plan_of),
         audit=audit,
         evaluation={} if unfinished is not None else parsed(folder / "evaluation.json", json.loads),
         performance={} if unfinished is not None else parsed(folder / "performance.json", json.loads),
@@ -348,7 +348,8 @@ def parsed(file: Path, parse) -> Any:
         raise InputError(f"{file} is damaged: {error}. Restore it, or run the recipe again.") from error
 
 
-def _plan_of(text: str) -> Any:
+def plan_of(text: str) -> dict[str, Any]:
+    """Parse `freeze_plan.json`."""
     plan = json.loads(text)
     if not (isinstance(plan, dict) and isinstance(plan.get("parameters"), list)):
         raise ValueError("it lists no parameters")  # noqa: TRY004 - as a file that is no JSON

@@ -252,8 +252,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
         Raises:
             FreezeViolation: As `check_frozen`.
         """
+        ends = [getattr(one, "on_train_end", None) for one in trainer.callback_handler.callbacks]
         known = ("transformers.", "partialtune.")
-        if any(not type(o).on_train_end.__module__.startswith(known) for o in trainer.callback_handler.callbacks):
+        if any(not str(getattr(end, "__module__", "")).startswith(known) for end in ends):
             self._checked_at = None
             self.check_frozen(trainer.args, trainer.state, trainer.model)
 

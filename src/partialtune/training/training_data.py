@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from partialtune.errors import TextError
 from partialtune.insight.moved_tokens import token_counts
 from partialtune.recipe.arguments import TextArguments
 from partialtune.recipe.recipe import Recipe
@@ -115,14 +117,16 @@ def prepare_data(
     held_out_texts = [held_out for _, held_out in halves if held_out]
 
     train_ids = token_ids_of(train_texts, tokenizer)
-    train = _training_windows(train_ids, arguments, seed)
+    with _named("the text that trains"):
+        train = _training_windows(train_ids, arguments, seed)
     scored: dict[str, ScoredText] = {}
     counts = token_counts(train_ids)
     largest = {"text": len(counts) - 1}
     if held_out_texts:
         held_out_ids = token_ids_of(held_out_texts, tokenizer)
         largest["text"] = max(largest["text"], _largest(held_out_ids))
-        scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
+        with _named("the held-out text", " validation_share: 0 holds nothing out."):
+            scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
     scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
     written: dict[str, Sequence[str | StoredText]] = {"validation": held_out_texts, "training": train_texts}
     replayed = None
@@ -138,14 +142,16 @@ def prepare_data(
         replay_ids = token_ids_of(written[REPLAY], tokenizer)
         counts = added_counts(counts, token_counts(replay_ids))
         largest[REPLAY] = _largest(replay_ids)
-        scored[REPLAY] = _scored(written[REPLAY], replay_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
+        with _named("replay"):
+            scored[REPLAY] = _scored(written[REPLAY], replay_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
         replayed = Replay(again, _training_windows(replay_ids, arguments, seed))
     for name, source in eval_texts.items():
         read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
         texts = [text.content for text in read]
         token_ids = token_ids_of(texts, tokenizer)
         largest[f"eval_texts {name}"] = _largest(token_ids)
-        scored[name] = _scored(texts, token_ids, arguments.block_size)
+        with _named(f"eval_texts {name}"):
+            scored[name] = _scored(texts, token_ids, arguments.block_size)
         written[name] = texts
     scored = {name: _with_round_trip(name, text, written[name], tokenizer) for name, text in scored.items()}
     held_out = scored["validation"].windows if held_out_texts else None
@@ -187,6 +193,15 @@ def _with_round_trip(
     round_trip = round_trip_of(texts, tokenizer)
     round_trip.warn(name)
     return replace(scored, comes_back=round_trip.lossless)
+
+
+@contextmanager
+def _named(part: str, advice: str = "") -> Iterator[None]:
+    """Say of a text that is too short which one it is."""
+    try:
+        yield
+    except TextError as error:
+        raise TextError(f"Of {part}: {error}{advice}") from error
 
 
 def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments, seed: int) -> Dataset:
