@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import partialtune as pt
 from conftest import tiny_gpt2
+from partialtune.engine import prefix
 from partialtune.errors import FreezeViolation, InputError, RecipeError
 
 LAST = ["blocks[-1]", "final_norm"]
@@ -150,3 +151,36 @@ def test_a_checkpoint_that_was_saved_without_attach_is_refused_in_words(tmp_path
     pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
     with pytest.raises(InputError, match="saved without attach"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])
+def test_a_callback_gets_batches_as_the_collator_made_them(tmp_path, workers):
+    keys = set()
+
+    class Scores(TrainerCallback):
+        def look(self, args, state, control, model=None, train_dataloader=None, eval_dataloader=None, **kwargs):
+            for loader in (train_dataloader, eval_dataloader):
+                for batch in loader or ():
+                    model(**batch)
+                    keys.update(batch)
+
+        on_step_begin = on_prediction_step = on_evaluate = on_train_end = look
+
+    settings = {"eval_strategy": "steps", "eval_steps": 3, **workers}
+    trainer = trainer_of(tmp_path, without_dropout(), [Scores()], **settings)
+    pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+    trainer.train()
+    for batch in trainer.get_train_dataloader():
+        trainer.model(**batch)
+        keys.update(batch)
+    assert keys == {"input_ids", "labels"}
+
+
+def test_rows_of_training_and_evaluation_come_with_their_batches(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, without_dropout(), eval_strategy="steps", eval_steps=3)
+    tuning = pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+    digested = []
+    monkeypatch.setattr(prefix, "rows_of", lambda *args: digested.append(args))
+    trainer.train()
+    assert not digested
+    assert tuning.fast.hits == (6 * 4 + 2 * 8) - 8

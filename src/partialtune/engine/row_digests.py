@@ -10,11 +10,14 @@ same examples hardly ever meet again in one row.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import DataLoader
 
 ROWS = "partialtune_rows"  # the key of a batch under which its rows travel to the model: a list, stays on the host
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")  # (examples + 1,): where packed examples begin, beside their positions
@@ -230,3 +233,34 @@ class DigestingCollator:
         if name == "collator":  # asked for by pickle, before it is there
             raise AttributeError(name)
         return getattr(self.collator, name)
+
+
+@contextmanager
+def digesting(loader: Any) -> Iterator[Callable[[], None]]:
+    """Let a loader digest its rows in the passes over it that begin inside.
+
+    Args:
+        loader: Anything. Where it is none of torch's, or no batch can carry rows, nothing is done.
+
+    Yields:
+        Ends it. To be called when the pass has begun: whoever else asks the same loader for batches, as a callback that
+        calls `model(**batch)`, gets them as they are.
+    """
+    # accelerate's loader reads from one that it holds, whose collator it is that counts.
+    inner = getattr(loader, "base_dataloader", loader)
+    # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors. Workers
+    # that stay keep their collator, for the passes of others too.
+    if not isinstance(inner, DataLoader) or isinstance(loader, DataLoaderDispatcher) or inner.persistent_workers:
+        yield lambda: None
+        return
+    ours = DigestingCollator(inner.collate_fn)
+
+    def end() -> None:
+        if inner.collate_fn is ours:
+            inner.collate_fn = ours.collator
+
+    inner.collate_fn = ours
+    try:
+        yield end
+    finally:
+        end()

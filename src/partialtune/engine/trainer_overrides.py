@@ -7,14 +7,14 @@ what is overridden here.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
@@ -23,13 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from partialtune.delta_checkpoint import write_delta_of_state
-from partialtune.distributed import (
-    decided_by_main,
-    done_together,
-    from_main,
-    is_main,
-    several_nodes,
-)
+from partialtune.distributed import decided_by_main, done_together, from_main, is_main, several_nodes
 from partialtune.engine.checkpoint_files import (
     ASIDE,
     Entries,
@@ -55,7 +49,7 @@ from partialtune.engine.gradient_reduction import leave_out_resting
 from partialtune.engine.other_engine import check_step_is_kept, load_gathered_optimizer, seed_missing_ranks
 from partialtune.engine.phases import PhaseCallback
 from partialtune.engine.plan_optimizer import key_by_name, suit_optimizer
-from partialtune.engine.row_digests import DigestingCollator
+from partialtune.engine.row_digests import digesting
 from partialtune.engine.shard_model import put_back, shards_in
 from partialtune.engine.sharded_saves import (
     as_it_was_saved,
@@ -123,6 +117,7 @@ class TunedTrainer(Base):
     _logits_wanted: bool = False
     _sends_states: bool = False
     _random_state: bytes = b""
+    _pass_has_begun: Callable[[], None] = staticmethod(lambda: None)
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -169,12 +164,6 @@ class TunedTrainer(Base):
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
 
-    def get_train_dataloader(self) -> DataLoader:
-        return self._digesting(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        return self._digesting(super().get_eval_dataloader(*args, **kwargs))
-
     def _get_train_sampler(self, *args, **kwargs):
         # Without, windows come in Trainer's own order, and a step holds any number of replayed ones.
         if self.changes.train_order is not None:
@@ -187,16 +176,16 @@ class TunedTrainer(Base):
             return len(self.changes.train_order)
         return super().num_examples(dataloader)
 
-    def _digesting(self, loader: Any) -> Any:
-        """Let a loader digest its rows, where states of them are kept. The Trainer's own collator stays as it is."""
-        # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors.
-        known = isinstance(loader, DataLoader) and not isinstance(loader, DataLoaderDispatcher)
-        if self.tuning.fast.keeps_prefix and known:
-            # accelerate's loader reads from one that it holds, whose collator it is that counts
-            inner = getattr(loader, "base_dataloader", loader)
-            if not isinstance(inner.collate_fn, DigestingCollator):
-                inner.collate_fn = DigestingCollator(inner.collate_fn)
-        return loader
+    @contextmanager
+    def _rows_come_with(self, loader: Any) -> Iterator[None]:
+        """Around a pass over a loader: where states of rows are kept, its batches bring their rows."""
+        with digesting(loader if self.tuning.fast.keeps_prefix else None) as self._pass_has_begun:
+            yield
+
+    def get_batch_samples(self, *args, **kwargs):
+        samples = super().get_batch_samples(*args, **kwargs)
+        self._pass_has_begun()
+        return samples
 
     def training_step(self, model, inputs, *args, **kwargs):
         leave_out_resting(model, self.tuning.plan)  # here the model comes as it was wrapped, before its first backward
@@ -213,6 +202,7 @@ class TunedTrainer(Base):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        self._pass_has_begun()
         self._is_predicting, self._logits_wanted = True, not prediction_loss_only  # by compute_metrics
         try:
             with self.tuning.fast.rows_known(inputs), unrounded():  # what is scored is what is saved
@@ -231,7 +221,12 @@ class TunedTrainer(Base):
             # Here, since accelerate does not reach the sampler of a resumed epoch on several processes: without, its
             # order would be that of the first epoch.
             self.changes.train_order.set_epoch(kwargs["epoch"])
-        super()._run_epoch(**kwargs)
+        with self._rows_come_with(kwargs["train_dataloader"]):
+            super()._run_epoch(**kwargs)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        with self._rows_come_with(dataloader):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     # ---- what is saved ----------------------------------------------------------------------------------------------
 
