@@ -1,6 +1,7 @@
 """What a Trainer or a model becomes after `attach`, or is in train mode alone: computed as without it, or refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ LAST = ["blocks[-1]", "final_norm"]
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 2}
 
 
-def trainer_of(folder, model, callbacks=(), **settings):
+def trainer_of(folder, model, callbacks=(), kind=Trainer, **settings):
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 90, (12,), generator=draw) for _ in range(8)]
     known = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "seed": 1}
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
     windows = [{"input_ids": row, "labels": row.clone()} for row in rows]
-    return Trainer(
+    return kind(
         model,
         TrainingArguments(str(folder), remove_unused_columns=False, **{**known, **quiet, **settings}),
         train_dataset=windows,
@@ -87,8 +88,29 @@ def with_neftune(trainer):
     trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha = 5.0
 
 
+def with_a_term_of_logits_as_training_begins(trainer):
+    class Late(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            with_a_term_of_logits(trainer)
+
+    trainer.add_callback(Late())
+
+
+def with_another_forward_of_a_frozen_block(trainer):
+    mlp = trainer.model.transformer.h[0].mlp
+    forward = mlp.forward
+    mlp.forward = functools.wraps(forward)(lambda states: forward(states) + 0.5 * torch.randn_like(states))
+
+
+def with_a_hook_on_an_activation(trainer):
+    trainer.model.transformer.h[-1].mlp.act.register_forward_hook(lambda module, args, out: 2 * out)
+
+
 CHANGES = [
     with_a_term_of_logits,
+    with_a_term_of_logits_as_training_begins,
+    with_another_forward_of_a_frozen_block,
+    with_a_hook_on_an_activation,
     with_a_loss_of_its_own,
     with_smoothed_labels,
     with_noise_on_embeddings,
@@ -184,3 +206,161 @@ def test_rows_of_training_and_evaluation_come_with_their_batches(tmp_path, monke
     trainer.train()
     assert not digested
     assert tuning.fast.hits == (6 * 4 + 2 * 8) - 8
+
+
+def of_both(folder, kind, **settings):
+    """A plain Trainer of this class and an attached one, both trained."""
+    model = without_dropout()
+    plan = pt.plan_freeze(model, LAST)
+    plain = trainer_of(folder / "plain", copy.deepcopy(model), kind=kind, **settings)
+    pt.apply_plan(plain.model, plan)
+    attached = trainer_of(folder / "attached", model, kind=kind, **settings)
+    pt.attach(attached, plan)
+    plain.train()
+    attached.train()
+    return plain, attached
+
+
+class ChangesBatches(Trainer):
+    met = 0
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.met += 1
+            batch["input_ids"] = (batch["input_ids"] + self.met) % 90
+        return batches, items
+
+
+class ChangesWhatItsLoaderGives(Trainer):
+    def get_train_dataloader(self):
+        return Shifted(super().get_train_dataloader())
+
+
+class Shifted:
+    def __init__(self, loader):
+        self.loader, self.met = loader, 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.met += 1
+            yield {**batch, "input_ids": (batch["input_ids"] + self.met) % 90}
+
+
+class LooksAtPredictions(Trainer):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
+        self.seen = [*getattr(self, "seen", []), logits]
+        return loss, None, None
+
+
+class GivesNoOptimizerBack(Trainer):
+    def create_optimizer(self, *args):
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("kind", [ChangesBatches, ChangesWhatItsLoaderGives, GivesNoOptimizerBack])
+def test_a_trainer_with_methods_of_its_own_trains_as_without_attach(tmp_path, kind):
+    plain, attached = of_both(tmp_path, kind)
+    assert losses(attached) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_a_prediction_of_a_users_own_looks_at_logits(tmp_path):
+    plain, attached = of_both(tmp_path, LooksAtPredictions, eval_strategy="steps", eval_steps=3)
+    assert len(attached.seen) == len(plain.seen) == 2
+    for ours, own in zip(attached.seen, plain.seen, strict=True):
+        torch.testing.assert_close(ours, own, atol=1e-4, rtol=0)
+
+
+def test_an_evaluation_of_a_users_own_gets_batches_as_the_collator_made_them(tmp_path):
+    keys = set()
+
+    class Evaluates(Trainer):
+        def evaluation_loop(self, dataloader, *args, **kwargs):
+            for batch in dataloader:
+                self.model(**{name: value.to(self.args.device) for name, value in batch.items()})
+                keys.update(batch)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    of_both(tmp_path, Evaluates, eval_strategy="steps", eval_steps=3)
+    assert keys == {"input_ids", "labels"}
+
+
+def test_a_data_set_of_ready_batches_stays_as_it_is(tmp_path):
+    trainer = trainer_of(tmp_path, without_dropout(), per_device_train_batch_size=1)
+    trainer.train_dataset = [{name: value[None] for name, value in one.items()} for one in trainer.train_dataset]
+    trainer.data_collator = lambda rows: rows[0]
+    pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+    trainer.train()
+    assert {name for batch in trainer.train_dataset for name in batch} == {"input_ids", "labels"}
+
+
+def test_reentrant_checkpointing_of_the_model_is_refused_as_that_of_the_arguments_is(tmp_path):
+    model = without_dropout()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    trainer = trainer_of(tmp_path, model)
+    pt.attach(trainer, pt.plan_freeze(model, LAST))
+    with pytest.raises(RecipeError, match="Reentrant"):
+        trainer.train()
+
+
+def test_all_of_a_model_is_in_train_mode_when_all_of_it_trains_again(tmp_path):
+    trainer = trainer_of(tmp_path, tiny_gpt2())
+    pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+    trainer.train()
+    trainer.model.train()
+    assert not trainer.model.transformer.h[0].training
+    trainer.model.requires_grad_(True)
+    trainer.model.train()
+    assert all(module.training for module in trainer.model.modules())
+
+
+def test_callbacks_made_anew_by_a_checkpoint_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path, tiny_gpt2(), restore_callback_states_from_checkpoint=True)
+    with pytest.raises(RecipeError, match="restore_callback_states_from_checkpoint"):
+        pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+
+
+def test_a_second_backward_pass_is_told_of_the_path_that_forbids_it(tmp_path):
+    class LooksAtGradients(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, inputs)
+            torch.autograd.grad(loss, list(model.transformer.ln_f.parameters()), retain_graph=True)
+            loss.backward()
+            return loss.detach()
+
+    paths = {"fast_paths": ("gelu", "casts")}
+    for options in ({}, paths):
+        trainer = trainer_of(tmp_path, without_dropout(), kind=LooksAtGradients)
+        pt.attach(trainer, pt.plan_freeze(trainer.model, LAST), **options)
+        if options:
+            trainer.train()
+        else:
+            with pytest.raises(RuntimeError, match=r"fast_paths=\['gelu', 'casts'\]"):
+                trainer.train()
+
+
+def test_a_second_training_is_checked_at_its_saves_too(tmp_path):
+    class Writes(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if self.armed and state.global_step == 5:
+                with torch.no_grad():
+                    model.transformer.h[0].mlp.c_fc.weight.add_(1.0)
+
+    writes = Writes()
+    writes.armed = False
+    trainer = trainer_of(tmp_path, tiny_gpt2(), [writes], save_strategy="steps", save_steps=6)
+    pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+    trainer.train()
+    (tmp_path / "checkpoint-6").rename(tmp_path / "first")
+    writes.armed = True
+    with pytest.raises(FreezeViolation, match="c_fc"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-6").exists()

@@ -186,6 +186,11 @@ def _check(trainer: Trainer, plan: FreezePlan) -> None:
             "attach: auto_find_batch_size begins training anew after it has run out of memory, with weights that have "
             "moved already. Take it out, and set per_device_train_batch_size."
         )
+    if trainer.args.restore_callback_states_from_checkpoint:
+        raise RecipeError(
+            "attach: restore_callback_states_from_checkpoint makes every callback anew when a run goes on, the audit "
+            "too. Leave it out: the audit reads its own state, and EarlyStoppingCallback counts from 0 then."
+        )
     version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 2) if trainer.is_fsdp_enabled else 2
     if version != 2:
         raise RecipeError(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from partialtune.engine.forward_stack import Worn, is_patched_by_others, put_on
+from partialtune.engine.forward_stack import Worn, computes_otherwise, has_hooks_of_others, is_patched_by_others, put_on
 from partialtune.model.packed_weights import PackedWeight
 
 # GELU by tanh as a chain of seven operations (GPT-2's `gelu_new`), all the same function:
@@ -37,6 +37,7 @@ def fused_gelu(model: nn.Module) -> Iterator[int]:
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) in CHAINS  # the class itself: one derived from it may compute something else
+        and not (has_hooks_of_others(child) or computes_otherwise(child))
     ]
     for parent, name, _ in chains:
         setattr(parent, name, nn.GELU(approximate="tanh"))

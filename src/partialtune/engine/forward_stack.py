@@ -22,6 +22,8 @@ from torch import nn
 # transformers' hooks collect what a pass is asked for, as by output_hidden_states: such a pass is not cached. Ours look
 # at no logits and no states.
 NOT_OTHERS = ("transformers.", "partialtune.")
+# Libraries whose own `forward` on a module gives of the same input the same output: other kernels, other devices.
+KNOWN = ("transformers", "partialtune", "accelerate", "torch", "peft", "liger_kernel")
 Patch = Callable[..., Any]  # (forward of what lies beneath, *args, **kwargs) -> what the module gives
 
 
@@ -92,6 +94,24 @@ def is_patched_by_others(module: nn.Module) -> bool:
     """Whether another library has put a `forward` of its own on a module."""
     present = vars(module).get("forward")
     return present is not None and (not isinstance(present, Patched) or present.found is not None)
+
+
+def computes_otherwise(module: nn.Module) -> bool:
+    """Whether a `forward` stands on a module that belongs neither to its class nor to a library that is known."""
+    # accelerate keeps what it found beneath its own: `_original_forward` for autocast, `_old_forward` for devices.
+    present = [vars(module).get(name) for name in ("forward", "_original_forward", "_old_forward")]
+    present = [one.found if isinstance(one, Patched) else one for one in present]
+    return any(one is not None and not _is_known(one, type(module)) for one in present)
+
+
+def _is_known(forward: Any, owner: type[nn.Module]) -> bool:
+    while isinstance(forward, (MethodType, partial)):
+        forward = forward.__func__ if isinstance(forward, MethodType) else forward.func
+    if forward is owner.forward:
+        return True
+    # Not `__module__`, which functools.wraps copies from what is wrapped.
+    where = getattr(forward, "__globals__", {}).get("__name__") or type(forward).__module__
+    return where.partition(".")[0] in KNOWN
 
 
 def has_hooks_of_others(module: nn.Module) -> bool:

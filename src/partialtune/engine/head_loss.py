@@ -98,7 +98,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("head_cross_entropy: backward a second time. It keeps its gradients for one backward.")
+            raise RuntimeError(
+                "A second backward pass through the loss without logits, which keeps its gradients for one. Leave "
+                "'loss' out of fast_paths, as in attach(trainer, plan, fast_paths=['gelu', 'casts'])."
+            )
         scaled = [None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
         return *scaled, None, None, None, None
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from partialtune.engine.forward_stack import has_hooks_of_others, put_on
+from partialtune.engine.forward_stack import computes_otherwise, has_hooks_of_others, put_on
 from partialtune.engine.head_loss import head_cross_entropy, widens
 from partialtune.errors import is_ours
 from partialtune.model.held_narrow import own_class_of
@@ -96,11 +96,12 @@ class LossWithoutLogits:
         if self._owner.loss_function is not ForCausalLMLoss:
             return "its loss is not the usual one of causal language models"
         if self._is_looked_at():
-            return "a forward hook on the model or its head looks at the logits"
+            return "a hook or another forward on the model or its head may look at the logits"
         return ""
 
     def _is_looked_at(self) -> bool:
-        return any(has_hooks_of_others(module) for module in (self._model, self._owner, self._head))
+        modules = (self._model, self._owner, self._head)
+        return any(has_hooks_of_others(module) or computes_otherwise(module) for module in modules)
 
     @contextmanager
     def active(self) -> Iterator[None]:

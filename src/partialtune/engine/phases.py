@@ -223,7 +223,9 @@ class PhaseCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.fast.keeps_training_rows = state.num_train_epochs > 1
-        self.phases = Phases(self.plan, model, optimizer, self.fast, bool(args.activation_checkpointing))
+        # Somebody may have switched it on at the model, and not by the arguments.
+        recomputes = bool(args.activation_checkpointing or getattr(model, "is_activation_checkpointing", False))
+        self.phases = Phases(self.plan, model, optimizer, self.fast, recomputes)
         self.phases.start(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):

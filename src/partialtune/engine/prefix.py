@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from partialtune.engine.block_output import Form, block_output
-from partialtune.engine.forward_stack import Worn, has_hooks_of_others, is_patched_by_others, put_on
+from partialtune.engine.forward_stack import Worn, computes_otherwise, has_hooks_of_others, put_on
 from partialtune.engine.packed_rows import kind_of_packing, why_not_apart
 from partialtune.engine.padding_in_loss import PaddingInLoss, padding_beside
 from partialtune.engine.prefix_weights import PrefixWeights
@@ -345,11 +345,12 @@ def hooked_words(blocks: Sequence[nn.Module], before: Sequence[nn.Module]) -> st
     for module in (module for block in blocks for module in block.modules()):
         if has_hooks_of_others(module):
             return f"a forward hook on a frozen {type(module).__name__} would not see what it gives"
+        if computes_otherwise(module):
+            return f"another forward on a frozen {type(module).__name__} may not give the same twice"
     for module in before:
         if getattr(module, "neftune_noise_alpha", None) is not None:  # whose hook is transformers' own
             return "neftune_noise_alpha adds noise to the embeddings"
-        # accelerate's own moves weights to their device and back
-        if has_hooks_of_others(module) or (is_patched_by_others(module) and not hasattr(module, "_hf_hook")):
+        if has_hooks_of_others(module) or computes_otherwise(module):
             return f"a hook or another forward on the {type(module).__name__} may change what the frozen blocks get"
     return ""
 

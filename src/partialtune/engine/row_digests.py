@@ -9,6 +9,7 @@ and padding-free collators make them, each example is a `Row`, where the model k
 same examples hardly ever meet again in one row.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -226,6 +227,7 @@ class DigestingCollator:
         if isinstance(batch, MutableMapping):
             rows = rows_of(batch)
             if rows is not None:
+                batch = copy.copy(batch)  # it may be the data set's own
                 batch[ROWS] = [tuple(row) for row in rows]
         return batch
 
@@ -246,11 +248,14 @@ def digesting(loader: Any) -> Iterator[Callable[[], None]]:
         Ends it. To be called when the pass has begun: whoever else asks the same loader for batches, as a callback that
         calls `model(**batch)`, gets them as they are.
     """
-    # accelerate's loader reads from one that it holds, whose collator it is that counts.
-    inner = getattr(loader, "base_dataloader", loader)
+    # accelerate's loader reads from one that it holds, whose collator it is that counts. Any other that gives batches
+    # in a way of its own may give others than the collator made.
+    of_accelerate = type(loader).__module__.startswith("accelerate.")
+    inner = loader.base_dataloader if of_accelerate and hasattr(loader, "base_dataloader") else loader
     # Where one process reads for all, accelerate cuts batches up, and knows no way to cut anything but tensors. Workers
     # that stay keep their collator, for the passes of others too.
-    if not isinstance(inner, DataLoader) or isinstance(loader, DataLoaderDispatcher) or inner.persistent_workers:
+    plain = isinstance(inner, DataLoader) and type(inner).__iter__ is DataLoader.__iter__
+    if not plain or isinstance(loader, DataLoaderDispatcher) or inner.persistent_workers:
         yield lambda: None
         return
     ours = DigestingCollator(inner.collate_fn)

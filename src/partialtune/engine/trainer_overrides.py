@@ -141,7 +141,8 @@ class TunedTrainer(Base):
             self.tuning.end()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)  # or a user's own, or that of a training before
+        super().create_optimizer(*args, **kwargs)
+        optimizer = self.optimizer  # or a user's own, or that of a training before
         suit_optimizer(optimizer, self.model, self.tuning.plan)
         self._held_shards = shards_in(optimizer)
         # Under FSDP accelerate is about to put shards in the place of the parameters, group by group. Their state has
@@ -178,9 +179,13 @@ class TunedTrainer(Base):
 
     @contextmanager
     def _rows_come_with(self, loader: Any) -> Iterator[None]:
-        """Around a pass over a loader: where states of rows are kept, its batches bring their rows."""
-        with digesting(loader if self.tuning.fast.keeps_prefix else None) as self._pass_has_begun:
+        """Around a pass over a loader: its batches bring their rows, unless a user's method may change them."""
+        seen = self._has_own("get_batch_samples", "evaluation_loop") or "training_step" in vars(self)
+        with digesting(loader if self.tuning.fast.keeps_prefix and not seen else None) as self._pass_has_begun:
             yield
+
+    def _has_own(self, *names: str) -> bool:
+        return any(getattr(super(TunedTrainer, self), name).__func__ is not getattr(Trainer, name) for name in names)
 
     def get_batch_samples(self, *args, **kwargs):
         samples = super().get_batch_samples(*args, **kwargs)
@@ -194,9 +199,9 @@ class TunedTrainer(Base):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        # A prediction always asks for outputs, and looks at logits or not. Others ask for them to look.
+        # A prediction always asks for outputs, and one of the user's own may look at them. Others ask for them to look.
         outputs = kwargs.get("return_outputs", args[0] if args and isinstance(args[0], bool) else False)
-        wanted = self._logits_wanted if self._is_predicting else bool(outputs)
+        wanted = self._logits_wanted or self._has_own("prediction_step") if self._is_predicting else bool(outputs)
         own = self.compute_loss_func or self.label_smoother  # may be set since `attach`
         with self.tuning.fast.batch(inputs, wanted or own is not None, wanted):
             return super().compute_loss(model, inputs, *args, **kwargs)

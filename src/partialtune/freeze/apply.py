@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from torch import nn
@@ -125,19 +126,24 @@ def _modules_without_trainables(model: nn.Module) -> Iterator[str]:
 
 
 def _train_what_is_trainable(self: nn.Module, mode: bool = True) -> nn.Module:
-    """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode.
+    """`nn.Module.train` for a model under a plan: frozen modules stay in eval mode, as long as they are frozen.
 
     But for token embeddings that Trainer has told to add noise (NEFTune): its hook goes by their own mode, and a table
     does nothing else by it.
     """
     type(self).train(self, mode)
     if mode:
-        for path in self._modules_kept_in_eval:
-            try:
-                module = self.get_submodule(path)
-            except AttributeError:  # it was taken out of the model, which is for the audit to say
-                continue
+        for module in _still_frozen(self):
             type(module).train(module, False)
             for noisy in (inner for inner in module.modules() if hasattr(inner, "neftune_noise_alpha")):
                 noisy.training = True
     return self
+
+
+def _still_frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """What stays in eval mode: not what somebody has let learn since, as a later training of all of it does."""
+    for path in model._modules_kept_in_eval:
+        with suppress(AttributeError):  # it was taken out of the model, which is for the audit to say
+            module = model.get_submodule(path)
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                yield module
