@@ -8,13 +8,16 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "benchmarks"))
 
+import smollm2_figures as figures
 import smollm2_frontier as frontier
 import smollm2_page as pages
+import smollm2_statistics as stats
 from smollm2_frontier import Key, Row
 
 from test_recipes import model_of
@@ -46,10 +49,28 @@ def test_the_tables_of_the_page_are_those_that_the_file_of_results_gives():
     assert pages.filled(page, pages.sections(frontier.RESULTS)) == page
 
 
-def test_every_figure_of_the_page_is_one_that_the_command_draws(tmp_path):
+def test_every_figure_of_the_page_draws_what_the_file_of_results_gives():
     shown = set(re.findall(r"\]\((real-model-[\w-]+\.png)\)", pages.PAGE.read_text(encoding="utf-8")))
-    drawn = pages.draw_figures(frontier.read_rows(frontier.RESULTS), {}, tmp_path)
-    assert shown == {file.name for file in drawn}
+    rows = frontier.read_rows(frontier.RESULTS)
+    drawn = {figures.FRONTIER: figures.frontier_digest(rows), figures.BLOCKS_FIGURE: figures.blocks_digest(rows)}
+    assert shown == drawn.keys()
+    for name, digest in drawn.items():
+        with Image.open(pages.PAGE.with_name(name)) as picture:
+            assert picture.info[figures.DIGEST] == digest, f"{name} is older than the file of results: --write"
+
+
+def test_a_figure_says_what_it_draws(tmp_path):
+    rows = [row_of(Key("full", 3e-4, seed), held_out_after=0.9 + seed / 100) for seed in (0, 1)]
+    rows += [row_of(Key("block_03", frontier.BLOCK_RATE, 0))]
+    others = [*rows[:2], row_of(Key("block_03", frontier.BLOCK_RATE, 0), python_after=0.8)]
+    for file in figures.draw_figures(rows, tmp_path):
+        with Image.open(file) as picture:
+            digest = {figures.FRONTIER: figures.frontier_digest, figures.BLOCKS_FIGURE: figures.blocks_digest}[
+                file.name
+            ]
+            assert picture.info[figures.DIGEST] == digest(rows)
+    assert figures.frontier_digest(others) == figures.frontier_digest(rows)
+    assert figures.blocks_digest(others) != figures.blocks_digest(rows)
 
 
 def test_the_order_is_middle_rate_then_its_neighbours_then_seeds_then_blocks_and_the_notebook(tmp_path):
@@ -60,17 +81,32 @@ def test_the_order_is_middle_rate_then_its_neighbours_then_seeds_then_blocks_and
         ran.append(key)
         return best_at(2)(key)
 
-    assert frontier.work_through(file, run, hours=1000, inputs="a") == 7 * count + frontier.BLOCKS + 1
+    assert frontier.work_through(file, run, hours=1000, inputs="a") == 7 * count + 2 * frontier.BLOCKS + 1
     assert [key.policy for key in ran[:count]] == policies
     assert {key.rate for key in ran[:count]} == {policy.rates[2] for policy in frontier.POLICIES.values()}
     assert [key.seed for key in ran[3 * count : 5 * count]] == [1] * count + [2] * count
     assert [key.policy for key in ran[5 * count :][:3]] == ["block_00", "block_03", "block_06"]
     assert ran[5 * count + frontier.BLOCKS] == Key("notebook", 5e-5, 42)
+    assert [key.seed for key in ran if key.policy == "block_03"] == [0, 1]
     assert {key.rate for key in ran[-2 * count :]} == {
         r for p in frontier.POLICIES.values() for r in (p.rates[0], p.rates[4])
     }
     assert len(set(ran)) == len(ran)
     assert frontier.still_to_run(frontier.read_rows(file)) == []
+
+
+def test_a_rate_that_is_hardly_worse_gets_all_seeds_too(tmp_path):
+    file, ran = tmp_path / "results.csv", []
+    low, middle, high = frontier.POLICIES["full"].rates[1:4]
+
+    def run(key: Key) -> Row:
+        ran.append(key)
+        return row_of(key, choice_after={middle: 0.9, high: 0.95, low: 0.902}.get(key.rate, 1.0))
+
+    frontier.work_through(file, run, hours=1000, inputs="a", only=["full"])
+    assert [(key.rate, key.seed) for key in ran[3:7]] == [(middle, 1), (middle, 2), (low, 1), (low, 2)]
+    table = pages.close_table(frontier.read_rows(file)).splitlines()
+    assert [line.split(" | ")[1:3] for line in table[2:]] == [[f"**{middle:g}**", "3"], [f"{low:g}", "3"]]
 
 
 def test_a_rate_at_the_edge_of_those_tried_has_its_outer_neighbour_tried_before_any_seed(tmp_path):
@@ -89,7 +125,7 @@ def test_a_rate_at_the_edge_of_those_tried_has_its_outer_neighbour_tried_before_
         (rates[1], 0),
         (rates[0], 0),
     ]
-    (summary,) = pages.summaries(frontier.read_rows(file))
+    (summary,) = stats.summaries(frontier.read_rows(file))
     assert (summary.rate, summary.at_edge, len(summary.rows)) == (rates[4], True, 3)
 
 
@@ -127,28 +163,44 @@ def test_a_file_of_another_base_is_refused(tmp_path):
         frontier.work_through(file, best_at(2), hours=1, inputs="a")
 
 
-def test_a_difference_is_called_one_only_where_welchs_test_finds_it():
-    # t = 2.45 with 4 degrees of freedom: beyond twice the standard error, and within the 2.78 of chance
-    assert not pages.differ([1.0, 1.1, 0.9], [1.2, 1.3, 1.1])
-    assert pages.differ([1.0, 1.0], [1.1, 1.1])
-    assert pages.differ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9])
-    assert not pages.differ([1.0, 1.1, 0.9], [1.05, 1.2, 0.95])
-    assert pages.differ([1.0], [2.0, 2.1]) is None
-    runs = [
-        row_of(Key(name, 3e-4, seed), held_out_after=0.9 + seed / 100)
-        for name in ("full", "last_2")
-        for seed in (0, 1, 2)
-    ]
-    assert pages.claims(runs) in (
-        "- The gain of *everything* is not told apart from that of *last 2 blocks*.",
-        "- The gain of *last 2 blocks* is not told apart from that of *everything*.",
-    )
+def three(policy: str, *scores: float) -> list[Row]:
+    rate = frontier.POLICIES[policy].rates[2]
+    return [row_of(Key(policy, rate, seed), held_out_after=1 - score) for seed, score in enumerate(scores)]
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    # apart by 0.1, 0.1 and 0.13: mean 0.11, standard error 0.01, t = 11 with 2 degrees of freedom; p from a table of t
+    found = stats.difference(three("full", 0.3, 0.5, 0.73), three("last_2", 0.2, 0.4, 0.6))
+    assert found.mean == pytest.approx(0.11)
+    assert found.half == pytest.approx(0.04303, abs=1e-5)
+    assert found.chance == pytest.approx(0.0082, abs=5e-5)
+    assert stats.difference(three("full", 0.3, 0.5), three("last_2", 0.2, 0.4, 0.6)) is None
+    assert stats.difference(three("full", 0.3, 0.5, 0.7), three("full", 0.3, 0.5, 0.7)).chance == 1
+
+
+def test_of_several_comparisons_holm_takes_the_smallest_first_and_stops():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert stats.holm([0.02, 0.02]) == [True, True]
+    assert stats.holm([0.03, 0.03]) == [False, False]
+    assert stats.holm([]) == []
+
+
+def test_only_what_is_different_is_bold():
+    rows = [*three("full", 0.3, 0.5, 0.7), *three("last_2", 0.1999, 0.4, 0.6001), *three("head", 0.25, 0.6, 0.69)]
+    lines = {line.split(" | ")[0]: line for line in pages.difference_table(rows).splitlines()}
+    assert "| **-0.1000 ± 0.0002** |" in lines["| last 2 blocks"]
+    assert "| +0.0133 ± 0.1930 |" in lines["| head, untied"]
+    assert "all 2 comparisons" in pages.difference_table(rows)
 
 
 def test_a_rank_correlation_has_the_interval_of_bonett_and_wright():
-    low, high = pages.interval(0.5, 30)
+    low, high = stats.interval(0.5, 30)
     assert (low, high) == (pytest.approx(0.1477, abs=5e-4), pytest.approx(0.7393, abs=5e-4))
-    blocks = [row_of(Key(f"block_{at:02}", frontier.BLOCK_RATE, 0), held_out_after=0.9 - at / 1000) for at in range(10)]
+    blocks = [
+        row_of(Key(f"block_{at:02}", frontier.BLOCK_RATE, seed), held_out_after=0.9 - at / 1000)
+        for at in range(10)
+        for seed in (0, 1)
+    ]
     ranks = {at: (at, -at, 1.0) for at in range(10)}
     lines = pages.correlation_table(blocks, ranks).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == [
@@ -156,7 +208,16 @@ def test_a_rank_correlation_has_the_interval_of_bonett_and_wright():
         "-1.00 (-1.00 to -1.00)",
         "–",
         "+1.00 (+1.00 to +1.00)",
+        *["–"] * 3,  # given the number, nothing is left
+        "+1.00 (+1.00 to +1.00)",
     ]
+
+
+def test_what_a_score_tells_beyond_the_number_of_the_block_is_the_partial_correlation():
+    one, other, given = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], [1, 2, 3, 4, 6, 5]
+    # ranks: r = 29/35 of one and other, 33/35 of one and given, 31/35 of other and given
+    expected = (29 / 35 - 33 / 35 * 31 / 35) / ((1 - (33 / 35) ** 2) * (1 - (31 / 35) ** 2)) ** 0.5
+    assert stats.correlation_words(one, other, given).startswith(f"{expected:+.2f} (")
 
 
 def test_a_token_with_a_bar_or_a_backtick_breaks_no_table():

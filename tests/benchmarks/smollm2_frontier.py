@@ -12,7 +12,8 @@ after `--hours`. `--list` shows what is done, what is to come, and about how lon
 The order is that of value. Each policy is trained with the middle one of its five learning rates, then with the one
 above it, then with the one below it where the one above was no better, then with the one beyond where that side is the
 best so far: bits per byte of a `choice` text decide, which is neither trained on nor reported. Then come two more seeds
-of the chosen rate, every block alone, the notebook's own recipe, and last the rates that the search left out.
+of the chosen rate, every block alone, the notebook's own recipe, the same seeds of a rate that was hardly worse than
+the chosen one, a second seed of every block, and last the rates that the search left out.
 
 Scores do not need a quiet machine. Two of these commands side by side, each with its own `--work` and `--only` and
 OMP_NUM_THREADS=1, get through more of them; they may write into one file.
@@ -53,6 +54,7 @@ SEEDS = (0, 1, 2)
 CHARACTERS = {"held_out": 16_000, "choice": 12_000}  # from the end of the book, about 3,700 and 2,800 tokens
 FORGOTTEN = {"python": 10_000, "novel": 10_000}  # characters from the beginning of each text
 BLOCKS = 30
+CLOSE = 0.0035  # bits per byte of the choice text: a rate that is worse by less gets all seeds too
 BUSY = 0.1  # cores that others use
 STARTED = 0.3  # of a full run's time: what a run takes beside its steps, until one has been measured
 
@@ -115,11 +117,13 @@ SHARE_PREFIX = ("last_1", "last_2", "last_4", "last_8", "middle_2", "head", "fin
 BLOCK_RATE = 1e-3
 NOTEBOOK = "notebook"  # its recipe to the letter: raw text, random windows, constant rate, nothing held out
 NOTEBOOK_RECIPE = {
+    "dropout": 0,
     "text_cleaning": "none",
     "block_size": 256,
     "window_sampling": "random",
     "validation_share": 0,
     "trainable": ["embeddings", "final_norm", "head"],
+    "weight_decay": 0.01,
     "weight_decay_on": "all",
     "max_steps": 123,
     "per_device_train_batch_size": 16,
@@ -286,6 +290,13 @@ def chosen_rate(rows: Sequence[Row], policy: str) -> float | None:
     return min(tried, key=lambda row: row.choice_after).rate if tried else None
 
 
+def close_rates(rows: Sequence[Row], policy: str) -> list[float]:
+    """The rate that scores second best, where it is hardly worse than the chosen one."""
+    tried = [row for row in rows if row.policy == policy and row.seed == SEEDS[0] and row.choice_after is not None]
+    best, *others = sorted(tried, key=lambda row: row.choice_after) or [None]
+    return [row.rate for row in others[:1] if row.choice_after - best.choice_after < CLOSE]
+
+
 def next_run(rows: Sequence[Row], only: Sequence[str] = ()) -> Key | None:
     """The first run of the plan that has not ended; None where all have."""
     done = {row.key for row in rows}
@@ -309,9 +320,12 @@ def plan(rows: Sequence[Row]) -> Iterator[Key]:
             best = chosen_rate(rows, name)
             yield Key(name, policy.rates[2] if best is None else best, seed)
     # every third block first: a part of it already shows the line
-    for block in sorted(range(BLOCKS), key=lambda block: (block % 3, block)):
-        yield Key(f"block_{block:02}", BLOCK_RATE, SEEDS[0])
+    blocks = [f"block_{block:02}" for block in sorted(range(BLOCKS), key=lambda block: (block % 3, block))]
+    yield from (Key(block, BLOCK_RATE, SEEDS[0]) for block in blocks)
     yield Key(NOTEBOOK, 5e-5, 42)
+    for seed in SEEDS[1:]:
+        yield from (Key(name, rate, seed) for name in POLICIES for rate in close_rates(rows, name))
+    yield from (Key(block, BLOCK_RATE, SEEDS[1]) for block in blocks)
     for place in (1, 0, 4):
         yield from (Key(name, policy.rates[place], SEEDS[0]) for name, policy in POLICIES.items())
 
@@ -507,7 +521,7 @@ def run_one(key: Key, base: Base, work: Path, results: Path, lock: Any) -> Row:
             raise SystemExit(f"{key}: {common['failure']}\n{log}")
         return Row(**common)
     if key.policy in INSIGHT:
-        keep_insight(insight_file(results), key, folder / "out")
+        keep_insight(insight_file(results), key, folder / "out", base)
     row = Row(**common, **row_values(folder / "out", facts, notebook))
     shutil.rmtree(folder)
     return row
@@ -563,15 +577,42 @@ def insight_file(results: Path) -> Path:
     return results.with_name(f"{results.stem}_insight.jsonl")
 
 
-def keep_insight(file: Path, key: Key, folder: Path) -> None:
-    """Add what a run's insight says of tokens and directions."""
+def keep_insight(file: Path, key: Key, folder: Path, base: Base) -> None:
+    """Add what a run's insight says of tokens and directions, and what all embeddings did alike."""
     found = json.loads((folder / "insight.json").read_text(encoding="utf-8"))
     ranks = [
         [one["name"], one["largest_possible"], round(one["effective_rank"], 2), round(one["stable_rank"], 3)]
         for one in found["effective_ranks"]["matrices"]
     ]
     content = {**asdict(key), "ranks": ranks, "tokens": found["moved_tokens"]["matrices"]}
+    if content["tokens"]:
+        content["shift"] = shift_of(folder, base)
     append_line(file, json.dumps(content, ensure_ascii=False))
+
+
+def shift_of(folder: Path, base: Base) -> dict[str, float]:
+    """How much of what moved the embeddings (V, C) moved all of them alike.
+
+    Returns:
+        `share`: of the squared change, what the mean row m makes: V |m|^2 / |change|^2. In logits h E^T it adds h m to
+        every one of them, which the softmax takes out again. `stable_rank`: of what is left without it.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from partialtune.model.loading import load_config, load_model
+
+    model = load_model(base.model, load_config(base.model, "main", 0.0, False))
+    matrix = model.get_input_embeddings().weight
+    (name,) = [name for name, parameter in model.named_parameters() if parameter is matrix]
+    with safe_open(folder / "delta.safetensors", framework="pt") as stored:
+        change = (stored.get_tensor(name) - matrix.detach()).double()
+    mean = change.mean(0)
+    left = torch.linalg.eigvalsh((change - mean).T @ (change - mean))
+    return {
+        "share": float(len(change) * mean.square().sum() / change.square().sum()),
+        "stable_rank": float(left.sum() / left.max()),
+    }
 
 
 def measure_blocks(file: Path, base: Base, work: Path) -> None:

@@ -7,22 +7,20 @@ Out: the text between each pair of markers in docs/real-model.md, written anew, 
     ... the table ...
     <!-- end of policies -->
 
-Every number of the page that came from a run stands between markers, so that page and file cannot differ; a test
-compares them. A difference is called one where Welch's t-test over the seeds finds it at 5%.
+Every table that came from runs stands between markers, so that page and file cannot differ; a test compares them, and
+the figures by a digest of what they draw.
 """
 
 import html
 import json
-import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from smollm2_figures import BLOCKS_FIGURE, BLOCKS_WORDS, FRONTIER, FRONTIER_WORDS, draw_figures
 from smollm2_frontier import (
     BLOCK_RATE,
     BLOCKS,
@@ -31,107 +29,35 @@ from smollm2_frontier import (
     POLICIES,
     REPOSITORY,
     SEEDS,
+    SHARE_PREFIX,
     Row,
     chosen_rate,
+    close_rates,
     insight_file,
     rank_file,
     read_rows,
     still_to_run,
 )
+from smollm2_statistics import (
+    TARGETS,
+    Summary,
+    block_rows,
+    correlation_words,
+    difference,
+    forgotten,
+    gain,
+    holm,
+    mean_of,
+    summaries,
+)
 
-from partialtune.compare.frontier import Point, label_all
-from partialtune.insight.moved_tokens import rank_correlation
-from partialtune.pages.figure_style import HEIGHT, LIGHT, PIXELS_PER_INCH, WIDTH, mixed, spread, write_title
-
+AGAINST = ("full", "embeddings")  # what every policy is compared with
 PAGE = REPOSITORY / "docs" / "real-model.md"
 NONE_YET = "*Not measured yet.*"
 GPT2_LOSSES = (5.3849, 5.1868, 4.8730, 4.8263, 4.5179)  # printed by the notebook: GPT-2, 124M
 SCORES = ("gradient / weights", "gradient", "signal / noise")  # the columns of the file of ranks
 SHOWN_TOKENS = 12
-# Student's t that 5% exceed on either side, for 1, 2, ... degrees of freedom; of more, the last one, which is stricter
-T_OF_5_PERCENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-FRONTIER, FRONTIER_WORDS = "real-model-frontier.png", "Gain on held-out text against what is forgotten"
-BLOCKS_FIGURE, BLOCKS_WORDS = "real-model-blocks.png", "Gain and forgetting of each block alone"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A policy at its chosen rate, over its seeds.
-
-    Attributes:
-        name: Of the policy.
-        rate: The one that was chosen.
-        rates: How many were tried.
-        at_edge: Whether the best one of those tried has no neighbour that was tried on one side.
-        rows: One a seed.
-        times: Runs of this policy, at any rate, whose times count: on a quiet machine, with all threads.
-    """
-
-    name: str
-    rate: float
-    rates: int
-    at_edge: bool
-    rows: Sequence[Row]
-    times: Sequence[Row]
-
-    @property
-    def label(self) -> str:
-        return POLICIES[self.name].label
-
-    def mean(self, value: Callable[[Row], float]) -> float:
-        return statistics.fmean(map(value, self.rows))
-
-    def deviation(self, value: Callable[[Row], float]) -> float | None:
-        """Standard deviation over the seeds (n - 1); None with one."""
-        return statistics.stdev(map(value, self.rows)) if len(self.rows) > 1 else None
-
-    def cell(self, value: Callable[[Row], float], form: str = ".4f") -> str:
-        deviation = self.deviation(value)
-        beside = "" if deviation is None else f" ± {deviation:.4f}"
-        return f"{self.mean(value):{form}}{beside}"
-
-
-def gain(row: Row) -> float:
-    return row.held_out_before - row.held_out_after
-
-
-def forgotten(name: str) -> Callable[[Row], float]:
-    return lambda row: getattr(row, f"{name}_after") - getattr(row, f"{name}_before")
-
-
-def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """Of every policy that has been run, the largest gain first."""
-    found = []
-    threads = max((row.threads for row in rows if row.busy == "no"), default=0)
-    for name, policy in POLICIES.items():
-        rate = chosen_rate(rows, name)
-        if rate is None:
-            continue
-        own = [row for row in rows if row.policy == name]
-        tried = {row.rate for row in own if row.seed == SEEDS[0]}
-        at = policy.rates.index(rate)
-        at_edge = not {policy.rates[beside] for beside in (at - 1, at + 1) if 0 <= beside < 5} <= tried or at in (0, 4)
-        chosen = [row for row in own if row.rate == rate and row.held_out_after is not None]
-        times = [row for row in own if row.busy == "no" and row.threads == threads]
-        found.append(Summary(name, rate, len(tried), at_edge, chosen, times))
-    return sorted(found, key=lambda summary: -summary.mean(gain))
-
-
-def differ(one: Sequence[float], other: Sequence[float]) -> bool | None:
-    """Whether two means differ at 5%: Welch's t-test, two-sided; None with fewer than two values on a side."""
-    if min(len(one), len(other)) < 2:
-        return None
-    parts = [statistics.variance(values) / len(values) for values in (one, other)]
-    away = abs(statistics.fmean(one) - statistics.fmean(other))
-    if sum(parts) == 0:
-        return away > 0
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(values) - 1) for part, values in zip(parts, (one, other), strict=True)
-    )
-    return away / math.sqrt(sum(parts)) > T_OF_5_PERCENT[min(int(freedom), len(T_OF_5_PERCENT)) - 1]
-
-
-# --- tables
+MILD_RATE = 1e-4  # at which the last eight blocks forget next to nothing
 
 
 def as_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -147,14 +73,16 @@ def progress(rows: Sequence[Row]) -> str:
     left = still_to_run(rows)
     seeds = sum(row.policy in POLICIES and row.seed != SEEDS[0] for row in rows)
     tried = sum(row.policy in POLICIES and row.seed == SEEDS[0] for row in rows)
-    blocks = sum(row.policy.startswith("block_") for row in rows)
+    blocks = block_rows(rows)
+    twice = sum(len(runs) > 1 for runs in blocks.values())
     quiet = sum(row.busy == "no" for row in rows)
     notebook = any(row.policy == NOTEBOOK for row in rows)
     lines = [
         f"**Done: {len(rows)} of about {len(rows) + len(left)} runs.** Policies at their rates, with the first seed: "
         f"{tried}. Further seeds of them:",
-        f"{seeds}. Single blocks: {blocks} of {BLOCKS}. The notebook's recipe: {int(notebook)} of 1. {quiet} ran on "
-        "a quiet machine, so that their times count.",
+        f"{seeds}. Single blocks: {len(blocks)} of {BLOCKS}, {twice} of them with a second seed. The notebook's "
+        f"recipe: {int(notebook)} of 1.",
+        f"{quiet} ran on a quiet machine, so that their times count.",
         "What is not in a table is not measured yet.",
     ]
     if rows:
@@ -190,49 +118,81 @@ def policy_table(rows: Sequence[Row]) -> str:
         )
     if not lines:
         return NONE_YET
-    before = next(row for row in rows if row.held_out_before is not None)
     words = (
-        f"Before training: {before.held_out_before:.4f} bits per byte of the held-out end, "
-        f"{before.python_before:.4f} of Python's reference, {before.novel_before:.4f} of *Persuasion*. The "
-        f"last two columns are what these change by: above 0 is forgotten.\n"
+        f"Before training: {_before(rows, 'held_out')} bits per byte of the held-out end, {_before(rows, 'python')} of "
+        f"Python's reference, {_before(rows, 'novel')} of *Persuasion*, by number of threads and way of computing. "
+        f"Each gain is against the same run's own. The last two columns are what the texts' scores change by: above 0 "
+        f"is forgotten.\n"
         f"`*`: the search is not over: a rate next to the best one is untried, or the best one ends the list."
     )
     return f"{as_table(titles, lines)}\n\n{words}\n\n![{FRONTIER_WORDS}]({FRONTIER})"
+
+
+def _before(rows: Sequence[Row], text: str) -> str:
+    """The score of the untrained model: the least and the most of all runs."""
+    found = [getattr(row, f"{text}_before") for row in rows if getattr(row, f"{text}_before") is not None]
+    return f"{min(found):.4f} to {max(found):.4f}"
 
 
 def _share(row: Row) -> str:
     return f"{100 * row.trainable / row.total:.2g}%" if row.trainable < row.total else "100%"
 
 
-def claims(rows: Sequence[Row]) -> str:
-    """What the spread over seeds allows to say of neighbours in the table."""
-    found = [one for one in summaries(rows) if len(one.rows) > 1]
-    if len(found) < 2:
-        return "No two policies have several seeds yet: no difference between two of them is claimed."
-    lines = []
-    for better, worse in pairwise(found):
-        apart = differ([gain(row) for row in better.rows], [gain(row) for row in worse.rows])
-        words = "above" if apart else "not told apart from"
-        lines.append(f"- The gain of *{better.label}* is {words} that of *{worse.label}*.")
-    return "\n".join(lines)
+def difference_table(rows: Sequence[Row]) -> str:
+    """How far each policy's gain lies from that of everything, and from that of the notebook's policy."""
+    found = summaries(rows)
+    known = {one.name: one.rows for one in found}
+    cells = {
+        (one.name, other): difference(one.rows, known.get(other, ()))
+        for one in found
+        for other in AGAINST
+        if one.name != other
+    }
+    tested = [place for place, value in cells.items() if value is not None]
+    sure = {
+        place for place, holds in zip(tested, holm([cells[place].chance for place in tested]), strict=True) if holds
+    }
+
+    def cell(place: tuple[str, str]) -> str:
+        value = cells.get(place)
+        return "–" if value is None else f"**{value}**" if place in sure else f"{value}"
+
+    lines = [[one.label, *(cell((one.name, other)) for other in AGAINST)] for one in found]
+    titles = ["gain of", *(f"less that of *{POLICIES[name].label}*" for name in AGAINST)]
+    words = (
+        f"Mean over the seeds ± half the 95% interval. Bold: different at 5%, all {len(tested)} comparisons together."
+    )
+    return f"{as_table(titles, lines)}\n\n{words}"
 
 
 def cost_table(rows: Sequence[Row]) -> str:
-    """Seconds and memory of each policy, from runs on a quiet machine alone; arithmetic from all."""
+    """Arithmetic, seconds and memory of each policy, all of the same runs: those on a quiet machine."""
     titles = ["policy", "arithmetic of a step, GFLOP", "seconds a step", "CPU seconds a step", "peak MB", "runs"]
     lines, threads = [], set()
     for one in summaries(rows):
-        gflop = [row.step_gflop for row in one.rows if row.step_gflop]
-        timed = [row for row in one.times if row.step_seconds]
+        timed = [row for row in one.times if row.step_seconds and row.step_gflop]
         threads |= {row.threads for row in timed}
+        if not timed:
+            lines.append([one.label, *["–"] * 4, "0"])
+        for label, some in _by_start(one, timed).items():
 
-        def median(name: str, form: str, timed: Sequence[Row] = timed) -> str:
-            return f"{statistics.median(getattr(row, name) for row in timed):{form}}" if timed else "–"
+            def median(name: str, form: str, some: Sequence[Row] = some) -> str:
+                return f"{statistics.median(getattr(row, name) for row in some):{form}}"
 
-        cells = [f"{min(gflop):,.0f}" if gflop else "–", median("step_seconds", ".3f")]
-        lines.append([one.label, *cells, median("step_cpu_seconds", ".3f"), median("peak_mb", ",.0f"), f"{len(timed)}"])
+            figures = [median("step_gflop", ",.0f"), median("step_seconds", ".3f"), median("step_cpu_seconds", ".3f")]
+            lines.append([label, *figures, median("peak_mb", ",.0f"), f"{len(some)}"])
     words = "".join(f"Threads: {count}.\n\n" for count in threads)  # one number: `summaries` takes no other times
     return words + as_table(titles, lines)
+
+
+def _by_start(one: Summary, timed: Sequence[Row]) -> dict[str, list[Row]]:
+    """Runs that computed the frozen first blocks in each step, and those that began behind them, from kept states."""
+    found: dict[str, list[Row]] = {}
+    most = max((row.step_gflop for row in one.own if row.step_gflop), default=0.0)
+    for row in sorted(timed, key=lambda row: -row.step_gflop):
+        kept = one.name in SHARE_PREFIX and row.step_gflop < 0.9 * most
+        found.setdefault(f"{one.label}, from kept states" if kept else one.label, []).append(row)
+    return found
 
 
 def rate_table(rows: Sequence[Row]) -> str:
@@ -247,6 +207,39 @@ def rate_table(rows: Sequence[Row]) -> str:
     return as_table(["policy", "lowest", "low", "middle", "high", "highest"], lines)
 
 
+def trade_table(rows: Sequence[Row]) -> str:
+    """Gain and what is forgotten of Python's reference at every rate that was tried, seed 0."""
+    lines = []
+    for name, policy in POLICIES.items():
+        tried = {row.rate: row for row in rows if row.policy == name and row.seed == SEEDS[0]}
+        if tried:
+            cells = [_trade_cell(tried.get(rate), chosen_rate(rows, name)) for rate in policy.rates]
+            lines.append([policy.label, *cells])
+    return as_table(["gain, forgotten", "lowest", "low", "middle", "high", "highest"], lines)
+
+
+def _trade_cell(row: Row | None, best: float | None) -> str:
+    if row is None or row.held_out_after is None:
+        return "–"
+    mark = "**" if row.rate == best else ""
+    return f"{mark}{gain(row):+.3f}, {forgotten('python')(row):+.3f}{mark}"
+
+
+def close_table(rows: Sequence[Row]) -> str:
+    """Policies whose second best rate scored hardly worse on the choice text: both rates, over the seeds."""
+    lines = []
+    for one in summaries(rows):
+        for rate in (one.rate, *close_rates(rows, one.name)) if close_rates(rows, one.name) else ():
+            own = [row for row in one.own if row.rate == rate and row.held_out_after is not None]
+            there = replace(one, rate=rate, rows=own)
+            values = (gain, forgotten("python"), forgotten("novel"))
+            mark = "**" if rate == one.rate else ""
+            lines.append(
+                [one.label, f"{mark}{rate:g}{mark}", f"{len(own)}", *(there.cell(value, "+.4f") for value in values)]
+            )
+    return as_table(["policy", "rate", "seeds", "gain", "Python's reference", "*Persuasion*"], lines)
+
+
 def _rate_cell(rate: float, row: Row | None, best: float | None) -> str:
     if row is None:
         return f"{rate:g}: –"
@@ -254,15 +247,6 @@ def _rate_cell(rate: float, row: Row | None, best: float | None) -> str:
         return f"{rate:g}: {row.failure.split(':')[0]}"
     mark = "**" if rate == best else ""
     return f"{rate:g}: {mark}{row.choice_after:.4f}{mark}"
-
-
-def block_rows(rows: Sequence[Row]) -> dict[int, Row]:
-    """Block -> its run."""
-    found = {}
-    for row in rows:
-        if row.policy.startswith("block_") and row.rate == BLOCK_RATE and row.held_out_after is not None:
-            found[int(row.policy[-2:])] = row
-    return dict(sorted(found.items()))
 
 
 def read_ranks(file: Path) -> dict[int, tuple[float, ...]]:
@@ -273,53 +257,46 @@ def read_ranks(file: Path) -> dict[int, tuple[float, ...]]:
     return {int(block): tuple(map(float, figures)) for block, *figures in lines}
 
 
+DEPTH = "number of the block"
+
+
 def correlation_table(rows: Sequence[Row], ranks: Mapping[int, Sequence[float]]) -> str:
     """How well each score, and the block's number, tell the gain and the forgetting of a block that trains alone."""
-    found = {block: row for block, row in block_rows(rows).items() if block in ranks}
+    found = {block: runs for block, runs in block_rows(rows).items() if block in ranks}
     if len(found) < 8:
         return f"*{len(found)} of {BLOCKS} blocks have been trained: too few for a correlation.*"
-    targets = {"gain": gain, "forgotten of Python": forgotten("python"), "forgotten of the novel": forgotten("novel")}
-    columns = {title: [value(row) for row in found.values()] for title, value in targets.items()}
+    columns = {title: [mean_of(runs, value) for runs in found.values()] for title, value in TARGETS.items()}
     scores = {title: [ranks[block][place] for block in found] for place, title in enumerate(SCORES)}
-    scores["number of the block"] = list(found)
+    depth = [float(block) for block in found]
     lines = [
-        [title, *(correlation_words(values, column) for column in columns.values())] for title, values in scores.items()
+        [title, *(correlation_words(values, column) for column in columns.values())]
+        for title, values in {**scores, DEPTH: depth}.items()
     ]
+    lines += [
+        [f"{title}, given the {DEPTH}", *(correlation_words(values, column, depth) for column in columns.values())]
+        for title, values in scores.items()
+    ]
+    both = {block: runs for block, runs in found.items() if len(runs) > 1}
+    if len(both) >= 8:
+        seeds = [
+            correlation_words(*([value(runs[at]) for runs in both.values()] for at in (0, 1)))
+            for value in TARGETS.values()
+        ]
+        lines.append([f"its first seed with its second, over {len(both)}", *seeds])
     return as_table([f"over {len(found)} blocks", *columns], lines)
-
-
-def correlation_words(one: Sequence[float], other: Sequence[float]) -> str:
-    """Spearman's rank correlation with its interval of 95%."""
-    found = rank_correlation(np.array(one), np.array(other))
-    if found is None:
-        return "–"
-    low, high = interval(found, len(one))
-    return f"{found:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def interval(correlation: float, count: int) -> tuple[float, float]:
-    """95% of a rank correlation: Fisher's z, with the variance of Bonett and Wright 2000, (1 + r^2 / 2) / (n - 3).
-
-    D. G. Bonett and T. A. Wright, "Sample size requirements for estimating Pearson, Kendall and Spearman correlations",
-    Psychometrika 65, https://doi.org/10.1007/BF02294183.
-    """
-    if abs(correlation) >= 1:
-        return correlation, correlation
-    wide = 1.96 * math.sqrt((1 + correlation**2 / 2) / (count - 3))
-    return math.tanh(math.atanh(correlation) - wide), math.tanh(math.atanh(correlation) + wide)
 
 
 def block_table(rows: Sequence[Row], ranks: Mapping[int, Sequence[float]]) -> str:
     """A line for each block that has been trained alone."""
     lines = []
-    for block, row in block_rows(rows).items():
+    for block, runs in block_rows(rows).items():
         scores = [f"{figure:.3g}" for figure in ranks.get(block, ())]
-        figures = [gain(row), forgotten("python")(row), forgotten("novel")(row)]
-        lines.append([str(block), *(f"{figure:+.4f}" for figure in figures), *scores])
+        figures = [f"{mean_of(runs, value):+.4f}" for value in TARGETS.values()]
+        lines.append([str(block), f"{len(runs)}", *figures, *scores])
     if not lines:
         return NONE_YET
-    return f"Rate {BLOCK_RATE:g}, first seed.\n\n![{BLOCKS_WORDS}]({BLOCKS_FIGURE})\n\n" + as_table(
-        ["block", "gain", "Python's reference", "*Persuasion*", *SCORES], lines
+    return f"Rate {BLOCK_RATE:g}; means over the seeds.\n\n![{BLOCKS_WORDS}]({BLOCKS_FIGURE})\n\n" + as_table(
+        ["block", "seeds", "gain", "Python's reference", "*Persuasion*", *SCORES], lines
     )
 
 
@@ -338,32 +315,28 @@ def read_insight(file: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 def same_size_table(rows: Sequence[Row], insight: Mapping[str, Mapping[str, Any]]) -> str:
     """The notebook's policy beside as many parameters in blocks."""
-    chosen = [one for one in summaries(rows) if one.name in ("embeddings", "last_8")]
     lines = []
-    for one in chosen:
+    for one in summaries(rows):
+        if one.name not in ("embeddings", "last_8"):
+            continue
         ranks = insight.get(one.name, {}).get("ranks", [])
-        lines.append(
-            [
-                one.label,
-                f"{one.rows[0].trainable:,}",
-                f"{len(one.rows)}",
-                one.cell(gain, "+.4f"),
-                one.cell(forgotten("python"), "+.4f"),
-                one.cell(forgotten("novel"), "+.4f"),
-                one.cell(lambda row: row.l2_delta, ".2f"),
-                *(_mean_share(ranks, place) for place in (2, 3)),
-            ]
-        )
-    titles = ["policy", "trains", "seeds", "gain", "Python's reference", "*Persuasion*", "L2 delta"]
+        shares = [_mean_share(ranks, place) for place in (2, 3)]
+        lines.append([f"{one.label}, rate {one.rate:g}", *_same_size_cells(one), *shares])
+        mild = [row for row in one.own if row.rate == MILD_RATE and row.seed == SEEDS[0]]
+        if one.name == "last_8" and mild:
+            lines.append([f"{one.label}, rate {MILD_RATE:g}", *_same_size_cells(replace(one, rows=mild)), "–", "–"])
+    titles = ["policy", "trains", "seeds", "gain", "Python's reference", "*Persuasion*"]
     return as_table([*titles, "effective rank", "stable rank"], lines)
 
 
+def _same_size_cells(one: Summary) -> list[str]:
+    values = (gain, forgotten("python"), forgotten("novel"))
+    return [f"{one.rows[0].trainable:,}", f"{len(one.rows)}", *(one.cell(value, "+.4f") for value in values)]
+
+
 def _mean_share(ranks: Sequence[Sequence[Any]], place: int) -> str:
-    """Mean over matrices, and what it is of the most that is possible."""
-    if not ranks:
-        return "–"
-    values, shares = [one[place] for one in ranks], [one[place] / one[1] for one in ranks]
-    return f"{statistics.fmean(values):.1f} ({100 * statistics.fmean(shares):.1f}%)"
+    """Mean over the matrices of what each has of the most that it could."""
+    return f"{100 * statistics.fmean(one[place] / one[1] for one in ranks):.1f}%" if ranks else "–"
 
 
 def token_table(insight: Mapping[str, Mapping[str, Any]]) -> str:
@@ -386,6 +359,12 @@ def token_table(insight: Mapping[str, Mapping[str, Any]]) -> str:
         f"so that {rows['moved_absent']:,} moved without occurring. Of those that occur, count and movement have "
         f"a rank correlation of {correlation:+.2f}."
     )
+    shift = insight["embeddings"].get("shift")
+    if shift:
+        words += (
+            f"\n\nThe mean row makes {100 * shift['share']:.1f}% of the squared change. The stable rank of the change "
+            f"is {insight['embeddings']['ranks'][0][3]:.1f}; without the mean, {shift['stable_rank']:.1f}."
+        )
     first = as_table(["token", "occurs", "moved by, of its length"], lines)
     second = as_table(["occurs", "tokens", "a tenth moved less than", "median", "a tenth moved more than"], by_count)
     return f"{words}\n\n{first}\n\n{second}"
@@ -411,96 +390,6 @@ def notebook_table(rows: Sequence[Row]) -> str:
     return as_table(["step", "GPT-2, as the notebook printed it", "SmolLM2-135M-Instruct"], lines)
 
 
-# --- figures
-
-
-def draw_figures(rows: Sequence[Row], ranks: Mapping[int, Sequence[float]], folder: Path) -> list[Path]:
-    """The frontier, and the blocks, as far as they have been measured."""
-    found = []
-    if summaries(rows):
-        found.append(draw_frontier(rows, folder / FRONTIER))
-    if block_rows(rows):
-        found.append(draw_blocks(rows, folder / BLOCKS_FIGURE))
-    return found
-
-
-def draw_frontier(rows: Sequence[Row], file: Path) -> Path:
-    """Gain against what is forgotten of Python's reference, a point a policy, coloured by the share that trains."""
-    words = "SmolLM2-135M-Instruct on Gulliver's Travels, 100 steps; the darker, the more of it trains"
-    canvas, axes = _axes("Gain against forgetting", words, 0.975)
-    colours, points = mixed(LIGHT.scale), []
-    for one in summaries(rows):
-        share = one.rows[0].trainable / one.rows[0].total
-        x, y = one.mean(forgotten("python")), one.mean(gain)
-        colour = colours(max(0.0, 1 + math.log10(max(share, 1e-6)) / 6))
-        marker = {"marker": "o", "markersize": 7, "color": colour, "markeredgecolor": LIGHT.ink}
-        axes.errorbar(x, y, yerr=one.deviation(gain), **marker, elinewidth=1)  # a level bar would strike the name out
-        points.append(Point(one.label, x, y, None, on_frontier=False))
-    axes.set_xlabel("forgotten of Python's reference, bits per byte", color=LIGHT.ink)
-    axes.set_ylabel("gain on held-out text, bits per byte", color=LIGHT.ink)
-    axes.margins(0.16)
-    label_all(canvas, [(axes, points)], LIGHT)
-    canvas.savefig(file)
-    return file
-
-
-def draw_blocks(rows: Sequence[Row], file: Path) -> Path:
-    """Gain and forgetting of every block alone."""
-    canvas, axes = _axes("Where it pays to train", "Each block alone, 3,540,096 parameters, 100 steps", 0.75)
-    found = block_rows(rows)
-    lines = {"gain": gain, "Python forgotten": forgotten("python"), "Persuasion forgotten": forgotten("novel")}
-    ends = []
-    for (label, value), colour in zip(lines.items(), LIGHT.lines, strict=False):
-        values = [value(row) for row in found.values()]
-        axes.plot(list(found), values, marker="o", markersize=4, color=colour, linewidth=1.4)
-        ends.append((max(found), values[-1], label))
-    axes.axhline(0, color=LIGHT.muted, linewidth=0.8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("block", color=LIGHT.ink)
-    axes.set_ylabel("bits per byte", color=LIGHT.ink)
-    _name_at_the_right(axes, ends)
-    canvas.savefig(file)
-    return file
-
-
-def _axes(title: str, subtitle: str, right: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(WIDTH, HEIGHT + 0.8), dpi=PIXELS_PER_INCH, facecolor=LIGHT.background)
-    FigureCanvasAgg(canvas)
-    write_title(canvas, LIGHT, title, subtitle)
-    axes = canvas.add_axes((0.105, 0.12, right - 0.105, 0.71), facecolor=LIGHT.background)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LIGHT.rule)
-    axes.tick_params(colors=LIGHT.muted, labelsize=9, length=0)
-    axes.grid(color=LIGHT.rule, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return canvas, axes
-
-
-def _name_at_the_right(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names in a column right of the axes, in the order of their heights, each with a line to its point."""
-    axes.autoscale_view()  # else the limits are found when the figure is drawn, after the heights
-    to_axes = axes.transAxes.inverted().transform
-    heights = [to_axes(axes.transData.transform((x, y)))[1] for x, y, _ in points]
-    for (x, y, label), place in zip(points, spread(heights, gap=0.062), strict=True):
-        axes.annotate(
-            label,
-            (x, y),
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=LIGHT.ink,
-            arrowprops={"arrowstyle": "-", "color": LIGHT.hatch, "linewidth": 0.7, "shrinkB": 4},
-            annotation_clip=False,
-        )
-
-
-# --- the page
-
-
 def sections(results: Path) -> dict[str, str]:
     """What stands between each pair of markers."""
     rows = read_rows(results)
@@ -508,8 +397,10 @@ def sections(results: Path) -> dict[str, str]:
     return {
         "progress": progress(rows),
         "policies": policy_table(rows),
-        "claims": claims(rows),
+        "differences": difference_table(rows),
         "rates": rate_table(rows),
+        "trade": trade_table(rows),
+        "close rates": close_table(rows),
         "costs": cost_table(rows),
         "correlations": correlation_table(rows, ranks),
         "blocks": block_table(rows, ranks),
@@ -534,5 +425,5 @@ def write_page(results: Path, page: Path = PAGE) -> None:
     """Tables and figures, from the results."""
     page.write_text(filled(page.read_text(encoding="utf-8"), sections(results)), encoding="utf-8")
     rows = read_rows(results)
-    for file in [page, *draw_figures(rows, read_ranks(rank_file(results)), page.parent)]:
+    for file in [page, *draw_figures(rows, page.parent)]:
         print(file)
