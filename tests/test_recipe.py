@@ -180,6 +180,7 @@ BAD = [
     ("dataloader_prefetch_factor: 2", [], ["dataloader_prefetch_factor: transformers says"]),
     ("load_best_model_at_end: true\nsave_strategy: epoch", [], ["load_best_model_at_end: transformers says"]),
     ("accelerator_config: {nonsense: 1}", [], ["transformers says", "nonsense"]),
+    ('fsdp_config: {a: ["b", {c: "d\\0e"}]}', [], ["fsdp_config: got", "d\\x00e"]),
     ('prompts: ["a\\0b"]', [], ["prompts: got 'a\\x00b' as entry 1"]),
     # YAML 1.1 takes it for 90, base 60
     ("delta_steps: 1:30", [], ["delta_steps: got '1:30'", "a whole number"]),

@@ -107,6 +107,8 @@ def _lenient(hint: Any) -> Any:
         return Annotated[hint, BeforeValidator(lambda value: _no_as_word(value, get_args(hint)))]
     if get_origin(hint) is list:
         return Annotated[list[_lenient(get_args(hint)[0])], BeforeValidator(_as_list)]  # type: ignore[misc]
+    if hint in (Any, dict):
+        return Annotated[hint, BeforeValidator(_without_nul)]
     if get_origin(hint) is dict:
         return dict[tuple(map(_lenient, get_args(hint)))]  # type: ignore[misc]
     return hint
@@ -147,6 +149,16 @@ def _text(value: Any) -> str:
         raise ValueError("a NUL character")
     text.encode("utf-8")  # a command line may hold bytes that are no UTF-8: UnicodeEncodeError, a ValueError
     return text
+
+
+def _without_nul(value: Any) -> Any:
+    """What may hold anything, but no NUL."""
+    if isinstance(value, str):
+        _text(value)
+    elif isinstance(value, Mapping | list):
+        for entry in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            _without_nul(entry)
+    return value
 
 
 def _no_as_word(value: Any, choices: tuple[Any, ...]) -> Any:

@@ -104,7 +104,7 @@ def read_recipe_file(path: Path) -> RecipeFile:
     try:
         values, lines, problems = parse_yaml(text)
     except ValueError as error:
-        raise RecipeError(f"{path} is no valid YAML. {error}") from error
+        raise RecipeError(f"{path} {error}") from error
     if values is None:
         raise RecipeError(
             f"{path} is empty. A recipe says at least model_name_or_path, text, trainable and output_dir."
@@ -122,7 +122,7 @@ def parse_yaml(text: str) -> tuple[Any, dict[str, int], tuple[Problem, ...]]:
     """YAML text -> its value, the lines of its top keys, its duplicate keys.
 
     Raises:
-        ValueError: If it is none; says line, column, and which quotes would mend it.
+        ValueError: If it is none, or holds what no recipe means; says line, column, and which quotes would mend it.
     """
     try:
         loader = _RecipeLoader(text)
@@ -131,7 +131,8 @@ def parse_yaml(text: str) -> tuple[Any, dict[str, int], tuple[Problem, ...]]:
         lines, problems = _key_lines(node), tuple(_duplicate_keys(node))  # construct_document rewrites merged nodes
         return loader.construct_document(node) if node is not None else None, lines, problems
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(without_secrets(_describe_yaml_error(error, text))) from error
+        said = f"is no valid YAML. {_describe_yaml_error(error, text)}"
+        raise ValueError(without_secrets(str(error) if isinstance(error, _ValueRefused) else said)) from error
 
 
 def _key_lines(node: yaml.Node | None) -> dict[str, int]:
@@ -179,6 +180,10 @@ def _recipes_in(folder: Path) -> str:
     return f"{folder.resolve()} holds {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}."
 
 
+class _ValueRefused(ValueError):
+    """Valid YAML that no recipe means; its message goes on from the name of the file."""
+
+
 def _check_aliases(node: yaml.Node | None) -> None:
     """Raises ValueError where aliases stand for so many values that reading them would never end."""
     sizes: dict[int, int] = {}
@@ -194,7 +199,10 @@ def _check_aliases(node: yaml.Node | None) -> None:
 
     values = size(node)
     if values > MANY_VALUES and values > 100 * len(sizes):
-        raise ValueError(f"its aliases (*name) stand for {values:,} values; allowed are {MANY_VALUES:,}")
+        raise _ValueRefused(
+            f"has aliases (*name) that repeat each other until they stand for {values:,} values; allowed are "
+            f"{MANY_VALUES:,}. Write the values out."
+        )
 
 
 def _duplicate_keys(
@@ -344,7 +352,7 @@ def _yaml_word(word: str) -> Any:
     try:
         value, _, problems = parse_yaml(word)
     except ValueError as error:
-        raise ValueError(f"is no valid YAML. {error}") from error
+        raise ValueError(f"{error}") from error
     if problems:
         raise ValueError(f"{problems[0].key} is said twice. Keep one of them.")
     return value
