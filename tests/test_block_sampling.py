@@ -156,6 +156,7 @@ def test_the_table_says_what_is_drawn_and_what_several_processes_hold():
         (["blocks[1:]"], {"blocks": 2, "every": 2}, r"has 1 candidate to draw from \(0\); blocks 1 to 4 always train"),
         (["all"], {"blocks": 1, "every": 2}, "has 0 candidates to draw from; blocks 0 to 4 always train"),
         ([], {"blocks": 1, "every": 2, "candidates": ["mlp"]}, "no whole blocks, .* drawn as a whole"),
+        ([], {"blocks": 1, "every": 2, "candidates": ["embeddings.tokens[:4]"]}, "some rows or experts of .*wte"),
         ([], {"blocks": 1, "every": 2, "candidates": ["blocks[7]"]}, "candidates: .*out of range"),
         ([], [2, 20], "allowed: a mapping"),
     ],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
-from partialtune.errors import ModelError
+from partialtune.errors import InputError, ModelError
 from partialtune.generate import base_of, sampling_of, writers_of
 from partialtune.rebuild import load
 
@@ -135,6 +135,8 @@ def test_settings_are_those_of_generation_config_over_ours():
     assert (settings.do_sample, settings.temperature, settings.top_k, settings.top_p) == (True, 0.5, 7, 0.95)
     assert sampling_of(["--do_sample", "false"]).temperature in (None, 1.0)
     assert not sampling_of(["--num_beams", "4"]).do_sample
+    with pytest.raises(InputError, match="Say --max_new_tokens"):
+        sampling_of(["--max_length", "20"])
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,9 @@ def test_the_wide_copy_of_a_frozen_matrix_is_not_kept_for_backward(base_of):
     }
 
 
-def test_under_autocast_the_held_bits_are_multiplied_as_they_are(base_of):
-    wide, narrow = both(base_of("gpt2"))
+@pytest.mark.parametrize(("family", "experts"), [("gpt2", None), ("mixtral", "grouped_mm"), ("olmoe", "eager")])
+def test_under_autocast_the_held_bits_are_multiplied_as_they_are(base_of, family, experts):
+    wide, narrow = both(base_of(family), experts)
     for model in (wide, narrow):
         apply_plan(model, plan_freeze(model, ["blocks[0]", "final_norm"]))
     with torch.autocast("cpu", torch.bfloat16):

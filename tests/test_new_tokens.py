@@ -26,10 +26,11 @@ from conftest import REPOSITORY, some_windows
 from partialtune.bench.measure import measure
 from partialtune.builtin import builtin_folder
 from partialtune.cli import main
+from partialtune.delta_checkpoint import Base, write_delta
 from partialtune.errors import InputError, ModelError, RecipeError
 from partialtune.freeze.plan_table import plan_table
 from partialtune.freeze.recipe_plan import empty_base, plan_of_recipe
-from partialtune.model.digests import digest
+from partialtune.model.digests import digest, digests
 from partialtune.model.loading import load_tokenizer
 from partialtune.model.new_tokens import NewToken, NewTokens, give_rows, new_tokens_of
 from partialtune.recipe.recipe import recipe_from_values
@@ -273,6 +274,23 @@ def test_attach_trains_their_rows_and_nothing_else(tokenizer, tmp_path):
         is_matrix = name in ("model.embed_tokens.weight", "lm_head.weight")
         assert torch.equal(now[:4096], old[:4096]) if is_matrix else torch.equal(now, old)
         assert not is_matrix or not torch.equal(now[4096:], old[4096:])
+
+
+def test_a_delta_of_which_one_of_two_rows_in_padding_trains_holds_both(tokenizer, tmp_path):
+    tiny_llama(4160).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    pt.add_tokens(model, tokenizer, TOKENS)
+    plan = pt.plan_freeze(model, ["embeddings.tokens[4096]", "head[4096]"])
+    pt.apply_plan(model, plan)
+    before = digests(model)
+    with torch.no_grad():
+        for parameter in (one for one in model.parameters() if one.requires_grad):
+            parameter.add_(0.1)
+    (tmp_path / "delta").mkdir()
+    write_delta(tmp_path / "delta", model, plan, before, digests(model), Base(str(tmp_path / "base")))
+    again = pt.load(tmp_path / "delta")
+    ids = torch.tensor([[4096, 4097, 5]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 # ---- a whole run -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tiny_models
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError, RecipeError
 from partialtune.model.parameters import named_weights
@@ -501,3 +502,14 @@ def test_every_causal_architecture_of_transformers_is_read():
         read += 1
     assert read >= 0.85 * len(types)
     assert len(without_other) >= 0.85 * read  # the rest: image encoders, second stacks, learned residual weights
+
+
+@pytest.mark.parametrize(("kind", "named"), [("zamba2", "shared_transformer"), ("bert", "decoder.bias")])
+def test_a_head_beside_other_ties_cannot_be_untied(kind, named):
+    config = tiny_models.tiny_config(kind)
+    config.is_decoder = True
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    read_structure(model)
+    with pytest.raises(RecipeError, match=rf"{named}.* is tied to .* Leave head out"):
+        read_structure(model, head="untied")

@@ -133,8 +133,7 @@ def write_delta(
         model: Trained. Sharded parameters are gathered.
         plan: What was trained.
         before: sha256 of every parameter at the start, as the audit has it, and of frozen rows.
-        after: At the end. A frozen parameter that changed is stored too, and a matrix whole where a frozen row changed,
-            so that the result is this very model.
+        after: At the end. What changed though it is frozen is stored too, of rows the whole matrix.
         base: The model that was loaded.
     """
     wanted = _wanted(plan, before, after)
@@ -230,9 +229,10 @@ def _base(plan: FreezePlan, name: str) -> BaseTensor | None:
 
 
 def _with_new_rows(plan: FreezePlan, parameter: PlannedParameter) -> Rows:
-    """The rows that train, and all that the base does not have: of tokens that it did not know and nobody named."""
-    base, rows = _base(plan, parameter.name), row_numbers(plan.rows[parameter.name])
-    return as_runs(rows if base is None else [*rows, *range(base.shape[0], parameter.shape[0])])
+    """The rows that train, and all that the base does not have: of new tokens, in its padding too, and beyond it."""
+    rows, new, base = row_numbers(plan.rows[parameter.name]), plan.new_tokens, _base(plan, parameter.name)
+    further = range(base.shape[0], parameter.shape[0]) if base else ()
+    return as_runs([*rows, *(row_numbers(new.rows) if new and base else ()), *further])
 
 
 def _description(plan: FreezePlan, before: Mapping[str, str], after: Mapping[str, str], base: Base) -> dict[str, Any]:

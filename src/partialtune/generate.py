@@ -132,6 +132,8 @@ def sampling_of(words: Sequence[str]) -> GenerationConfig:
         given[field] = yaml.safe_load(value)
     greedy = given.get("do_sample") is False or (given.get("num_beams", 1) != 1 and "do_sample" not in given)
     defaults = {"do_sample": False, "max_new_tokens": SAMPLING["max_new_tokens"]} if greedy else SAMPLING
+    if "max_length" in given:
+        raise InputError("--max_length counts the prompt too. Say --max_new_tokens: tokens after the prompt.")
     if not isinstance(given.get("max_new_tokens", 1), int):
         raise InputError(f"--max_new_tokens is {given['max_new_tokens']!r}; allowed: a whole number, 1 or more.")
     try:

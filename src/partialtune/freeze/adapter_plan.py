@@ -24,6 +24,13 @@ from partialtune.model.selectors import resolve_selectors
 from partialtune.model.structure import ModelStructure, ParameterInfo
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_[AB]\.weight")  # name of an adapter's matrix in a plan
+# Matrices of state-space models that their kernels multiply with past the module's own forward: an adapter beside them
+# would be left out of the product, and peft refuses most of them.
+PAST_THE_MODULE = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "dt_proj")),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)),
+    "jamba": ("dt_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,8 @@ def _adapted_modules(model: nn.Module, structure: ModelStructure, lora: Lora) ->
 def _adaptable(model: nn.Module, info: ParameterInfo) -> str | None:
     """The path of the module whose matrix this parameter is, if it stands in a block and is one that LoRA adapts."""
     path, _, kind = info.name.rpartition(".")
+    if path.rpartition(".")[2] in PAST_THE_MODULE.get(getattr(model.config, "model_type", ""), ()):
+        return None
     fits = info.block is not None and kind == "weight" and isinstance(model.get_submodule(path), nn.Linear | Conv1D)
     return path if fits else None
 

@@ -18,7 +18,7 @@ from typing import Any
 from partialtune.errors import RecipeError
 from partialtune.grammar.sampling_syntax import read_block_sampling
 from partialtune.model.rows import Rows
-from partialtune.model.selectors import resolve_selectors
+from partialtune.model.selectors import choose
 from partialtune.model.structure import ModelStructure
 from partialtune.words import counted
 
@@ -203,9 +203,16 @@ def blocks_words(numbers: Collection[int]) -> str:
 
 def _resolved(structure: ModelStructure, selectors: list[str]) -> dict[str, str]:
     try:
-        return resolve_selectors(structure, selectors)
+        chosen = choose(structure, selectors)
     except RecipeError as problem:
         raise RecipeError(f"block_sampling, candidates: {problem}") from problem
+    in_part = [name for name, what in chosen.items() if what.rows is not None]
+    if in_part:
+        raise RecipeError(
+            f"block_sampling, candidates: they choose some rows or experts of {in_part[0]}, which is no whole block. "
+            f"Blocks are drawn as a whole: name them as in 'blocks[2:]'."
+        )
+    return {name: what.selector for name, what in chosen.items()}
 
 
 def _names_of(structure: ModelStructure, number: int) -> list[str]:

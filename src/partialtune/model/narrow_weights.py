@@ -184,7 +184,7 @@ def _grouped(product: Any) -> Callable[..., Any]:
             return NotImplemented
         forward: Any = lambda x, matrix, _: product(x, matrix, offs=offs)  # noqa: E731
         backward: Any = lambda grad, matrix: product(grad.contiguous(), matrix.transpose(-2, -1), offs=offs)  # noqa: E731
-        return _product(forward, backward, x, weight, None)
+        return _product(forward, backward, x, weight, None, autocasts=False)
 
     return of_experts
 
@@ -193,11 +193,14 @@ def _through_transposed(grad: torch.Tensor, matrix: torch.Tensor) -> torch.Tenso
     return grad @ matrix.T
 
 
-def _product(forward: Any, input_grad: Any, x: Any, weight: Any, bias: Any, in_slices: bool = False) -> Any:
+def _product(
+    forward: Any, input_grad: Any, x: Any, weight: Any, bias: Any, in_slices: bool = False, autocasts: bool = True
+) -> Any:
     if not isinstance(weight, NarrowWeight) or isinstance(x, NarrowWeight) or isinstance(bias, NarrowWeight):
         return NotImplemented
     matrix = weight.matrix.detach()
-    if torch.is_autocast_enabled(matrix.device.type):
+    # Products of experts are not on autocast's list: in fp32 they stay, as with a wide matrix.
+    if autocasts and torch.is_autocast_enabled(matrix.device.type):
         if torch.get_autocast_dtype(matrix.device.type) != matrix.dtype:
             return NotImplemented
         # Autocast takes it as it is, and no copy is made.

@@ -81,7 +81,7 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
             its own; the two are equal where the model does not tie.
 
     Raises:
-        RecipeError: If `head` is neither of the two.
+        RecipeError: If `head` is neither of the two, or more than the head is tied, which cannot be untied alone.
         ModelError: If the model is quantised, or has no token embeddings or decoder blocks that can be found.
     """
     if head not in ("tied", "untied"):
@@ -89,6 +89,8 @@ def read_structure(model: nn.Module, head: str = "tied") -> ModelStructure:
     model = uncompiled(model)
     _refuse_quantised(model)
     layout = Layout(model)
+    if head == "untied":
+        _refuse_other_ties(model)
     if layout.towers:
         logger.info("beside the blocks in %s there are %s, of component `other`", layout.blocks, layout.towers)
 
@@ -201,3 +203,19 @@ def _refuse_shared_memory(model: nn.Module) -> None:
                 f"{other} and {name} are two parameters that share one memory. A tie has to share the parameter: call "
                 f"model.tie_weights(), or give one of the two a copy of its own."
             )
+
+
+def _refuse_other_ties(model: nn.Module) -> None:
+    """Stop where more is tied than head and embedding: a config that says no longer so would untie all of it."""
+    embedding, head = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))
+    embedding = embedding._parameters.get("weight")
+    if head is None or head._parameters.get("weight") is not embedding:
+        return
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    others = sorted(alias for alias in ties if weights.get(alias) is not embedding)
+    if others:
+        raise RecipeError(
+            f"head: untied is impossible for {type(model).__name__}: {others[0]} is tied to {ties[others[0]]}, and "
+            f"transformers unties all or nothing. Leave head out, so that the head stays tied."
+        )
