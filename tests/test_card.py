@@ -144,6 +144,21 @@ def test_a_card_without_a_repository_is_given_its_name_and_keeps_the_rest(tmp_pa
     assert card.read_text(encoding="utf-8") == before.replace("NAMESPACE/NAME", "me/gulliver") != before
 
 
+def test_a_card_that_is_pushed_again_names_the_place_where_it_lies(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1)
+    card = write_card(run)
+    name_repository(run, "me/gulliver")
+    on_main = card.read_text(encoding="utf-8")
+    name_repository(run, "me/gulliver-2", "v2")
+    there = card.read_text(encoding="utf-8")
+    assert 'repository = "me/gulliver-2"' in there
+    assert 'from_pretrained(repository, revision="v2")' in there
+    assert there.count("me/gulliver-2@v2\n") == 1
+    assert there.count("me/gulliver") == there.count("me/gulliver-2")
+    name_repository(run, "me/gulliver")
+    assert card.read_text(encoding="utf-8") == on_main
+
+
 def test_the_card_says_what_trained_and_what_it_brought(card):
     assert "85,054,464 frozen parameters in 144 tensors kept every bit" in card.text
     assert "| Selectors | `embeddings`, `final_norm`, `head` |" in card.text

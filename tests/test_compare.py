@@ -301,6 +301,7 @@ def set_base(plan):
             "the scored text validation or its tokens",
         ),
         ("recipe.yaml", lambda recipe: recipe.update(seed=7), "they differ in their seeds"),
+        ("recipe.yaml", lambda recipe: recipe.update(data_seed=7), "data_seed"),
     ],
 )
 def test_runs_on_different_ground_are_refused_and_nothing_is_written(tmp_path, capsys, file, change, named):
@@ -388,6 +389,14 @@ def test_seeds_of_recipes_may_differ_where_the_comparison_names_its_own(tmp_path
         check_recipes(policies)
     assert "  seed: 1 in" in str(refused.value)
     assert "data_seed" not in str(refused.value), "which neither recipe names"
+
+
+def test_seeds_of_the_order_must_be_the_same_whatever_the_comparison_names(tmp_path):
+    values = yaml.safe_load((FRONTIER / "norms.yaml").read_text())
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.yaml").write_text(yaml.safe_dump({**values, "data_seed": seed}))
+    with pytest.raises(InputError, match="data_seed: 1 in"):
+        check_recipes(read_policies([str(tmp_path / f"{seed}.yaml") for seed in (1, 2)]), own_seeds=False)
 
 
 def test_a_run_that_is_named_twice_is_refused(tmp_path, capsys):

@@ -107,6 +107,15 @@ def test_a_text_too_short_for_two_windows_is_refused_in_words(tmp_path):
         propose(str(tmp_path / "text.txt"))
 
 
+def test_windows_are_those_of_each_text_and_not_of_all_together(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text("It was the best of times. It was the worst of times. " * 4)
+    proposal = propose(str(tmp_path / "*.txt"))
+    size = proposal.values["block_size"]
+    assert size <= 64  # of each text 50 tokens or so train: 256 would give none
+    assert f"{40 * (48 // size)} windows" in proposal.comments["block_size"]
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [

@@ -277,3 +277,43 @@ def test_which_part_of_a_text_is_too_short_is_said(tmp_path, words, share, messa
     arguments = TextArguments(text=[str(tmp_path / "few.txt")], block_size=6, validation_share=share)
     with pytest.raises(TextError, match=message):
         prepare_data(arguments, {}, load_tokenizer("builtin:lilliput"), seed=0)
+
+
+def poems(folder, lengths):
+    """Files of so many words, each of another."""
+    for number, words in enumerate(lengths):
+        (folder / f"{number}.txt").write_text(" ".join([["ship", "sea", "king", "land"][number % 4]] * words))
+    return [str(folder / f"{number}.txt") for number in range(len(lengths))]
+
+
+def test_texts_shorter_than_a_window_are_told_and_count_in_no_score(tmp_path, caplog):
+    tokenizer = load_tokenizer("builtin:lilliput")
+    files = poems(tmp_path, [60, 5, 5, 80])
+    arguments = TextArguments(text=files, block_size=16, validation_share=0.0)
+    data = prepare_data(arguments, {"poems": str(tmp_path / "*.txt")}, tokenizer, seed=0)
+    long = prepare_data(TextArguments(text=[files[0], files[3]], block_size=16, validation_share=0.0), {}, tokenizer, 0)
+    assert "text: 2 of 4 texts have fewer tokens than a window of 16, and do not train" in caplog.text
+    assert "eval_texts poems: 2 of 4 texts have fewer tokens than a window of 16, and do not get a score" in caplog.text
+    assert len(data.train) == len(long.train) == len(data.scored["poems"].windows)
+    for name in ("training", "poems"):
+        found = data.scored[name]
+        assert (found.text_tokens, found.text_bytes) == (
+            long.scored["training"].text_tokens,
+            long.scored["training"].text_bytes,
+        )
+    assert data.token_counts.sum() == long.token_counts.sum()
+
+
+def test_a_text_that_is_scored_as_another_and_trained_on_is_told(tmp_path, caplog):
+    files = poems(tmp_path, [60, 70])
+    arguments = TextArguments(text=[files[0]], block_size=8, validation_share=0.0)
+    prepare_data(arguments, {"old": files[1], "own": files[0]}, load_tokenizer("builtin:lilliput"), seed=0)
+    assert "eval_texts own: " in caplog.text
+    assert "is trained on" in caplog.text
+    assert "eval_texts old" not in caplog.text
+
+
+def test_a_share_that_holds_nothing_out_is_refused(tmp_path):
+    arguments = TextArguments(text=poems(tmp_path, [60]), block_size=8, validation_share=1e-5)
+    with pytest.raises(TextError, match=r"validation_share 1e-05 of .* characters is none"):
+        prepare_data(arguments, {}, load_tokenizer("builtin:lilliput"), seed=0)

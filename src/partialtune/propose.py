@@ -114,9 +114,10 @@ def propose(text: str, model: str = MODEL, output_dir: str | None = None) -> Pro
     config, tokenizer = load_config(model), load_tokenizer(model)
     halves = [split_text(source.content, HELD_OUT) for source in read_texts([text])]
     train, held_out = ([half for half in side if half] for side in zip(*halves, strict=True))
-    tokens = sum(len(ids) for ids in token_ids_of(train, tokenizer))
-    block_size = _block_size(text, tokens, context_of(config.get_text_config()))
-    windows = tokens // block_size
+    lengths = [len(ids) for ids in token_ids_of(train, tokenizer)]
+    tokens = sum(lengths)
+    block_size = _block_size(text, lengths, context_of(config.get_text_config()))
+    windows = _windows(lengths, block_size)
     steps = min(max(math.ceil(EPOCHS * windows / BATCH), STEPS[0]), STEPS[1])
     empty = empty_model(config)
     policies = _policies(empty, block_size)
@@ -162,14 +163,19 @@ def _suffix(model: str) -> str:
     return "" if model == MODEL else "-" + re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2])
 
 
-def _block_size(text: str, tokens: int, context: int | None) -> int:
+def _windows(lengths: Sequence[int], size: int) -> int:
+    """How many windows texts of these lengths give: none of them goes over the end of a text."""
+    return sum(length // size for length in lengths)
+
+
+def _block_size(text: str, lengths: Sequence[int], context: int | None) -> int:
     """The longest window of a power of two that still gives enough of them."""
     size = LONGEST
-    while size > SHORTEST and (tokens < size * WINDOWS or (context is not None and size > context)):
+    while size > SHORTEST and (_windows(lengths, size) < WINDOWS or (context is not None and size > context)):
         size //= 2
-    if tokens < 2 * size:
+    if _windows(lengths, size) < 2:
         raise TextError(
-            f"{text} has {counted(tokens, 'token')} to train on: too few for two windows of {size}. Give more text."
+            f"{text} has {counted(sum(lengths), 'token')} to train on: too few for two windows of {size}. Give more."
         )
     return size
 

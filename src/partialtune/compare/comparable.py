@@ -41,7 +41,7 @@ def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
     for policy in policies:
         if policy.recipe.text.validation_share == 0:
             raise InputError(f"{policy.path}: validation_share is 0. A comparison is by held-out text; hold some out.")
-    different, common = [], (*BASE_AND_TEXT, *TEXT_SETTINGS, *(SEED_KEYS if own_seeds else ()))
+    different, common = [], (*BASE_AND_TEXT, *TEXT_SETTINGS, *(SEED_KEYS if own_seeds else ("data_seed",)))
     for other in policies[1:]:
         named = {**first.recipe.values, **other.recipe.values}  # a default that neither names follows from another key
         for key in differing(first.recipe.values, other.recipe.values):
@@ -68,11 +68,12 @@ def check_runs(outcomes: Sequence[Outcome]) -> None:
     Raises:
         InputError: Names what differs, run by run.
     """
-    first = outcomes[0]
     different = []
-    for other in outcomes[1:]:
+    for first, other in ((outcomes[0], other) for other in outcomes[1:]):
         # `eval_texts` may be named otherwise and yet be the same: what was scored is compared below, by its sizes
         keys = [key for key in differing(first.values, other.values) if key in TEXT_SETTINGS and key != "eval_texts"]
+        if first.seed == other.seed and first.data_seed != other.data_seed:
+            keys.append("data_seed")
         what = [*keys, *unequal_facts(first, other)]
         if what:
             different.append(f"  {first.folder} and {other.folder} differ in {', '.join(what)}")

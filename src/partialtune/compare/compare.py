@@ -61,6 +61,8 @@ def compare_recipes(recipes: Sequence[str], options: Options) -> list[Row]:
         with RunQueue(total_steps(policies, seeds, searches)) as queue:
             trials = {search.policy.name: queue.search(search) for search in searches}
             outcomes = run_policies(queue, shared, seeds, options, trials)
+        # Texts and bases may have changed between two calls: what the runs recorded is compared, not what recipes say.
+        check_runs([outcome for own in outcomes.values() for outcome in own if outcome.measures])
         rows = [Row(policy.name, outcomes[policy.name], trials.get(policy.name, ())) for policy in policies]
         write_comparison(folder, rows, notes_on(rows))
     return rows

@@ -78,6 +78,12 @@ class Outcome:
         return int(self.values.get("seed", training_defaults()["seed"]))
 
     @property
+    def data_seed(self) -> int:
+        """Of the order and the draw of windows: `seed` where the recipe names no other."""
+        given = self.values.get("data_seed")
+        return self.seed if given is None else int(given)
+
+    @property
     def learning_rate(self) -> float:
         return float(self.values.get("learning_rate", training_defaults()["learning_rate"]))
 

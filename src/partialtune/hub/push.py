@@ -103,7 +103,7 @@ def _push(run: Path, target: Target, allow_failed_audit: bool, patience: Patienc
     try:
         with time_limits(patience.answer_seconds), progress_bars(), storage_protocol(patience.answer_seconds):
             # before anything is digested: it may write README.md
-            name_repository(run, target.repo_id)
+            name_repository(run, target.repo_id, None if target.branch == DEFAULT_BRANCH else target.branch)
             # Each try lists the Hub anew: where a commit landed and its answer was lost, nothing is missing any more.
             commit = ask(upload.bring_across, patience)
             ask(lambda: upload.verify(commit), patience)

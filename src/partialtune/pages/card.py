@@ -56,12 +56,27 @@ def write_card(run: str | os.PathLike) -> Path:
     return card
 
 
-def name_repository(run: Path, repo_id: str) -> None:
-    """Put the repository's name into a card that was written before one was known. The rest of the card stays."""
+def name_repository(run: Path, repo_id: str, revision: str | None = None) -> None:
+    """Put the repository into a card, wherever it names none yet or the one of an earlier push. The rest stays.
+
+    Args:
+        run: The run's folder.
+        repo_id: On the Hub.
+        revision: The branch that readers of the card load from, None for `main`.
+    """
     card = run / "README.md"
-    text = card.read_text(encoding="utf-8")
-    if UNNAMED in text:
-        write_whole(card, text.replace(UNNAMED, repo_id).encode())
+    text = before = card.read_text(encoding="utf-8")
+    named = re.search(r'^repository = "([^"]+)"$', text, re.MULTILINE)
+    for old in dict.fromkeys([UNNAMED, *([named[1]] if named else [])]):
+        text = re.sub(rf"(?<![\w./-]){re.escape(old)}(?![\w/-])", repo_id, text)
+    for pattern, beside in (
+        (r"(from_pretrained\(repository)(?:, revision=\"[^\"]*\")?", f', revision="{revision}"'),
+        (r"(partialtune\.load\(repository)(?: \+ \"@[^\"]*\")?", f' + "@{revision}"'),
+        (rf"^(partialtune verify \S+ {re.escape(repo_id)})(?:@\S+)?$", f"@{revision}"),
+    ):
+        text = re.sub(pattern, rf"\1{beside if revision else ''}", text, flags=re.MULTILINE)
+    if text != before:
+        write_whole(card, text.encode())
 
 
 def render_card(run: RunFiles) -> str:

@@ -115,18 +115,25 @@ def prepare_data(
     halves = [split_text(source.content, arguments.validation_share) for source in sources]
     train_texts = [train for train, _ in halves]
     held_out_texts = [held_out for _, held_out in halves if held_out]
+    if arguments.validation_share and not held_out_texts:
+        raise TextError(
+            f"validation_share {arguments.validation_share:g} of {sum(map(len, train_texts)):,} characters is none. "
+            f"Give a larger share, or 0, which holds nothing out."
+        )
 
     train_ids = token_ids_of(train_texts, tokenizer)
     with _named("the text that trains"):
         train = _training_windows(train_ids, arguments, seed)
+    _warn_of_short("text", "train", train_ids, arguments.block_size)
     scored: dict[str, ScoredText] = {}
-    counts = token_counts(train_ids)
+    counts = token_counts([ids for ids in train_ids if len(ids) >= arguments.block_size])
     largest = {"text": len(counts) - 1}
     if held_out_texts:
         held_out_ids = token_ids_of(held_out_texts, tokenizer)
         largest["text"] = max(largest["text"], _largest(held_out_ids))
         with _named("the held-out text", " validation_share: 0 holds nothing out."):
             scored["validation"] = _scored(held_out_texts, held_out_ids, arguments.block_size)
+        _warn_of_short("validation", "get a score", held_out_ids, arguments.block_size)
     scored["training"] = _scored(train_texts, train_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
     written: dict[str, Sequence[str | StoredText]] = {"validation": held_out_texts, "training": train_texts}
     replayed = None
@@ -145,6 +152,7 @@ def prepare_data(
         with _named("replay"):
             scored[REPLAY] = _scored(written[REPLAY], replay_ids, arguments.block_size, limit=TRAINING_WINDOWS_SCORED)
         replayed = Replay(again, _training_windows(replay_ids, arguments, seed))
+        _warn_of_short(REPLAY, "train", replay_ids, arguments.block_size)
     for name, source in eval_texts.items():
         read = read_texts([source], arguments.text_cleaning, arguments.text_column, in_memory_bytes)
         texts = [text.content for text in read]
@@ -152,6 +160,8 @@ def prepare_data(
         largest[f"eval_texts {name}"] = _largest(token_ids)
         with _named(f"eval_texts {name}"):
             scored[name] = _scored(texts, token_ids, arguments.block_size)
+        _warn_of_short(f"eval_texts {name}", "get a score", token_ids, arguments.block_size)
+        _warn_of_trained(name, read, [*sources, *(replayed.sources if replayed else ())])
         written[name] = texts
     scored = {name: _with_round_trip(name, text, written[name], tokenizer) for name, text in scored.items()}
     held_out = scored["validation"].windows if held_out_texts else None
@@ -167,6 +177,36 @@ def _warn_of_own_text(sources: Sequence[SourceText], replayed: Sequence[SourceTe
             "replay: %s is the run's own text. Its held-out end is trained on as well, and its scores say nothing of "
             "text that the model has not seen. Replay another text.",
             ", ".join(same),
+        )
+
+
+def _warn_of_trained(name: str, scored: Sequence[SourceText], trained: Sequence[SourceText]) -> None:
+    """Log where a text is scored that is trained on: it says nothing of what is forgotten."""
+    own = {source.sha256 for source in trained}
+    same = [source.name for source in scored if source.sha256 in own]
+    if same:
+        logger.warning(
+            "eval_texts %s: %s is trained on, so that its scores say nothing of what the model forgets. Score another "
+            "text of its kind.",
+            name,
+            ", ".join(same),
+        )
+
+
+def _warn_of_short(part: str, verb: str, token_ids: Sequence[np.ndarray], block_size: int) -> None:
+    """Log which share of several texts gives no window, because each of them is shorter than one."""
+    short = [len(ids) for ids in token_ids if len(ids) < block_size]
+    if short:
+        logger.warning(
+            "%s: %s of %s texts have fewer tokens than a window of %s, and do not %s: %s of %s tokens. Lower "
+            "block_size, or join texts that belong together.",
+            part,
+            f"{len(short):,}",
+            f"{len(token_ids):,}",
+            f"{block_size:,}",
+            verb,
+            f"{sum(short):,}",
+            f"{sum(map(len, token_ids)):,}",
         )
 
 
@@ -220,7 +260,9 @@ def _training_windows(token_ids: Sequence[np.ndarray], arguments: TextArguments,
 def _scored(
     texts: Sequence[str | StoredText], token_ids: Sequence[np.ndarray], block_size: int, limit: int | None = None
 ) -> ScoredText:
-    """What `evaluation.scored_text` prepares, of texts in memory or on disk."""
+    """What `evaluation.scored_text` prepares, of texts in memory or on disk: those that give a window."""
+    fitting = [number for number, ids in enumerate(token_ids) if len(ids) >= block_size]
+    texts, token_ids = [texts[number] for number in fitting], [token_ids[number] for number in fitting] or token_ids
     windows = cached_windows(
         token_ids,
         ["chunked", block_size, block_size],
