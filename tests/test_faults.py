@@ -165,6 +165,25 @@ def test_texts_of_a_finished_run_are_compared_without_the_network(tmp_path):
         check_texts_unchanged(kept, sources, tmp_path)
 
 
+def test_an_address_whose_query_was_not_written_down_is_compared_by_its_content(tmp_path, monkeypatch):
+    texts = {"https://host.invalid/get?id=7": b"seven", "https://host.invalid/get?id=8": b"eight"}
+
+    class Fetched:
+        def __init__(self, name):
+            self.name = name
+
+        def chunks(self):
+            return [texts[self.name]]
+
+    monkeypatch.setattr("partialtune.text.reading.raw_text", lambda name, column: Fetched(name))
+    seven, eight = texts
+    kept = {"https://host.invalid/get?id=***": hashlib.sha256(b"seven").hexdigest()}
+    assert check_texts_unchanged(kept, [seven], tmp_path) == []
+    with pytest.raises(TextError, match=r"get\?id=\*\*\*: sha256 .* then, .* now") as refused:
+        check_texts_unchanged(kept, [eight], tmp_path)
+    assert "id=8" not in str(refused.value)
+
+
 def test_a_finished_run_on_a_file_with_columns_is_compared_by_its_column(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"body": "one"}\n')

@@ -17,6 +17,7 @@ from typing import Any
 from partialtune.cache import cached_by_content
 from partialtune.errors import TextError
 from partialtune.net import sniffing
+from partialtune.net.addresses import without_secrets
 from partialtune.text import cleaning as cleaning_code
 from partialtune.text import decoding, gutenberg, stored_text, unwrapping
 from partialtune.text.cleaning import CLEANINGS, cleaned_pieces
@@ -109,7 +110,9 @@ def read_texts(
 def check_texts_unchanged(
     recorded: Mapping[str, str], sources: Sequence[str], run: Path, text_column: str = "text"
 ) -> list[str]:
-    """Raise where a text is not the one that a finished run was trained on. Only what lies on this machine is read.
+    """Raise where a text is not the one that a finished run was trained on.
+
+    What lies on this machine is read, and of the network what an address without its secrets does not tell from others.
 
     Args:
         recorded: Name -> sha256 of each text, from the run's `recipe.yaml`. Where it is empty, nothing is compared.
@@ -128,15 +131,16 @@ def check_texts_unchanged(
     present: set[str] = set()
     different = []
     for source in sources:
-        if source_of(source).on_network:
+        if source_of(source).on_network and without_secrets(source) == source:
             continue
         with suppress(TextError):  # a text that is gone has not become another one
             for name in expand_sources([source]):
                 found, _ = _digest(raw_text(name, text_column))
-                present.add(name)
-                if recorded.get(name) != found:
-                    was = f"sha256 {recorded[name][:12]} then" if name in recorded else "not among its texts"
-                    different.append(f"{name}: {was}, {found[:12]} now")
+                written = without_secrets(name)
+                present.add(written)
+                if recorded.get(written) != found:
+                    was = f"sha256 {recorded[written][:12]} then" if written in recorded else "not among its texts"
+                    different.append(f"{written}: {was}, {found[:12]} now")
     if different:
         raise TextError(
             f"The run in {run} is finished, and its text is not what it was: {'; '.join(different)}. "
