@@ -384,3 +384,16 @@ def test_holding_a_model_in_fp32_changes_nothing():
     hold_narrow(model)
     assert [type(module) for module in model.modules()] == classes
     assert not narrow_values(model)
+
+
+def test_what_stands_beside_matrices_of_which_rows_train_is_not_rounded():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"], dtype=torch.float32)
+    plan = plan_freeze(model, ["experts[0]", "!/.*down_proj/"], frozen_dtype="bf16")
+    apply_plan(model, plan)
+    weights = dict(named_weights(model))
+    (beside, *_) = [name for name in plan.frozen if name.endswith("experts.down_proj")]
+    assert weights[beside].dtype == torch.float32
+    attention = next(name for name in plan.frozen if name.endswith("q_proj.weight"))
+    assert weights[attention].dtype == torch.bfloat16
+    assert torch.isfinite(model(input_ids=IDS, labels=IDS).loss)

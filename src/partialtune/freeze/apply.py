@@ -63,7 +63,10 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> None:
     # Whatever phase trains it: memory is at its largest in the last one, and DDP wants one dtype of each parameter.
     widen(model, plan.trainable, with_neighbours=plan.rows)
     if plan.frozen_dtype == "bf16":
-        round_frozen(model, set(plan.frozen).difference(plan.quantized))
+        # Not what stands in one module with matrices of which rows train: `widen` has it in fp32 beside those.
+        beside = {name.rpartition(".")[0] for name in plan.rows}
+        kept = {name for name in plan.frozen if name.rpartition(".")[0] in beside}
+        round_frozen(model, set(plan.frozen).difference(plan.quantized, kept))
     train_rows(model, plan.rows, dict(named_weights(model)))
     if switched_off := stop_layer_drop(model):
         logger.warning(switched_off)
