@@ -159,6 +159,17 @@ def test_a_card_that_is_pushed_again_names_the_place_where_it_lies(tmp_path):
     assert card.read_text(encoding="utf-8") == on_main
 
 
+def test_a_name_without_a_namespace_is_no_word_to_replace(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, recipe={"hub_model_id": "gpt2"})
+    card = write_card(run)
+    before = card.read_text(encoding="utf-8")
+    name_repository(run, "me/gpt2")
+    there = card.read_text(encoding="utf-8")
+    assert 'repository = "me/gpt2"' in there
+    assert there.count("openai-community/gpt2") == before.count("openai-community/gpt2")
+    assert there.count("me/gpt2") == 1
+
+
 def test_the_card_says_what_trained_and_what_it_brought(card):
     assert "85,054,464 frozen parameters in 144 tensors kept every bit" in card.text
     assert "| Selectors | `embeddings`, `final_norm`, `head` |" in card.text

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 import partialtune as pt
 from conftest import tiny_gpt2
 from partialtune.engine import prefix
+from partialtune.engine.forward_stack import computes_otherwise
+from partialtune.engine.trainer_overrides import TunedTrainer
 from partialtune.errors import FreezeViolation, InputError, RecipeError
 
 LAST = ["blocks[-1]", "final_norm"]
@@ -364,3 +367,36 @@ def test_a_second_training_is_checked_at_its_saves_too(tmp_path):
     with pytest.raises(FreezeViolation, match="c_fc"):
         trainer.train()
     assert not (tmp_path / "checkpoint-6").exists()
+
+
+def test_a_forward_of_a_kernel_from_the_hub_is_known_and_one_of_a_users_own_is_not():
+    class Norm(torch.nn.LayerNorm):
+        kernel_layer_name = "LayerNorm"
+
+    module, plain = Norm(4), torch.nn.LayerNorm(4)
+    for one in (module, plain):
+        one.forward = types.MethodType(OfTheHub.forward, one)
+    assert not computes_otherwise(module)
+    assert computes_otherwise(plain)
+    module.forward = lambda states: states + 1
+    assert computes_otherwise(module)
+
+
+class OfTheHub(torch.nn.Module):
+    def forward(self, states):
+        return states
+
+
+def test_transformers_own_trainers_score_without_all_logits(tmp_path):
+    trainer = trainer_of(tmp_path, without_dropout(), kind=PlainSubclass)
+    pt.attach(trainer, pt.plan_freeze(trainer.model, LAST))
+    assert not trainer._has_own("prediction_step", "get_batch_samples", "evaluation_loop")
+    seq2seq = type("OfTransformers", (PlainSubclass,), {"__module__": "transformers.x", "prediction_step": None})
+    trainer.__class__ = type("Tuned", (TunedTrainer, seq2seq), {})
+    assert not trainer._has_own("prediction_step")
+    trainer.__class__ = type("Tuned", (TunedTrainer, LooksAtPredictions), {})
+    assert trainer._has_own("prediction_step")
+
+
+class PlainSubclass(Trainer):
+    pass

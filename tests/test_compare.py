@@ -397,6 +397,12 @@ def test_seeds_of_the_order_must_be_the_same_whatever_the_comparison_names(tmp_p
         (tmp_path / f"{seed}.yaml").write_text(yaml.safe_dump({**values, "data_seed": seed}))
     with pytest.raises(InputError, match="data_seed: 1 in"):
         check_recipes(read_policies([str(tmp_path / f"{seed}.yaml") for seed in (1, 2)]), own_seeds=False)
+    (tmp_path / "1.yaml").write_text(yaml.safe_dump({**values, "data_seed": 42, "seed": 42}))
+    (tmp_path / "2.yaml").write_text(yaml.safe_dump({**values, "seed": 42}))  # the order would follow other seeds
+    with pytest.raises(InputError, match=r"data_seed: 42 in .*, none in"):
+        check_recipes(read_policies([str(tmp_path / f"{seed}.yaml") for seed in (1, 2)]), own_seeds=False)
+    (tmp_path / "1.yaml").write_text(yaml.safe_dump({**values, "seed": 1}))
+    check_recipes(read_policies([str(tmp_path / f"{seed}.yaml") for seed in (1, 2)]), own_seeds=False)
 
 
 def test_a_run_that_is_named_twice_is_refused(tmp_path, capsys):

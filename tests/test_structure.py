@@ -513,3 +513,10 @@ def test_a_head_beside_other_ties_cannot_be_untied(kind, named):
     read_structure(model)
     with pytest.raises(RecipeError, match=rf"{named}.* is tied to .* Leave head out"):
         read_structure(model, head="untied")
+
+
+def test_a_tied_head_within_a_peft_model_can_be_untied():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"]))
+    assert read_structure(model, head="untied").total == read_structure(model).total + 128 * 32

@@ -41,7 +41,7 @@ def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
     for policy in policies:
         if policy.recipe.text.validation_share == 0:
             raise InputError(f"{policy.path}: validation_share is 0. A comparison is by held-out text; hold some out.")
-    different, common = [], (*BASE_AND_TEXT, *TEXT_SETTINGS, *(SEED_KEYS if own_seeds else ("data_seed",)))
+    different, common = [], (*BASE_AND_TEXT, *TEXT_SETTINGS, *(SEED_KEYS if own_seeds else ()))
     for other in policies[1:]:
         named = {**first.recipe.values, **other.recipe.values}  # a default that neither names follows from another key
         for key in differing(first.recipe.values, other.recipe.values):
@@ -50,6 +50,11 @@ def check_recipes(policies: Sequence[Policy], own_seeds: bool = True) -> None:
             shown = (sources_without_secrets(policy.recipe.values) for policy in (first, other))
             mine, theirs = (values.get(key, "the default") for values in shown)
             different.append(f"  {key}: {mine} in {first.path}, {theirs} in {other.path}")
+        # What is said, and not what follows from `seed`, which the comparison sets.
+        said = [policy.recipe.values.get("data_seed") for policy in (first, other)]
+        if not own_seeds and said[0] != said[1]:
+            mine, theirs = ("none" if seed is None else seed for seed in said)
+            different.append(f"  data_seed: {mine} in {first.path}, {theirs} in {other.path}")
     if different:
         raise InputError(
             "\n".join(

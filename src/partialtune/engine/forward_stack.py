@@ -12,6 +12,7 @@ the last of ours has left. One that another library puts over ours is left where
 """
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -23,7 +24,7 @@ from torch import nn
 # at no logits and no states.
 NOT_OTHERS = ("transformers.", "partialtune.")
 # Libraries whose own `forward` on a module gives of the same input the same output: other kernels, other devices.
-KNOWN = ("transformers", "partialtune", "accelerate", "torch", "peft", "liger_kernel")
+KNOWN = ("transformers", "partialtune", "accelerate", "torch", "peft", "liger_kernel", "kernels")
 Patch = Callable[..., Any]  # (forward of what lies beneath, *args, **kwargs) -> what the module gives
 
 
@@ -107,7 +108,9 @@ def computes_otherwise(module: nn.Module) -> bool:
 def _is_known(forward: Any, owner: type[nn.Module]) -> bool:
     while isinstance(forward, (MethodType, partial)):
         forward = forward.__func__ if isinstance(forward, MethodType) else forward.func
-    if forward is owner.forward:
+    # Layers that come from the Hub as kernels hold no state, by the rule of `kernels`, which puts them there.
+    from_hub = re.fullmatch(r"\w+\.forward", getattr(forward, "__qualname__", ""))
+    if forward is owner.forward or (hasattr(owner, "kernel_layer_name") and from_hub):
         return True
     # Not `__module__`, which functools.wraps copies from what is wrapped.
     where = getattr(forward, "__globals__", {}).get("__name__") or type(forward).__module__

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -171,7 +170,7 @@ class TunedTrainer(Base):
             return self.changes.train_order
         return super()._get_train_sampler(*args, **kwargs)
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: Any) -> int:
         """Those of an epoch: an order may leave some of the data set out, and have others twice."""
         if self.changes.train_order is not None and getattr(dataloader, "dataset", None) is self.train_dataset:
             return len(self.changes.train_order)
@@ -185,7 +184,8 @@ class TunedTrainer(Base):
             yield
 
     def _has_own(self, *names: str) -> bool:
-        return any(getattr(super(TunedTrainer, self), name).__func__ is not getattr(Trainer, name) for name in names)
+        kinds = [kind for kind in type(self).__mro__[2:] if not kind.__module__.startswith("transformers.")]
+        return any(name in vars(kind) for kind in kinds for name in names)
 
     def get_batch_samples(self, *args, **kwargs):
         samples = super().get_batch_samples(*args, **kwargs)

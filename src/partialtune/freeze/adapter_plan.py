@@ -28,7 +28,7 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_[AB]\.weight")  # name of an adapter'
 # would be left out of the product, and peft refuses most of them.
 PAST_THE_MODULE = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "dt_proj")),
-    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"), ("out_proj",)),
     "jamba": ("dt_proj",),
 }
 

@@ -211,9 +211,11 @@ def _refuse_other_ties(model: nn.Module) -> None:
     embedding = embedding._parameters.get("weight")
     if head is None or head._parameters.get("weight") is not embedding:
         return
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    others = sorted(alias for alias in ties if weights.get(alias) is not embedding)
+    # Peft's wrapper has the names of the model within, which are not its own.
+    owner = next((module for module in model.modules() if "all_tied_weights_keys" in vars(module)), model)
+    ties = getattr(owner, "all_tied_weights_keys", None) or {}
+    weights = dict(owner.named_parameters(remove_duplicate=False))
+    others = sorted(alias for alias in ties if alias in weights and weights[alias] is not embedding)
     if others:
         raise RecipeError(
             f"head: untied is impossible for {type(model).__name__}: {others[0]} is tied to {ties[others[0]]}, and "

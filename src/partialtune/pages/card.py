@@ -67,7 +67,9 @@ def name_repository(run: Path, repo_id: str, revision: str | None = None) -> Non
     card = run / "README.md"
     text = before = card.read_text(encoding="utf-8")
     named = re.search(r'^repository = "([^"]+)"$', text, re.MULTILINE)
-    for old in dict.fromkeys([UNNAMED, *([named[1]] if named else [])]):
+    # A name alone, as of a `hub_model_id` without a namespace, may be any word of the card.
+    text = re.sub(r'^(repository = ")[^"/]+"$', rf'\1{repo_id}"', text, flags=re.MULTILINE)
+    for old in dict.fromkeys([UNNAMED, *([named[1]] if named and "/" in named[1] else [])]):
         text = re.sub(rf"(?<![\w./-]){re.escape(old)}(?![\w/-])", repo_id, text)
     for pattern, beside in (
         (r"(from_pretrained\(repository)(?:, revision=\"[^\"]*\")?", f', revision="{revision}"'),
