@@ -378,12 +378,6 @@ def test_an_obstacle_is_named_before_training(tmp_path):
         return seen["first"]
 
     model.transformer.h[0].forward = remembering
-    assert "another forward on a frozen GPT2Block" in choose_prefix("auto", plan, model)[0].reason
-    del model.transformer.h[0].forward
-    kind = type(model.transformer.h[0])
-    model.transformer.h[0].__class__ = type(
-        "Remembering", (kind,), {"forward": lambda _, *a, **k: remembering(*a, **k)}
-    )
     model.transformer.h[2].register_forward_hook(lambda module, args, output: output + seen["first"])
     assert "later blocks use more" in choose_prefix("auto", plan, model)[0].reason
 

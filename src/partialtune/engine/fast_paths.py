@@ -19,6 +19,7 @@ from torch import nn
 from partialtune.engine.broken_off_pass import modules_before_blocks
 from partialtune.engine.disk_store import open_disk_store
 from partialtune.engine.fast_modules import CastOnce, fused_gelu
+from partialtune.engine.forward_stack import strange_forwards
 from partialtune.engine.no_logits import LossWithoutLogits
 from partialtune.engine.prefix import PrefixCache
 from partialtune.engine.prefix_choice import PrefixPhase
@@ -67,6 +68,7 @@ class FastPaths:
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self._model, self._enabled, self._prefix = model, enabled, prefix
+        self._known = [one for module in model.modules() for one in strange_forwards(module)]  # what was tried with it
         self._autocast_dtype = autocast_dtype
         self._loss: LossWithoutLogits | None = None
         self._casts: CastOnce | None = None
@@ -149,7 +151,7 @@ class FastPaths:
             digest = prefix_digest(self._model, phase.blocks, self.sha256)
             store = self._store(phase, digest)
             keeps_training_rows = self.keeps_training_rows or store.outlives_run
-            self._cache = PrefixCache(self._model, phase.blocks, store, digest, keeps_training_rows)
+            self._cache = PrefixCache(self._model, phase.blocks, store, digest, keeps_training_rows, self._known)
             self._cache.put_on()
         if self._casts is not None:
             self._casts.begin()

@@ -13,7 +13,7 @@ the last of ours has left. One that another library puts over ours is left where
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -97,12 +97,22 @@ def is_patched_by_others(module: nn.Module) -> bool:
     return present is not None and (not isinstance(present, Patched) or present.found is not None)
 
 
-def computes_otherwise(module: nn.Module) -> bool:
-    """Whether a `forward` stands on a module that belongs neither to its class nor to a library that is known."""
+def computes_otherwise(module: nn.Module, known: Sequence[Any] = ()) -> bool:
+    """Whether a `forward` stands on a module that belongs neither to its class nor to a library that is known.
+
+    Args:
+        module: Any module.
+        known: Others that are known: what `strange_forwards` found before.
+    """
+    return any(all(one is not other for other in known) for one in strange_forwards(module))
+
+
+def strange_forwards(module: nn.Module) -> list[Any]:
+    """What stands in the place of a module's `forward`, of somebody who is not known."""
     # accelerate keeps what it found beneath its own: `_original_forward` for autocast, `_old_forward` for devices.
     present = [vars(module).get(name) for name in ("forward", "_original_forward", "_old_forward")]
     present = [one.found if isinstance(one, Patched) else one for one in present]
-    return any(one is not None and not _is_known(one, type(module)) for one in present)
+    return [one for one in present if one is not None and not _is_known(one, type(module))]
 
 
 def _is_known(forward: Any, owner: type[nn.Module]) -> bool:

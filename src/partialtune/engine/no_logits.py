@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from partialtune.engine.forward_stack import computes_otherwise, has_hooks_of_others, put_on
+from partialtune.engine.forward_stack import computes_otherwise, has_hooks_of_others, put_on, strange_forwards
 from partialtune.engine.head_loss import head_cross_entropy, widens
 from partialtune.errors import is_ours
 from partialtune.model.held_narrow import own_class_of
@@ -46,6 +46,8 @@ class LossWithoutLogits:
         self._model = model
         self._owner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._head = self._owner.get_output_embeddings()
+        # What stands there by now takes part when both losses are compared.
+        self._found = {one: strange_forwards(one) for one in (self._model, self._owner, self._head) if one is not None}
         self._passed_on: torch.Tensor | None = None
         self._frozen_copy: torch.Tensor | None = None
 
@@ -100,8 +102,7 @@ class LossWithoutLogits:
         return ""
 
     def _is_looked_at(self) -> bool:
-        modules = (self._model, self._owner, self._head)
-        return any(has_hooks_of_others(module) or computes_otherwise(module) for module in modules)
+        return any(has_hooks_of_others(one) or computes_otherwise(one, known) for one, known in self._found.items())
 
     @contextmanager
     def active(self) -> Iterator[None]:

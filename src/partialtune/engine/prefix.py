@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from partialtune.engine.block_output import Form, block_output
-from partialtune.engine.forward_stack import Worn, computes_otherwise, has_hooks_of_others, put_on
+from partialtune.engine.forward_stack import Worn, computes_otherwise, has_hooks_of_others, put_on, strange_forwards
 from partialtune.engine.packed_rows import kind_of_packing, why_not_apart
 from partialtune.engine.padding_in_loss import PaddingInLoss, padding_beside
 from partialtune.engine.prefix_weights import PrefixWeights
@@ -90,7 +90,13 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: int, store: StateStore, weights: bytes = b"", keeps_training_rows: bool = True
+        self,
+        model: nn.Module,
+        blocks: int,
+        store: StateStore,
+        weights: bytes = b"",
+        keeps_training_rows: bool = True,
+        known: Sequence[Any] | None = None,
     ) -> None:
         self._model = uncompiled(model)
         self.blocks = list(decoder_blocks(self._model)[:blocks])
@@ -106,6 +112,7 @@ class PrefixCache:
         self._worn: list[Worn] = []
         self._before = modules_below(model)
         inside = [module for block in self.blocks for module in block.modules()]
+        self._known = [one for module in inside for one in strange_forwards(module)] if known is None else known
         self._adapted: list[Any] = [module for module in inside if hasattr(module, "disable_adapters")]
 
     def put_on(self) -> None:
@@ -254,7 +261,7 @@ class PrefixCache:
             asked = inputs.get(name)
             if getattr(text, name, False) if asked is None else asked:
                 return f"{name} is on"
-        return hooked_words(self.blocks, self._before)  # put there since it was tried, too
+        return hooked_words(self.blocks, self._before, self._known)  # put there since it was tried, too
 
     def _rows(self, inputs: Mapping[str, Any]) -> list[Row] | None:
         tensors = influencing(inputs)
@@ -335,17 +342,18 @@ def _writes(tensor: torch.Tensor) -> float:
     return float("nan") if tensor.is_inference() else tensor._version
 
 
-def hooked_words(blocks: Sequence[nn.Module], before: Sequence[nn.Module]) -> str:
+def hooked_words(blocks: Sequence[nn.Module], before: Sequence[nn.Module], known: Sequence[Any] | None = None) -> str:
     """Who wants to see or to change what frozen blocks get and give, in words, empty where nobody does.
 
     Args:
         blocks: The frozen ones.
         before: What the model computes with before them, see `modules_below`.
+        known: The `forward`s of others on the blocks that were tried; None where they are about to be.
     """
     for module in (module for block in blocks for module in block.modules()):
         if has_hooks_of_others(module):
             return f"a forward hook on a frozen {type(module).__name__} would not see what it gives"
-        if computes_otherwise(module):
+        if known is not None and computes_otherwise(module, known):
             return f"another forward on a frozen {type(module).__name__} may not give the same twice"
     for module in before:
         if getattr(module, "neftune_noise_alpha", None) is not None:  # whose hook is transformers' own

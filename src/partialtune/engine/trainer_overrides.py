@@ -140,8 +140,8 @@ class TunedTrainer(Base):
             self.tuning.end()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        super().create_optimizer(*args, **kwargs)
-        optimizer = self.optimizer  # or a user's own, or that of a training before
+        made = super().create_optimizer(*args, **kwargs)  # or a user's own, or that of a training before
+        optimizer = self.optimizer if made is None else made
         suit_optimizer(optimizer, self.model, self.tuning.plan)
         self._held_shards = shards_in(optimizer)
         # Under FSDP accelerate is about to put shards in the place of the parameters, group by group. Their state has

@@ -103,7 +103,9 @@ class FreezeAuditCallback(SnapshotCallback, ExportableState):
     # ---- at the start, and where a phase begins ---------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.ended, self._weights_of, self._checked_at = False, None, None
+        self.ended, self._weights_of = False, None
+        if len(self.plan.phases) == 1:  # else a second training begins with what the first one's later phases trained
+            self._checked_at = None
         if self.snapshot is None:  # added after the Trainer was made
             self.take_snapshot(args, state, model)
         if state.global_step:  # the run goes on from a checkpoint
