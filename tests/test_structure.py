@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tiny_models
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError, RecipeError
+from partialtune.freeze.apply import apply_plan
+from partialtune.freeze.lora import plan_lora
 from partialtune.model.parameters import named_weights
 from partialtune.model.structure import read_structure
 
@@ -520,3 +522,16 @@ def test_a_tied_head_within_a_peft_model_can_be_untied():
 
     model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"]))
     assert read_structure(model, head="untied").total == read_structure(model).total + 128 * 32
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "jamba"])
+def test_matrices_that_are_multiplied_past_their_module_get_no_adapter(kind):
+    model = AutoModelForCausalLM.from_config(tiny_models.tiny_config(kind))
+    plan = plan_lora(model, ["blocks[:]"])
+    apply_plan(model, plan)
+    adapted = {path.rpartition(".")[2] for path in plan.adapter.modules}
+    assert not adapted & ({"dt_proj"} if kind == "jamba" else {"out_proj", "dt_proj"})
+    ids = torch.arange(3, 15)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    learners = dict(named_weights(model))
+    assert [name for name in plan.trainable if learners[name].grad is None] == []
