@@ -159,6 +159,21 @@ def test_a_card_that_is_pushed_again_names_the_place_where_it_lies(tmp_path):
     assert card.read_text(encoding="utf-8") == on_main
 
 
+def test_the_lines_that_load_a_delta_follow_the_branch(tmp_path):
+    run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1)
+    (run / "delta.json").write_text("{}")
+    card = write_card(run)
+    name_repository(run, "me/gulliver")
+    on_main = card.read_text(encoding="utf-8")
+    assert "partialtune.load(repository)" in on_main
+    name_repository(run, "me/gulliver", "v2")
+    there = card.read_text(encoding="utf-8")
+    assert 'partialtune.load(repository + "@v2")' in there
+    assert 'AutoTokenizer.from_pretrained(repository, revision="v2")' in there
+    name_repository(run, "me/gulliver")
+    assert card.read_text(encoding="utf-8") == on_main
+
+
 def test_a_name_without_a_namespace_is_no_word_to_replace(tmp_path):
     run = write_run_folder(tmp_path / "run", blocks=1, width=8, steps=1, recipe={"hub_model_id": "gpt2"})
     card = write_card(run)

@@ -500,6 +500,20 @@ def test_recipes_run_with_the_rate_that_did_best_on_the_end_of_the_training_text
     assert main(["compare", *recipes.values(), "--output_dir", str(out), *words]) == 2
 
 
+@pytest.mark.slow
+def test_a_text_that_changed_between_two_calls_is_noticed_before_a_table_is_written(recipes, tmp_path, capsys):
+    novel, out = tmp_path / "novel.txt", tmp_path / "out"
+    novel.write_text(TEXT * 20, encoding="utf-8")
+    words = [*recipes.values(), "--output_dir", str(out), "--eval_texts", f"{{novel: {novel}}}"]
+    assert main(["compare", *words, "--seeds", "0"]) == 0
+    table = (out / "comparison.json").read_bytes()
+    novel.write_text(TEXT * 30, encoding="utf-8")
+    assert main(["compare", *words, "--seeds", "0", "1"]) == 2
+    assert "differ in the scored text novel or its tokens" in (said := capsys.readouterr().err)
+    assert "in another folder (--output_dir)" in said
+    assert (out / "comparison.json").read_bytes() == table
+
+
 def test_a_policy_that_diverges_is_told_and_the_others_go_on(recipes, tmp_path, in_this_process, capsys):
     edit(Path(recipes["norms"]), lambda recipe: recipe.update(learning_rate=1e30))
     out = tmp_path / "out"

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tiny_models
 from conftest import tiny_gpt2
 from partialtune.errors import ModelError, RecipeError
+from partialtune.freeze.adapter_plan import PAST_THE_MODULE
 from partialtune.freeze.apply import apply_plan
 from partialtune.freeze.lora import plan_lora
 from partialtune.model.parameters import named_weights
@@ -524,14 +525,17 @@ def test_a_tied_head_within_a_peft_model_can_be_untied():
     assert read_structure(model, head="untied").total == read_structure(model).total + 128 * 32
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "jamba"])
+@pytest.mark.parametrize("kind", [*PAST_THE_MODULE])
 def test_matrices_that_are_multiplied_past_their_module_get_no_adapter(kind):
     model = AutoModelForCausalLM.from_config(tiny_models.tiny_config(kind))
     plan = plan_lora(model, ["blocks[:]"])
     apply_plan(model, plan)
     adapted = {path.rpartition(".")[2] for path in plan.adapter.modules}
-    assert not adapted & ({"dt_proj"} if kind == "jamba" else {"out_proj", "dt_proj"})
+    assert adapted
+    assert not adapted & set(PAST_THE_MODULE[kind])
     ids = torch.arange(3, 15)[None]
-    model.train()(input_ids=ids, labels=ids).loss.backward()
+    model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     learners = dict(named_weights(model))
-    assert [name for name in plan.trainable if learners[name].grad is None] == []
+    # Of Zamba2's shared block each of its places computes with one of several adapters of its own.
+    used = [name for name in plan.trainable if "adapter_list" not in name]
+    assert [name for name in used if learners[name].grad is None] == []

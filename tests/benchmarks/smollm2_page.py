@@ -30,6 +30,7 @@ from smollm2_frontier import (
     REPOSITORY,
     SEEDS,
     SHARE_PREFIX,
+    STEPS,
     Row,
     chosen_rate,
     close_rates,
@@ -50,6 +51,8 @@ from smollm2_statistics import (
     mean_of,
     summaries,
 )
+
+from partialtune.freeze.block_sampling import BlockSampling
 
 AGAINST = ("full", "embeddings")  # what every policy is compared with
 PAGE = REPOSITORY / "docs" / "real-model.md"
@@ -123,9 +126,17 @@ def policy_table(rows: Sequence[Row]) -> str:
         f"Python's reference, {_before(rows, 'novel')} of *Persuasion*, by number of threads and way of computing. "
         f"Each gain is against the same run's own. The last two columns are what the texts' scores change by: above 0 "
         f"is forgotten.\n"
+        f"LISA's draws left out {', '.join(str(never_drawn(seed)) for seed in SEEDS)} of the {BLOCKS} blocks (by seed).\n"
         f"`*`: the search is not over: a rate next to the best one is untried, or the best one ends the list."
     )
     return f"{as_table(titles, lines)}\n\n{words}\n\n![{FRONTIER_WORDS}]({FRONTIER})"
+
+
+def never_drawn(seed: int) -> int:
+    """How many blocks LISA's draws leave out in a run of this seed."""
+    sampling = {**POLICIES["lisa"].recipe["block_sampling"], "candidates": tuple(range(BLOCKS)), "seed": seed}
+    firsts = BlockSampling(**sampling).first_steps()
+    return sum(step >= STEPS for step in firsts.values())
 
 
 def _before(rows: Sequence[Row], text: str) -> str:

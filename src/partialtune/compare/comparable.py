@@ -85,7 +85,13 @@ def check_runs(outcomes: Sequence[Outcome]) -> None:
     if different:
         message = "These runs cannot be compared: base, text, tokenizer and windows must be the same."
         raise InputError(
-            "\n".join([message, *different, "Compare runs of one text and base, or run the recipes again."])
+            "\n".join(
+                [
+                    message,
+                    *different,
+                    "Compare runs of one text and base, or run the recipes again in another folder (--output_dir).",
+                ]
+            )
         )
 
 

@@ -25,6 +25,8 @@ from torch import nn
 NOT_OTHERS = ("transformers.", "partialtune.")
 # Libraries whose own `forward` on a module gives of the same input the same output: other kernels, other devices.
 KNOWN = ("transformers", "partialtune", "accelerate", "torch", "peft", "liger_kernel", "kernels")
+# accelerate keeps what it found beneath its own: `_original_forward` for autocast, `_old_forward` for devices.
+PLACES = frozenset({"forward", "_original_forward", "_old_forward"})
 Patch = Callable[..., Any]  # (forward of what lies beneath, *args, **kwargs) -> what the module gives
 
 
@@ -109,8 +111,9 @@ def computes_otherwise(module: nn.Module, known: Sequence[Any] = ()) -> bool:
 
 def strange_forwards(module: nn.Module) -> list[Any]:
     """What stands in the place of a module's `forward`, of somebody who is not known."""
-    # accelerate keeps what it found beneath its own: `_original_forward` for autocast, `_old_forward` for devices.
-    present = [vars(module).get(name) for name in ("forward", "_original_forward", "_old_forward")]
+    if PLACES.isdisjoint(module.__dict__):  # asked for each module in each pass, and hardly ever otherwise
+        return []
+    present = [module.__dict__.get(name) for name in PLACES]
     present = [one.found if isinstance(one, Patched) else one for one in present]
     return [one for one in present if one is not None and not _is_known(one, type(module))]
 

@@ -62,13 +62,7 @@ def add_adapters(model: nn.Module, adapter: Adapter) -> None:
     )
     with torch.random.fork_rng():  # the run's own random numbers go on as if no adapter had been made
         torch.manual_seed(adapter.seed)  # of A; B begins at 0
-        try:
-            inject_adapter_in_model(config, model, ADAPTER)
-        except ValueError as error:  # as of Mamba's out_proj, whose kernel reads the weight itself
-            raise ModelError(
-                f"peft puts no adapters into what was chosen: {' '.join(str(error).split())} Leave that out, as with "
-                f"'!/out_proj/' after the selectors."
-            ) from error
+        inject_adapter_in_model(config, model, ADAPTER)
     name = getattr(model.config, "name_or_path", "")
     config.base_model_name_or_path = model_location(name) if name.startswith("builtin:") else name
     config.revision = getattr(model.config, "_commit_hash", None)

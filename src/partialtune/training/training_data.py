@@ -170,27 +170,30 @@ def prepare_data(
 
 def _warn_of_own_text(sources: Sequence[SourceText], replayed: Sequence[SourceText]) -> None:
     """Log where a text is replayed beside itself: what it holds out is then trained on."""
-    own = {source.sha256 for source in sources}
-    same = [source.name for source in replayed if source.sha256 in own]
+    same = _in_both(replayed, sources)
     if same:
         logger.warning(
             "replay: %s is the run's own text. Its held-out end is trained on as well, and its scores say nothing of "
             "text that the model has not seen. Replay another text.",
-            ", ".join(same),
+            same,
         )
 
 
 def _warn_of_trained(name: str, scored: Sequence[SourceText], trained: Sequence[SourceText]) -> None:
     """Log where a text is scored that is trained on: it says nothing of what is forgotten."""
-    own = {source.sha256 for source in trained}
-    same = [source.name for source in scored if source.sha256 in own]
+    same = _in_both(scored, trained)
     if same:
         logger.warning(
             "eval_texts %s: %s is trained on, so that its scores say nothing of what the model forgets. Score another "
             "text of its kind.",
-            name,
-            ", ".join(same),
+            *(name, same),
         )
+
+
+def _in_both(some: Sequence[SourceText], others: Sequence[SourceText]) -> str:
+    """The names of texts that are among others too, by their bytes; empty where there are none."""
+    known = {source.sha256 for source in others}
+    return ", ".join(source.name for source in some if source.sha256 in known)
 
 
 def _warn_of_short(part: str, verb: str, token_ids: Sequence[np.ndarray], block_size: int) -> None:
@@ -200,13 +203,8 @@ def _warn_of_short(part: str, verb: str, token_ids: Sequence[np.ndarray], block_
         logger.warning(
             "%s: %s of %s texts have fewer tokens than a window of %s, and do not %s: %s of %s tokens. Lower "
             "block_size, or join texts that belong together.",
-            part,
-            f"{len(short):,}",
-            f"{len(token_ids):,}",
-            f"{block_size:,}",
-            verb,
-            f"{sum(short):,}",
-            f"{sum(map(len, token_ids)):,}",
+            *(part, f"{len(short):,}", f"{len(token_ids):,}", f"{block_size:,}", verb),
+            *(f"{sum(short):,}", f"{sum(map(len, token_ids)):,}"),
         )
 
 
