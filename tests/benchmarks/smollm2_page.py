@@ -126,7 +126,7 @@ def policy_table(rows: Sequence[Row]) -> str:
         f"Python's reference, {_before(rows, 'novel')} of *Persuasion*, by number of threads and way of computing. "
         f"Each gain is against the same run's own. The last two columns are what the texts' scores change by: above 0 "
         f"is forgotten.\n"
-        f"LISA's draws left out {', '.join(str(never_drawn(seed)) for seed in SEEDS)} of the {BLOCKS} blocks (by seed).\n"
+        f"LISA's draws left out {', '.join(str(never_drawn(seed)) for seed in SEEDS)} of {BLOCKS} blocks, by seed.\n"
         f"`*`: the search is not over: a rate next to the best one is untried, or the best one ends the list."
     )
     return f"{as_table(titles, lines)}\n\n{words}\n\n![{FRONTIER_WORDS}]({FRONTIER})"
