@@ -3,10 +3,8 @@
 Trainer evaluates the held-out text, or a sample of it. At the same steps this callback scores samples of the training
 text and of every text of `eval_texts`, so that a run shows not only what it learns but what it forgets meanwhile.
 
-Few windows show well how a loss changes and badly how high it is. Where all windows were scored before training, what
-all have more than the sample had is added to each point:
-
-    loss of all (t)  ~  loss of the sample (t) + loss of all (0) - loss of the sample (0)     (a control variate)
+Few windows show well how a loss changes and badly how high it is: a curve begins and ends elsewhere than the scores of
+all windows do, and the report says on how many it was taken.
 """
 
 import math
